@@ -1,0 +1,259 @@
+"""The run file: typed records, one JSON object a line, written as a run goes and read by every report. No torch.
+
+A line is ``{"kind": ..., **fields}``. The first is the header, which carries the schema version. A line is flushed as
+soon as it is written, so a killed run loses at most the line it was writing; the reader shows what could be read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, OutputError
+
+__all__ = ["RECORD_NAME", "SCHEMA_VERSION", "End", "Evaluation", "Fidelity", "Header", "Load", "Record", "RecordWriter",
+           "Run", "Step", "read_run"]  # fmt: skip
+
+SCHEMA_VERSION = 1
+RECORD_NAME = "record.jsonl"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a run is; enough to run it again. ``resumed_at`` > 0 marks the header of a resumed part."""
+
+    strategy: str  # short name, e.g. "global+micro"
+    policies: list[str]  # one line a policy, as repr'd
+    seed: int
+    config: dict[str, Any]  # the full configuration
+    num_layers: int  # MoE layers
+    num_experts: int
+    top_k: int
+    domains: list[str]
+    corpus_sha256: str
+    versions: dict[str, str]  # python, torch, equipoise, ...
+    parameters: int  # all
+    active_parameters: int  # those one token uses
+    started: str  # ISO 8601, UTC
+    resumed_at: int = 0
+    schema: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step. ``balance`` is what ``Balancer.metrics()`` returned: flat names, plain numbers."""
+
+    step: int  # 1 = after the first optimizer step
+    loss: float  # mean cross-entropy over the step's tokens, nats
+    lr: float
+    grad_norm: float
+    tokens: int  # in this step
+    seconds: float  # wall time of this step, evaluation and checkpoints left out
+    balance: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Load:
+    """How many (token, choice) pairs picked each expert in one global batch: [num_layers][num_experts]."""
+
+    step: int
+    counts: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Gradient of the balance loss under each estimator of f against ``exact``, at the router logits of one step."""
+
+    step: int
+    relative_error: dict[str, float]  # estimator -> |g - g_exact| / |g_exact|
+    cosine: dict[str, float]
+    in_use: list[str]  # the estimators that this run trains with
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out text at one step. Lists follow ``Header.domains`` and the layers."""
+
+    step: int
+    loss: dict[str, float]  # domain -> nats per token
+    bits_per_byte: dict[str, float]
+    tokens: dict[str, int]
+    counts: list[list[list[int]]]  # [domain][layer][expert] (token, choice) pairs
+    topk_score: list[list[float]]  # [domain][layer] mean over tokens of the sum of the top-K gate probabilities
+    maxvio_sequence: list[float]  # [layer] mean over sequences
+    maxvio_micro_batch: list[float]  # [layer] mean over micro-batches of the training size
+    maxvio_global: list[float]  # [layer] over all held-out text
+    dead_experts: list[int]  # [layer] experts that no held-out token picked
+    mutual_information: list[float]  # [layer] nats between expert and domain
+    mutual_information_shuffled: list[float]  # the same with shuffled domain labels: the floor
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean over domains, each with the same weight (nats per token)."""
+        return sum(self.loss.values()) / len(self.loss)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.mean_loss)
+
+
+@dataclass(frozen=True)
+class End:
+    """How the run ended: ``finished``, ``interrupted`` or ``failed`` (with the message)."""
+
+    step: int
+    status: str
+    seconds: float  # training wall time, all parts, without evaluation
+    tokens: int
+    peak_memory_bytes: int
+    message: str = ""
+
+
+Record = Header | Step | Load | Fidelity | Evaluation | End
+KINDS: dict[str, type] = {
+    "header": Header, "step": Step, "load": Load, "fidelity": Fidelity, "evaluation": Evaluation, "end": End,
+}  # fmt: skip
+NAMES = {cls: kind for kind, cls in KINDS.items()}
+
+
+class RecordWriter:
+    """Appends records to ``folder/record.jsonl``; each line is on its way to the disk when ``write`` returns.
+
+    ``keep_until`` drops the records of later steps first: a resumed run writes those steps again.
+    """
+
+    def __init__(self, folder: str | Path, *, keep_until: int | None = None) -> None:
+        self.path = Path(folder) / RECORD_NAME
+        try:
+            if keep_until is not None and self.path.exists():
+                _truncate(self.path, keep_until)
+            self._file = open(self.path, "a", encoding="utf-8")
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
+
+    def write(self, record: Record) -> None:
+        line = json.dumps({"kind": NAMES[type(record)], **_finite(asdict(record))}, ensure_ascii=False, allow_nan=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+@dataclass
+class Run:
+    """All records of one run, in order. ``problems`` says which lines could not be read and why."""
+
+    path: Path
+    header: Header
+    steps: list[Step] = field(default_factory=list)
+    loads: list[Load] = field(default_factory=list)
+    fidelities: list[Fidelity] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    end: End | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """``finished``, ``interrupted``, ``failed``, or ``running`` while no end was written."""
+        return self.end.status if self.end else "running"
+
+
+def read_run(path: str | Path) -> Run:
+    """Reads a run folder or a record file. Bad lines are reported in ``problems`` and skipped.
+
+    Raises DataError when there is no file, no readable header, or a newer schema than this version knows.
+    """
+    path = Path(path)
+    file = path / RECORD_NAME if path.is_dir() else path
+    try:
+        text = file.read_bytes().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(expected=f"a run record at {file}", got=error.strerror or str(error),
+                        do="pass the folder of a run that `equipoise train` or `compare` wrote") from None  # fmt: skip
+    run: Run | None = None
+    problems: list[str] = []
+    for number, record in _parse(text, problems):
+        match record:
+            case Header():
+                if record.schema > SCHEMA_VERSION:
+                    raise DataError(expected=f"record schema <= {SCHEMA_VERSION} in {file}", got=f"schema {record.schema}",
+                                    do="update equipoise")  # fmt: skip
+                if run is None:
+                    run = Run(file.parent, record, problems=problems)
+                run.end = None  # a resumed part: the earlier end no longer holds
+            case _ if run is None:
+                problems.append(f"line {number}: a record before the header")
+            case Step():
+                run.steps.append(record)
+            case Load():
+                run.loads.append(record)
+            case Fidelity():
+                run.fidelities.append(record)
+            case Evaluation():
+                run.evaluations.append(record)
+            case End():
+                run.end = record
+    if run is None:
+        raise DataError(expected=f"a header record in {file}", got=problems[0] if problems else "an empty file",
+                        do="pass another run, or train this one again")  # fmt: skip
+    return run
+
+
+def _parse(text: str, problems: list[str]) -> Iterator[tuple[int, Record]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+            cls = KINDS[data.pop("kind")]
+            known = {f.name for f in fields(cls)}
+            yield number, cls(**{k: v for k, v in data.items() if k in known})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            problems.append(f"line {number}: {type(error).__name__}: {str(error)[:80]}")
+
+
+def _truncate(path: Path, keep_until: int) -> None:
+    """Rewrites the file without the records of steps after ``keep_until``; a replace, so a kill leaves one or the other."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            step = json.loads(line).get("step", 0)
+        except (ValueError, AttributeError):
+            continue  # the half-written last line of a killed run
+        if step <= keep_until:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity have no JSON form: they become null, and the reports show a gap."""
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case dict():
+            return {k: _finite(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_finite(v) for v in value]
+    return value
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(expected=f"to write {path}", got=error.strerror or str(error),
+                       do="free disk space or choose another folder; everything written before is kept")  # fmt: skip
