@@ -1,0 +1,267 @@
+"""What a run is made of: frozen dataclasses, filled from defaults < TOML file < command line, and checked before use.
+
+``load_config`` reads a file, ``to_toml`` writes one; a record stores ``to_dict`` and ``from_dict`` brings it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import ConfigError, unknown_name
+from .settings import from_dict, load_toml, merge, parse_set, to_dict, to_toml
+
+__all__ = ["CompareConfig", "DataConfig", "ModelConfig", "RunConfig", "StrategyConfig", "TrainConfig", "from_dict",
+           "load_config", "parse_set", "to_dict", "to_toml"]  # fmt: skip
+
+GATES = ("auto", "softmax", "sigmoid", "sqrt_softplus")
+CHECKPOINTING = ("none", "reentrant", "non_reentrant")
+MIXES = ("micro_batch", "sequence")
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only mixture-of-experts language model.
+
+    >>> ModelConfig(experts=8, top_k=9)
+    Traceback (most recent call last):
+    equipoise.errors.ConfigError: expected model.top_k <= model.experts
+      got: top_k = 9, experts = 8
+      do:  lower top_k or raise experts
+    """
+
+    layers: int = 3
+    width: int = 128
+    heads: int = 4
+    head_dim: int = 32
+    experts: int = 16
+    top_k: int = 2
+    expert_hidden: int = 128
+    shared_experts: int = 0  # experts of the same size that see every token
+    gate: str = "auto"  # auto: what the strategy asks for
+    selection_bias: bool = False  # a strategy with ExpertBias turns it on
+    num_groups: int = 1  # group-limited routing: experts in num_groups groups, a token uses top_groups of them
+    top_groups: int = 1
+    normalize_weights: bool = True  # the K routing weights of a token sum to 1
+    weight_scale: float = 1.0  # ... times this
+    vocab_size: int = 2048
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    checkpointing: str = "none"  # recompute layers in backward: none, reentrant, non_reentrant
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "model.", may_be_zero=("shared_experts",))
+        _one_of("gate", self.gate, GATES)
+        _one_of("kind of checkpointing", self.checkpointing, CHECKPOINTING)
+        _require(
+            self.head_dim % 2 == 0,
+            "an even model.head_dim (rotary positions turn pairs)",
+            f"head_dim = {self.head_dim}",
+            "take the next even number",
+        )
+        _require(
+            self.top_k <= self.experts,
+            "model.top_k <= model.experts",
+            f"top_k = {self.top_k}, experts = {self.experts}",
+            "lower top_k or raise experts",
+        )
+        _require(
+            self.experts % self.num_groups == 0,
+            "model.experts divisible by model.num_groups",
+            f"experts = {self.experts}, num_groups = {self.num_groups}",
+            "change one of them",
+        )
+        _require(
+            self.top_groups <= self.num_groups,
+            "model.top_groups <= model.num_groups",
+            f"top_groups = {self.top_groups}, num_groups = {self.num_groups}",
+            "lower top_groups",
+        )
+        reachable = self.experts // self.num_groups * self.top_groups
+        _require(
+            self.top_k <= reachable,
+            "model.top_k experts inside the model.top_groups chosen groups",
+            f"top_k = {self.top_k}, but {self.top_groups} groups hold {reachable} experts",
+            "raise top_groups or lower top_k",
+        )
+        _require(
+            257 <= self.vocab_size <= 65_536,
+            "model.vocab_size of 257 (all bytes) to 65536 (16-bit tokens)",
+            f"vocab_size = {self.vocab_size}",
+            "choose a size in this range, a power of two is fastest",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text, and how it is cut. ``data`` is None for the text that every installation holds."""
+
+    data: str | None = None  # a .jsonl[.gz|.xz|.zst], a parquet file, a folder per domain, a data set on disk
+    domains: tuple[str, ...] = ()  # () = all
+    sequence_length: int = 256
+    mix: str = "micro_batch"  # one domain per micro_batch, or per sequence
+    max_train_tokens: int | None = None  # per domain; None = all
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "data.")
+        _one_of("mix", self.mix, MIXES)
+        _require(
+            self.max_train_tokens is None or self.max_train_tokens > self.sequence_length,
+            "data.max_train_tokens above data.sequence_length",
+            f"max_train_tokens = {self.max_train_tokens}, sequence_length = {self.sequence_length}",
+            "leave it out to use all text",
+        )
+        twice = sorted({name for name in self.domains if self.domains.count(name) > 1})
+        _require(not twice, "each domain once in data.domains", ", ".join(twice), "remove the repetition")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how fast, and what is written down. One step = micro_batches × sequences_per_micro_batch sequences."""
+
+    steps: int = 300
+    micro_batches: int = 8
+    sequences_per_micro_batch: int = 4
+    lr: float = 3e-3
+    min_lr_ratio: float = 0.1  # of lr, at the end of the cosine
+    warmup: int = 20  # steps
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip: float = 1.0  # of the gradient norm; 0 = none
+    precision: str = "bf16"  # products in bf16 with fp32 master weights, or all fp32
+    eval_every: int = 50  # steps; 0 = only at the end
+    eval_sequences: int = 64  # held-out sequences per domain; 0 = all
+    checkpoint_every: int = 100  # steps; 0 = only at the end
+    load_every: int = 5  # steps between stored loads; 0 = never
+    fidelity_every: int = 50  # steps between comparisons of the estimators with ``exact``; 0 = never
+    tensorboard: bool = True
+    threads: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        zero = ("min_lr_ratio", "warmup", "weight_decay", "clip", "eval_every", "eval_sequences", "checkpoint_every",
+                "load_every", "fidelity_every", "seed")  # fmt: skip
+        _check_numbers(self, "train.", may_be_zero=zero)
+        _one_of("precision", self.precision, PRECISIONS)
+        _require(
+            self.min_lr_ratio <= 1,
+            "train.min_lr_ratio <= 1",
+            f"min_lr_ratio = {self.min_lr_ratio}",
+            "it is a fraction of train.lr",
+        )
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            "two train.betas, each in [0, 1)",
+            f"betas = {self.betas}",
+            "0.9 and 0.95 are usual",
+        )
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.micro_batches * self.sequences_per_micro_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """A named list of policies from a file, ``[[strategy]]``; `lab.strategies` says what a policy may hold."""
+
+    name: str
+    policies: tuple[dict[str, Any], ...]
+    gate: str = "softmax"
+
+    def __post_init__(self) -> None:
+        _one_of("gate", self.gate, GATES[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run. ``policies`` is empty when ``strategy`` is a short name, else what the name stands for."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    strategy: str = "global+micro"
+    policies: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Several strategies × seeds on one model and one data order. ``strategy`` holds those that the file defines."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    strategies: tuple[str, ...] = ("micro", "global", "global+micro", "loss-free")
+    seeds: int = 1  # train.seed, train.seed + 1, ...
+    workers: int = 0  # processes at a time; 0 = one per core
+    strategy: tuple[StrategyConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "", may_be_zero=("workers",))
+        _require(bool(self.strategies), "at least one strategy", "none", "name some, e.g. micro,global")
+        twice = sorted({name for name in self.strategies if self.strategies.count(name) > 1})
+        _require(not twice, "each strategy once", ", ".join(twice), "name it once; --seeds repeats a run")
+
+
+C = TypeVar("C", RunConfig, CompareConfig)
+
+
+def load_config(cls: type[C], path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> C:
+    """``cls`` from its defaults, then the TOML file at ``path``, then ``overrides`` {dotted path: value}.
+
+    Raises ConfigError (unknown key, wrong type, settings that exclude each other).
+
+    >>> load_config(RunConfig, overrides={"train.steps": 40, "strategy": "micro"}).train.steps
+    40
+    """
+    file = load_toml(path) if path is not None else {}
+    data = merge(file, overrides or {})
+    defined = file.get("strategy")
+    if isinstance(defined, list):
+        if cls is RunConfig:
+            data = _choose(data, defined)
+        elif "strategies" not in data:
+            data["strategies"] = [one.get("name") for one in defined if isinstance(one, Mapping)]
+    return from_dict(cls, data)
+
+
+def _choose(data: dict[str, Any], defined: list[Any]) -> dict[str, Any]:
+    """A file that defines strategies, read for one run: takes the one that was named, or the only one."""
+    known = {one.name: one for one in (from_dict(StrategyConfig, one, "strategy.") for one in defined)}
+    name = data["strategy"] if isinstance(data["strategy"], str) else next(iter(known)) if len(known) == 1 else None
+    if name is None:
+        raise ConfigError(
+            expected="the strategy to train, one of those that the file defines",
+            got=", ".join(known),
+            do="choose with --strategy NAME",
+        )
+    data["strategy"] = name
+    if name in known:
+        data["policies"] = list(known[name].policies)
+        data["model"] = {"gate": known[name].gate, **data.get("model", {})}
+    return data
+
+
+def _require(holds: bool, expected: str, got: str, do: str) -> None:
+    if not holds:
+        raise ConfigError(expected=expected, got=got, do=do)
+
+
+def _check_numbers(config: Any, table: str, may_be_zero: tuple[str, ...] = ()) -> None:
+    """No setting of the lab means anything below 0, and few do at 0."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            fine = value >= 0 if f.name in may_be_zero else value > 0
+            bound = "of 0 or more" if f.name in may_be_zero else "above 0"
+            _require(fine, f"{table}{f.name} {bound}", f"{f.name} = {value}", "correct the value")
+
+
+def _one_of(kind: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise unknown_name(kind, name, known)
