@@ -1,16 +1,17 @@
 """The run file: typed records, one JSON object a line, written as a run goes and read by every report. No torch.
 
-A line is ``{"kind": ..., **fields}``. The first is the header, which carries the schema version. A line is flushed as
-soon as it is written, so a killed run loses at most the line it was writing; the reader shows what could be read.
+A line is ``{"kind": ..., **fields}``. The first is the header, which carries the schema version. A line goes to the
+file as soon as it is written: a killed run loses at most the line it was writing, and the reader shows all it can read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,11 @@ class Evaluation:
     @property
     def mean_loss(self) -> float:
         """Mean over domains, each with the same weight (nats per token)."""
-        return sum(self.loss.values()) / len(self.loss)
+        return sum(self.loss.values()) / len(self.loss) if self.loss else math.nan
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.mean_loss)
+        return math.inf if self.mean_loss > 700 else math.exp(self.mean_loss)  # exp(710) is no float
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,11 @@ KINDS: dict[str, type] = {
     "header": Header, "step": Step, "load": Load, "fidelity": Fidelity, "evaluation": Evaluation, "end": End,
 }  # fmt: skip
 NAMES = {cls: kind for kind, cls in KINDS.items()}
+PLAIN: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str, "dict": dict, "list": list}
 
 
 class RecordWriter:
-    """Appends records to ``folder/record.jsonl``; each line is on its way to the disk when ``write`` returns.
+    """Appends records to ``folder/record.jsonl``; a line is in the file when ``write`` returns, or no part of it is.
 
     ``keep_until`` drops the records of later steps first: a resumed run writes those steps again.
     """
@@ -132,16 +134,27 @@ class RecordWriter:
         try:
             if keep_until is not None and self.path.exists():
                 _truncate(self.path, keep_until)
-            self._file = open(self.path, "a", encoding="utf-8")
+            broken = _ends_inside_a_line(self.path)
+            self._file = open(self.path, "ab", buffering=0)  # no buffer: nothing is left behind when the disk is full
         except OSError as error:
             raise _cannot_write(self.path, error) from None
+        if broken:
+            self._append(b"\n")
 
     def write(self, record: Record) -> None:
-        line = json.dumps({"kind": NAMES[type(record)], **_finite(asdict(record))}, ensure_ascii=False, allow_nan=False)
+        # ASCII only: a domain name may hold a line separator or bytes of a file name that are not UTF-8
+        line = json.dumps({"kind": NAMES[type(record)], **_finite(asdict(record))}, allow_nan=False)
+        self._append(line.encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        start = self._file.seek(0, os.SEEK_END)
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            rest = memoryview(line)
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
+            with contextlib.suppress(OSError):  # a device cannot be truncated; the reader skips a half line
+                self._file.truncate(start)
             raise _cannot_write(self.path, error) from None
 
     def close(self) -> None:
@@ -187,12 +200,9 @@ def read_run(path: str | Path) -> Run:
                         do="pass the folder of a run that `equipoise train` or `compare` wrote") from None  # fmt: skip
     run: Run | None = None
     problems: list[str] = []
-    for number, record in _parse(text, problems):
+    for number, record in _parse(text, file, problems):
         match record:
             case Header():
-                if record.schema > SCHEMA_VERSION:
-                    raise DataError(expected=f"record schema <= {SCHEMA_VERSION} in {file}", got=f"schema {record.schema}",
-                                    do="update equipoise")  # fmt: skip
                 if run is None:
                     run = Run(file.parent, record, problems=problems)
                 run.end = None  # a resumed part: the earlier end no longer holds
@@ -214,36 +224,72 @@ def read_run(path: str | Path) -> Run:
     return run
 
 
-def _parse(text: str, problems: list[str]) -> Iterator[tuple[int, Record]]:
-    for number, line in enumerate(text.splitlines(), start=1):
+def _parse(text: str, file: Path, problems: list[str]) -> Iterator[tuple[int, Record]]:
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also cut at U+2028 inside a name
         if not line.strip():
             continue
         try:
-            data = json.loads(line)
-            cls = KINDS[data.pop("kind")]
-            known = {f.name for f in fields(cls)}
-            yield number, cls(**{k: v for k, v in data.items() if k in known})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"line {number}: {type(error).__name__}: {str(error)[:80]}")
+            yield number, _record(json.loads(line), file)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if isinstance(error, DataError):
+                raise
+            problems.append(f"line {number}: {str(error)[:120]}")
+
+
+def _record(data: Any, file: Path) -> Record:
+    """One line's record. ValueError says what is wrong with it; fields that this version does not know are left out."""
+    if not isinstance(data, dict) or (kind := data.get("kind")) not in KINDS:
+        raise ValueError(f"not one of the kinds {', '.join(KINDS)}")
+    cls = KINDS[kind]
+    if cls is Header and isinstance(schema := data.get("schema"), int) and schema > SCHEMA_VERSION:
+        raise DataError(expected=f"record schema <= {SCHEMA_VERSION} in {file}", got=f"schema {schema}",
+                        do="update equipoise")  # fmt: skip
+    values = {}
+    for f in fields(cls):
+        if f.name not in data:
+            if f.default is MISSING and f.default_factory is MISSING:
+                raise ValueError(f"{kind} without {f.name!r}")
+            continue
+        value = data[f.name] if cls is Header else _not_a_number(data[f.name])
+        name = str(f.type).partition("[")[0]
+        if not isinstance(value, PLAIN[name]) or isinstance(value, bool):
+            raise ValueError(f"{kind} with {f.name!r} that is no {name}: {value!r}")
+        values[f.name] = value
+    return cls(**values)
+
+
+def _ends_inside_a_line(path: Path) -> bool:
+    """Whether the last line is the half-written one of a killed run: the next record must not be glued to it."""
+    if not path.is_file() or path.stat().st_size == 0:
+        return False
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _truncate(path: Path, keep_until: int) -> None:
-    """Rewrites the file without the records of steps after ``keep_until``; a replace, so a kill leaves one or the other."""
+    """Rewrites the file without the records of steps after ``keep_until``: a kill leaves the old file or the new."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             step = json.loads(line).get("step", 0)
-        except (ValueError, AttributeError):
+            if step <= keep_until:
+                kept.append(line + b"\n")
+        except (ValueError, TypeError, AttributeError):
             continue  # the half-written last line of a killed run
-        if step <= keep_until:
-            kept.append(line)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinity have no JSON form: they become null, and the reports show a gap."""
+    """NaN and infinity have no JSON form: they become null, are read back as NaN, and the reports show a gap."""
     match value:
         case float() if not math.isfinite(value):
             return None
@@ -251,6 +297,18 @@ def _finite(value: Any) -> Any:
             return {k: _finite(v) for k, v in value.items()}
         case list() | tuple():
             return [_finite(v) for v in value]
+    return value
+
+
+def _not_a_number(value: Any) -> Any:
+    """The way back: outside the header no field may be null, so a null is a number that was not finite."""
+    match value:
+        case None:
+            return math.nan
+        case dict():
+            return {k: _not_a_number(v) for k, v in value.items()}
+        case list():
+            return [_not_a_number(v) for v in value]
     return value
 
 
