@@ -1,0 +1,70 @@
+# Everything a developer or a user of a clone types; `make help` lists it. Needs Python 3.11 or newer, nothing else.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN      = $(VENV)/bin
+EXTRAS   = lab,hf,report,dev
+TORCH   ?= 2.13.0
+ARGS    ?=
+
+# One thread a process: the tests run in as many processes as there are cores.
+TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PIP      = $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help env compare test check format bench lock clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@echo
+	@echo '  ARGS="..." goes to the command, e.g.  make compare ARGS="--quick"   make test ARGS="-k config"'
+	@echo '  PYTHON=python3.12 chooses the Python that .venv is made with'
+
+env: $(VENV)/.installed  ## make .venv with the exact packages of requirements.lock
+
+compare: env  ## train the strategies side by side on the text of this machine, write a report
+	$(BIN)/equipoise compare $(ARGS)
+
+test: env  ## all tests, the examples in the docstrings among them
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto $(ARGS)
+
+check: env  ## ruff (lint and format) and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: env  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: env  ## the speed of the MoE layer against F.grouped_mm
+	$(BIN)/python benchmarks/moe_layer.py $(ARGS)
+
+# The pins are what pip chooses today in an empty environment; a local version (+cpu) is where this machine found a
+# package and not part of the pin.
+lock:  ## choose all versions again and write requirements.lock
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install "torch==$(TORCH)" ".[$(EXTRAS)]"
+	{ echo "# Written by \`make lock\`: what \`make env\` installs."; \
+	  build/lock/bin/python -m pip freeze --exclude equipoise | sed 's/+[a-z0-9.]*$$//'; } > build/requirements.lock
+	mv build/requirements.lock requirements.lock
+	rm -rf build/lock
+
+clean:  ## remove .venv and every cache; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is made once, from nothing, and made again when the lock changes.
+$(VENV)/.locked: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "make: expected Python 3.11 or newer as $(PYTHON)"; \
+	  echo "  got: $$($(PYTHON) --version 2>&1 | head -n 1)"; \
+	  echo "  do:  name another one, e.g. make $(or $(MAKECMDGOALS),env) PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --quiet --requirement requirements.lock
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.locked pyproject.toml
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
