@@ -137,7 +137,7 @@ def parse_strategy(text: str) -> Strategy:
                     got=repr(text),
                     do=f"write global@{values[0]:g}+micro (1 % of it) or global@{COEFFICIENT}+micro@{values[0]:g}",
                 )
-        before = (name, bool(values), specs)
+        before = (name, bool(values or words), specs)
         policies += specs
         gates |= {gate} if gate else set()
     return Strategy(text, tuple(policies), _one_gate(gates, text))
