@@ -1,1 +1,33 @@
 """Load balancing for mixture-of-experts training, exact for every way to cut a batch."""
+
+from __future__ import annotations
+
+from .balancer import Balancer
+from .collectives import Collective, Local
+from .errors import ConfigError, DataError, EquipoiseError, InputError, OutputError, StateError
+from .functional.routing import Routing
+from .layers import Experts, MoE, Router
+from .policies import AuxLoss, ExpertBias, Sequences, Switch, ZLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuxLoss",
+    "Balancer",
+    "Collective",
+    "ConfigError",
+    "DataError",
+    "EquipoiseError",
+    "ExpertBias",
+    "Experts",
+    "InputError",
+    "Local",
+    "MoE",
+    "OutputError",
+    "Router",
+    "Routing",
+    "Sequences",
+    "StateError",
+    "Switch",
+    "ZLoss",
+]

@@ -1,0 +1,387 @@
+"""The balancer: finds a model's routers, binds policies to them at each backward, and commits once per optimizer step."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .collectives import Collective, Local
+from .errors import ConfigError, InputError, StateError
+from .meter import Meter, Plan
+from .policies.expert_bias import ExpertBias
+from .policies.losses import AuxLoss, ZLoss
+from .policies.switch import Policy, timeline
+from .pressure import Layer, MicroStep, write_pressure
+from .readout import Committed, fidelity, metrics
+from .watch import Watch
+
+__all__ = ["Balancer"]
+
+
+class Balancer:
+    """Keeps the experts of a model evenly loaded. One object, one line per step: ``loss = balancer.tap(loss)``.
+
+    Args:
+        model: any module with ``equipoise.layers.Router`` inside.
+        policies: what measures and what pushes; their gradients add up (see ``equipoise.policies``).
+        optimizer: whose step ends a step. Default: the torch optimizer that holds the routers' parameters, found when it steps.
+        reduction: how the engine's losses of a step combine: "mean" (each is a mean; the engine averages them over
+            micro-batches and ranks) or "sum" (they add up to the step's loss; needs ``begin_step(tokens=)``).
+        measure_estimators: compare prefix, previous and ema with the exact f at every step; see ``fidelity()``.
+        gradient_norms: measure each policy's gradient against the language model's at the routers.
+
+    Raises:
+        ConfigError: no policy, no router, an unknown name, or a bias rule that is known to fail with the router's gate.
+        StateError: the model already has a balancer; later, an order of calls that would train something else than asked.
+
+    >>> from equipoise import AuxLoss, Balancer, MoE
+    >>> model = MoE(dim=8, hidden=16, num_experts=4, top_k=2)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> balancer = Balancer(model, [AuxLoss("global_batch", coef=1e-2)])
+    >>> loss = balancer.tap(model(torch.randn(2, 6, 8)).square().mean())  # the identity; learns the scale of the loss
+    >>> loss.backward()
+    >>> optimizer.step()
+    >>> balancer.metrics()["balance/tokens"]
+    12.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        policies: Sequence[Policy],
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        collective: Collective | None = None,
+        reduction: str = "mean",
+        measure_estimators: bool = False,
+        gradient_norms: bool = True,
+    ) -> None:
+        if reduction not in ("mean", "sum"):
+            raise ConfigError(expected="reduction: 'mean' or 'sum'", got=repr(reduction), do="most loops average: 'mean'")
+        self.policies = list(policies)
+        self._timeline = timeline(self.policies)
+        self._reduction = reduction
+        self._collective: Collective = collective or Local()
+        self._layers = _attach(model, self._timeline, measure_estimators, gradient_norms)
+        self._estimators = ("prefix", "previous", "ema") if measure_estimators else ()
+        self._step = 0
+        self._skipped = 0
+        self._micro_steps = 0
+        self._declared: tuple[float | None, int | None] = (None, None)
+        self._committed: list[Committed] | None = None
+        self._fidelity: dict[str, dict[str, float]] | None = None
+        self._watch = Watch(model, self._layers)
+        self._hooks = self._listen(optimizer)
+        if not any(layer.trainable for layer in self._layers):
+            warnings.warn("every router of this model is frozen: loads are measured, nothing is pushed", stacklevel=2)
+
+    # ---------------------------------------------------------------- a training step, in order
+
+    def begin_step(self, *, tokens: float | None = None, micro_batches: int | None = None) -> None:
+        """Declares the valid router tokens of the coming step, over all ranks and micro-batches, where batches are uneven.
+
+        Without it every micro-batch weighs the same, which is exact when all have equally many tokens. With
+        reduction "mean", ``micro_batches`` (per rank) is needed too, and checked at the step.
+        """
+        self._drop_if_gradients_were()
+        if self._micro_steps:
+            raise StateError(expected="begin_step before the first micro-batch of a step",
+                             got=f"{self._micro_steps} micro-batches already tapped", do="call it right after optimizer.step(); after a skipped step call balancer.discard()")  # fmt: skip
+        if tokens is not None and not tokens > 0:
+            raise InputError(expected="tokens > 0", got=repr(tokens), do="count the router's valid tokens of the step")
+        if tokens is not None and micro_batches is None and self._reduction == "mean":
+            raise InputError(expected="micro_batches beside tokens, because the losses are means", got="tokens alone",
+                             do="begin_step(tokens=..., micro_batches=M), or Balancer(reduction='sum')")  # fmt: skip
+        self._declared = (tokens, micro_batches)
+
+    @property
+    def needs_counting(self) -> bool:
+        """Whether a step of several micro-batches needs a counting pass: estimator "exact", scope "shuffle"."""
+        return any(isinstance(t.policy, AuxLoss) and t.policy.needs_counting and t.active(self._step) for t in self._timeline)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Around one forward of every micro-batch of the step, before the step: no gradient, random numbers replayed.
+
+        The model stays in training mode, so that dropout draws what it will draw again.
+        """
+        self._drop_if_gradients_were()
+        if self._micro_steps:
+            raise StateError(expected="the counting pass before the first micro-batch of a step",
+                             got=f"{self._micro_steps} micro-batches already tapped", do="count first, then train")  # fmt: skip
+        for layer in self._layers:
+            layer.forget_step()
+            layer.meter.pool = []
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                yield
+        except BaseException:
+            self.discard()
+            raise
+        taken = [layer.meter.take()[0] for layer in self._layers]
+        for layer, counted in zip(self._layers, self._sum(taken), strict=True):
+            layer.counted = counted
+            layer.history.counted_E = counted[: layer.meter.plan.num_experts]
+
+    def tap(self, loss: Tensor, *, scale: float | None = None) -> Tensor:
+        """Returns ``loss`` unchanged. Its backward, which runs before every router's, binds the policies to the step.
+
+        Args:
+            loss: the scalar that the engine scales and calls backward on: the tap learns 1/M and GradScaler's scale
+                from the gradient that arrives. Without gradient (evaluation) nothing happens.
+            scale: for a pipeline stage without the loss: tap its output activations with the scale said explicitly.
+        """
+        if not (torch.is_grad_enabled() and loss.requires_grad):
+            for layer in self._layers:
+                layer.meter.clear_slots()
+            return loss
+        if scale is None and loss.numel() != 1:
+            raise InputError(expected="a scalar loss", got=f"shape {tuple(loss.shape)}",
+                             do="tap the mean loss, or pass scale= with a stage's activations")  # fmt: skip
+        taken = [layer.meter.take() for layer in self._layers]
+        return _Tap.apply(loss, self, taken, scale)
+
+    def discard(self) -> None:
+        """Forgets the micro-batches since the last step: after out-of-memory, or with ``zero_grad`` without a step."""
+        for layer in self._layers:
+            layer.forget_step()
+        self._micro_steps = 0
+        self._declared = (None, None)
+        self._watch.step_is_over()
+
+    # ---------------------------------------------------------------- what it learnt
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps committed so far."""
+        return self._step
+
+    def metrics(self) -> dict[str, float]:
+        """The last committed step as flat names: loss and gradient_ratio per policy, MaxVio per scope, dead experts, ...
+
+        ``balance/policy_0/loss`` is 1 in balance; ``.../gradient_ratio`` is the norm of the policy's gradient at the
+        router logits over that of the language-model loss; ``balance/maxvio_micro_batch`` and ``_sequence`` are means.
+        """
+        return metrics(self._last(), self._timeline, self._step - 1, self._skipped)
+
+    def load(self) -> list[Tensor]:
+        """Counts of the last committed global batch, one (E,) int64 tensor a layer."""
+        return [layer.counts_E.to(torch.int64) for layer in self._last()]
+
+    def fidelity(self) -> dict[str, dict[str, float]] | None:
+        """Of the last step: relative_error and cosine of each estimator's gradient against exact; None if not measured."""
+        return self._fidelity
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step needs and the model does not hold: the step, previous and ema loads, bias momentum.
+
+        Micro-batches since the last step are left out, as their gradients are from every checkpoint.
+        """
+        layers = {}
+        for layer in self._layers:
+            history = layer.history
+            layers[layer.name] = {
+                "previous_E": history.previous_E,
+                "ema": [(decay, history.ema_weight[decay], ema_E) for decay, ema_E in history.ema_E.items()],
+                "momentum": sorted(layer.momentum.items()),
+            }
+        return {"version": 1, "step": self._step, "skipped": self._skipped, "layers": layers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ConfigError when the state is of another model."""
+        names = [layer.name for layer in self._layers]
+        if state.get("version") != 1 or sorted(state["layers"]) != sorted(names):
+            raise ConfigError(expected=f"the balancer state of routers {names}",
+                              got=f"version {state.get('version')} of {sorted(state.get('layers', ()))}",
+                              do="load the checkpoint of this model")  # fmt: skip
+        self.discard()
+        self._step, self._skipped = state["step"], state["skipped"]
+        for layer in self._layers:
+            saved, history, device = state["layers"][layer.name], layer.history, layer.meter.pressure.device
+            history.previous_E = None if saved["previous_E"] is None else saved["previous_E"].to(device)
+            history.ema_E = {decay: ema_E.to(device) for decay, _, ema_E in saved["ema"]}
+            history.ema_weight = {decay: weight for decay, weight, _ in saved["ema"]}
+            layer.momentum = {place: momentum_E.to(device) for place, momentum_E in saved["momentum"]}
+
+    def step(self) -> None:
+        """Commits a step by hand: only for optimizers that are no ``torch.optim.Optimizer``, right after they stepped."""
+        self._commit()
+
+    def remove(self) -> None:
+        """Detaches from the model and the optimizers; biases stay where they are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._watch.remove()
+        for layer in self._layers:
+            layer.router.meter = None
+
+    # ---------------------------------------------------------------- backward and the optimizer call these
+
+    def _bind(self, scale: Tensor, taken: list[tuple[Tensor, Tensor]], repeat: bool) -> None:
+        """The start of a backward: one collective at most, then the pressure of every router."""
+        if not repeat:
+            self._drop_if_gradients_were()
+            self._watch.check_no_unseen_step(self._micro_steps)
+            self._micro_steps += 1
+        if self._reduction == "sum" and self._declared[0] is None and self._layers[0].counted is None:
+            raise StateError(expected="the step's tokens, because the losses add up (reduction='sum')", got="no begin_step",
+                             do="call balancer.begin_step(tokens=...) before the first micro-batch")  # fmt: skip
+        micro = MicroStep(self._step, self._micro_steps, scale.detach(), self._reduction, *self._declared,
+                          self._collective.size, repeat)  # fmt: skip
+        counts = [t[: layer.meter.plan.num_experts] for layer, (t, _) in zip(self._layers, taken, strict=True)]
+        if any(isinstance(t.policy, AuxLoss) and t.policy.needs_current and t.active(self._step) for t in self._timeline):
+            counts = self._sum(counts)
+        for layer, (statistics, gram_EE), global_E in zip(self._layers, taken, counts, strict=True):
+            write_pressure(layer, self._timeline, statistics, gram_EE, global_E, micro, () if repeat else self._estimators)
+
+    def _drop_if_gradients_were(self) -> None:
+        """A step that was skipped (GradScaler) or zeroed leaves no trace here either."""
+        if self._micro_steps and self._watch.gradients_were_dropped():
+            self._skipped += 1
+            self.discard()
+
+    def _end_backward(self) -> None:
+        """Recompute proposed again what was already taken: forget it."""
+        for layer in self._layers:
+            layer.meter.clear_slots()
+
+    def _check_before_step(self) -> None:
+        pushes = any(isinstance(t.policy, AuxLoss | ZLoss) and t.active(self._step) for t in self._timeline)
+        counted = any(layer.meter.leaf.grad is not None for layer in self._layers)
+        if self._micro_steps == 0 and pushes and any(layer.trainable for layer in self._layers):
+            raise StateError(
+                expected="loss = balancer.tap(loss) before backward in every step",
+                got="an optimizer step whose backward passed no tap" if counted else
+                    "an optimizer step without a tapped backward of the balanced layers in training mode",
+                do="tap the loss, put the model in train() mode, or balancer.remove() to train without balance",
+            )  # fmt: skip
+        if self._micro_steps == 0 and not counted:
+            raise StateError(expected="a backward through the routers in training mode before the step", got="none",
+                             do="call model.train(), or balancer.remove() to train without balance")  # fmt: skip
+        declared = self._declared[1]
+        if declared is not None and declared != self._micro_steps:
+            raise StateError(expected=f"{declared} micro-batches, as begin_step said", got=f"{self._micro_steps} tapped",
+                             do="declare what the step has: the balance gradient was scaled by it")  # fmt: skip
+
+    def _commit(self) -> None:
+        """The only place where state changes: one sum over ranks for all layers, then histories, biases, metrics."""
+        self._check_before_step()
+        sums = self._sum([_step_sums(layer) for layer in self._layers])
+        decays = {t.policy.decay for t in self._timeline if isinstance(t.policy, AuxLoss) and t.policy.estimator == "ema"}
+        self._committed = []
+        with torch.no_grad():
+            for layer, summed in zip(self._layers, sums, strict=True):
+                plan = layer.meter.plan
+                statistics, values = summed[: plan.size], summed[plan.size :]
+                self._move_bias(layer, statistics[: plan.num_experts])
+                bias_E = layer.router.expert_bias
+                self._committed.append(Committed(layer.name, plan, statistics, values, None if bias_E is None else bias_E.clone()))
+        if self._estimators and all(layer.step_fidelity for layer in self._layers):
+            self._fidelity = fidelity([layer.step_fidelity for layer in self._layers], [c.counts_E for c in self._committed])
+        for layer, committed in zip(self._layers, self._committed, strict=True):
+            layer.history.commit(committed.counts_E, decays | ({0.9} if self._estimators else set()))
+        self._step += 1
+        self.discard()
+
+    def _move_bias(self, layer: Layer, counts_E: Tensor) -> None:
+        if not layer.trainable:  # a frozen router must go on choosing the same experts (B48)
+            return
+        for place, timed in enumerate(self._timeline):
+            if isinstance(timed.policy, ExpertBias) and timed.active(self._step):
+                momentum_E = layer.momentum.get(place, torch.zeros_like(counts_E))
+                bias_E, layer.momentum[place] = timed.policy.step(layer.router.expert_bias, counts_E, momentum_E, self._step)
+                layer.router.expert_bias.copy_(bias_E)
+
+    def _last(self) -> list[Committed]:
+        if self._committed is None:
+            raise StateError(expected="a committed optimizer step", got="none yet", do="call this after optimizer.step()")
+        return self._committed
+
+    def _sum(self, tensors: list[Tensor]) -> list[Tensor]:
+        """One collective for all layers, whatever their number of experts."""
+        flat = self._collective.sum(torch.cat(tensors))
+        return list(flat.split([t.numel() for t in tensors]))
+
+    def _listen(self, optimizer: torch.optim.Optimizer | None) -> list[Any]:
+        """Hooks that hold the balancer weakly: it ends with its last user, not with the process."""
+        me = weakref.ref(self)
+
+        def before(stepping: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+            balancer = me()
+            has_closure = bool(args) or kwargs.get("closure") is not None
+            if balancer and not has_closure and (optimizer is stepping or optimizer is None and balancer._watch.owns(stepping)):
+                balancer._check_before_step()
+
+        def after(stepping: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+            balancer = me()
+            if balancer and (optimizer is stepping or optimizer is None and balancer._watch.owns(stepping)):
+                balancer._commit()
+
+        if optimizer is not None:
+            return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+        hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+        for hook in hooks:
+            weakref.finalize(self, hook.remove)
+        return hooks
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, balancer, taken, scale):
+        ctx.balancer, ctx.taken, ctx.scale, ctx.seen = balancer, taken, scale, False
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx, grad):
+        scale = grad if ctx.scale is None else grad.new_full((), ctx.scale)
+        ctx.balancer._bind(scale, ctx.taken, repeat=ctx.seen)
+        ctx.seen = True
+        torch.autograd.Variable._execution_engine.queue_callback(ctx.balancer._end_backward)
+        return grad, None, None, None
+
+
+def _attach(model: nn.Module, timed: list, measure_estimators: bool, gradient_norms: bool) -> list[Layer]:
+    """A meter for every router, and the policies checked against it before anything is changed."""
+    if not timed:
+        raise ConfigError(expected="at least one policy", got="none", do='for example [AuxLoss(scope="global_batch", coef=1e-2)]')
+    routers = [(name, m) for name, m in model.named_modules() if hasattr(m, "meter") and hasattr(m, "num_experts")]
+    if not routers:
+        raise ConfigError(expected="a model with MoE layers", got=f"{type(model).__name__} without a router",
+                          do="build its feed-forward layers from equipoise.MoE or equipoise.Router")  # fmt: skip
+    biases = [t.policy for t in timed if isinstance(t.policy, ExpertBias)]
+    for name, router in routers:
+        if router.meter is not None:
+            raise StateError(expected="one balancer per model", got=f"router {name!r} already has one",
+                             do="pass all policies to one Balancer, or call remove() on the first")  # fmt: skip
+        for policy in biases:
+            policy.check_gate(router.gate, router.num_experts)
+    terms = tuple(t.policy.term for t in timed if isinstance(t.policy, AuxLoss))
+    layers = []
+    for name, router in routers:
+        if biases:
+            router.enable_selection_bias()
+        has_z_loss = any(isinstance(t.policy, ZLoss) for t in timed)
+        plan = Plan(router.num_experts, router.top_k, router.gate, terms, has_z_loss, gradient_norms, measure_estimators)
+        router.meter = Meter(plan, next(router.parameters()).device)
+        layers.append(Layer(name, router, router.meter))
+        layers[-1].forget_step()
+    return layers
+
+
+def _step_sums(layer: Layer) -> Tensor:
+    """What the leaf collected, or what forward proposed where autograd left the leaf alone (``backward(inputs=...)``)."""
+    plan, leaf = layer.meter.plan, layer.meter.leaf
+    counted = torch.zeros_like(leaf.detach()) if leaf.grad is None else leaf.grad
+    if layer.step_taken is not None:
+        missing = counted[plan.at("calls")] == 0
+        proposed = torch.cat([layer.step_taken, layer.step_taken.new_zeros(plan.size - plan.forward_size)])
+        counted = torch.where(missing, proposed, counted)
+    values = layer.step_values if layer.step_values is not None else counted.new_zeros(len(plan.terms))
+    return torch.cat([counted, values])

@@ -1,0 +1,25 @@
+"""The maths of routing and balancing: pure functions, tensors in and tensors out."""
+
+from __future__ import annotations
+
+from .losses import balance_loss, load_fractions, segment_counts, sequence_segments, z_loss
+from .metrics import (
+    cv,
+    dead_experts,
+    efficiency,
+    gini,
+    maxvio,
+    maxvio_noise_floor,
+    min_max_ratio,
+    mutual_information,
+    normalized_entropy,
+)
+from .routing import GATES, Routing, gate_probs, gate_scores, route
+from .updates import center, momentum_step, proportional_step, rms_step, sign_step, violation
+
+__all__ = [
+    "GATES", "Routing", "balance_loss", "center", "cv", "dead_experts", "efficiency", "gate_probs", "gate_scores",
+    "gini", "load_fractions", "maxvio", "maxvio_noise_floor", "min_max_ratio", "momentum_step", "mutual_information",
+    "normalized_entropy", "proportional_step", "rms_step", "route", "segment_counts", "sequence_segments", "sign_step",
+    "violation", "z_loss",
+]  # fmt: skip

@@ -1,0 +1,98 @@
+"""Balance losses and z-loss as plain functions with autograd: the formulas that the fused paths are tested against.
+
+One convention everywhere: load fractions f are divided by K, so f sums to 1 and perfect balance has the value 1.
+f carries no gradient; P does (GShard; Demons in the Detail, arXiv 2501.11873, eq. 2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+__all__ = ["balance_loss", "load_fractions", "segment_counts", "sequence_segments", "z_loss"]
+
+
+def load_fractions(counts_E: Tensor) -> Tensor:
+    """f = counts / (K T), (..., E): sums to 1. All zero where nothing was counted, so that an empty batch pushes nothing.
+
+    >>> load_fractions(torch.tensor([3, 1, 0, 0]))
+    tensor([0.7500, 0.2500, 0.0000, 0.0000], dtype=torch.float64)
+    """
+    counts_E = counts_E.double()
+    return counts_E / counts_E.sum(dim=-1, keepdim=True).clamp(min=1)
+
+
+def sequence_segments(num_sequences: int, length: int, per_segment: int = 1, device: torch.device | str | None = None) -> Tensor:
+    """Segment of each token, (num_sequences * length,), when ``per_segment`` neighbouring sequences share one f.
+
+    >>> sequence_segments(3, 2, per_segment=2)
+    tensor([0, 0, 0, 0, 1, 1])
+    """
+    return torch.arange(num_sequences * length, device=device) // (length * per_segment)
+
+
+def segment_counts(expert_ids_TK: Tensor, num_experts: int, segment_T: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
+    """Counts of each segment, (S, E) int64, S = highest segment + 1. Masked tokens (False) are not counted.
+
+    >>> segment_counts(torch.tensor([[0], [1], [1]]), 2, torch.tensor([0, 1, 1]))
+    tensor([[1, 0],
+            [0, 2]])
+    """
+    num_segments = int(segment_T.max()) + 1 if segment_T.numel() else 1
+    one_T = torch.ones_like(segment_T) if token_mask_T is None else token_mask_T.to(segment_T.dtype)
+    flat_TK = segment_T.unsqueeze(1) * num_experts + expert_ids_TK
+    counts = torch.zeros(num_segments * num_experts, dtype=torch.int64, device=expert_ids_TK.device)
+    ones_TK = one_T.unsqueeze(1).expand_as(expert_ids_TK)
+    return counts.scatter_add_(0, flat_TK.reshape(-1), ones_TK.reshape(-1)).view(num_segments, num_experts)
+
+
+def balance_loss(
+    probs_TE: Tensor,
+    expert_ids_TK: Tensor,
+    *,
+    segment_T: Tensor | None = None,
+    token_mask_T: Tensor | None = None,
+    counts_E: Tensor | None = None,
+) -> Tensor:
+    """Mean over valid tokens of E <f, p_t>: a scalar, 1 at perfect balance.
+
+    f is measured over the token's own segment: one segment (the default) is the micro-batch, ``sequence_segments`` gives
+    sequences or n of them, document numbers give documents in a pack. ``counts_E`` replaces f by that of other tokens:
+    a whole global batch, for the global-batch loss (arXiv 2501.11873, eq. 4-6).
+
+    Raises InputError when both ``segment_T`` and ``counts_E`` are given. No valid token: the value is 0, its gradient 0.
+
+    >>> probs = torch.full((4, 2), 0.5)
+    >>> balance_loss(probs, torch.tensor([[0], [0], [1], [1]]))
+    tensor(1.)
+    """
+    if segment_T is not None and counts_E is not None:
+        raise InputError(expected="one source of f", got="both segment_T and counts_E", do="pass one of them")
+    tokens, num_experts = probs_TE.shape
+    if counts_E is None:
+        if segment_T is None:
+            segment_T = torch.zeros(tokens, dtype=torch.int64, device=probs_TE.device)
+        fraction_SE = load_fractions(segment_counts(expert_ids_TK, num_experts, segment_T, token_mask_T))
+        fraction_TE = fraction_SE.to(probs_TE.dtype)[segment_T]
+    else:
+        fraction_TE = load_fractions(counts_E).to(probs_TE.dtype).expand_as(probs_TE)
+    return _token_mean(num_experts * (fraction_TE * probs_TE).sum(dim=-1), token_mask_T)
+
+
+def z_loss(logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
+    """Mean over valid tokens of logsumexp(z)^2 (ST-MoE, arXiv 2202.08906, eq. 5): keeps logits small. A scalar.
+
+    >>> z_loss(torch.zeros(3, 1))
+    tensor(0.)
+    """
+    logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    return _token_mean(logits_TE.logsumexp(dim=-1).square(), token_mask_T)
+
+
+def _token_mean(value_T: Tensor, token_mask_T: Tensor | None) -> Tensor:
+    if token_mask_T is None:
+        return value_T.sum() / max(value_T.numel(), 1)
+    mask_T = token_mask_T.to(value_T.dtype)
+    return (value_T * mask_T).sum() / mask_T.sum().clamp(min=1)

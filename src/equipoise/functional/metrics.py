@@ -1,0 +1,129 @@
+"""How even a load is, and how much an expert knows about a domain: pure functions of counts, all on (..., E) tensors.
+
+Every function returns fp64 and gives its value for perfect balance where nothing was counted.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["cv", "dead_experts", "efficiency", "gini", "maxvio", "maxvio_noise_floor", "min_max_ratio",
+           "mutual_information", "normalized_entropy"]  # fmt: skip
+
+
+def maxvio(counts_E: Tensor) -> Tensor:
+    """max / mean - 1, (...): 0 in balance, E - 1 when one expert gets all (arXiv 2408.15664, eq. 4).
+
+    >>> maxvio(torch.tensor([3, 1, 0, 0]))
+    tensor(2., dtype=torch.float64)
+    """
+    counts_E, mean = _with_mean(counts_E)
+    return torch.where(mean > 0, counts_E.amax(dim=-1) / mean.clamp(min=1e-30) - 1, 0.0)
+
+
+def cv(counts_E: Tensor) -> Tensor:
+    """Coefficient of variation, std / mean with the population std, (...): 0 in balance.
+
+    >>> cv(torch.tensor([3, 1]))
+    tensor(0.5000, dtype=torch.float64)
+    """
+    counts_E, mean = _with_mean(counts_E)
+    return torch.where(mean > 0, counts_E.std(dim=-1, correction=0) / mean.clamp(min=1e-30), 0.0)
+
+
+def normalized_entropy(counts_E: Tensor) -> Tensor:
+    """- sum f ln f / ln E, (...): 1 in balance, 0 when one expert gets all. One expert alone counts as balanced.
+
+    >>> normalized_entropy(torch.tensor([[1, 1], [5, 0]]))
+    tensor([1., 0.], dtype=torch.float64)
+    """
+    counts_E, mean = _with_mean(counts_E)
+    num_experts = counts_E.shape[-1]
+    if num_experts == 1:
+        return torch.ones_like(mean)
+    fraction_E = counts_E / counts_E.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    entropy = torch.xlogy(fraction_E, fraction_E).sum(dim=-1).abs() / math.log(num_experts)
+    return torch.where(mean > 0, entropy, 1.0)
+
+
+def gini(counts_E: Tensor) -> Tensor:
+    """Gini coefficient, (...): 0 in balance, (E - 1) / E when one expert gets all.
+
+    >>> gini(torch.tensor([0, 0, 0, 8]))
+    tensor(0.7500, dtype=torch.float64)
+    """
+    counts_E, mean = _with_mean(counts_E)
+    num_experts = counts_E.shape[-1]
+    rank_E = torch.arange(1, num_experts + 1, dtype=torch.float64, device=counts_E.device)
+    weighted = ((2 * rank_E - num_experts - 1) * counts_E.sort(dim=-1).values).sum(dim=-1)
+    return torch.where(mean > 0, weighted / (num_experts**2 * mean.clamp(min=1e-30)), 0.0)
+
+
+def dead_experts(counts_E: Tensor, below: float = 0.0) -> Tensor:
+    """Number of experts with no choice at all, or with at most ``below`` times the mean load, (...) int64.
+
+    >>> dead_experts(torch.tensor([4, 0, 1, 3])), dead_experts(torch.tensor([4, 0, 1, 3]), below=0.5)
+    (tensor(1), tensor(2))
+    """
+    counts_E, mean = _with_mean(counts_E)
+    return torch.where(mean > 0, (counts_E <= below * mean.unsqueeze(-1)).sum(dim=-1), 0)
+
+
+def min_max_ratio(counts_E: Tensor) -> Tensor:
+    """min / max load, (...): 1 in balance, 0 with a dead expert.
+
+    >>> min_max_ratio(torch.tensor([2, 4]))
+    tensor(0.5000, dtype=torch.float64)
+    """
+    counts_E, mean = _with_mean(counts_E)
+    return torch.where(mean > 0, counts_E.amin(dim=-1) / counts_E.amax(dim=-1).clamp(min=1e-30), 1.0)
+
+
+def efficiency(counts_E: Tensor) -> Tensor:
+    """mean / max load, (...): the share of the time that experts work when all wait for the busiest; 1 / (1 + MaxVio).
+
+    >>> efficiency(torch.tensor([2, 4]))
+    tensor(0.7500, dtype=torch.float64)
+    """
+    return 1 / (1 + maxvio(counts_E))
+
+
+def maxvio_noise_floor(tokens: int, top_k: int, num_experts: int) -> float:
+    """MaxVio that perfectly uniform random routing would show: sqrt(2 ln E / mean load). Print it beside every MaxVio.
+
+    The bound on the expected maximum of E Gaussians with the Poisson variance of the mean load.
+
+    >>> round(maxvio_noise_floor(2048 * 64 // 8, 8, 64), 3)
+    0.064
+    """
+    if tokens <= 0 or num_experts <= 1:
+        return 0.0
+    return math.sqrt(2 * math.log(num_experts) * num_experts / (tokens * top_k))
+
+
+def mutual_information(counts_DE: Tensor, *, equal_domains: bool = True) -> Tensor:
+    """I(expert; domain) in nats from counts (..., D, E): 0 when every domain uses the experts alike, at most ln D.
+
+    ``equal_domains`` gives each domain the same weight, whatever text there was of it. A small sample is biased upwards
+    by about (E - 1)(D - 1) / (2 N): compare with shuffled domain labels.
+
+    >>> mutual_information(torch.tensor([[5, 0], [0, 7]]))
+    tensor(0.6931, dtype=torch.float64)
+    """
+    counts_DE = counts_DE.double()
+    given_DE = counts_DE / counts_DE.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    weight_D = counts_DE.sum(dim=-1)
+    if equal_domains:
+        weight_D = (weight_D > 0).double()
+    weight_D = weight_D / weight_D.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    overall_E = (weight_D.unsqueeze(-1) * given_DE).sum(dim=-2)
+    within = -(weight_D * torch.xlogy(given_DE, given_DE).sum(dim=-1)).sum(dim=-1)
+    return (-torch.xlogy(overall_E, overall_E).sum(dim=-1) - within).clamp(min=0.0)
+
+
+def _with_mean(counts_E: Tensor) -> tuple[Tensor, Tensor]:
+    counts_E = counts_E.double()
+    return counts_E, counts_E.mean(dim=-1)

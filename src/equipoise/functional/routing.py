@@ -1,0 +1,233 @@
+"""Scores, selection and weights of a router: which K of E experts each token goes to, and how much of each it takes.
+
+Shapes: T tokens, E experts, K experts per token, G groups of E/G experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigError, InputError, unknown_name
+
+__all__ = ["GATES", "Routing", "check_routing", "choose", "count_choices", "gate_log_scores", "gate_probs", "gate_scores",
+           "gate_slope", "route", "select_experts"]  # fmt: skip
+
+GATES = ("softmax", "sigmoid", "sqrt_softplus")
+
+
+class Routing(NamedTuple):
+    """What a router decided: weights_TK (sum of the experts' outputs), expert_ids_TK (int64), logits_TE, counts_E (int64)."""
+
+    weights_TK: Tensor
+    expert_ids_TK: Tensor
+    logits_TE: Tensor
+    counts_E: Tensor
+
+
+def gate_scores(logits_TE: Tensor, gate: str = "softmax") -> Tensor:
+    """Affinity of every token to every expert, (T, E), in fp32 or wider; only softmax sums to 1 over the experts.
+
+    ``sigmoid`` is DeepSeek-V3's gate, ``sqrt_softplus`` DeepSeek-V4's.
+
+    >>> gate_scores(torch.zeros(1, 4))
+    tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    z_TE = _wide(logits_TE)
+    match gate:
+        case "softmax":
+            return z_TE.softmax(dim=-1)
+        case "sigmoid":
+            return z_TE.sigmoid()
+        case "sqrt_softplus":
+            return F.softplus(z_TE).sqrt()
+    raise unknown_name("gate", gate, GATES)
+
+
+def gate_log_scores(logits_TE: Tensor, gate: str = "softmax") -> Tensor:
+    """Logarithm of the un-normalised score, exact where the score itself underflows (z = -110 in fp32).
+
+    For softmax this is the logit itself: exp(z) is its un-normalised score.
+
+    >>> gate_log_scores(torch.tensor([-200.0]), "sigmoid")
+    tensor([-200.])
+    """
+    z_TE = _wide(logits_TE)
+    match gate:
+        case "softmax":
+            return z_TE
+        case "sigmoid":
+            return F.logsigmoid(z_TE)
+        case "sqrt_softplus":  # softplus(z) -> exp(z) far below zero, where its logarithm is z
+            return 0.5 * torch.where(z_TE < -20, z_TE, F.softplus(z_TE.clamp(min=-20)).log())
+    raise unknown_name("gate", gate, GATES)
+
+
+def gate_probs(logits_TE: Tensor, gate: str = "softmax") -> Tensor:
+    """Gate probabilities p = g(z) / sum g(z), (T, E): what every balance loss calls P. Normalised in log space.
+
+    >>> gate_probs(torch.tensor([[-110.0, -110.0]]), "sigmoid")
+    tensor([[0.5000, 0.5000]])
+    """
+    return gate_log_scores(logits_TE, gate).softmax(dim=-1)
+
+
+def gate_slope(logits_TE: Tensor, gate: str) -> Tensor:
+    """d log g(z) / dz, (T, E): the factor between a softmax gate's gradient and this gate's.
+
+    >>> gate_slope(torch.zeros(1), "sigmoid")
+    tensor([0.5000])
+    """
+    z_TE = _wide(logits_TE)
+    match gate:
+        case "softmax":
+            return torch.ones_like(z_TE)
+        case "sigmoid":
+            return (-z_TE).sigmoid()
+        case "sqrt_softplus":  # sigmoid / (2 softplus) tends to 1/2 far below zero
+            safe_TE = z_TE.clamp(min=-20)
+            return torch.where(z_TE < -20, 0.5, 0.5 * safe_TE.sigmoid() / F.softplus(safe_TE))
+    raise unknown_name("gate", gate, GATES)
+
+
+def select_experts(scores_TE: Tensor, top_k: int, num_groups: int = 1, top_groups: int = 1) -> Tensor:
+    """The K experts with the highest score, (T, K) int64; with groups, only inside the ``top_groups`` best groups.
+
+    A group's score is the sum of its two best experts (DeepSeek-V3, node-limited routing).
+
+    >>> select_experts(torch.tensor([[0.9, 0.0, 0.5, 0.6]]), 1, num_groups=2, top_groups=1)
+    tensor([[3]])
+    """
+    if num_groups == 1:
+        return scores_TE.topk(top_k, dim=-1).indices
+    scores_TGS = scores_TE.unflatten(-1, (num_groups, -1))
+    group_TG = scores_TGS.topk(min(2, scores_TGS.shape[-1]), dim=-1).values.sum(dim=-1)
+    kept_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(-1, group_TG.topk(top_groups, dim=-1).indices, True)
+    scores_TE = scores_TGS.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
+    return scores_TE.topk(top_k, dim=-1).indices
+
+
+def count_choices(expert_ids_TK: Tensor, num_experts: int, token_mask_T: Tensor | None = None, num_sequences: int = 1) -> Tensor:
+    """How many (token, choice) pairs picked each expert, per sequence: (num_sequences, E) int64, exact at any size.
+
+    Tokens lie sequence after sequence, each T / num_sequences long; masked tokens (False) are not counted.
+
+    >>> count_choices(torch.tensor([[0, 1], [0, 2], [3, 0], [3, 1]]), 4, num_sequences=2)
+    tensor([[2, 1, 1, 0],
+            [1, 1, 0, 2]])
+    """
+    tokens, top_k = expert_ids_TK.shape
+    ids_TK = expert_ids_TK
+    if num_sequences > 1:
+        start_T = torch.arange(num_sequences, device=ids_TK.device).repeat_interleave(tokens // num_sequences)
+        ids_TK = ids_TK + num_experts * start_T.unsqueeze(1)
+    if token_mask_T is None:
+        ones = torch.ones((), dtype=torch.int64, device=ids_TK.device).expand(tokens * top_k)
+    else:
+        ones = token_mask_T.to(torch.int64).unsqueeze(1).expand(-1, top_k).reshape(-1)
+    counts = torch.zeros(num_sequences * num_experts, dtype=torch.int64, device=ids_TK.device)
+    return counts.scatter_add_(0, ids_TK.reshape(-1), ones).view(num_sequences, num_experts)
+
+
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    gate: str = "softmax",
+    selection_bias_E: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    normalize: bool = True,
+    scale: float = 1.0,
+    token_mask_T: Tensor | None = None,
+) -> Routing:
+    """Selects experts by (score + bias) and weighs them by the unbiased score (DeepSeek, arXiv 2408.15664, eq. 3).
+
+    Args:
+        logits_TE: router logits, any float dtype; scores are computed in fp32 or wider.
+        selection_bias_E: added to the scores for the selection only; gets no gradient.
+        normalize: weights of a token sum to 1 (before ``scale``); otherwise they are the scores themselves.
+        token_mask_T: True = a real token. Masked tokens are routed but not counted.
+
+    Raises:
+        ConfigError: K > E, E not divisible by the groups, or an unknown gate.
+        InputError: NaN or infinite logits (found on CPU; a GPU is not made to wait for the answer).
+
+    >>> routing = route(torch.tensor([[2.0, 1.0, 0.0]]), 2)
+    >>> routing.expert_ids_TK, routing.weights_TK, routing.counts_E
+    (tensor([[0, 1]]), tensor([[0.7311, 0.2689]]), tensor([1, 1, 0]))
+    """
+    check_routing(logits_TE.shape[-1], top_k, gate, num_groups, top_groups)
+    weights_TK, ids_TK = choose(
+        logits_TE, top_k, gate=gate, selection_bias_E=selection_bias_E, num_groups=num_groups, top_groups=top_groups,
+        normalize=normalize, scale=scale,
+    )  # fmt: skip
+    return Routing(weights_TK, ids_TK, logits_TE, count_choices(ids_TK, logits_TE.shape[-1], token_mask_T)[0])
+
+
+def choose(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    gate: str,
+    selection_bias_E: Tensor | None,
+    num_groups: int,
+    top_groups: int,
+    normalize: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(weights_TK, expert_ids_TK): ``route`` without its checks of the arguments and without counting."""
+    _check_finite(logits_TE)
+    if selection_bias_E is None and num_groups == 1:
+        ids_TK = select_experts(logits_TE.detach(), top_k)  # every gate grows with its logit: no score needed to choose
+    else:
+        chosen_by_TE = gate_scores(logits_TE.detach(), gate)
+        if selection_bias_E is not None:
+            chosen_by_TE = chosen_by_TE + selection_bias_E
+        ids_TK = select_experts(chosen_by_TE, top_k, num_groups, top_groups)
+    weights_TK = _weights(logits_TE, ids_TK, gate, normalize)
+    return (weights_TK * scale if scale != 1.0 else weights_TK), ids_TK
+
+
+def check_routing(num_experts: int, top_k: int, gate: str, num_groups: int = 1, top_groups: int = 1) -> None:
+    """Raises ConfigError for a router that cannot route: called once when it is built and by ``route``."""
+    if gate not in GATES:
+        raise unknown_name("gate", gate, GATES)
+    if not 1 <= top_k <= num_experts:
+        raise ConfigError(expected="1 <= top_k <= num_experts", got=f"top_k={top_k}, num_experts={num_experts}",
+                          do="choose at most as many experts per token as there are")  # fmt: skip
+    if num_groups < 1 or num_experts % num_groups or not 1 <= top_groups <= num_groups:
+        raise ConfigError(expected="num_experts divisible by num_groups, and 1 <= top_groups <= num_groups",
+                          got=f"num_experts={num_experts}, num_groups={num_groups}, top_groups={top_groups}",
+                          do="change the groups")  # fmt: skip
+    if top_k > top_groups * (num_experts // num_groups):
+        raise ConfigError(expected="top_k experts inside the chosen groups",
+                          got=f"top_k={top_k}, {top_groups} groups of {num_experts // num_groups}",
+                          do="raise top_groups or lower top_k")  # fmt: skip
+
+
+def _weights(logits_TE: Tensor, ids_TK: Tensor, gate: str, normalize: bool) -> Tensor:
+    """Unbiased weights of the chosen experts. Only the K chosen logits are touched wherever the algebra allows it."""
+    if gate == "softmax" and not normalize:
+        return gate_scores(logits_TE, gate).gather(-1, ids_TK)
+    chosen_TK = logits_TE.gather(-1, ids_TK)
+    if normalize:  # scores over their sum, in log space: no sum that can be zero
+        return gate_log_scores(chosen_TK, gate).softmax(dim=-1)
+    return gate_scores(chosen_TK, gate)
+
+
+def _check_finite(logits_TE: Tensor) -> None:
+    if logits_TE.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    total = logits_TE.detach().sum(dtype=torch.float64)
+    if not torch.isfinite(total):
+        bad = int((~torch.isfinite(logits_TE)).any(dim=-1).sum())
+        raise InputError(expected="finite router logits", got=f"NaN or infinity in {bad} of {logits_TE.shape[0]} tokens",
+                         do="look at the loss and the gradient norm of the steps before; lower the learning rate")  # fmt: skip
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,9 @@
+"""Layers that any model can use: Router, Experts and the dropless MoE made of them."""
+
+from __future__ import annotations
+
+from .experts import Experts
+from .moe import MoE, SwiGLU
+from .router import Router
+
+__all__ = ["Experts", "MoE", "Router", "SwiGLU"]

@@ -1,0 +1,97 @@
+"""A dropless mixture-of-experts layer: route, compute each token's K experts, add what is shared."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..meter import Batch
+from .experts import Experts
+from .router import Router
+
+__all__ = ["MoE", "SwiGLU"]
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)): the shared expert, computed for every token.
+
+    >>> SwiGLU(4, 8)(torch.randn(2, 4)).shape
+    torch.Size([2, 4])
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class MoE(nn.Module):
+    """Replaces a feed-forward layer. No token is dropped, whatever the load.
+
+    Args:
+        dim: width D of a token.  hidden: width of one expert (fine-grained: small hidden, many experts, larger K).
+        num_shared: shared experts, as one SwiGLU of width ``num_shared * hidden`` (or ``shared_hidden``).
+        router: every keyword of ``Router``: gate, normalize, scale, num_groups, top_groups, selection_bias.
+
+    The forward pass: 1. flatten (B, S, D) to T tokens; 2. route; 3. experts; 4. shared experts, for all tokens.
+
+    >>> layer = MoE(dim=8, hidden=16, num_experts=4, top_k=2)
+    >>> layer(torch.randn(2, 5, 8)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, num_experts: int, top_k: int, *, num_shared: int = 0, shared_hidden: int | None = None,
+        **router,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.gate = Router(dim, num_experts, top_k, **router)
+        self.experts = Experts(num_experts, dim, hidden)
+        shared = shared_hidden if shared_hidden is not None else num_shared * hidden
+        self.shared_experts = SwiGLU(dim, shared) if shared else None
+
+    def forward(self, x_BSD: Tensor, *, token_mask_BS: Tensor | None = None, document_ids_BS: Tensor | None = None) -> Tensor:
+        """(B, S, D) or (T, D) in, the same shape out.
+
+        Args:
+            token_mask_BS: True = a real token. Padding gets an output but is neither counted nor balanced.
+            document_ids_BS: the document of each token inside its sequence, integers in [0, S), for scope "document".
+        """
+        sequences = x_BSD.unsqueeze(0) if x_BSD.dim() == 2 else x_BSD
+        num_sequences, length, dim = sequences.shape
+        x_TD = sequences.reshape(-1, dim)
+        routing = self.gate(x_TD, _batch(num_sequences, length, token_mask_BS, document_ids_BS))
+        y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK)
+        if self.shared_experts is not None:
+            y_TD = y_TD + self.shared_experts(x_TD)
+        return y_TD.view_as(x_BSD)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all weights anew; needed after ``to_empty`` on a model built on the meta device."""
+        self.gate.reset_parameters()
+        self.experts.reset_parameters()
+        if self.shared_experts is not None:
+            for linear in self.shared_experts.children():
+                nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
+
+
+def _batch(num_sequences: int, length: int, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None) -> Batch:
+    for name, tensor in (("token_mask_BS", token_mask_BS), ("document_ids_BS", document_ids_BS)):
+        if tensor is not None and tensor.numel() != num_sequences * length:
+            raise InputError(expected=f"{name} of shape ({num_sequences}, {length})", got=str(tuple(tensor.shape)),
+                             do="pass one entry per token")  # fmt: skip
+    mask_T = None if token_mask_BS is None else token_mask_BS.reshape(-1).bool()
+    document_T = None
+    if document_ids_BS is not None:  # number them through the micro-batch: a document never crosses a sequence
+        start_B1 = torch.arange(num_sequences, device=document_ids_BS.device).unsqueeze(1) * length
+        document_T = (document_ids_BS.reshape(num_sequences, length) + start_B1).reshape(-1)
+    return Batch(max(num_sequences, 1), mask_T, document_T)

@@ -1,0 +1,117 @@
+"""The router: token -> logits in fp32 -> K experts and their weights, with the selection bias and the meter attached."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..functional.routing import Routing, check_routing, choose, count_choices
+from ..meter import Batch, Meter
+from ..tie import probe, tie
+
+__all__ = ["Router"]
+
+
+class Router(nn.Module):
+    """A linear gate over E experts with top-k selection (see ``functional.route`` for gate, groups, weights and scale).
+
+    Args:
+        selection_bias: keep an ``expert_bias`` (E,) that is added before top-k only. It is fp32 whatever the model is
+            cast to (in bf16 a step of 1e-3 is lost from 0.5 on), persistent in checkpoints, and moved by ``ExpertBias``.
+
+    ``meter`` is None until a ``Balancer`` attaches one.
+
+    >>> router = Router(dim=8, num_experts=4, top_k=2)
+    >>> routing = router(torch.randn(6, 8))
+    >>> routing.weights_TK.shape, int(routing.counts_E.sum())
+    (torch.Size([6, 2]), 12)
+    """
+
+    expert_bias: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        gate: str = "softmax",
+        normalize: bool = True,
+        scale: float = 1.0,
+        num_groups: int = 1,
+        top_groups: int = 1,
+        selection_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        check_routing(num_experts, top_k, gate, num_groups, top_groups)
+        self.dim, self.num_experts, self.top_k, self.gate = dim, num_experts, top_k, gate
+        self.normalize, self.scale, self.num_groups, self.top_groups = normalize, scale, num_groups, top_groups
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.meter: Meter | None = None
+        self.register_buffer("expert_bias", None)
+        if selection_bias:
+            self.enable_selection_bias()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=1 / math.sqrt(self.dim))
+        if self.expert_bias is not None:
+            nn.init.zeros_(self.expert_bias)
+
+    def enable_selection_bias(self) -> None:
+        """Adds the bias, zero, if there is none yet."""
+        if self.expert_bias is None:
+            self.expert_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=self.weight.device)
+
+    def forward(self, x_TD: Tensor, batch: Batch | None = None) -> Routing:
+        """Routes T tokens; ``batch`` says how they lie in sequences (default: one sequence, no padding).
+
+        Raises InputError for a wrong width, a mask of the wrong length, or NaN logits.
+        """
+        batch = batch or Batch()
+        self._check(x_TD, batch)
+        with torch.autocast(x_TD.device.type, enabled=False):  # fp32 even where the model computes in bf16
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        meter = self.meter
+        logits_TE = raw_TE if meter is None else probe(meter, raw_TE, training=self.training)
+        weights_TK, ids_TK = choose(
+            logits_TE, self.top_k, gate=self.gate, selection_bias_E=self.expert_bias, num_groups=self.num_groups,
+            top_groups=self.top_groups, normalize=self.normalize, scale=self.scale,
+        )  # fmt: skip
+        counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.num_sequences)
+        if meter is not None:
+            weights_TK = tie(meter, weights_TK, raw_TE, ids_TK, counts_BE, batch, training=self.training)
+        return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))
+
+    def _check(self, x_TD: Tensor, batch: Batch) -> None:
+        tokens = x_TD.shape[0]
+        if x_TD.dim() != 2 or x_TD.shape[1] != self.dim:
+            raise InputError(expected=f"tokens of shape (T, {self.dim})", got=str(tuple(x_TD.shape)),
+                             do="flatten the sequences, or build the router with this width")  # fmt: skip
+        if tokens % batch.num_sequences:
+            raise InputError(expected="T divisible by num_sequences", got=f"T={tokens}, num_sequences={batch.num_sequences}",
+                             do="pad the sequences to one length and mask the padding")  # fmt: skip
+        for name, tensor in (("token_mask", batch.token_mask_T), ("document_ids", batch.document_T)):
+            if tensor is not None and tensor.shape != (tokens,):
+                raise InputError(expected=f"{name} with one entry per token: ({tokens},)", got=str(tuple(tensor.shape)),
+                                 do="pass the mask of the same tokens that reach the layer")  # fmt: skip
+
+    def _apply(self, fn, recurse: bool = True):
+        """Casts and moves like any module, except that the bias stays fp32 (B34, B38, B39, B55) and is real when it leaves meta."""
+        before = self.expert_bias
+        super()._apply(fn, recurse)
+        after = self.expert_bias
+        if before is not None and after is not None:
+            if before.is_meta and not after.is_meta:
+                self.expert_bias = torch.zeros_like(after, dtype=torch.float32)  # to_empty leaves garbage
+            elif after.dtype != torch.float32:
+                self.expert_bias = before.to(device=after.device, dtype=torch.float32)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, gate={self.gate!r}"

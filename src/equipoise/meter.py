@@ -1,0 +1,228 @@
+"""The meter of one router: what its tokens chose, where backward writes it, and the pressure that backward reads.
+
+A meter is a plain attribute of a router, neither Parameter nor buffer: optimizers, DDP's buffer broadcast and
+checkpoints do not see it. All statistics are additive and fp64, so counts are exact to 2^53 and one sum over
+micro-batches and ranks is all it takes. Legend: T tokens, B sequences, S tokens a sequence, E experts, N loss terms.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .functional.losses import load_fractions
+from .functional.metrics import maxvio
+from .functional.routing import count_choices, gate_probs, gate_slope
+
+__all__ = ["Batch", "LocalTerm", "Measured", "Meter", "Plan", "measure"]
+
+SCALARS = ("tokens", "calls", "sequences", "topk_score", "lse_square", "maxvio_sequence", "maxvio_micro_batch", "rows")
+
+
+class Batch(NamedTuple):
+    """How the T tokens that reach a router lie: B sequences of T / B tokens, which are real, and where documents end.
+
+    ``document_T`` numbers the documents of a pack inside the micro-batch: integers in [0, T).
+    """
+
+    num_sequences: int = 1
+    token_mask_T: Tensor | None = None
+    document_T: Tensor | None = None
+
+
+class LocalTerm(NamedTuple):
+    """Over which tokens a loss term measures f. ``late`` means that only the tap knows (other micro-batches, other ranks)."""
+
+    kind: str  # "late", "sequences", "micro_batch", "document"
+    sequences: int = 1  # for "sequences": how many neighbouring ones share an f
+    unbiased: bool = False  # f of the top-k without selection bias and groups, as in DeepSeek-V3's sequence loss
+
+
+class Plan(NamedTuple):
+    """What a meter measures; constant while a balancer is attached, so that a compiled graph may rely on it."""
+
+    num_experts: int
+    top_k: int
+    gate: str
+    terms: tuple[LocalTerm, ...] = ()
+    z_loss: bool = False
+    norms: bool = True  # squared gradient norms of every term and of the language-model loss at the logits
+    gram: bool = False  # sum of J^T J over tokens: turns any difference in f into a difference of gradients
+
+    @property
+    def unbiased(self) -> bool:
+        return any(term.unbiased for term in self.terms)
+
+    # Offsets into the statistics: counts E, probs E, [unbiased counts E], scalars, N term values | lm norm, N + 1 norms.
+    @property
+    def scalars_at(self) -> int:
+        return (3 if self.unbiased else 2) * self.num_experts
+
+    def at(self, scalar: str) -> int:
+        return self.scalars_at + SCALARS.index(scalar)
+
+    @property
+    def values_at(self) -> int:
+        return self.scalars_at + len(SCALARS)
+
+    @property
+    def forward_size(self) -> int:
+        """Statistics that forward already knows; the gradient norms behind them are known in backward only."""
+        return self.values_at + len(self.terms)
+
+    @property
+    def size(self) -> int:
+        return self.forward_size + 2 + len(self.terms)
+
+    @property
+    def pressure_size(self) -> int:
+        """A row of E and a factor for each term, then the z-loss factor and the count flag."""
+        return len(self.terms) * (self.num_experts + 1) + 2
+
+
+class Measured(NamedTuple):
+    """One micro-batch at one router, as forward sees it; none of it carries a gradient."""
+
+    probs_TE: Tensor
+    statistics: Tensor  # (plan.forward_size,) fp64
+    fraction_NBE: Tensor  # f of the local terms per sequence; zero rows for the others
+    fraction_NTE: Tensor | None  # f of the document terms per token
+    gram_EE: Tensor | None
+
+
+class Meter:
+    """The tensors of one router. ``leaf.grad`` collects what backward counted; ``slot`` what forward proposed.
+
+    ``pressure`` keeps its address for life: compiled graphs and saved tensors hold it, and the tap writes it late.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device | str = "cpu") -> None:
+        self.plan = plan
+        self.leaf = torch.zeros(plan.size, dtype=torch.float64, device=device, requires_grad=True)
+        self.pressure = torch.zeros(plan.pressure_size, dtype=torch.float64, device=device)
+        # Two slots: the first pass of a reentrant checkpoint runs without gradient and must still be seen by the tap,
+        # while a reference or evaluation pass without gradient must not mix with a pass that has one.
+        self.slot = torch.zeros(plan.forward_size, dtype=torch.float64, device=device)
+        self.slot_no_grad = torch.zeros_like(self.slot)
+        square = (plan.num_experts, plan.num_experts) if plan.gram else (0, 0)
+        self.gram = torch.zeros(square, dtype=torch.float64, device=device)
+        self.gram_no_grad = torch.zeros_like(self.gram)
+        self.pool: list[Tensor] | None = None  # expert ids of a counting pass, kept for the shuffle control only
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """(statistics, gram) of the micro-batch that just went forward, and empties the slots."""
+        has_grad = self.slot[self.plan.at("calls")] > 0
+        taken = torch.where(has_grad, self.slot, self.slot_no_grad), torch.where(has_grad, self.gram, self.gram_no_grad)
+        self.clear_slots()
+        return taken
+
+    def clear_slots(self) -> None:
+        for slot in (self.slot, self.slot_no_grad, self.gram, self.gram_no_grad):
+            slot.data.zero_()
+
+    def move(self, device: torch.device) -> None:
+        """Follows the model to another device, statistics included."""
+        grad = self.leaf.grad
+        self.leaf = self.leaf.detach().to(device).requires_grad_()
+        self.leaf.grad = None if grad is None else grad.to(device)
+        for name in ("pressure", "slot", "slot_no_grad", "gram", "gram_no_grad"):
+            setattr(self, name, getattr(self, name).to(device))
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copied model (an EMA, a teacher) is not balanced by anybody: its routers get no meter."""
+        return None
+
+    def __reduce__(self):
+        return type(None), ()  # the same for pickled models
+
+
+@torch.no_grad()
+def measure(plan: Plan, logits_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, batch: Batch) -> Measured:
+    """All statistics of one micro-batch at one router. ``counts_BE`` are the dispatched choices per sequence."""
+    num_sequences, num_experts = counts_BE.shape
+    probs_TE = gate_probs(logits_TE, plan.gate)
+    mask_T1 = None if batch.token_mask_T is None else batch.token_mask_T.to(probs_TE.dtype).unsqueeze(-1)
+    valid_TE = probs_TE if mask_T1 is None else probs_TE * mask_T1
+    length = probs_TE.shape[0] // num_sequences
+    probs_BE = valid_TE.view(num_sequences, length, num_experts).sum(dim=1, dtype=torch.float64)
+    if plan.unbiased:
+        plain_TK = logits_TE.topk(plan.top_k, dim=-1).indices
+        plain_BE = count_choices(plain_TK, num_experts, batch.token_mask_T, num_sequences)
+    else:
+        plain_TK, plain_BE = ids_TK, counts_BE
+
+    fraction_BE, values, documents = [], [], []
+    for term in plan.terms:
+        term_BE = _shared_counts(plain_BE if term.unbiased else counts_BE, term)
+        fraction_BE.append(load_fractions(term_BE))
+        if term.kind == "document":
+            fraction_TE = _document_fractions(plain_TK if term.unbiased else ids_TK, num_experts, batch)
+            documents.append(fraction_TE.to(probs_TE.dtype))
+            values.append((fraction_TE * valid_TE).sum(dtype=torch.float64))
+        else:
+            values.append((fraction_BE[-1] * probs_BE).sum())
+    fraction_NBE = torch.stack(fraction_BE) if fraction_BE else counts_BE.new_zeros((0, num_sequences, num_experts))
+
+    parts = [counts_BE.sum(dim=0).double(), probs_BE.sum(dim=0)]
+    if plan.unbiased:
+        parts.append(plain_BE.sum(dim=0).double())
+    parts.append(_scalars(plan, logits_TE, valid_TE, ids_TK, counts_BE, batch))
+    if values:
+        parts.append(num_experts * torch.stack(values))
+    gram_EE = _gram(valid_TE, gate_slope(logits_TE, plan.gate)) if plan.gram else None
+    return Measured(probs_TE, torch.cat(parts), fraction_NBE, torch.stack(documents) if documents else None, gram_EE)
+
+
+def _scalars(plan: Plan, logits_TE: Tensor, valid_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, batch: Batch) -> Tensor:
+    """The SCALARS, in order, as fp64."""
+    counts_E = counts_BE.sum(dim=0)
+    tokens = counts_E.sum() / plan.top_k
+    full_B = (counts_BE.sum(dim=-1) > 0).double()
+    one = torch.ones((), dtype=torch.float64, device=logits_TE.device)
+    lse_square = torch.zeros_like(one)
+    if plan.z_loss:
+        lse_T = logits_TE.float().logsumexp(dim=-1).double().square()
+        lse_square = (lse_T if batch.token_mask_T is None else lse_T * batch.token_mask_T).sum()
+    return torch.stack([
+        tokens.double(), one, full_B.sum(), valid_TE.gather(-1, ids_TK).sum(dtype=torch.float64), lse_square,
+        maxvio(counts_BE).sum(), maxvio(counts_E), one * counts_BE.shape[0],
+    ])  # fmt: skip
+
+
+def _shared_counts(counts_BE: Tensor, term: LocalTerm) -> Tensor:
+    """Counts that each sequence's f is made of: its own, those of its group of n, or the whole micro-batch's."""
+    num_sequences, num_experts = counts_BE.shape
+    if term.kind == "micro_batch" or (term.kind == "sequences" and term.sequences >= num_sequences > 1):
+        return counts_BE.sum(dim=0, keepdim=True).expand(num_sequences, -1)
+    if term.kind == "sequences" and term.sequences > 1 and num_sequences > 1:
+        group_B = torch.arange(num_sequences, device=counts_BE.device) // term.sequences
+        groups = -(-num_sequences // term.sequences)
+        group_GE = torch.zeros(groups, num_experts, dtype=counts_BE.dtype, device=counts_BE.device)
+        return group_GE.index_add_(0, group_B, counts_BE)[group_B]
+    if term.kind == "sequences":
+        return counts_BE
+    return torch.zeros_like(counts_BE)
+
+
+def _document_fractions(ids_TK: Tensor, num_experts: int, batch: Batch) -> Tensor:
+    if batch.document_T is None:
+        raise InputError(expected="document_ids for a policy with scope 'document'", got="none",
+                         do="pass document_ids_BS to the MoE layer, or balance per sequence")  # fmt: skip
+    tokens, top_k = ids_TK.shape
+    flat_TK = batch.document_T.unsqueeze(1) * num_experts + ids_TK
+    one_T = torch.ones_like(batch.document_T) if batch.token_mask_T is None else batch.token_mask_T.long()
+    counts = torch.zeros(tokens * num_experts, dtype=torch.int64, device=ids_TK.device)
+    counts.scatter_add_(0, flat_TK.reshape(-1), one_T.unsqueeze(1).expand(-1, top_k).reshape(-1))
+    return load_fractions(counts.view(tokens, num_experts))[batch.document_T]
+
+
+def _gram(valid_TE: Tensor, slope_TE: Tensor) -> Tensor:
+    """Sum over tokens of J^T J, where J f = h (f - <p, f>) is the gradient at the logits that a fraction f causes."""
+    h_TE = slope_TE * valid_TE
+    square_TE = h_TE.square()
+    cross_EE = square_TE.T @ valid_TE
+    outer_EE = valid_TE.T @ (square_TE.sum(dim=-1, keepdim=True) * valid_TE)
+    return (torch.diag(square_TE.sum(dim=0)) - cross_EE - cross_EE.T + outer_EE).double()

@@ -1,0 +1,11 @@
+"""Policies: a scope (over which tokens is the load measured?) and a force (what pushes it back?)."""
+
+from __future__ import annotations
+
+from .estimators import ESTIMATORS
+from .expert_bias import RULES, ExpertBias
+from .losses import AuxLoss, ZLoss
+from .scopes import SCOPES, Sequences
+from .switch import Policy, Switch
+
+__all__ = ["ESTIMATORS", "RULES", "SCOPES", "AuxLoss", "ExpertBias", "Policy", "Sequences", "Switch", "ZLoss"]

@@ -1,0 +1,101 @@
+"""Which f, when the global batch comes in pieces: prefix, previous, ema, exact (design: name the choice, never hide it)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import StateError, unknown_name
+from ..functional.losses import load_fractions
+
+__all__ = ["ESTIMATORS", "LoadHistory", "check_estimator"]
+
+
+@dataclass
+class LoadHistory:
+    """What one router knows about the load, for one count of experts E: all that an estimator may look at.
+
+    Counts are fp64 and summed over all ranks where a policy needs that; ``previous_E`` and ``ema_E`` are fractions.
+    """
+
+    current_E: Tensor | None = None  # this micro-step
+    prefix_E: Tensor | None = None  # micro-steps 1..m of this step, this one included
+    counted_E: Tensor | None = None  # the whole step, from a counting pass
+    previous_E: Tensor | None = None  # f of the step before
+    ema_E: dict[float, Tensor] = field(default_factory=dict)  # decay -> biased average of f
+    ema_weight: dict[float, float] = field(default_factory=dict)  # decay -> sum of its weights
+
+    def propose(self, current_E: Tensor) -> None:
+        self.current_E = current_E
+        self.prefix_E = current_E.clone() if self.prefix_E is None else self.prefix_E + current_E
+
+    def commit(self, counts_E: Tensor, decays: set[float]) -> None:
+        """The step is over. A step without a token leaves the history as it was."""
+        fraction_E = load_fractions(counts_E)
+        seen = counts_E.sum() > 0
+        self.previous_E = fraction_E if self.previous_E is None else torch.where(seen, fraction_E, self.previous_E)
+        for decay in decays:
+            old_E = self.ema_E.get(decay, torch.zeros_like(fraction_E))
+            # an empty step keeps the average: its f is replaced by the average itself
+            weight = self.ema_weight.get(decay, 0.0)
+            kept_E = old_E / weight if weight else old_E
+            self.ema_E[decay] = decay * old_E + (1 - decay) * torch.where(seen, fraction_E, kept_E)
+            self.ema_weight[decay] = decay * weight + (1 - decay)
+        self.forget_step()
+
+    def forget_step(self) -> None:
+        self.current_E = self.prefix_E = self.counted_E = None
+
+
+def prefix(history: LoadHistory, decay: float, micro_step: int) -> Tensor | None:
+    """Counts of micro-steps 1..m: the paper's buffer (arXiv 2501.11873, Alg. 1). Biased for early m."""
+    assert history.prefix_E is not None
+    return load_fractions(history.prefix_E)
+
+
+def previous(history: LoadHistory, decay: float, micro_step: int) -> Tensor | None:
+    """The whole global batch before. None at the first step: nothing is pushed."""
+    return history.previous_E
+
+
+def ema(history: LoadHistory, decay: float, micro_step: int) -> Tensor | None:
+    """Average over the steps before, weights decaying, summing to 1. None at the first step."""
+    if decay not in history.ema_E:
+        return None
+    return history.ema_E[decay] / history.ema_weight[decay]
+
+
+def exact(history: LoadHistory, decay: float, micro_step: int) -> Tensor | None:
+    """The whole current global batch: from a counting pass, or this micro-step when it is the only one."""
+    if history.counted_E is not None:
+        return load_fractions(history.counted_E)
+    if micro_step > 1:
+        raise StateError(
+            expected="the counts of the whole step for estimator 'exact'",
+            got=f"micro-batch {micro_step} of a step without a counting pass",
+            do="run the micro-batches once under `with balancer.counting():` before the step, or use estimator='prefix'",
+        )
+    assert history.current_E is not None
+    return load_fractions(history.current_E)
+
+
+ESTIMATORS: dict[str, Callable[[LoadHistory, float, int], Tensor | None]] = {
+    "prefix": prefix,
+    "previous": previous,
+    "ema": ema,
+    "exact": exact,
+}
+
+
+def check_estimator(name: str) -> str:
+    """Raises ConfigError for an unknown estimator, with the nearest name.
+
+    >>> check_estimator("ema")
+    'ema'
+    """
+    if name not in ESTIMATORS:
+        raise unknown_name("estimator", name, ESTIMATORS)
+    return name

@@ -1,0 +1,107 @@
+"""The forces that are gradients: AuxLoss at any scope, and ZLoss. Plain values; the balancer keeps what they remember."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from ..meter import LocalTerm
+from .estimators import check_estimator
+from .scopes import Scope, Sequences, check_scope
+
+__all__ = ["AuxLoss", "ZLoss", "coefficient"]
+
+Coefficient = float | Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class AuxLoss:
+    """The balance loss coef * E * mean_t <f, p_t>, per layer, summed over layers; 1 * coef at perfect balance.
+
+    Args:
+        scope: over which tokens f is measured: "sequence", "document", Sequences(n), "micro_batch", "data_parallel",
+            "global_batch" (arXiv 2501.11873), or the control "shuffle": f of as many random tokens of the global batch
+            as the micro-batch has (table 2 there; needs a counting pass when a step has several micro-batches).
+        coef: a number, or a function of the step (0 = first). Megatron's convention; papers use 1e-4 .. 2e-2.
+        estimator: for "global_batch" under gradient accumulation: "prefix", "previous", "ema" or "exact".
+        counts: "dispatched", or "unbiased" for the top-k without selection bias and groups (DeepSeek-V3 eq. 18), which
+            is open to the scopes inside a micro-batch.
+        decay: of the "ema" estimator, per step.
+
+    Raises ConfigError for a negative coefficient, an unknown name, or a combination that has no meaning.
+
+    >>> AuxLoss("global_batch", coef=1e-2).scope
+    'global_batch'
+    """
+
+    scope: Scope = "global_batch"
+    coef: Coefficient = 1e-2
+    estimator: str = "prefix"
+    counts: str = "dispatched"
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_scope(self.scope)
+        check_estimator(self.estimator)
+        _check_coefficient(self.coef)
+        if self.counts not in ("dispatched", "unbiased"):
+            raise ConfigError(expected="counts: 'dispatched' or 'unbiased'", got=repr(self.counts), do="choose one of them")
+        if self.counts == "unbiased" and self.scope not in ("sequence", "document", "micro_batch"):
+            raise ConfigError(
+                expected="counts='unbiased' with scope 'sequence', 'document' or 'micro_batch'",
+                got=f"scope={self.scope!r}", do="use counts='dispatched' for wider scopes",
+            )  # fmt: skip
+        if not 0 <= self.decay < 1:
+            raise ConfigError(expected="0 <= decay < 1", got=f"decay={self.decay}", do="0.9 averages about ten steps")
+
+    @property
+    def term(self) -> LocalTerm:
+        """What the meter has to measure for this policy."""
+        unbiased = self.counts == "unbiased"
+        match self.scope:
+            case Sequences(n):
+                return LocalTerm("sequences", n, unbiased)
+            case "sequence":
+                return LocalTerm("sequences", 1, unbiased)
+            case "document" | "micro_batch":
+                return LocalTerm(str(self.scope), 1, unbiased)
+        return LocalTerm("late")
+
+    @property
+    def needs_counting(self) -> bool:
+        """A step of several micro-batches needs a counting pass first."""
+        return self.scope == "shuffle" or (self.scope == "global_batch" and self.estimator == "exact")
+
+    @property
+    def needs_current(self) -> bool:
+        """The tap has to know this micro-step's counts of the other ranks."""
+        return self.scope == "data_parallel" or (self.scope == "global_batch" and self.estimator in ("prefix", "exact"))
+
+
+@dataclass(frozen=True)
+class ZLoss:
+    """coef * mean_t logsumexp(z_t)^2, per layer (ST-MoE): keeps router logits small. Papers use 1e-3.
+
+    >>> ZLoss().coef
+    0.001
+    """
+
+    coef: Coefficient = 1e-3
+
+    def __post_init__(self) -> None:
+        _check_coefficient(self.coef)
+
+
+def coefficient(policy: AuxLoss | ZLoss, step: int) -> float:
+    """The coefficient of a policy at a step (0 = first).
+
+    >>> coefficient(ZLoss(coef=lambda step: 0.5 ** step), 2)
+    0.25
+    """
+    return policy.coef(step) if callable(policy.coef) else policy.coef
+
+
+def _check_coefficient(coef: Coefficient) -> None:
+    if not callable(coef) and not (isinstance(coef, int | float) and 0 <= coef < float("inf")):
+        raise ConfigError(expected="a coefficient >= 0, or a function of the step", got=repr(coef), do="papers use 1e-4 .. 2e-2")

@@ -1,0 +1,189 @@
+"""The start of backward binds: from the scale of the loss and the load known so far to the pressure on every router."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .functional.losses import load_fractions
+from .meter import Meter
+from .policies.estimators import ESTIMATORS, LoadHistory
+from .policies.losses import AuxLoss, ZLoss, coefficient
+from .policies.scopes import Sequences
+from .policies.switch import Timed
+
+__all__ = ["Layer", "MicroStep", "write_pressure"]
+
+
+@dataclass
+class Layer:
+    """One router with all that the balancer keeps for it. ``step_*`` live for one optimizer step."""
+
+    name: str
+    router: Any  # has num_experts, top_k, gate, meter, expert_bias, parameters()
+    meter: Meter
+    history: LoadHistory = field(default_factory=LoadHistory)
+    momentum: dict[int, Tensor] = field(default_factory=dict)  # place in the timeline -> momentum of its bias rule
+    step_taken: Tensor | None = None  # sum of what forward proposed: stands in where the leaf got no gradient
+    step_values: Tensor | None = None  # sum over tokens of E <f, p> of the terms whose f the tap chose
+    step_windows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # term -> (counts, sequences) so far
+    step_fidelity: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
+    counted: Tensor | None = None  # statistics of a counting pass, all ranks
+
+    @property
+    def trainable(self) -> bool:
+        return any(p.requires_grad for p in self.router.parameters())
+
+    def forget_step(self) -> None:
+        self.history.forget_step()
+        self.step_taken = self.step_values = self.counted = None
+        self.step_windows, self.step_fidelity = {}, []
+        self.meter.leaf.grad = None
+        self.meter.pool = None
+        self.meter.clear_slots()
+        self.meter.pressure.data.zero_()  # a forgotten tap may not push with what the last step left
+        self.meter.pressure.data[-1] = 1.0  # counting needs no tap
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """What holds for all layers of one micro-batch."""
+
+    step: int  # optimizer steps committed so far
+    number: int  # 1 = the first micro-batch of this step
+    scale: Tensor  # d(step's loss) / d(this micro-batch's loss): 1/M, GradScaler's scale, ...
+    reduction: str  # "mean": losses are means, averaged over micro-batches; "sum": they add up to the step's loss
+    declared_tokens: float | None  # valid router tokens of the whole step, all ranks
+    declared_micro_batches: int | None
+    ranks: int
+    repeat: bool  # a second backward of the same loss: pushes again, counts nothing
+
+
+def write_pressure(
+    layer: Layer, timeline: Sequence[Timed], taken: Tensor, gram_EE: Tensor, global_E: Tensor, micro: MicroStep,
+    estimators: Sequence[str],
+) -> None:  # fmt: skip
+    """Turns policies into pressure on one router, and adds this micro-batch to the layer's step.
+
+    Args:
+        taken: statistics of this micro-batch on this rank, as forward proposed them.
+        global_E: its counts, summed over ranks where a policy asked for it.
+        estimators: names whose f is kept to be compared with ``exact`` once the step's load is known.
+    """
+    plan = layer.meter.plan
+    if not micro.repeat:
+        layer.history.propose(global_E)
+        layer.step_taken = taken if layer.step_taken is None else layer.step_taken + taken
+        if layer.step_values is None:
+            layer.step_values = torch.zeros(len(plan.terms), dtype=torch.float64, device=taken.device)
+    unit = _unit(layer, taken, micro)
+    rows = torch.zeros(len(plan.terms), plan.num_experts, dtype=torch.float64, device=taken.device)
+    factors = torch.zeros(len(plan.terms) + 1, dtype=torch.float64, device=taken.device)  # the last is the z-loss
+    if layer.trainable:
+        term = -1
+        for timed in timeline:
+            term += isinstance(timed.policy, AuxLoss)
+            if not timed.active(micro.step):
+                continue
+            match timed.policy:
+                case AuxLoss() as policy:
+                    push = unit * coefficient(policy, micro.step) * plan.num_experts
+                    rows[term], factors[term] = _bind_term(layer, policy, term, taken, push, micro)
+                case ZLoss() as policy:
+                    factors[-1] += unit * coefficient(policy, micro.step)
+    flag = torch.full((1,), 0.0 if micro.repeat else 1.0, dtype=torch.float64, device=taken.device)
+    # .data: a late write that keeps the address and does not trip autograd's version counter
+    layer.meter.pressure.data.copy_(torch.cat([rows.flatten(), factors, flag]))
+    if estimators and not micro.repeat:
+        known = {name: _fraction(layer, name, 0.9, micro.number) for name in estimators}
+        layer.step_fidelity.append((known, gram_EE))
+
+
+def _unit(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:
+    """scale / T: what a loss that is a mean over tokens multiplies each token's gradient by (design: T of the step)."""
+    plan = layer.meter.plan
+    tokens, calls = taken[plan.at("tokens")], taken[plan.at("calls")]
+    if micro.declared_tokens is not None:
+        step_tokens: Tensor | float = micro.declared_tokens
+        micro_batches: Tensor | float = (micro.declared_micro_batches or 1) * micro.ranks
+    elif layer.counted is not None:
+        step_tokens = layer.counted[plan.at("tokens")]
+        micro_batches = layer.counted[plan.at("calls")] / calls.clamp(min=1)  # a layer may run twice per micro-batch
+    else:
+        step_tokens, micro_batches = tokens, 1.0
+    if micro.reduction == "sum":
+        micro_batches = 1.0
+    scale = micro.scale.to(device=taken.device, dtype=torch.float64).reshape(())
+    total = torch.as_tensor(step_tokens, dtype=torch.float64, device=taken.device)
+    return scale * micro_batches / total.clamp(min=1)
+
+
+def _bind_term(
+    layer: Layer, policy: AuxLoss, term: int, taken: Tensor, push: Tensor, micro: MicroStep
+) -> tuple[Tensor, Tensor]:
+    """(row (E,), factor) of one balance loss: the row for an f chosen here, the factor for an f that forward measured."""
+    plan = layer.meter.plan
+    zero_E = torch.zeros(plan.num_experts, dtype=torch.float64, device=taken.device)
+    probs_E = taken[plan.num_experts : 2 * plan.num_experts]
+    assert layer.step_values is not None
+    match policy.scope:
+        case Sequences(n):
+            fraction_E, late = _window(layer, term, n, taken)
+            if not micro.repeat:
+                value = plan.num_experts * (fraction_E * probs_E).sum() - taken[plan.values_at + term]
+                layer.step_values[term] += torch.where(late, value, 0.0)
+            return torch.where(late, push * fraction_E, zero_E), torch.where(late, 0.0, push)
+        case "sequence" | "document" | "micro_batch":
+            return zero_E, push
+        case "data_parallel":
+            assert layer.history.current_E is not None
+            fraction_E = load_fractions(layer.history.current_E)
+        case "shuffle":
+            fraction_E = _shuffled(layer, taken, micro)
+        case _:
+            fraction_E = _fraction(layer, policy.estimator, policy.decay, micro.number)
+    if not micro.repeat:
+        layer.step_values[term] += plan.num_experts * (fraction_E * probs_E).sum()
+    return push * fraction_E, torch.zeros_like(push)
+
+
+def _fraction(layer: Layer, estimator: str, decay: float, number: int) -> Tensor:
+    """f under an estimator; zero (no push, value 0) while there is nothing to estimate from."""
+    if estimator not in ESTIMATORS:
+        raise ConfigError(expected="a known estimator", got=repr(estimator), do=f"choose of {sorted(ESTIMATORS)}")
+    fraction_E = ESTIMATORS[estimator](layer.history, decay, number)
+    if fraction_E is None:
+        return torch.zeros(layer.meter.plan.num_experts, dtype=torch.float64, device=layer.meter.pressure.device)
+    return fraction_E
+
+
+def _window(layer: Layer, term: int, n: int, taken: Tensor) -> tuple[Tensor, Tensor]:
+    """(f of the running window of n sequences (E,), whether the window is wider than this micro-batch).
+
+    No branch on a tensor's value: a GPU is not made to wait.
+    """
+    plan = layer.meter.plan
+    counts_E, rows = taken[: plan.num_experts], taken[plan.at("rows")] / taken[plan.at("calls")].clamp(min=1)
+    before_E, seen = layer.step_windows.get(term, (torch.zeros_like(counts_E), torch.zeros_like(rows)))
+    starts = seen >= n
+    window_E, seen = counts_E + torch.where(starts, 0.0, before_E), rows + torch.where(starts, 0.0, seen)
+    layer.step_windows[term] = (window_E, seen)
+    return load_fractions(window_E), rows < n
+
+
+def _shuffled(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:
+    """f of as many random tokens of the global batch as this micro-batch has, drawn without replacement (table 2)."""
+    plan = layer.meter.plan
+    pool = layer.meter.pool
+    if not pool:  # one micro-batch: any such draw is the whole of it; more raises in exact's words
+        return _fraction(layer, "exact", 0.0, micro.number)
+    ids_NK = torch.cat(pool)
+    generator = torch.Generator().manual_seed(1_000_003 * micro.step + micro.number)  # leaves the model's stream alone
+    drawn = torch.randperm(len(ids_NK), generator=generator)[: int(taken[plan.at("tokens")])]
+    counts_E = torch.bincount(ids_NK[drawn.to(ids_NK.device)].flatten(), minlength=plan.num_experts)
+    return load_fractions(counts_E)

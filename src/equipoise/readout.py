@@ -1,0 +1,115 @@
+"""What a committed step shows: from the summed statistics of all routers to named numbers, with one transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .functional.losses import load_fractions
+from .functional.metrics import cv, dead_experts, maxvio, normalized_entropy
+from .meter import Plan
+from .policies.expert_bias import ExpertBias
+from .policies.losses import AuxLoss, ZLoss
+from .policies.switch import Timed
+
+__all__ = ["Committed", "fidelity", "metrics"]
+
+
+@dataclass(frozen=True)
+class Committed:
+    """One router's global batch, summed over micro-batches and ranks."""
+
+    name: str
+    plan: Plan
+    statistics: Tensor  # (plan.size,) fp64
+    values: Tensor  # (N,) late part of the policies' loss values
+    bias_E: Tensor | None
+
+    @property
+    def counts_E(self) -> Tensor:
+        return self.statistics[: self.plan.num_experts]
+
+    def of(self, scalar: str) -> Tensor:
+        return self.statistics[self.plan.at(scalar)]
+
+
+def metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step: int, skipped: int) -> dict[str, float]:
+    """Flat names to numbers. ``balance/x`` is the mean over layers (dead experts: the sum), ``balance/layer_03/x`` one layer."""
+    per_layer = [_layer_metrics(layer) for layer in layers]
+    named = {f"layer_{i:02d}/{key}": value for i, values in enumerate(per_layer) for key, value in values.items()}
+    for key in per_layer[0]:
+        stacked = torch.stack([values[key] for values in per_layer])
+        named[key] = stacked.sum() if key == "dead_experts" else stacked.mean()
+    named |= _policy_metrics(layers, timeline, step)
+    named["tokens"] = layers[0].of("tokens")
+    numbers = torch.stack([value.double() for value in named.values()]).tolist()  # the only wait for the device
+    return {f"balance/{key}": number for key, number in zip(named, numbers, strict=True)} | {"balance/skipped_steps": float(skipped)}
+
+
+def _layer_metrics(layer: Committed) -> dict[str, Tensor]:
+    counts_E, tokens = layer.counts_E, layer.of("tokens").clamp(min=1)
+    found = {
+        "maxvio_global": maxvio(counts_E),
+        "maxvio_micro_batch": layer.of("maxvio_micro_batch") / layer.of("calls").clamp(min=1),
+        "maxvio_sequence": layer.of("maxvio_sequence") / layer.of("sequences").clamp(min=1),
+        "cv_global": cv(counts_E),
+        "entropy_global": normalized_entropy(counts_E),
+        "dead_experts": dead_experts(counts_E).double(),
+        "topk_score": layer.of("topk_score") / tokens,
+    }
+    if layer.bias_E is not None:
+        found["bias_max"] = layer.bias_E.abs().max().double()
+    return found
+
+
+def _policy_metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step: int) -> dict[str, Tensor]:
+    """Loss value (1 = balanced) and gradient norm against the language model's at the router, mean and root over layers."""
+    named: dict[str, Tensor] = {}
+    term = -1
+    norms = layers[0].plan.norms
+    language = torch.stack([layer.statistics[layer.plan.forward_size] for layer in layers]).sum().clamp(min=1e-300)
+    for timed in timeline:
+        is_loss = isinstance(timed.policy, AuxLoss)
+        term += is_loss
+        if not timed.active(step) or isinstance(timed.policy, ExpertBias):
+            continue
+        values, squares = [], []
+        for layer in layers:
+            plan, tokens = layer.plan, layer.of("tokens").clamp(min=1)
+            if is_loss:
+                values.append((layer.statistics[plan.values_at + term] + layer.values[term]) / tokens)
+            elif isinstance(timed.policy, ZLoss):
+                values.append(layer.of("lse_square") / tokens)
+            squares.append(layer.statistics[plan.forward_size + 1 + (term if is_loss else len(plan.terms))])
+        named[f"policy_{timed.index}/loss"] = torch.stack(values).mean()
+        if norms:
+            named[f"policy_{timed.index}/gradient_ratio"] = (torch.stack(squares).sum() / language).sqrt()
+    return named
+
+
+def fidelity(step_fidelity: Sequence[list[tuple[dict[str, Tensor], Tensor]]], counts: Sequence[Tensor]) -> dict[str, dict[str, float]]:
+    """Relative error and cosine of each estimator's gradient at the logits against that of the whole step's f.
+
+    The gradient is linear in f, so with G the Gram matrix of a micro-batch both follow from f^T G f: no second backward.
+    """
+    names = list(step_fidelity[0][0][0])
+    error = dict.fromkeys(names, 0.0)
+    cross, own = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    exact = 0.0
+    for micro_batches, counts_E in zip(step_fidelity, counts, strict=True):
+        truth_E = load_fractions(counts_E)
+        for known, gram_EE in micro_batches:
+            exact += float(truth_E @ gram_EE @ truth_E)
+            for name, fraction_E in known.items():
+                off_E = fraction_E - truth_E
+                error[name] += float(off_E @ gram_EE @ off_E)
+                cross[name] += float(fraction_E @ gram_EE @ truth_E)
+                own[name] += float(fraction_E @ gram_EE @ fraction_E)
+    exact = max(exact, 1e-300)
+    return {
+        "relative_error": {name: (max(error[name], 0.0) / exact) ** 0.5 for name in names},
+        "cosine": {name: cross[name] / max((exact * own[name]) ** 0.5, 1e-300) for name in names},
+    }

@@ -1,0 +1,154 @@
+"""Tie and Probe: identities in forward; in backward they push the gate, count what was routed, and never do it twice.
+
+Autograd itself adds the statistics over micro-batches, runs them once under recompute and never in evaluation, because
+they are the gradient of a hidden leaf (``Meter.leaf``). The gradient to the gate is closed-form: with p = g(z) / sum g(z)
+and q = sum over terms of scale * coef * E * f / T,  dz = d log g/dz * p * (q - <p, q>).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .functional.routing import gate_slope
+from .meter import Batch, Measured, Meter, Plan, measure
+
+__all__ = ["probe", "tie"]
+
+
+def tie(
+    meter: Meter, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, batch: Batch, *, training: bool
+) -> Tensor:
+    """Returns weights_TK unchanged, tied to the meter: their backward pushes logits_TE and counts.
+
+    Bypassed in evaluation. Without gradient (``no_grad``, frozen teacher, the first pass of a reentrant checkpoint) it
+    only proposes: what it counts is used if this micro-batch is tapped, and forgotten otherwise.
+    """
+    if not training:
+        return weights_TK
+    if meter.leaf.device != logits_TE.device:
+        meter.move(logits_TE.device)
+    measured = measure(meter.plan, logits_TE, ids_TK, counts_BE, batch)
+    _propose(meter, measured, ids_TK, batch)
+    if not (torch.is_grad_enabled() and (weights_TK.requires_grad or logits_TE.requires_grad)):
+        return weights_TK
+    return _Tie.apply(
+        weights_TK, logits_TE, meter.leaf, measured.probs_TE, measured.statistics, measured.fraction_NBE,
+        measured.fraction_NTE, batch.token_mask_T, meter.pressure, meter.plan,
+    )  # fmt: skip
+
+
+def probe(meter: Meter, logits_TE: Tensor, *, training: bool) -> Tensor:
+    """Returns logits_TE unchanged; its backward notes the squared norm of the language-model gradient at the logits.
+
+    Routing must use the returned logits and ``tie`` the original ones: then only the language model's gradient passes here.
+    """
+    if not (training and meter.plan.norms and torch.is_grad_enabled() and logits_TE.requires_grad):
+        return logits_TE
+    if meter.leaf.device != logits_TE.device:
+        meter.move(logits_TE.device)
+    return _Probe.apply(logits_TE, meter.leaf, meter.pressure, meter.plan)
+
+
+def _propose(meter: Meter, measured: Measured, ids_TK: Tensor, batch: Batch) -> None:
+    """Forward proposes: added to a slot, which the tap takes before backward begins."""
+    has_grad = torch.is_grad_enabled()
+    with torch.no_grad():
+        (meter.slot if has_grad else meter.slot_no_grad).add_(measured.statistics)
+        if measured.gram_EE is not None:
+            (meter.gram if has_grad else meter.gram_no_grad).add_(measured.gram_EE)
+        if meter.pool is not None and not has_grad:  # a counting pass of the shuffle control
+            meter.pool.append(ids_TK if batch.token_mask_T is None else ids_TK[batch.token_mask_T])
+
+
+class _Tie(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weights_TK, logits_TE, leaf, probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, pressure, plan):
+        # softmax needs only its probabilities in backward; other gates and the z-loss need the logits too
+        needs_logits = plan.z_loss or plan.gate != "softmax"
+        ctx.save_for_backward(
+            probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE if needs_logits else None
+        )
+        # not through save_for_backward: offloading saved tensors would copy it before the tap writes it
+        ctx.pressure, ctx.plan, ctx.logits_dtype = pressure, plan, logits_TE.dtype
+        return weights_TK.view_as(weights_TK)
+
+    @staticmethod
+    def backward(ctx, grad_weights_TK):
+        probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE = ctx.saved_tensors
+        plan, pressure = ctx.plan, ctx.pressure
+        push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)
+        zero = torch.zeros(1, dtype=torch.float64, device=pressure.device)  # the language model's norm: see _Probe
+        counted = torch.cat([statistics, zero, squares]) * pressure[-1]
+        return grad_weights_TK, push_TE.to(ctx.logits_dtype), counted, None, None, None, None, None, None, None
+
+
+class _Probe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_TE, leaf, pressure, plan):
+        ctx.pressure, ctx.plan = pressure, plan
+        return logits_TE.view_as(logits_TE)
+
+    @staticmethod
+    def backward(ctx, grad_TE):
+        plan, pressure = ctx.plan, ctx.pressure
+        before = torch.zeros(plan.forward_size, dtype=torch.float64, device=pressure.device)
+        behind = torch.zeros(plan.size - plan.forward_size - 1, dtype=torch.float64, device=pressure.device)
+        square = _square_norm(grad_TE).unsqueeze(0) * pressure[-1]
+        return grad_TE, torch.cat([before, square, behind]), None, None
+
+
+def _push(
+    plan: Plan, pressure: Tensor, probs_TE: Tensor, fraction_NBE: Tensor, fraction_NTE: Tensor | None,
+    mask_T: Tensor | None, logits_TE: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(gradient for the logits (T, E), squared norm per term and of the z-loss (N + 1,))."""
+    num_terms, num_experts = len(plan.terms), plan.num_experts
+    num_sequences = fraction_NBE.shape[1]
+    probs_BSE = probs_TE.view(num_sequences, probs_TE.shape[0] // num_sequences, num_experts)
+    row_NE = pressure[: num_terms * num_experts].view(num_terms, num_experts)
+    factor_N = pressure[num_terms * num_experts : num_terms * (num_experts + 1)]
+    # everything but a slope of 1 and an all-true mask multiplies the push of every term alike
+    outer_TE = None if plan.gate == "softmax" else gate_slope(logits_TE, plan.gate)
+    if mask_T is not None:
+        mask_T1 = mask_T.to(probs_TE.dtype).unsqueeze(-1)
+        outer_TE = mask_T1 if outer_TE is None else outer_TE * mask_T1
+
+    q_NBE = (row_NE.unsqueeze(1) + factor_N.view(-1, 1, 1) * fraction_NBE).to(probs_TE.dtype)
+    q_N = [q_NBE[i].unsqueeze(1) for i in range(num_terms)]
+    document = 0
+    for i, term in enumerate(plan.terms):
+        if term.kind == "document":
+            q_N[i] = (factor_N[i].to(probs_TE.dtype) * fraction_NTE[document]).view_as(probs_BSE)
+            document += 1
+    if not plan.norms and q_N:  # without norms the terms need no separate pass
+        q_N = [torch.stack([q.expand_as(q_N[-1]) for q in q_N]).sum(dim=0) if document == 0 else sum(q_N)]
+
+    push_TE, squares = None, []
+    for q in q_N:
+        inner = (probs_BSE * q).sum(dim=-1, keepdim=True)
+        term_TE = (probs_BSE * (q - inner)).view_as(probs_TE)
+        if outer_TE is not None:
+            term_TE = term_TE * outer_TE
+        squares.append(_square_norm(term_TE) if plan.norms else pressure[-1] * 0)
+        push_TE = term_TE if push_TE is None else push_TE + term_TE
+    squares += [pressure[-1] * 0] * (num_terms - len(squares))
+    z_TE = _z_push(pressure[-2], logits_TE, mask_T) if plan.z_loss else None
+    squares.append(_square_norm(z_TE) if plan.norms and z_TE is not None else pressure[-1] * 0)
+    if z_TE is not None:
+        push_TE = z_TE if push_TE is None else push_TE + z_TE
+    if push_TE is None:
+        push_TE = torch.zeros_like(probs_TE)
+    return push_TE, torch.stack(squares)
+
+
+def _z_push(factor: Tensor, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
+    """Gradient of factor * sum_t logsumexp(z_t)^2."""
+    z_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    lse_T1 = z_TE.logsumexp(dim=-1, keepdim=True)
+    push_TE = (2 * factor).to(z_TE.dtype) * lse_T1 * (z_TE - lse_T1).exp()
+    return push_TE if mask_T is None else push_TE * mask_T.to(z_TE.dtype).unsqueeze(-1)
+
+
+def _square_norm(x: Tensor) -> Tensor:
+    return x.double().square().sum() if x.dtype == torch.float64 else x.float().square().sum().double()
