@@ -36,6 +36,7 @@ class ModelConfig:
     layers: int = 3
     width: int = 128
     heads: int = 4
+    kv_heads: int = 0  # heads that share keys and values; 0 = heads, each its own
     head_dim: int = 32
     experts: int = 16
     top_k: int = 2
@@ -54,9 +55,15 @@ class ModelConfig:
     checkpointing: str = "none"  # recompute layers in backward: none, reentrant, non_reentrant
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "model.", may_be_zero=("shared_experts",))
+        _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts"))
         _one_of("gate", self.gate, GATES)
         _one_of("kind of checkpointing", self.checkpointing, CHECKPOINTING)
+        _require(
+            self.heads % (self.kv_heads or self.heads) == 0,
+            "model.heads divisible by model.kv_heads",
+            f"heads = {self.heads}, kv_heads = {self.kv_heads}",
+            "change one of them",
+        )
         _require(
             self.head_dim % 2 == 0,
             "an even model.head_dim (rotary positions turn pairs)",
@@ -176,6 +183,9 @@ class StrategyConfig:
 
     def __post_init__(self) -> None:
         _one_of("gate", self.gate, GATES[1:])
+        _require(
+            bool(self.policies), "policies in a [[strategy]]", f"none in {self.name!r}", "'none' is the name for that"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
