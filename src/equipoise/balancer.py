@@ -1,24 +1,22 @@
-"""The balancer: finds a model's routers, binds policies to them at each backward, and commits once per optimizer step."""
+"""The balancer: binds policies to a model's routers at each backward and commits once per optimizer step."""
 
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .attach import attach
 from .collectives import Collective, Local
 from .errors import ConfigError, InputError, StateError
-from .meter import Meter, Plan
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss, ZLoss
 from .policies.switch import Policy, timeline
-from .pressure import Layer, MicroStep, write_pressure
+from .pressure import Layer, MicroStep, step_sums, write_pressure
 from .readout import Committed, fidelity, metrics
 from .watch import Watch
 
@@ -31,15 +29,15 @@ class Balancer:
     Args:
         model: any module with ``equipoise.layers.Router`` inside.
         policies: what measures and what pushes; their gradients add up (see ``equipoise.policies``).
-        optimizer: whose step ends a step. Default: the torch optimizer that holds the routers' parameters, found when it steps.
+        optimizer: whose step ends a step. Default: the torch optimizer that holds the routers' parameters.
         reduction: how the engine's losses of a step combine: "mean" (each is a mean; the engine averages them over
             micro-batches and ranks) or "sum" (they add up to the step's loss; needs ``begin_step(tokens=)``).
         measure_estimators: compare prefix, previous and ema with the exact f at every step; see ``fidelity()``.
         gradient_norms: measure each policy's gradient against the language model's at the routers.
 
     Raises:
-        ConfigError: no policy, no router, an unknown name, or a bias rule that is known to fail with the router's gate.
-        StateError: the model already has a balancer; later, an order of calls that would train something else than asked.
+        ConfigError: no policy, no router, an unknown name, or a bias rule known to fail with the router's gate.
+        StateError: the model already has a balancer; later, calls in an order that would train something else.
 
     >>> from equipoise import AuxLoss, Balancer, MoE
     >>> model = MoE(dim=8, hidden=16, num_experts=4, top_k=2)
@@ -64,12 +62,14 @@ class Balancer:
         gradient_norms: bool = True,
     ) -> None:
         if reduction not in ("mean", "sum"):
-            raise ConfigError(expected="reduction: 'mean' or 'sum'", got=repr(reduction), do="most loops average: 'mean'")
+            raise ConfigError(
+                expected="reduction: 'mean' or 'sum'", got=repr(reduction), do="most loops average: 'mean'"
+            )
         self.policies = list(policies)
         self._timeline = timeline(self.policies)
         self._reduction = reduction
         self._collective: Collective = collective or Local()
-        self._layers = _attach(model, self._timeline, measure_estimators, gradient_norms)
+        self._layers = attach(model, self._timeline, measure_estimators, gradient_norms)
         self._estimators = ("prefix", "previous", "ema") if measure_estimators else ()
         self._step = 0
         self._skipped = 0
@@ -78,33 +78,43 @@ class Balancer:
         self._committed: list[Committed] | None = None
         self._fidelity: dict[str, dict[str, float]] | None = None
         self._watch = Watch(model, self._layers)
-        self._hooks = self._listen(optimizer)
+        self._watch.listen(self._check_before_step, self._commit, optimizer)
+        for layer in self._layers:
+            layer.meter.owner = self  # a balancer lives as long as its model, also when nobody else keeps it
         if not any(layer.trainable for layer in self._layers):
             warnings.warn("every router of this model is frozen: loads are measured, nothing is pushed", stacklevel=2)
 
     # ---------------------------------------------------------------- a training step, in order
 
     def begin_step(self, *, tokens: float | None = None, micro_batches: int | None = None) -> None:
-        """Declares the valid router tokens of the coming step, over all ranks and micro-batches, where batches are uneven.
+        """Declares the valid router tokens of the coming step, over all ranks and micro-batches, for uneven batches.
 
         Without it every micro-batch weighs the same, which is exact when all have equally many tokens. With
         reduction "mean", ``micro_batches`` (per rank) is needed too, and checked at the step.
         """
         self._drop_if_gradients_were()
         if self._micro_steps:
-            raise StateError(expected="begin_step before the first micro-batch of a step",
-                             got=f"{self._micro_steps} micro-batches already tapped", do="call it right after optimizer.step(); after a skipped step call balancer.discard()")  # fmt: skip
+            raise StateError(
+                expected="begin_step before the first micro-batch of a step",
+                got=f"{self._micro_steps} micro-batches already tapped",
+                do="call it right after optimizer.step(); after a skipped step call balancer.discard()",
+            )
         if tokens is not None and not tokens > 0:
             raise InputError(expected="tokens > 0", got=repr(tokens), do="count the router's valid tokens of the step")
         if tokens is not None and micro_batches is None and self._reduction == "mean":
-            raise InputError(expected="micro_batches beside tokens, because the losses are means", got="tokens alone",
-                             do="begin_step(tokens=..., micro_batches=M), or Balancer(reduction='sum')")  # fmt: skip
+            raise InputError(
+                expected="micro_batches beside tokens, because the losses are means",
+                got="tokens alone",
+                do="begin_step(tokens=..., micro_batches=M), or Balancer(reduction='sum')",
+            )
         self._declared = (tokens, micro_batches)
 
     @property
     def needs_counting(self) -> bool:
         """Whether a step of several micro-batches needs a counting pass: estimator "exact", scope "shuffle"."""
-        return any(isinstance(t.policy, AuxLoss) and t.policy.needs_counting and t.active(self._step) for t in self._timeline)
+        return any(
+            isinstance(t.policy, AuxLoss) and t.policy.needs_counting and t.active(self._step) for t in self._timeline
+        )
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -114,8 +124,11 @@ class Balancer:
         """
         self._drop_if_gradients_were()
         if self._micro_steps:
-            raise StateError(expected="the counting pass before the first micro-batch of a step",
-                             got=f"{self._micro_steps} micro-batches already tapped", do="count first, then train")  # fmt: skip
+            raise StateError(
+                expected="the counting pass before the first micro-batch of a step",
+                got=f"{self._micro_steps} micro-batches already tapped",
+                do="count first, then train",
+            )
         for layer in self._layers:
             layer.forget_step()
             layer.meter.pool = []
@@ -143,8 +156,11 @@ class Balancer:
                 layer.meter.clear_slots()
             return loss
         if scale is None and loss.numel() != 1:
-            raise InputError(expected="a scalar loss", got=f"shape {tuple(loss.shape)}",
-                             do="tap the mean loss, or pass scale= with a stage's activations")  # fmt: skip
+            raise InputError(
+                expected="a scalar loss",
+                got=f"shape {tuple(loss.shape)}",
+                do="tap the mean loss, or pass scale= with a stage's activations",
+            )
         taken = [layer.meter.take() for layer in self._layers]
         return _Tap.apply(loss, self, taken, scale)
 
@@ -164,7 +180,7 @@ class Balancer:
         return self._step
 
     def metrics(self) -> dict[str, float]:
-        """The last committed step as flat names: loss and gradient_ratio per policy, MaxVio per scope, dead experts, ...
+        """The last committed step as flat names: loss and gradient_ratio per policy, MaxVio per scope, ...
 
         ``balance/policy_0/loss`` is 1 in balance; ``.../gradient_ratio`` is the norm of the policy's gradient at the
         router logits over that of the language-model loss; ``balance/maxvio_micro_batch`` and ``_sequence`` are means.
@@ -176,7 +192,7 @@ class Balancer:
         return [layer.counts_E.to(torch.int64) for layer in self._last()]
 
     def fidelity(self) -> dict[str, dict[str, float]] | None:
-        """Of the last step: relative_error and cosine of each estimator's gradient against exact; None if not measured."""
+        """Of the last step: each estimator's gradient against exact (relative_error, cosine); None if not measured."""
         return self._fidelity
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,9 +214,11 @@ class Balancer:
         """Raises ConfigError when the state is of another model."""
         names = [layer.name for layer in self._layers]
         if state.get("version") != 1 or sorted(state["layers"]) != sorted(names):
-            raise ConfigError(expected=f"the balancer state of routers {names}",
-                              got=f"version {state.get('version')} of {sorted(state.get('layers', ()))}",
-                              do="load the checkpoint of this model")  # fmt: skip
+            raise ConfigError(
+                expected=f"the balancer state of routers {names}",
+                got=f"version {state.get('version')} of {sorted(state.get('layers', ()))}",
+                do="load the checkpoint of this model",
+            )
         self.discard()
         self._step, self._skipped = state["step"], state["skipped"]
         for layer in self._layers:
@@ -211,13 +229,11 @@ class Balancer:
             layer.momentum = {place: momentum_E.to(device) for place, momentum_E in saved["momentum"]}
 
     def step(self) -> None:
-        """Commits a step by hand: only for optimizers that are no ``torch.optim.Optimizer``, right after they stepped."""
+        """Commits a step by hand, right after an optimizer that is no ``torch.optim.Optimizer`` stepped."""
         self._commit()
 
     def remove(self) -> None:
         """Detaches from the model and the optimizers; biases stay where they are."""
-        for hook in self._hooks:
-            hook.remove()
         self._watch.remove()
         for layer in self._layers:
             layer.router.meter = None
@@ -231,15 +247,29 @@ class Balancer:
             self._watch.check_no_unseen_step(self._micro_steps)
             self._micro_steps += 1
         if self._reduction == "sum" and self._declared[0] is None and self._layers[0].counted is None:
-            raise StateError(expected="the step's tokens, because the losses add up (reduction='sum')", got="no begin_step",
-                             do="call balancer.begin_step(tokens=...) before the first micro-batch")  # fmt: skip
-        micro = MicroStep(self._step, self._micro_steps, scale.detach(), self._reduction, *self._declared,
-                          self._collective.size, repeat)  # fmt: skip
+            raise StateError(
+                expected="the step's tokens, because the losses add up (reduction='sum')",
+                got="no begin_step",
+                do="call balancer.begin_step(tokens=...) before the first micro-batch",
+            )
+        micro = MicroStep(
+            self._step,
+            self._micro_steps,
+            scale.detach(),
+            self._reduction,
+            *self._declared,
+            self._collective.size,
+            repeat,
+        )
         counts = [t[: layer.meter.plan.num_experts] for layer, (t, _) in zip(self._layers, taken, strict=True)]
-        if any(isinstance(t.policy, AuxLoss) and t.policy.needs_current and t.active(self._step) for t in self._timeline):
+        if any(
+            isinstance(t.policy, AuxLoss) and t.policy.needs_current and t.active(self._step) for t in self._timeline
+        ):
             counts = self._sum(counts)
         for layer, (statistics, gram_EE), global_E in zip(self._layers, taken, counts, strict=True):
-            write_pressure(layer, self._timeline, statistics, gram_EE, global_E, micro, () if repeat else self._estimators)
+            write_pressure(
+                layer, self._timeline, statistics, gram_EE, global_E, micro, () if repeat else self._estimators
+            )
 
     def _drop_if_gradients_were(self) -> None:
         """A step that was skipped (GradScaler) or zeroed leaves no trace here either."""
@@ -258,23 +288,32 @@ class Balancer:
         if self._micro_steps == 0 and pushes and any(layer.trainable for layer in self._layers):
             raise StateError(
                 expected="loss = balancer.tap(loss) before backward in every step",
-                got="an optimizer step whose backward passed no tap" if counted else
-                    "an optimizer step without a tapped backward of the balanced layers in training mode",
+                got="an optimizer step whose backward passed no tap"
+                if counted
+                else "an optimizer step without a tapped backward of the balanced layers in training mode",
                 do="tap the loss, put the model in train() mode, or balancer.remove() to train without balance",
-            )  # fmt: skip
+            )
         if self._micro_steps == 0 and not counted:
-            raise StateError(expected="a backward through the routers in training mode before the step", got="none",
-                             do="call model.train(), or balancer.remove() to train without balance")  # fmt: skip
+            raise StateError(
+                expected="a backward through the routers in training mode before the step",
+                got="none",
+                do="call model.train(), or balancer.remove() to train without balance",
+            )
         declared = self._declared[1]
         if declared is not None and declared != self._micro_steps:
-            raise StateError(expected=f"{declared} micro-batches, as begin_step said", got=f"{self._micro_steps} tapped",
-                             do="declare what the step has: the balance gradient was scaled by it")  # fmt: skip
+            raise StateError(
+                expected=f"{declared} micro-batches, as begin_step said",
+                got=f"{self._micro_steps} tapped",
+                do="declare what the step has: the balance gradient was scaled by it",
+            )
 
     def _commit(self) -> None:
         """The only place where state changes: one sum over ranks for all layers, then histories, biases, metrics."""
         self._check_before_step()
-        sums = self._sum([_step_sums(layer) for layer in self._layers])
-        decays = {t.policy.decay for t in self._timeline if isinstance(t.policy, AuxLoss) and t.policy.estimator == "ema"}
+        sums = self._sum([step_sums(layer) for layer in self._layers])
+        decays = {
+            t.policy.decay for t in self._timeline if isinstance(t.policy, AuxLoss) and t.policy.estimator == "ema"
+        }
         self._committed = []
         with torch.no_grad():
             for layer, summed in zip(self._layers, sums, strict=True):
@@ -282,9 +321,13 @@ class Balancer:
                 statistics, values = summed[: plan.size], summed[plan.size :]
                 self._move_bias(layer, statistics[: plan.num_experts])
                 bias_E = layer.router.expert_bias
-                self._committed.append(Committed(layer.name, plan, statistics, values, None if bias_E is None else bias_E.clone()))
+                self._committed.append(
+                    Committed(layer.name, plan, statistics, values, None if bias_E is None else bias_E.clone())
+                )
         if self._estimators and all(layer.step_fidelity for layer in self._layers):
-            self._fidelity = fidelity([layer.step_fidelity for layer in self._layers], [c.counts_E for c in self._committed])
+            self._fidelity = fidelity(
+                [layer.step_fidelity for layer in self._layers], [c.counts_E for c in self._committed]
+            )
         for layer, committed in zip(self._layers, self._committed, strict=True):
             layer.history.commit(committed.counts_E, decays | ({0.9} if self._estimators else set()))
         self._step += 1
@@ -296,40 +339,22 @@ class Balancer:
         for place, timed in enumerate(self._timeline):
             if isinstance(timed.policy, ExpertBias) and timed.active(self._step):
                 momentum_E = layer.momentum.get(place, torch.zeros_like(counts_E))
-                bias_E, layer.momentum[place] = timed.policy.step(layer.router.expert_bias, counts_E, momentum_E, self._step)
+                bias_E, layer.momentum[place] = timed.policy.step(
+                    layer.router.expert_bias, counts_E, momentum_E, self._step
+                )
                 layer.router.expert_bias.copy_(bias_E)
 
     def _last(self) -> list[Committed]:
         if self._committed is None:
-            raise StateError(expected="a committed optimizer step", got="none yet", do="call this after optimizer.step()")
+            raise StateError(
+                expected="a committed optimizer step", got="none yet", do="call this after optimizer.step()"
+            )
         return self._committed
 
     def _sum(self, tensors: list[Tensor]) -> list[Tensor]:
         """One collective for all layers, whatever their number of experts."""
         flat = self._collective.sum(torch.cat(tensors))
         return list(flat.split([t.numel() for t in tensors]))
-
-    def _listen(self, optimizer: torch.optim.Optimizer | None) -> list[Any]:
-        """Hooks that hold the balancer weakly: it ends with its last user, not with the process."""
-        me = weakref.ref(self)
-
-        def before(stepping: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-            balancer = me()
-            has_closure = bool(args) or kwargs.get("closure") is not None
-            if balancer and not has_closure and (optimizer is stepping or optimizer is None and balancer._watch.owns(stepping)):
-                balancer._check_before_step()
-
-        def after(stepping: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-            balancer = me()
-            if balancer and (optimizer is stepping or optimizer is None and balancer._watch.owns(stepping)):
-                balancer._commit()
-
-        if optimizer is not None:
-            return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-        hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
-        for hook in hooks:
-            weakref.finalize(self, hook.remove)
-        return hooks
 
 
 class _Tap(torch.autograd.Function):
@@ -339,49 +364,10 @@ class _Tap(torch.autograd.Function):
         return loss.view_as(loss)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grad_outputs):
+        (grad,) = grad_outputs
         scale = grad if ctx.scale is None else grad.new_full((), ctx.scale)
         ctx.balancer._bind(scale, ctx.taken, repeat=ctx.seen)
         ctx.seen = True
         torch.autograd.Variable._execution_engine.queue_callback(ctx.balancer._end_backward)
         return grad, None, None, None
-
-
-def _attach(model: nn.Module, timed: list, measure_estimators: bool, gradient_norms: bool) -> list[Layer]:
-    """A meter for every router, and the policies checked against it before anything is changed."""
-    if not timed:
-        raise ConfigError(expected="at least one policy", got="none", do='for example [AuxLoss(scope="global_batch", coef=1e-2)]')
-    routers = [(name, m) for name, m in model.named_modules() if hasattr(m, "meter") and hasattr(m, "num_experts")]
-    if not routers:
-        raise ConfigError(expected="a model with MoE layers", got=f"{type(model).__name__} without a router",
-                          do="build its feed-forward layers from equipoise.MoE or equipoise.Router")  # fmt: skip
-    biases = [t.policy for t in timed if isinstance(t.policy, ExpertBias)]
-    for name, router in routers:
-        if router.meter is not None:
-            raise StateError(expected="one balancer per model", got=f"router {name!r} already has one",
-                             do="pass all policies to one Balancer, or call remove() on the first")  # fmt: skip
-        for policy in biases:
-            policy.check_gate(router.gate, router.num_experts)
-    terms = tuple(t.policy.term for t in timed if isinstance(t.policy, AuxLoss))
-    layers = []
-    for name, router in routers:
-        if biases:
-            router.enable_selection_bias()
-        has_z_loss = any(isinstance(t.policy, ZLoss) for t in timed)
-        plan = Plan(router.num_experts, router.top_k, router.gate, terms, has_z_loss, gradient_norms, measure_estimators)
-        router.meter = Meter(plan, next(router.parameters()).device)
-        layers.append(Layer(name, router, router.meter))
-        layers[-1].forget_step()
-    return layers
-
-
-def _step_sums(layer: Layer) -> Tensor:
-    """What the leaf collected, or what forward proposed where autograd left the leaf alone (``backward(inputs=...)``)."""
-    plan, leaf = layer.meter.plan, layer.meter.leaf
-    counted = torch.zeros_like(leaf.detach()) if leaf.grad is None else leaf.grad
-    if layer.step_taken is not None:
-        missing = counted[plan.at("calls")] == 0
-        proposed = torch.cat([layer.step_taken, layer.step_taken.new_zeros(plan.size - plan.forward_size)])
-        counted = torch.where(missing, proposed, counted)
-    values = layer.step_values if layer.step_values is not None else counted.new_zeros(len(plan.terms))
-    return torch.cat([counted, values])

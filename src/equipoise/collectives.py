@@ -1,4 +1,4 @@
-"""The one door to communication: sums over the ranks that see different tokens. Out of place; one process needs none."""
+"""The one door to communication: out-of-place sums over the ranks that see different tokens."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 
 class LocalTerm(NamedTuple):
-    """Over which tokens a loss term measures f. ``late`` means that only the tap knows (other micro-batches, other ranks)."""
+    """Over which tokens a loss term measures f; ``late``: only the tap knows (other micro-batches, other ranks)."""
 
     kind: str  # "late", "sequences", "micro_batch", "document"
     sequences: int = 1  # for "sequences": how many neighbouring ones share an f
@@ -56,7 +56,7 @@ class Plan(NamedTuple):
     def unbiased(self) -> bool:
         return any(term.unbiased for term in self.terms)
 
-    # Offsets into the statistics: counts E, probs E, [unbiased counts E], scalars, N term values | lm norm, N + 1 norms.
+    # The statistics: counts E, probs E, [unbiased counts E], scalars, N term values | lm norm, N + 1 norms.
     @property
     def scalars_at(self) -> int:
         return (3 if self.unbiased else 2) * self.num_experts
@@ -111,6 +111,7 @@ class Meter:
         self.gram = torch.zeros(square, dtype=torch.float64, device=device)
         self.gram_no_grad = torch.zeros_like(self.gram)
         self.pool: list[Tensor] | None = None  # expert ids of a counting pass, kept for the shuffle control only
+        self.owner: object = None  # the balancer: it has to live as long as the model it balances
 
     def take(self) -> tuple[Tensor, Tensor]:
         """(statistics, gram) of the micro-batch that just went forward, and empties the slots."""
@@ -133,7 +134,7 @@ class Meter:
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copied model (an EMA, a teacher) is not balanced by anybody: its routers get no meter."""
-        return None
+        return
 
     def __reduce__(self):
         return type(None), ()  # the same for pickled models
@@ -176,7 +177,9 @@ def measure(plan: Plan, logits_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, ba
     return Measured(probs_TE, torch.cat(parts), fraction_NBE, torch.stack(documents) if documents else None, gram_EE)
 
 
-def _scalars(plan: Plan, logits_TE: Tensor, valid_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, batch: Batch) -> Tensor:
+def _scalars(
+    plan: Plan, logits_TE: Tensor, valid_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, batch: Batch
+) -> Tensor:
     """The SCALARS, in order, as fp64."""
     counts_E = counts_BE.sum(dim=0)
     tokens = counts_E.sum() / plan.top_k
@@ -186,10 +189,18 @@ def _scalars(plan: Plan, logits_TE: Tensor, valid_TE: Tensor, ids_TK: Tensor, co
     if plan.z_loss:
         lse_T = logits_TE.float().logsumexp(dim=-1).double().square()
         lse_square = (lse_T if batch.token_mask_T is None else lse_T * batch.token_mask_T).sum()
-    return torch.stack([
-        tokens.double(), one, full_B.sum(), valid_TE.gather(-1, ids_TK).sum(dtype=torch.float64), lse_square,
-        maxvio(counts_BE).sum(), maxvio(counts_E), one * counts_BE.shape[0],
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            tokens.double(),
+            one,
+            full_B.sum(),
+            valid_TE.gather(-1, ids_TK).sum(dtype=torch.float64),
+            lse_square,
+            maxvio(counts_BE).sum(),
+            maxvio(counts_E),
+            one * counts_BE.shape[0],
+        ]
+    )
 
 
 def _shared_counts(counts_BE: Tensor, term: LocalTerm) -> Tensor:
@@ -209,8 +220,11 @@ def _shared_counts(counts_BE: Tensor, term: LocalTerm) -> Tensor:
 
 def _document_fractions(ids_TK: Tensor, num_experts: int, batch: Batch) -> Tensor:
     if batch.document_T is None:
-        raise InputError(expected="document_ids for a policy with scope 'document'", got="none",
-                         do="pass document_ids_BS to the MoE layer, or balance per sequence")  # fmt: skip
+        raise InputError(
+            expected="document_ids for a policy with scope 'document'",
+            got="none",
+            do="pass document_ids_BS to the MoE layer, or balance per sequence",
+        )
     tokens, top_k = ids_TK.shape
     flat_TK = batch.document_T.unsqueeze(1) * num_experts + ids_TK
     one_T = torch.ones_like(batch.document_T) if batch.token_mask_T is None else batch.token_mask_T.long()

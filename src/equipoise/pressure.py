@@ -17,7 +17,7 @@ from .policies.losses import AuxLoss, ZLoss, coefficient
 from .policies.scopes import Sequences
 from .policies.switch import Timed
 
-__all__ = ["Layer", "MicroStep", "write_pressure"]
+__all__ = ["Layer", "MicroStep", "step_sums", "write_pressure"]
 
 
 @dataclass
@@ -65,9 +65,14 @@ class MicroStep:
 
 
 def write_pressure(
-    layer: Layer, timeline: Sequence[Timed], taken: Tensor, gram_EE: Tensor, global_E: Tensor, micro: MicroStep,
+    layer: Layer,
+    timeline: Sequence[Timed],
+    taken: Tensor,
+    gram_EE: Tensor,
+    global_E: Tensor,
+    micro: MicroStep,
     estimators: Sequence[str],
-) -> None:  # fmt: skip
+) -> None:
     """Turns policies into pressure on one router, and adds this micro-batch to the layer's step.
 
     Args:
@@ -126,7 +131,7 @@ def _unit(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:
 def _bind_term(
     layer: Layer, policy: AuxLoss, term: int, taken: Tensor, push: Tensor, micro: MicroStep
 ) -> tuple[Tensor, Tensor]:
-    """(row (E,), factor) of one balance loss: the row for an f chosen here, the factor for an f that forward measured."""
+    """(row (E,), factor) of one balance loss: a row for an f chosen here, a factor for one that forward measured."""
     plan = layer.meter.plan
     zero_E = torch.zeros(plan.num_experts, dtype=torch.float64, device=taken.device)
     probs_E = taken[plan.num_experts : 2 * plan.num_experts]
@@ -177,7 +182,7 @@ def _window(layer: Layer, term: int, n: int, taken: Tensor) -> tuple[Tensor, Ten
 
 
 def _shuffled(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:
-    """f of as many random tokens of the global batch as this micro-batch has, drawn without replacement (table 2)."""
+    """f of as many random tokens of the global batch as this micro-batch has, without replacement (table 2)."""
     plan = layer.meter.plan
     pool = layer.meter.pool
     if not pool:  # one micro-batch: any such draw is the whole of it; more raises in exact's words
@@ -187,3 +192,15 @@ def _shuffled(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:
     drawn = torch.randperm(len(ids_NK), generator=generator)[: int(taken[plan.at("tokens")])]
     counts_E = torch.bincount(ids_NK[drawn.to(ids_NK.device)].flatten(), minlength=plan.num_experts)
     return load_fractions(counts_E)
+
+
+def step_sums(layer: Layer) -> Tensor:
+    """What the leaf collected, or what forward proposed where autograd left it alone (``backward(inputs=...)``)."""
+    plan, leaf = layer.meter.plan, layer.meter.leaf
+    counted = torch.zeros_like(leaf.detach()) if leaf.grad is None else leaf.grad
+    if layer.step_taken is not None:
+        missing = counted[plan.at("calls")] == 0
+        proposed = torch.cat([layer.step_taken, layer.step_taken.new_zeros(plan.size - plan.forward_size)])
+        counted = torch.where(missing, proposed, counted)
+    values = layer.step_values if layer.step_values is not None else counted.new_zeros(len(plan.terms))
+    return torch.cat([counted, values])

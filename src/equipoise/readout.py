@@ -37,7 +37,7 @@ class Committed:
 
 
 def metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step: int, skipped: int) -> dict[str, float]:
-    """Flat names to numbers. ``balance/x`` is the mean over layers (dead experts: the sum), ``balance/layer_03/x`` one layer."""
+    """Flat names to numbers: ``balance/x`` is a mean over layers (dead experts: a sum), ``balance/layer_03/x`` one."""
     per_layer = [_layer_metrics(layer) for layer in layers]
     named = {f"layer_{i:02d}/{key}": value for i, values in enumerate(per_layer) for key, value in values.items()}
     for key in per_layer[0]:
@@ -46,7 +46,9 @@ def metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step: int, s
     named |= _policy_metrics(layers, timeline, step)
     named["tokens"] = layers[0].of("tokens")
     numbers = torch.stack([value.double() for value in named.values()]).tolist()  # the only wait for the device
-    return {f"balance/{key}": number for key, number in zip(named, numbers, strict=True)} | {"balance/skipped_steps": float(skipped)}
+    return {f"balance/{key}": number for key, number in zip(named, numbers, strict=True)} | {
+        "balance/skipped_steps": float(skipped)
+    }
 
 
 def _layer_metrics(layer: Committed) -> dict[str, Tensor]:
@@ -66,7 +68,7 @@ def _layer_metrics(layer: Committed) -> dict[str, Tensor]:
 
 
 def _policy_metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step: int) -> dict[str, Tensor]:
-    """Loss value (1 = balanced) and gradient norm against the language model's at the router, mean and root over layers."""
+    """Loss value (1 = balanced), and gradient norm against the language model's at the router over all layers."""
     named: dict[str, Tensor] = {}
     term = -1
     norms = layers[0].plan.norms
@@ -90,10 +92,12 @@ def _policy_metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step
     return named
 
 
-def fidelity(step_fidelity: Sequence[list[tuple[dict[str, Tensor], Tensor]]], counts: Sequence[Tensor]) -> dict[str, dict[str, float]]:
+def fidelity(
+    step_fidelity: Sequence[list[tuple[dict[str, Tensor], Tensor]]], counts: Sequence[Tensor]
+) -> dict[str, dict[str, float]]:
     """Relative error and cosine of each estimator's gradient at the logits against that of the whole step's f.
 
-    The gradient is linear in f, so with G the Gram matrix of a micro-batch both follow from f^T G f: no second backward.
+    The gradient is linear in f, so both follow from f^T G f with G the Gram matrix of a micro-batch.
     """
     names = list(step_fidelity[0][0][0])
     error = dict.fromkeys(names, 0.0)

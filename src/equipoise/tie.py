@@ -1,8 +1,8 @@
-"""Tie and Probe: identities in forward; in backward they push the gate, count what was routed, and never do it twice.
+"""Tie and Probe: identities in forward; in backward they push the gate and count what was routed, once.
 
 Autograd itself adds the statistics over micro-batches, runs them once under recompute and never in evaluation, because
-they are the gradient of a hidden leaf (``Meter.leaf``). The gradient to the gate is closed-form: with p = g(z) / sum g(z)
-and q = sum over terms of scale * coef * E * f / T,  dz = d log g/dz * p * (q - <p, q>).
+they are the gradient of a hidden leaf (``Meter.leaf``). The gradient to the gate is closed-form: with
+p = g(z) / sum g(z) and q = sum over terms of scale * coef * E * f / T,  dz = d log g/dz * p * (q - <p, q>).
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ __all__ = ["probe", "tie"]
 
 
 def tie(
-    meter: Meter, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, batch: Batch, *, training: bool
+    meter: Meter,
+    weights_TK: Tensor,
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    counts_BE: Tensor,
+    batch: Batch,
+    *,
+    training: bool,
 ) -> Tensor:
     """Returns weights_TK unchanged, tied to the meter: their backward pushes logits_TE and counts.
 
@@ -33,15 +40,23 @@ def tie(
     if not (torch.is_grad_enabled() and (weights_TK.requires_grad or logits_TE.requires_grad)):
         return weights_TK
     return _Tie.apply(
-        weights_TK, logits_TE, meter.leaf, measured.probs_TE, measured.statistics, measured.fraction_NBE,
-        measured.fraction_NTE, batch.token_mask_T, meter.pressure, meter.plan,
-    )  # fmt: skip
+        weights_TK,
+        logits_TE,
+        meter.leaf,
+        measured.probs_TE,
+        measured.statistics,
+        measured.fraction_NBE,
+        measured.fraction_NTE,
+        batch.token_mask_T,
+        meter.pressure,
+        meter.plan,
+    )
 
 
 def probe(meter: Meter, logits_TE: Tensor, *, training: bool) -> Tensor:
     """Returns logits_TE unchanged; its backward notes the squared norm of the language-model gradient at the logits.
 
-    Routing must use the returned logits and ``tie`` the original ones: then only the language model's gradient passes here.
+    Routing must use the returned logits and ``tie`` the original ones: then only that gradient passes here.
     """
     if not (training and meter.plan.norms and torch.is_grad_enabled() and logits_TE.requires_grad):
         return logits_TE
@@ -63,7 +78,9 @@ def _propose(meter: Meter, measured: Measured, ids_TK: Tensor, batch: Batch) -> 
 
 class _Tie(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weights_TK, logits_TE, leaf, probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, pressure, plan):
+    def forward(
+        ctx, weights_TK, logits_TE, _leaf, probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, pressure, plan
+    ):
         # softmax needs only its probabilities in backward; other gates and the z-loss need the logits too
         needs_logits = plan.z_loss or plan.gate != "softmax"
         ctx.save_for_backward(
@@ -74,7 +91,8 @@ class _Tie(torch.autograd.Function):
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
-    def backward(ctx, grad_weights_TK):
+    def backward(ctx, *grad_outputs):
+        (grad_weights_TK,) = grad_outputs
         probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE = ctx.saved_tensors
         plan, pressure = ctx.plan, ctx.pressure
         push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)
@@ -85,12 +103,13 @@ class _Tie(torch.autograd.Function):
 
 class _Probe(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TE, leaf, pressure, plan):
+    def forward(ctx, logits_TE, _leaf, pressure, plan):
         ctx.pressure, ctx.plan = pressure, plan
         return logits_TE.view_as(logits_TE)
 
     @staticmethod
-    def backward(ctx, grad_TE):
+    def backward(ctx, *grad_outputs):
+        (grad_TE,) = grad_outputs
         plan, pressure = ctx.plan, ctx.pressure
         before = torch.zeros(plan.forward_size, dtype=torch.float64, device=pressure.device)
         behind = torch.zeros(plan.size - plan.forward_size - 1, dtype=torch.float64, device=pressure.device)
@@ -99,47 +118,62 @@ class _Probe(torch.autograd.Function):
 
 
 def _push(
-    plan: Plan, pressure: Tensor, probs_TE: Tensor, fraction_NBE: Tensor, fraction_NTE: Tensor | None,
-    mask_T: Tensor | None, logits_TE: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    plan: Plan,
+    pressure: Tensor,
+    probs_TE: Tensor,
+    fraction_NBE: Tensor,
+    fraction_NTE: Tensor | None,
+    mask_T: Tensor | None,
+    logits_TE: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """(gradient for the logits (T, E), squared norm per term and of the z-loss (N + 1,))."""
-    num_terms, num_experts = len(plan.terms), plan.num_experts
     num_sequences = fraction_NBE.shape[1]
-    probs_BSE = probs_TE.view(num_sequences, probs_TE.shape[0] // num_sequences, num_experts)
+    probs_BSE = probs_TE.view(num_sequences, probs_TE.shape[0] // num_sequences, plan.num_experts)
+    q_N = _fractions_under_pressure(plan, pressure, probs_BSE, fraction_NBE, fraction_NTE)
+    if not plan.norms and len(q_N) > 1:  # without norms the terms need no separate pass
+        q_N = [torch.stack(torch.broadcast_tensors(*q_N)).sum(dim=0)]
+    outer_TE = _common_factor(plan, logits_TE, mask_T, probs_TE.dtype)
+    pushes = []
+    for q in q_N:
+        push_TE = (probs_BSE * (q - (probs_BSE * q).sum(dim=-1, keepdim=True))).view_as(probs_TE)
+        pushes.append(push_TE if outer_TE is None else push_TE * outer_TE)
+    zero = pressure.new_zeros(())
+    if plan.norms:
+        squares = [_square_norm(push_TE) for push_TE in pushes]
+    else:
+        squares = [zero] * len(plan.terms)
+    if plan.z_loss and logits_TE is not None:
+        pushes.append(_z_push(pressure[-2], logits_TE, mask_T))
+    squares.append(_square_norm(pushes[-1]) if plan.norms and plan.z_loss else zero)
+    total_TE = pushes[0] if pushes else torch.zeros_like(probs_TE)
+    for push_TE in pushes[1:]:
+        total_TE = total_TE + push_TE
+    return total_TE, torch.stack(squares)
+
+
+def _fractions_under_pressure(
+    plan: Plan, pressure: Tensor, probs_BSE: Tensor, fraction_NBE: Tensor, fraction_NTE: Tensor | None
+) -> list[Tensor]:
+    """q of every term, broadcastable to (B, S, E): the row that the tap chose, or a factor times forward's own f."""
+    num_terms, num_experts, dtype = len(plan.terms), plan.num_experts, probs_BSE.dtype
     row_NE = pressure[: num_terms * num_experts].view(num_terms, num_experts)
     factor_N = pressure[num_terms * num_experts : num_terms * (num_experts + 1)]
-    # everything but a slope of 1 and an all-true mask multiplies the push of every term alike
-    outer_TE = None if plan.gate == "softmax" else gate_slope(logits_TE, plan.gate)
-    if mask_T is not None:
-        mask_T1 = mask_T.to(probs_TE.dtype).unsqueeze(-1)
-        outer_TE = mask_T1 if outer_TE is None else outer_TE * mask_T1
-
-    q_NBE = (row_NE.unsqueeze(1) + factor_N.view(-1, 1, 1) * fraction_NBE).to(probs_TE.dtype)
+    q_NBE = (row_NE.unsqueeze(1) + factor_N.view(-1, 1, 1) * fraction_NBE).to(dtype)
     q_N = [q_NBE[i].unsqueeze(1) for i in range(num_terms)]
-    document = 0
-    for i, term in enumerate(plan.terms):
-        if term.kind == "document":
-            q_N[i] = (factor_N[i].to(probs_TE.dtype) * fraction_NTE[document]).view_as(probs_BSE)
-            document += 1
-    if not plan.norms and q_N:  # without norms the terms need no separate pass
-        q_N = [torch.stack([q.expand_as(q_N[-1]) for q in q_N]).sum(dim=0) if document == 0 else sum(q_N)]
+    if fraction_NTE is not None:
+        documents = [i for i, term in enumerate(plan.terms) if term.kind == "document"]
+        for place, i in enumerate(documents):
+            q_N[i] = (factor_N[i].to(dtype) * fraction_NTE[place]).view_as(probs_BSE)
+    return q_N
 
-    push_TE, squares = None, []
-    for q in q_N:
-        inner = (probs_BSE * q).sum(dim=-1, keepdim=True)
-        term_TE = (probs_BSE * (q - inner)).view_as(probs_TE)
-        if outer_TE is not None:
-            term_TE = term_TE * outer_TE
-        squares.append(_square_norm(term_TE) if plan.norms else pressure[-1] * 0)
-        push_TE = term_TE if push_TE is None else push_TE + term_TE
-    squares += [pressure[-1] * 0] * (num_terms - len(squares))
-    z_TE = _z_push(pressure[-2], logits_TE, mask_T) if plan.z_loss else None
-    squares.append(_square_norm(z_TE) if plan.norms and z_TE is not None else pressure[-1] * 0)
-    if z_TE is not None:
-        push_TE = z_TE if push_TE is None else push_TE + z_TE
-    if push_TE is None:
-        push_TE = torch.zeros_like(probs_TE)
-    return push_TE, torch.stack(squares)
+
+def _common_factor(plan: Plan, logits_TE: Tensor | None, mask_T: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What multiplies the push of every balance loss alike: the gate's slope and the token mask; None is 1."""
+    slope_TE = None if plan.gate == "softmax" or logits_TE is None else gate_slope(logits_TE, plan.gate)
+    if mask_T is None:
+        return slope_TE
+    mask_T1 = mask_T.to(dtype).unsqueeze(-1)
+    return mask_T1 if slope_TE is None else slope_TE * mask_T1
 
 
 def _z_push(factor: Tensor, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ __all__ = ["balance_loss", "load_fractions", "segment_counts", "sequence_segment
 
 
 def load_fractions(counts_E: Tensor) -> Tensor:
-    """f = counts / (K T), (..., E): sums to 1. All zero where nothing was counted, so that an empty batch pushes nothing.
+    """f = counts / (K T), (..., E): sums to 1; all zero where nothing was counted, so an empty batch pushes nothing.
 
     >>> load_fractions(torch.tensor([3, 1, 0, 0]))
     tensor([0.7500, 0.2500, 0.0000, 0.0000], dtype=torch.float64)
@@ -24,7 +24,9 @@ def load_fractions(counts_E: Tensor) -> Tensor:
     return counts_E / counts_E.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
-def sequence_segments(num_sequences: int, length: int, per_segment: int = 1, device: torch.device | str | None = None) -> Tensor:
+def sequence_segments(
+    num_sequences: int, length: int, per_segment: int = 1, device: torch.device | str | None = None
+) -> Tensor:
     """Segment of each token, (num_sequences * length,), when ``per_segment`` neighbouring sequences share one f.
 
     >>> sequence_segments(3, 2, per_segment=2)
@@ -33,7 +35,9 @@ def sequence_segments(num_sequences: int, length: int, per_segment: int = 1, dev
     return torch.arange(num_sequences * length, device=device) // (length * per_segment)
 
 
-def segment_counts(expert_ids_TK: Tensor, num_experts: int, segment_T: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
+def segment_counts(
+    expert_ids_TK: Tensor, num_experts: int, segment_T: Tensor, token_mask_T: Tensor | None = None
+) -> Tensor:
     """Counts of each segment, (S, E) int64, S = highest segment + 1. Masked tokens (False) are not counted.
 
     >>> segment_counts(torch.tensor([[0], [1], [1]]), 2, torch.tensor([0, 1, 1]))
@@ -58,11 +62,11 @@ def balance_loss(
 ) -> Tensor:
     """Mean over valid tokens of E <f, p_t>: a scalar, 1 at perfect balance.
 
-    f is measured over the token's own segment: one segment (the default) is the micro-batch, ``sequence_segments`` gives
-    sequences or n of them, document numbers give documents in a pack. ``counts_E`` replaces f by that of other tokens:
-    a whole global batch, for the global-batch loss (arXiv 2501.11873, eq. 4-6).
+    f is measured over the token's own segment: one segment (the default) is the micro-batch, ``sequence_segments``
+    gives sequences or n of them, document numbers give documents in a pack. ``counts_E`` replaces f by that of other
+    tokens: a whole global batch, for the global-batch loss (arXiv 2501.11873, eq. 4-6).
 
-    Raises InputError when both ``segment_T`` and ``counts_E`` are given. No valid token: the value is 0, its gradient 0.
+    Raises InputError when both ``segment_T`` and ``counts_E`` are given. Without a valid token the value is 0.
 
     >>> probs = torch.full((4, 2), 0.5)
     >>> balance_loss(probs, torch.tensor([[0], [0], [1], [1]]))

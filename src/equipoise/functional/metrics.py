@@ -10,8 +10,17 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["cv", "dead_experts", "efficiency", "gini", "maxvio", "maxvio_noise_floor", "min_max_ratio",
-           "mutual_information", "normalized_entropy"]  # fmt: skip
+__all__ = [
+    "cv",
+    "dead_experts",
+    "efficiency",
+    "gini",
+    "maxvio",
+    "maxvio_noise_floor",
+    "min_max_ratio",
+    "mutual_information",
+    "normalized_entropy",
+]
 
 
 def maxvio(counts_E: Tensor) -> Tensor:

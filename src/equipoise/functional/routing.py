@@ -13,14 +13,25 @@ from torch import Tensor
 
 from ..errors import ConfigError, InputError, unknown_name
 
-__all__ = ["GATES", "Routing", "check_routing", "choose", "count_choices", "gate_log_scores", "gate_probs", "gate_scores",
-           "gate_slope", "route", "select_experts"]  # fmt: skip
+__all__ = [
+    "GATES",
+    "Routing",
+    "check_routing",
+    "choose",
+    "count_choices",
+    "gate_log_scores",
+    "gate_probs",
+    "gate_scores",
+    "gate_slope",
+    "route",
+    "select_experts",
+]
 
 GATES = ("softmax", "sigmoid", "sqrt_softplus")
 
 
 class Routing(NamedTuple):
-    """What a router decided: weights_TK (sum of the experts' outputs), expert_ids_TK (int64), logits_TE, counts_E (int64)."""
+    """What a router decided; ids and counts are int64, the weights multiply the experts' outputs."""
 
     weights_TK: Tensor
     expert_ids_TK: Tensor
@@ -110,7 +121,9 @@ def select_experts(scores_TE: Tensor, top_k: int, num_groups: int = 1, top_group
     return scores_TE.topk(top_k, dim=-1).indices
 
 
-def count_choices(expert_ids_TK: Tensor, num_experts: int, token_mask_T: Tensor | None = None, num_sequences: int = 1) -> Tensor:
+def count_choices(
+    expert_ids_TK: Tensor, num_experts: int, token_mask_T: Tensor | None = None, num_sequences: int = 1
+) -> Tensor:
     """How many (token, choice) pairs picked each expert, per sequence: (num_sequences, E) int64, exact at any size.
 
     Tokens lie sequence after sequence, each T / num_sequences long; masked tokens (False) are not counted.
@@ -162,9 +175,15 @@ def route(
     """
     check_routing(logits_TE.shape[-1], top_k, gate, num_groups, top_groups)
     weights_TK, ids_TK = choose(
-        logits_TE, top_k, gate=gate, selection_bias_E=selection_bias_E, num_groups=num_groups, top_groups=top_groups,
-        normalize=normalize, scale=scale,
-    )  # fmt: skip
+        logits_TE,
+        top_k,
+        gate=gate,
+        selection_bias_E=selection_bias_E,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        normalize=normalize,
+        scale=scale,
+    )
     return Routing(weights_TK, ids_TK, logits_TE, count_choices(ids_TK, logits_TE.shape[-1], token_mask_T)[0])
 
 
@@ -197,16 +216,23 @@ def check_routing(num_experts: int, top_k: int, gate: str, num_groups: int = 1, 
     if gate not in GATES:
         raise unknown_name("gate", gate, GATES)
     if not 1 <= top_k <= num_experts:
-        raise ConfigError(expected="1 <= top_k <= num_experts", got=f"top_k={top_k}, num_experts={num_experts}",
-                          do="choose at most as many experts per token as there are")  # fmt: skip
+        raise ConfigError(
+            expected="1 <= top_k <= num_experts",
+            got=f"top_k={top_k}, num_experts={num_experts}",
+            do="choose at most as many experts per token as there are",
+        )
     if num_groups < 1 or num_experts % num_groups or not 1 <= top_groups <= num_groups:
-        raise ConfigError(expected="num_experts divisible by num_groups, and 1 <= top_groups <= num_groups",
-                          got=f"num_experts={num_experts}, num_groups={num_groups}, top_groups={top_groups}",
-                          do="change the groups")  # fmt: skip
+        raise ConfigError(
+            expected="num_experts divisible by num_groups, and 1 <= top_groups <= num_groups",
+            got=f"num_experts={num_experts}, num_groups={num_groups}, top_groups={top_groups}",
+            do="change the groups",
+        )
     if top_k > top_groups * (num_experts // num_groups):
-        raise ConfigError(expected="top_k experts inside the chosen groups",
-                          got=f"top_k={top_k}, {top_groups} groups of {num_experts // num_groups}",
-                          do="raise top_groups or lower top_k")  # fmt: skip
+        raise ConfigError(
+            expected="top_k experts inside the chosen groups",
+            got=f"top_k={top_k}, {top_groups} groups of {num_experts // num_groups}",
+            do="raise top_groups or lower top_k",
+        )
 
 
 def _weights(logits_TE: Tensor, ids_TK: Tensor, gate: str, normalize: bool) -> Tensor:
@@ -225,8 +251,11 @@ def _check_finite(logits_TE: Tensor) -> None:
     total = logits_TE.detach().sum(dtype=torch.float64)
     if not torch.isfinite(total):
         bad = int((~torch.isfinite(logits_TE)).any(dim=-1).sum())
-        raise InputError(expected="finite router logits", got=f"NaN or infinity in {bad} of {logits_TE.shape[0]} tokens",
-                         do="look at the loss and the gradient norm of the steps before; lower the learning rate")  # fmt: skip
+        raise InputError(
+            expected="finite router logits",
+            got=f"NaN or infinity in {bad} of {logits_TE.shape[0]} tokens",
+            do="look at the loss and the gradient norm of the steps before; lower the learning rate",
+        )
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def rms_step(counts_E: Tensor) -> Tensor:
 
 
 def momentum_step(counts_E: Tensor, momentum_E: Tensor, kappa: float = 2.0, beta: float = 0.5) -> Tensor:
-    """The new momentum, which is also the step: m = beta m + (1 - beta) center(tanh(kappa v)) (SMEBU, arXiv 2602.17004).
+    """The new momentum, also the step: m = beta m + (1 - beta) center(tanh(kappa v)) (SMEBU, arXiv 2602.17004).
 
     >>> momentum_step(torch.tensor([2, 2]), torch.zeros(2, dtype=torch.float64))
     tensor([0., 0.], dtype=torch.float64)

@@ -29,6 +29,10 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(dim, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, dim, bias=False)
 
+    def reset_parameters(self) -> None:
+        for linear in (self.gate_proj, self.up_proj, self.down_proj):
+            nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
+
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
@@ -49,16 +53,25 @@ class MoE(nn.Module):
     """
 
     def __init__(
-        self, dim: int, hidden: int, num_experts: int, top_k: int, *, num_shared: int = 0, shared_hidden: int | None = None,
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        num_shared: int = 0,
+        shared_hidden: int | None = None,
         **router,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.gate = Router(dim, num_experts, top_k, **router)
         self.experts = Experts(num_experts, dim, hidden)
         shared = shared_hidden if shared_hidden is not None else num_shared * hidden
-        self.shared_experts = SwiGLU(dim, shared) if shared else None
+        self.shared_experts: SwiGLU | None = SwiGLU(dim, shared) if shared else None
 
-    def forward(self, x_BSD: Tensor, *, token_mask_BS: Tensor | None = None, document_ids_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, *, token_mask_BS: Tensor | None = None, document_ids_BS: Tensor | None = None
+    ) -> Tensor:
         """(B, S, D) or (T, D) in, the same shape out.
 
         Args:
@@ -80,15 +93,17 @@ class MoE(nn.Module):
         self.gate.reset_parameters()
         self.experts.reset_parameters()
         if self.shared_experts is not None:
-            for linear in self.shared_experts.children():
-                nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
+            self.shared_experts.reset_parameters()
 
 
 def _batch(num_sequences: int, length: int, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None) -> Batch:
     for name, tensor in (("token_mask_BS", token_mask_BS), ("document_ids_BS", document_ids_BS)):
         if tensor is not None and tensor.numel() != num_sequences * length:
-            raise InputError(expected=f"{name} of shape ({num_sequences}, {length})", got=str(tuple(tensor.shape)),
-                             do="pass one entry per token")  # fmt: skip
+            raise InputError(
+                expected=f"{name} of shape ({num_sequences}, {length})",
+                got=str(tuple(tensor.shape)),
+                do="pass one entry per token",
+            )
     mask_T = None if token_mask_BS is None else token_mask_BS.reshape(-1).bool()
     document_T = None
     if document_ids_BS is not None:  # number them through the micro-batch: a document never crosses a sequence

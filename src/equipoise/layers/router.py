@@ -1,4 +1,4 @@
-"""The router: token -> logits in fp32 -> K experts and their weights, with the selection bias and the meter attached."""
+"""The router: token -> logits in fp32 -> K experts and their weights, with selection bias and meter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Router(nn.Module):
 
     Args:
         selection_bias: keep an ``expert_bias`` (E,) that is added before top-k only. It is fp32 whatever the model is
-            cast to (in bf16 a step of 1e-3 is lost from 0.5 on), persistent in checkpoints, and moved by ``ExpertBias``.
+            cast to (in bf16 a step of 1e-3 is lost from 0.5 on), persistent in checkpoints, moved by ``ExpertBias``.
 
     ``meter`` is None until a ``Balancer`` attaches one.
 
@@ -80,9 +80,15 @@ class Router(nn.Module):
         meter = self.meter
         logits_TE = raw_TE if meter is None else probe(meter, raw_TE, training=self.training)
         weights_TK, ids_TK = choose(
-            logits_TE, self.top_k, gate=self.gate, selection_bias_E=self.expert_bias, num_groups=self.num_groups,
-            top_groups=self.top_groups, normalize=self.normalize, scale=self.scale,
-        )  # fmt: skip
+            logits_TE,
+            self.top_k,
+            gate=self.gate,
+            selection_bias_E=self.expert_bias,
+            num_groups=self.num_groups,
+            top_groups=self.top_groups,
+            normalize=self.normalize,
+            scale=self.scale,
+        )
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.num_sequences)
         if meter is not None:
             weights_TK = tie(meter, weights_TK, raw_TE, ids_TK, counts_BE, batch, training=self.training)
@@ -91,18 +97,27 @@ class Router(nn.Module):
     def _check(self, x_TD: Tensor, batch: Batch) -> None:
         tokens = x_TD.shape[0]
         if x_TD.dim() != 2 or x_TD.shape[1] != self.dim:
-            raise InputError(expected=f"tokens of shape (T, {self.dim})", got=str(tuple(x_TD.shape)),
-                             do="flatten the sequences, or build the router with this width")  # fmt: skip
+            raise InputError(
+                expected=f"tokens of shape (T, {self.dim})",
+                got=str(tuple(x_TD.shape)),
+                do="flatten the sequences, or build the router with this width",
+            )
         if tokens % batch.num_sequences:
-            raise InputError(expected="T divisible by num_sequences", got=f"T={tokens}, num_sequences={batch.num_sequences}",
-                             do="pad the sequences to one length and mask the padding")  # fmt: skip
+            raise InputError(
+                expected="T divisible by num_sequences",
+                got=f"T={tokens}, num_sequences={batch.num_sequences}",
+                do="pad the sequences to one length and mask the padding",
+            )
         for name, tensor in (("token_mask", batch.token_mask_T), ("document_ids", batch.document_T)):
             if tensor is not None and tensor.shape != (tokens,):
-                raise InputError(expected=f"{name} with one entry per token: ({tokens},)", got=str(tuple(tensor.shape)),
-                                 do="pass the mask of the same tokens that reach the layer")  # fmt: skip
+                raise InputError(
+                    expected=f"{name} with one entry per token: ({tokens},)",
+                    got=str(tuple(tensor.shape)),
+                    do="pass the mask of the same tokens that reach the layer",
+                )
 
     def _apply(self, fn, recurse: bool = True):
-        """Casts and moves like any module, except that the bias stays fp32 (B34, B38, B39, B55) and is real when it leaves meta."""
+        """Casts and moves like any module, but the bias stays fp32 (B34, B38, B39) and is zero when it leaves meta."""
         before = self.expert_bias
         super()._apply(fn, recurse)
         after = self.expert_bias

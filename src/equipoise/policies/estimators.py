@@ -1,4 +1,4 @@
-"""Which f, when the global batch comes in pieces: prefix, previous, ema, exact (design: name the choice, never hide it)."""
+"""Which f, when the global batch comes in pieces: the choice has a name and is never hidden."""
 
 from __future__ import annotations
 
@@ -50,25 +50,25 @@ class LoadHistory:
         self.current_E = self.prefix_E = self.counted_E = None
 
 
-def prefix(history: LoadHistory, decay: float, micro_step: int) -> Tensor | None:
+def prefix(history: LoadHistory, _decay: float, _micro_step: int) -> Tensor | None:
     """Counts of micro-steps 1..m: the paper's buffer (arXiv 2501.11873, Alg. 1). Biased for early m."""
     assert history.prefix_E is not None
     return load_fractions(history.prefix_E)
 
 
-def previous(history: LoadHistory, decay: float, micro_step: int) -> Tensor | None:
+def previous(history: LoadHistory, _decay: float, _micro_step: int) -> Tensor | None:
     """The whole global batch before. None at the first step: nothing is pushed."""
     return history.previous_E
 
 
-def ema(history: LoadHistory, decay: float, micro_step: int) -> Tensor | None:
+def ema(history: LoadHistory, decay: float, _micro_step: int) -> Tensor | None:
     """Average over the steps before, weights decaying, summing to 1. None at the first step."""
     if decay not in history.ema_E:
         return None
     return history.ema_E[decay] / history.ema_weight[decay]
 
 
-def exact(history: LoadHistory, decay: float, micro_step: int) -> Tensor | None:
+def exact(history: LoadHistory, _decay: float, micro_step: int) -> Tensor | None:
     """The whole current global batch: from a counting pass, or this micro-step when it is the only one."""
     if history.counted_E is not None:
         return load_fractions(history.counted_E)
@@ -76,7 +76,7 @@ def exact(history: LoadHistory, decay: float, micro_step: int) -> Tensor | None:
         raise StateError(
             expected="the counts of the whole step for estimator 'exact'",
             got=f"micro-batch {micro_step} of a step without a counting pass",
-            do="run the micro-batches once under `with balancer.counting():` before the step, or use estimator='prefix'",
+            do="run its micro-batches under `with balancer.counting():` first, or use estimator='prefix'",
         )
     assert history.current_E is not None
     return load_fractions(history.current_E)

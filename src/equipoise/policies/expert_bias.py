@@ -20,7 +20,7 @@ RULES: dict[str, Callable[..., Tensor]] = {
 }
 
 # A softmax score is about 1/E. The sign and RMS rules move every bias by the full rate at every step, balanced or not:
-# where that is more than this share of a score, selection never settles (arXiv 2408.15664, App. C, switches rules there).
+# where that is more than this share of a score, selection never settles (arXiv 2408.15664, App. C).
 LARGEST_SHARE_OF_A_SCORE = 0.05
 
 

@@ -1,4 +1,4 @@
-"""The forces that are gradients: AuxLoss at any scope, and ZLoss. Plain values; the balancer keeps what they remember."""
+"""The forces that are gradients: AuxLoss at any scope, and ZLoss. Values without memory."""
 
 from __future__ import annotations
 
@@ -46,12 +46,15 @@ class AuxLoss:
         check_estimator(self.estimator)
         _check_coefficient(self.coef)
         if self.counts not in ("dispatched", "unbiased"):
-            raise ConfigError(expected="counts: 'dispatched' or 'unbiased'", got=repr(self.counts), do="choose one of them")
+            raise ConfigError(
+                expected="counts: 'dispatched' or 'unbiased'", got=repr(self.counts), do="choose one of them"
+            )
         if self.counts == "unbiased" and self.scope not in ("sequence", "document", "micro_batch"):
             raise ConfigError(
                 expected="counts='unbiased' with scope 'sequence', 'document' or 'micro_batch'",
-                got=f"scope={self.scope!r}", do="use counts='dispatched' for wider scopes",
-            )  # fmt: skip
+                got=f"scope={self.scope!r}",
+                do="use counts='dispatched' for wider scopes",
+            )
         if not 0 <= self.decay < 1:
             raise ConfigError(expected="0 <= decay < 1", got=f"decay={self.decay}", do="0.9 averages about ten steps")
 
@@ -104,4 +107,6 @@ def coefficient(policy: AuxLoss | ZLoss, step: int) -> float:
 
 def _check_coefficient(coef: Coefficient) -> None:
     if not callable(coef) and not (isinstance(coef, int | float) and 0 <= coef < float("inf")):
-        raise ConfigError(expected="a coefficient >= 0, or a function of the step", got=repr(coef), do="papers use 1e-4 .. 2e-2")
+        raise ConfigError(
+            expected="a coefficient >= 0, or a function of the step", got=repr(coef), do="papers use 1e-4 .. 2e-2"
+        )

@@ -26,7 +26,9 @@ class Sequences:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise ConfigError(expected="Sequences(n) with n >= 1", got=f"n={self.n}", do="Sequences(1) is scope 'sequence'")
+            raise ConfigError(
+                expected="Sequences(n) with n >= 1", got=f"n={self.n}", do="Sequences(1) is scope 'sequence'"
+            )
 
 
 Scope = str | Sequences

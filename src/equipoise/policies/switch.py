@@ -29,11 +29,16 @@ class Switch:
 
     def __post_init__(self) -> None:
         if self.at < 0:
-            raise ConfigError(expected="Switch(at=step) with step >= 0", got=f"at={self.at}", do="count optimizer steps from 0")
+            raise ConfigError(
+                expected="Switch(at=step) with step >= 0", got=f"at={self.at}", do="count optimizer steps from 0"
+            )
         for side in (self.to, self.first):
             if not isinstance(side, AuxLoss | ZLoss | ExpertBias | Switch | None):
-                raise ConfigError(expected="a policy or None on each side of a Switch", got=repr(side),
-                                  do="pass AuxLoss, ZLoss, ExpertBias or another Switch")  # fmt: skip
+                raise ConfigError(
+                    expected="a policy or None on each side of a Switch",
+                    got=repr(side),
+                    do="pass AuxLoss, ZLoss, ExpertBias or another Switch",
+                )
 
 
 Policy = AuxLoss | ZLoss | ExpertBias | Switch
@@ -41,7 +46,7 @@ Policy = AuxLoss | ZLoss | ExpertBias | Switch
 
 @dataclass(frozen=True)
 class Timed:
-    """A policy without switches and the steps [start, end) at which it acts. ``index`` is its place in the user's list."""
+    """A policy without switches and the steps [start, end) at which it acts; ``index`` is its place in the list."""
 
     policy: AuxLoss | ZLoss | ExpertBias
     index: int
@@ -75,5 +80,8 @@ def _flatten(policy: Policy | None, index: int, start: int, end: int | None) -> 
             return before + after
         case AuxLoss() | ZLoss() | ExpertBias():
             return [Timed(policy, index, start, end)]
-    raise ConfigError(expected="policies: AuxLoss, ZLoss, ExpertBias or Switch", got=repr(policy),
-                      do='for example [AuxLoss(scope="global_batch", coef=1e-2)]')  # fmt: skip
+    raise ConfigError(
+        expected="policies: AuxLoss, ZLoss, ExpertBias or Switch",
+        got=repr(policy),
+        do='for example [AuxLoss(scope="global_batch", coef=1e-2)]',
+    )
