@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -131,9 +131,13 @@ class Balancer:
             )
         for layer in self._layers:
             layer.forget_step()
-            layer.meter.pool = []
+        shuffle = any(isinstance(t.policy, AuxLoss) and t.policy.scope == "shuffle" for t in self._timeline)
+        for layer in self._layers:
+            layer.meter.pool = [] if shuffle else None
+        # collecting every token's experts is a side effect that no compiler takes under a checkpoint
+        stance = torch.compiler.set_stance("force_eager") if shuffle else nullcontext()
         try:
-            with torch.random.fork_rng(), torch.no_grad():
+            with stance, torch.random.fork_rng(), torch.no_grad():
                 yield
         except BaseException:
             self.discard()
@@ -141,6 +145,7 @@ class Balancer:
         taken = [layer.meter.take()[0] for layer in self._layers]
         for layer, counted in zip(self._layers, self._sum(taken), strict=True):
             layer.counted = counted
+            layer.pool, layer.meter.pool = layer.meter.pool, None
             layer.history.counted_E = counted[: layer.meter.plan.num_experts]
 
     def tap(self, loss: Tensor, *, scale: float | None = None) -> Tensor:

@@ -34,6 +34,7 @@ class Layer:
     step_windows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # term -> (counts, sequences) so far
     step_fidelity: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
     counted: Tensor | None = None  # statistics of a counting pass, all ranks
+    pool: list[Tensor] | None = None  # its expert ids (N, K), for the shuffle control
 
     @property
     def trainable(self) -> bool:
@@ -41,7 +42,7 @@ class Layer:
 
     def forget_step(self) -> None:
         self.history.forget_step()
-        self.step_taken = self.step_values = self.counted = None
+        self.step_taken = self.step_values = self.counted = self.pool = None
         self.step_windows, self.step_fidelity = {}, []
         self.meter.leaf.grad = None
         self.meter.pool = None
@@ -184,10 +185,9 @@ def _window(layer: Layer, term: int, n: int, taken: Tensor) -> tuple[Tensor, Ten
 def _shuffled(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:
     """f of as many random tokens of the global batch as this micro-batch has, without replacement (table 2)."""
     plan = layer.meter.plan
-    pool = layer.meter.pool
-    if not pool:  # one micro-batch: any such draw is the whole of it; more raises in exact's words
+    if not layer.pool:  # one micro-batch: any such draw is the whole of it; more raises in exact's words
         return _fraction(layer, "exact", 0.0, micro.number)
-    ids_NK = torch.cat(pool)
+    ids_NK = torch.cat(layer.pool)
     generator = torch.Generator().manual_seed(1_000_003 * micro.step + micro.number)  # leaves the model's stream alone
     drawn = torch.randperm(len(ids_NK), generator=generator)[: int(taken[plan.at("tokens")])]
     counts_E = torch.bincount(ids_NK[drawn.to(ids_NK.device)].flatten(), minlength=plan.num_experts)

@@ -82,19 +82,17 @@ class _Tie(torch.autograd.Function):
         ctx, weights_TK, logits_TE, _leaf, probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, pressure, plan
     ):
         # softmax needs only its probabilities in backward; other gates and the z-loss need the logits too
-        needs_logits = plan.z_loss or plan.gate != "softmax"
-        ctx.save_for_backward(
-            probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE if needs_logits else None
-        )
-        # not through save_for_backward: offloading saved tensors would copy it before the tap writes it
-        ctx.pressure, ctx.plan, ctx.logits_dtype = pressure, plan, logits_TE.dtype
+        logits_TE_or_none = logits_TE if plan.z_loss or plan.gate != "softmax" else None
+        in_graph = _keep_pressure(ctx, pressure)
+        ctx.save_for_backward(probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE_or_none, *in_graph)
+        ctx.plan, ctx.logits_dtype = plan, logits_TE.dtype
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad_weights_TK,) = grad_outputs
-        probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE = ctx.saved_tensors
-        plan, pressure = ctx.plan, ctx.pressure
+        probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE, *in_graph = ctx.saved_tensors
+        plan, pressure = ctx.plan, in_graph[0] if in_graph else ctx.pressure
         push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)
         zero = torch.zeros(1, dtype=torch.float64, device=pressure.device)  # the language model's norm: see _Probe
         counted = torch.cat([statistics, zero, squares]) * pressure[-1]
@@ -104,17 +102,30 @@ class _Tie(torch.autograd.Function):
 class _Probe(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TE, _leaf, pressure, plan):
-        ctx.pressure, ctx.plan = pressure, plan
+        ctx.save_for_backward(*_keep_pressure(ctx, pressure))
+        ctx.plan = plan
         return logits_TE.view_as(logits_TE)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad_TE,) = grad_outputs
-        plan, pressure = ctx.plan, ctx.pressure
+        plan, pressure = ctx.plan, ctx.saved_tensors[0] if ctx.saved_tensors else ctx.pressure
         before = torch.zeros(plan.forward_size, dtype=torch.float64, device=pressure.device)
         behind = torch.zeros(plan.size - plan.forward_size - 1, dtype=torch.float64, device=pressure.device)
         square = _square_norm(grad_TE).unsqueeze(0) * pressure[-1]
         return grad_TE, torch.cat([before, square, behind]), None, None
+
+
+def _keep_pressure(ctx, pressure: Tensor) -> tuple[Tensor, ...]:
+    """Backward must see what the tap writes between forward and backward, so the very tensor has to get there.
+
+    In eager mode as an attribute: hooks on saved tensors (offloading to the CPU) would copy it too early. In a compiled
+    graph as a saved tensor, because there an attribute becomes an output, and outputs that are inputs are copied.
+    """
+    if torch.compiler.is_compiling():
+        return (pressure,)
+    ctx.pressure = pressure
+    return ()
 
 
 def _push(
