@@ -15,23 +15,23 @@ import contextlib
 import fcntl
 import importlib.metadata
 import json
-import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import ConfigError, DataError, OutputError
-from ..records import RECORD_NAME, Run, read_run
+from ..records import RECORD_NAME, read_run
+from .cache import atomic_write
 from .config import CompareConfig, RunConfig, from_dict, to_dict
 from .strategies import NAMES, slug, strategy_of
 from .workers import CONFIG_NAME, Job, Pool, cores
 
-__all__ = ["MANIFEST_NAME", "QUICK", "REPORT_NAME", "Comparison", "View", "find_unfinished", "finished_runs",
-           "new_folder", "open_comparison", "plan", "run_all"]  # fmt: skip
+__all__ = ["MANIFEST_NAME", "QUICK", "REPORT_NAME", "Comparison", "View", "find_unfinished", "new_folder",
+            "open_comparison", "plan", "prepare_all", "read_manifest", "run_all"]  # fmt: skip
 
 MANIFEST_NAME = "comparison.json"
 REPORT_NAME = "report.html"
@@ -96,12 +96,10 @@ class Comparison:
             ],
         }  # fmt: skip
         path = self.folder / MANIFEST_NAME
-        temporary = path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError as error:
-            raise _cannot_write(path, error) from None
+            atomic_write(path, (json.dumps(manifest, indent=1) + "\n").encode())
+        except OutputError as error:
+            raise _cannot_write(path, error.got) from None
 
 
 def plan(config: CompareConfig, folder: Path) -> list[Job]:
@@ -176,7 +174,7 @@ def open_comparison(folder: Path, config: CompareConfig, *, overwrite: bool = Fa
             manifest = None
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise error if isinstance(error, OutputError) else _cannot_write(folder, error) from None
+        raise error if isinstance(error, OutputError) else _cannot_write(folder, error.strerror) from None
     if manifest is not None:
         config = _merged(folder, manifest, config)
     started = manifest["started"] if manifest else datetime.now(UTC).isoformat(timespec="seconds")
@@ -186,6 +184,23 @@ def open_comparison(folder: Path, config: CompareConfig, *, overwrite: bool = Fa
         if _finished(job):
             job.status = "finished"
     return comparison
+
+
+def prepare_all(comparison: Comparison, progress: Callable[[str, float], None]) -> None:
+    """What all runs need, once: strategies that can be built, the packed text and its tokenizer in the cache."""
+    from .data import prepare
+
+    for job in comparison.jobs:
+        strategy_of(job.config).check(job.config)
+    model, data = comparison.config.model, comparison.config.data
+    prepare(
+        data.data,
+        vocab_size=model.vocab_size,
+        sequence_length=data.sequence_length,
+        domains=data.domains or None,
+        max_train_tokens=data.max_train_tokens,
+        progress=progress,
+    )
 
 
 def run_all(comparison: Comparison, view: View) -> None:
@@ -210,16 +225,6 @@ def run_all(comparison: Comparison, view: View) -> None:
             raise
 
 
-def finished_runs(comparison: Comparison) -> list[Run]:
-    """The records of all runs that were evaluated at least once: what a report can show."""
-    runs = []
-    for job in comparison.jobs:
-        with contextlib.suppress(DataError):
-            run = read_run(job.folder)
-            runs += [run] * bool(run.evaluations)
-    return runs
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds ``folder`` for this process; the lock goes with the process, however it ends. Raises OutputError."""
@@ -227,7 +232,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         file = open(path, "w", encoding="utf-8")
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise _cannot_write(path, error.strerror) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -331,9 +336,9 @@ def _remove(folder: Path, manifest: dict[str, Any]) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def _cannot_write(path: Path, error: OSError) -> OutputError:
+def _cannot_write(path: Path, reason: str | None) -> OutputError:
     return OutputError(
         expected=f"to write {path}",
-        got=error.strerror or str(error),
+        got=reason or "an error of the file system",
         do="free disk space or choose another folder with --out; everything written before is kept",
     )

@@ -19,7 +19,7 @@ from .follow import MAXVIO, duration
 if TYPE_CHECKING:
     from .workers import Job
 
-__all__ = ["RunBar", "RunTable", "open_console"]
+__all__ = ["Preparation", "RunBar", "RunTable", "open_console"]
 
 PLAIN_EVERY = 30.0  # seconds between the lines of a run where there is no terminal
 COLORS = {"failed": "red", "finished": "green", "interrupted": "yellow", "waiting": "dim"}
@@ -140,6 +140,32 @@ class RunBar:
         elif now - self._said > PLAIN_EVERY or step.step == self.steps:
             self._said = now
             self.console.print(f"step {text}", markup=False, soft_wrap=True)
+
+
+class Preparation:
+    """Shows what is being read or built before the first step; call it with a text and the share that is done."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self._said = console, ""
+        self._status = console.status("reading text") if console.is_terminal else None
+
+    def __enter__(self) -> Preparation:
+        if self._status:
+            self._status.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._status:
+            self._status.stop()
+
+    def __call__(self, text: str, share: float) -> None:
+        if self._status:
+            self._status.update(f"{text} {share:.0%}")
+        elif text != self._said:
+            self._said = text
+            self.console.print(text, markup=False, soft_wrap=True)
 
 
 def _numbers(job: Job) -> tuple[str, str, str, str]:

@@ -22,20 +22,22 @@ __all__ = ["from_dict", "keys", "load_toml", "merge", "parse_set", "to_dict", "t
 C = TypeVar("C")
 
 
-def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "") -> C:
+def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "", root: type | None = None) -> C:
     """Builds dataclass ``cls`` from nested dictionaries; what is missing keeps its default.
 
+    ``where`` is the dotted path that leads here and ``root`` the dataclass that it begins in, for messages.
     Raises ConfigError for an unknown key (with the nearest known one) and for a value of another type.
     """
+    root = root or cls
     hints = get_type_hints(cls)
     known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in known:
-            raise _unknown_key(cls, where + str(key), where)
+            raise _unknown_key(cls, where + str(key), where, root)
     missing = [name for name, f in known.items() if name not in data and _is_required(f)]
     if missing:
         raise ConfigError(expected=f"{where}{missing[0]} to be set", got="nothing", do=f"add {missing[0]} = ...")
-    return cls(**{key: _convert(hints[key], value, where + key) for key, value in data.items()})
+    return cls(**{key: _convert(hints[key], value, where + key, root) for key, value in data.items()})
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -120,8 +122,8 @@ def keys(cls: type) -> Iterator[str]:
             yield from (f"{f.name}.{key}" for key in keys(hints[f.name]))
 
 
-def _unknown_key(cls: type, path: str, where: str) -> ConfigError:
-    known = [where + key for key in keys(cls)]
+def _unknown_key(cls: type, path: str, where: str, root: type) -> ConfigError:
+    known = list(dict.fromkeys([where + key for key in keys(cls)] + list(keys(root))))
     name = path.rsplit(".", 1)[-1]
     near = [key for key in known if key.rsplit(".", 1)[-1] == name] or difflib.get_close_matches(path, known, n=1)
     if not near:  # "stpes" is near to "steps", not to "train.steps"
@@ -139,24 +141,24 @@ def _is_required(f: Any) -> bool:
     return f.default is MISSING and f.default_factory is MISSING
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def _convert(hint: Any, value: Any, path: str, root: type) -> Any:
     """``value`` as the annotated type; only lossless changes: int to float, list to tuple, "a,b" to names."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(arg for arg in args if arg is not type(None)), value, path)
+        return _convert(next(arg for arg in args if arg is not type(None)), value, path, root)
     if is_dataclass(hint) and isinstance(hint, type):
         if isinstance(value, hint):
             return value
         if isinstance(value, Mapping):
-            return from_dict(hint, value, path + ".")
+            return from_dict(hint, value, path + ".", root)
     elif origin is tuple:
         if isinstance(value, str) and args[0] is str:
             value = [part.strip() for part in value.split(",") if part.strip()]
         if isinstance(value, list | tuple) and (args[-1] is Ellipsis or len(args) == len(value)):
             inner = args[:1] * len(value) if args[-1] is Ellipsis else args
-            return tuple(_convert(kind, value[i], f"{path}[{i}]") for i, kind in enumerate(inner))
+            return tuple(_convert(kind, value[i], f"{path}[{i}]", root) for i, kind in enumerate(inner))
     elif origin is dict:
         if isinstance(value, Mapping):
             return dict(value)

@@ -108,6 +108,16 @@ class Strategy:
         """The policies for a run of so many steps. Raises ConfigError for settings that no policy has."""
         return [_build(spec, steps) for spec in self.policies]
 
+    def check(self, config: RunConfig) -> None:
+        """Refuses at once what would be refused when the run starts: a wrong setting, a rule that this gate breaks."""
+        from ..policies import ExpertBias
+        from ..policies.switch import timeline
+
+        model = self.apply(config.model)
+        for timed in timeline(self.build(config.train.steps)):
+            if isinstance(timed.policy, ExpertBias):
+                timed.policy.check_gate(model.gate, model.experts)
+
 
 def parse_strategy(text: str) -> Strategy:
     """Reads a short name; the module's first lines say what there is. Raises ConfigError.

@@ -1,0 +1,107 @@
+"""The command ``equipoise``: one module per command; an error is printed once and has its exit code."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from ..errors import EquipoiseError
+from . import compare, report, resume, train
+
+__all__ = ["COMMANDS", "INTERRUPTED", "build_parser", "main"]
+
+# A command is a module with HELP (one sentence), add_arguments(parser) and run(arguments) -> exit code. torch and the
+# packages of the extras are imported inside run: `equipoise --help` and a wrong option answer at once.
+COMMANDS = {"compare": compare, "train": train, "resume": resume, "report": report}
+INTERRUPTED = 130
+
+DESCRIPTION = """\
+Keeps the experts of a mixture-of-experts model evenly loaded, and shows what each way of doing so costs.
+
+This is the lab: it trains small language models on real text with different balancing strategies and compares them.
+The library itself is two lines in a training loop of yours: see `python -c "import equipoise; help(equipoise)"`.
+"""
+EPILOG = """\
+begin with:
+  equipoise compare --quick                       four strategies on the text of this machine, a few minutes
+  equipoise compare --data my.jsonl --strategies micro,global,loss-free --seeds 3
+  equipoise train --strategy global@0.01+micro --set model.experts=32 --print-config > run.toml
+  equipoise train run.toml                        one run; Ctrl-C saves it, `equipoise resume RUN` goes on
+
+exit codes:
+  0  done                                         3  calls in an order that would train something else
+  1  a run failed, or an unexpected error         4  text, records or checkpoints that cannot be read
+  2  an argument or a setting that cannot work    5  a folder that cannot be written
+  130  stopped by Ctrl-C or SIGTERM, after everything was saved
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; ``run`` of the parsed arguments is the function to call."""
+    version = importlib.metadata.version("equipoise")
+    parser = argparse.ArgumentParser(
+        prog="equipoise", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"equipoise {version}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=module.HELP,
+            epilog=getattr(module, "EPILOG", None),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code. argparse itself exits with 2 for an argument it does not know."""
+    parsed = build_parser().parse_args(arguments)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return parsed.run(parsed)
+    except EquipoiseError as error:
+        print(f"equipoise: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("equipoise: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if (extra := EXTRAS.get((error.name or "").partition(".")[0])) is None:
+            raise
+        print(f"equipoise: expected the package {error.name}\n  got: it is not installed", file=sys.stderr)
+        print(f"  do:  pip install 'equipoise[{extra}]'", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `equipoise report ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+EXTRAS = {
+    "plotly": "report",
+    "pyarrow": "lab",
+    "rich": "lab",
+    "safetensors": "lab",
+    "tensorboard": "lab",
+    "tokenizers": "lab",
+    "zstandard": "lab",
+    "datasets": "hf",
+    "transformers": "hf",
+}
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+    """SIGTERM ends a command as Ctrl-C does; also where a shell's `&` has made Ctrl-C be ignored."""
+    raise KeyboardInterrupt

@@ -1,0 +1,136 @@
+"""``equipoise compare``: strategies side by side, and a report."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, DataError
+from ..lab.config import CompareConfig, from_dict, to_toml
+from .settings import add_settings, read, settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..lab.compare import Comparison
+
+__all__ = ["EPILOG", "HELP", "add_arguments", "run"]
+
+ROOT = Path("runs")
+HELP = "train strategies side by side, same weights and same data, and write a report"
+EPILOG = """\
+examples:
+  equipoise compare --quick
+  equipoise compare --strategies micro,global,loss-free@1e-2 --seeds 3 --out runs/three-seeds
+  equipoise compare --strategies sequence,sequences:4,sequences:16,global --data my.jsonl
+  equipoise compare --resume
+
+`equipoise train --help` lists the names of strategies. The same command again, or --resume, goes on with a comparison
+that was stopped; with --out, more strategies and seeds are added to those that are there.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", type=Path, metavar="FILE.toml", help="settings; all have defaults")
+    parser.add_argument("--strategies", "--policies", metavar="A,B", help="default micro,global,global+micro,loss-free")
+    parser.add_argument("--seeds", type=int, metavar="N", help="runs of each strategy; 3 give intervals (default 1)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes at a time (default: one per core)")
+    parser.add_argument("--quick", action="store_true", help="60 steps instead of 300: a look, not a result")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/compare-TIME")
+    parser.add_argument("--resume", nargs="?", type=Path, const=ROOT, metavar="FOLDER",
+                        help="go on with this comparison, or with the newest one under runs/")  # fmt: skip
+    exists = parser.add_mutually_exclusive_group()
+    exists.add_argument("--overwrite", action="store_true", help="remove the runs in --out first")
+    exists.add_argument(
+        "--new", action="store_true", help="do not go on with a stopped comparison of the same settings"
+    )
+    add_settings(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..lab import compare
+    from ..lab.live import Preparation, RunTable, open_console
+
+    config = _config(arguments, compare.QUICK)
+    if arguments.print_config:
+        print(to_toml(config))
+        return 0
+    console = open_console()
+    folder = _folder(arguments, config, console)
+    if arguments.resume:
+        config = from_dict(CompareConfig, (compare.read_manifest(folder) or {})["config"])
+    comparison = compare.open_comparison(folder, config, overwrite=arguments.overwrite)
+    console.print(f"{len(comparison.jobs)} runs in {folder}", markup=False, soft_wrap=True)
+    with Preparation(console) as shown:
+        compare.prepare_all(comparison, shown)
+    try:
+        with RunTable(comparison.jobs, console) as table:
+            compare.run_all(comparison, table)
+    except KeyboardInterrupt:
+        console.print(
+            f"every run is saved; to go on: equipoise compare --resume {folder}", markup=False, soft_wrap=True
+        )
+        raise
+    _report(comparison)
+    return comparison.exit_code
+
+
+def _config(arguments: argparse.Namespace, quick: dict[str, Any]) -> CompareConfig:
+    values = settings(arguments, quick if arguments.quick else None)
+    if arguments.strategies is not None:
+        values["strategies"] = arguments.strategies
+    for name in ("seeds", "workers"):
+        if getattr(arguments, name) is not None:
+            values[name] = getattr(arguments, name)
+    if arguments.resume and (values or arguments.config or arguments.out or arguments.overwrite):
+        raise ConfigError(
+            expected="--resume with no settings: the folder holds them",
+            got=", ".join([*values, *["a file"] * bool(arguments.config), *["--out"] * bool(arguments.out)])
+            or "--overwrite",
+            do="leave them out, or name the folder with --out to add strategies and seeds",
+        )
+    if arguments.overwrite and not arguments.out:
+        raise ConfigError(
+            expected="--overwrite with --out FOLDER", got="no folder", do="name the folder to begin again in"
+        )
+    return read(CompareConfig, arguments, values)
+
+
+def _folder(arguments: argparse.Namespace, config: CompareConfig, console: Console) -> Path:
+    """Where to work: the folder named, else a stopped comparison of the same settings, else a new folder."""
+    from ..lab import compare
+
+    if arguments.out:
+        return arguments.out
+    if arguments.resume:
+        folder = arguments.resume
+        if not (folder / compare.MANIFEST_NAME).exists():
+            folder = compare.find_unfinished(arguments.resume)
+        if folder is None:
+            raise DataError(
+                expected=f"an unfinished comparison in {arguments.resume}",
+                got="none",
+                do="name its folder, or start a new one",
+            )
+        return folder
+    found = None if arguments.new else compare.find_unfinished(ROOT, config)
+    if found is None:
+        return compare.new_folder(ROOT)
+    console.print(
+        f"going on with {found}, stopped with the same settings (--new begins again)", markup=False, soft_wrap=True
+    )
+    return found
+
+
+def _report(comparison: Comparison) -> None:
+    """The table on stdout and the page beside the runs; runs that failed before an evaluation are named in it."""
+    from ..lab.compare import REPORT_NAME
+    from ..report import load_runs, render_terminal, summarize, write_html
+
+    runs, problems = load_runs([comparison.folder])
+    summary = summarize(runs, problems=problems)
+    print(render_terminal(summary))
+    path = comparison.folder / REPORT_NAME
+    write_html(summary, path)
+    print(f"report: {path}")

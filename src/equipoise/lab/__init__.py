@@ -1,0 +1,1 @@
+"""The lab: a small real trainer that compares balancing strategies on real text. Needs the extra ``equipoise[lab]``."""
