@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .routing import check_mask_dtype
 
 __all__ = ["balance_loss", "load_fractions", "segment_counts", "sequence_segments", "z_loss"]
 
@@ -45,10 +46,10 @@ def segment_counts(
             [0, 2]])
     """
     num_segments = int(segment_T.max()) + 1 if segment_T.numel() else 1
-    one_T = torch.ones_like(segment_T) if token_mask_T is None else token_mask_T.to(segment_T.dtype)
+    one_T = torch.ones_like(segment_T) if token_mask_T is None else token_mask_T.bool()
     flat_TK = segment_T.unsqueeze(1) * num_experts + expert_ids_TK
     counts = torch.zeros(num_segments * num_experts, dtype=torch.int64, device=expert_ids_TK.device)
-    ones_TK = one_T.unsqueeze(1).expand_as(expert_ids_TK)
+    ones_TK = one_T.long().unsqueeze(1).expand_as(expert_ids_TK)
     return counts.scatter_add_(0, flat_TK.reshape(-1), ones_TK.reshape(-1)).view(num_segments, num_experts)
 
 
@@ -66,7 +67,8 @@ def balance_loss(
     gives sequences or n of them, document numbers give documents in a pack. ``counts_E`` replaces f by that of other
     tokens: a whole global batch, for the global-batch loss (arXiv 2501.11873, eq. 4-6).
 
-    Raises InputError when both ``segment_T`` and ``counts_E`` are given. Without a valid token the value is 0.
+    Computed in fp32 or wider. Without a valid token the value is 0. Raises InputError when both ``segment_T`` and
+    ``counts_E`` are given, or for a mask of another shape.
 
     >>> probs = torch.full((4, 2), 0.5)
     >>> balance_loss(probs, torch.tensor([[0], [0], [1], [1]]))
@@ -74,6 +76,7 @@ def balance_loss(
     """
     if segment_T is not None and counts_E is not None:
         raise InputError(expected="one source of f", got="both segment_T and counts_E", do="pass one of them")
+    probs_TE = probs_TE if probs_TE.dtype == torch.float64 else probs_TE.float()
     tokens, num_experts = probs_TE.shape
     if counts_E is None:
         if segment_T is None:
@@ -98,5 +101,12 @@ def z_loss(logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
 def _token_mean(value_T: Tensor, token_mask_T: Tensor | None) -> Tensor:
     if token_mask_T is None:
         return value_T.sum() / max(value_T.numel(), 1)
-    mask_T = token_mask_T.to(value_T.dtype)
+    check_mask_dtype(token_mask_T)
+    if token_mask_T.shape != value_T.shape:  # (T, 1) would broadcast to all pairs of tokens
+        raise InputError(
+            expected=f"token_mask_T of shape {tuple(value_T.shape)}",
+            got=str(tuple(token_mask_T.shape)),
+            do="pass one entry per token",
+        )
+    mask_T = token_mask_T.bool()
     return (value_T * mask_T).sum() / mask_T.sum().clamp(min=1)

@@ -16,6 +16,7 @@ from ..errors import ConfigError, InputError, unknown_name
 __all__ = [
     "GATES",
     "Routing",
+    "check_mask_dtype",
     "check_routing",
     "choose",
     "count_choices",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 GATES = ("softmax", "sigmoid", "sqrt_softplus")
+
+FAR_BELOW_ZERO = -40.0  # softplus(z) differs from exp(z) by less than fp64 can hold
 
 
 class Routing(NamedTuple):
@@ -54,7 +57,9 @@ def gate_scores(logits_TE: Tensor, gate: str = "softmax") -> Tensor:
         case "sigmoid":
             return z_TE.sigmoid()
         case "sqrt_softplus":
-            return F.softplus(z_TE).sqrt()
+            far_TE = z_TE < FAR_BELOW_ZERO  # there softplus(z) = exp(z), and the slope of sqrt at 0 would be infinite
+            near_TE = F.softplus(z_TE.clamp(min=FAR_BELOW_ZERO)).sqrt()
+            return torch.where(far_TE, (0.5 * z_TE.clamp(max=0.0)).exp(), near_TE)
     raise unknown_name("gate", gate, GATES)
 
 
@@ -73,7 +78,8 @@ def gate_log_scores(logits_TE: Tensor, gate: str = "softmax") -> Tensor:
         case "sigmoid":
             return F.logsigmoid(z_TE)
         case "sqrt_softplus":  # softplus(z) -> exp(z) far below zero, where its logarithm is z
-            return 0.5 * torch.where(z_TE < -20, z_TE, F.softplus(z_TE.clamp(min=-20)).log())
+            near_TE = F.softplus(z_TE.clamp(min=FAR_BELOW_ZERO)).log()
+            return 0.5 * torch.where(z_TE < FAR_BELOW_ZERO, z_TE, near_TE)
     raise unknown_name("gate", gate, GATES)
 
 
@@ -99,8 +105,8 @@ def gate_slope(logits_TE: Tensor, gate: str) -> Tensor:
         case "sigmoid":
             return (-z_TE).sigmoid()
         case "sqrt_softplus":  # sigmoid / (2 softplus) tends to 1/2 far below zero
-            safe_TE = z_TE.clamp(min=-20)
-            return torch.where(z_TE < -20, 0.5, 0.5 * safe_TE.sigmoid() / F.softplus(safe_TE))
+            near_TE = z_TE.clamp(min=FAR_BELOW_ZERO)
+            return torch.where(z_TE < FAR_BELOW_ZERO, 0.5, 0.5 * near_TE.sigmoid() / F.softplus(near_TE))
     raise unknown_name("gate", gate, GATES)
 
 
@@ -167,12 +173,13 @@ def route(
 
     Raises:
         ConfigError: K > E, E not divisible by the groups, or an unknown gate.
-        InputError: NaN or infinite logits (found on CPU; a GPU is not made to wait for the answer).
+        InputError: a shape that does not fit; NaN or infinite logits (found on CPU; a GPU is not made to wait for it).
 
     >>> routing = route(torch.tensor([[2.0, 1.0, 0.0]]), 2)
     >>> routing.expert_ids_TK, routing.weights_TK, routing.counts_E
     (tensor([[0, 1]]), tensor([[0.7311, 0.2689]]), tensor([1, 1, 0]))
     """
+    _check_shapes(logits_TE, selection_bias_E, token_mask_T)
     check_routing(logits_TE.shape[-1], top_k, gate, num_groups, top_groups)
     weights_TK, ids_TK = choose(
         logits_TE,
@@ -249,12 +256,45 @@ def _check_finite(logits_TE: Tensor) -> None:
     if logits_TE.device.type != "cpu" or torch.compiler.is_compiling():
         return
     total = logits_TE.detach().sum(dtype=torch.float64)
-    if not torch.isfinite(total):
-        bad = int((~torch.isfinite(logits_TE)).any(dim=-1).sum())
+    if torch.isfinite(total):
+        return
+    bad = int((~torch.isfinite(logits_TE)).any(dim=-1).sum())
+    if bad:  # none when only the sum of huge fp64 logits overflows
         raise InputError(
             expected="finite router logits",
             got=f"NaN or infinity in {bad} of {logits_TE.shape[0]} tokens",
             do="look at the loss and the gradient norm of the steps before; lower the learning rate",
+        )
+
+
+def _check_shapes(logits_TE: Tensor, selection_bias_E: Tensor | None, token_mask_T: Tensor | None) -> None:
+    if logits_TE.dim() != 2:
+        raise InputError(
+            expected="router logits of shape (T, E)",
+            got=str(tuple(logits_TE.shape)),
+            do="flatten the sequences: logits.flatten(0, -2)",
+        )
+    tokens, num_experts = logits_TE.shape
+    for name, tensor, length in (
+        ("selection_bias_E", selection_bias_E, num_experts),
+        ("token_mask_T", token_mask_T, tokens),
+    ):
+        if tensor is not None and tensor.shape != (length,):  # a longer mask would count other tokens
+            raise InputError(
+                expected=f"{name} of shape ({length},)",
+                got=str(tuple(tensor.shape)),
+                do=f"pass one entry per {'expert' if tensor is selection_bias_E else 'token'}",
+            )
+    check_mask_dtype(token_mask_T)
+
+
+def check_mask_dtype(token_mask: Tensor | None) -> None:
+    """Raises InputError for a floating mask: an additive one (0 and -inf) would be read the wrong way round."""
+    if token_mask is not None and token_mask.is_floating_point():
+        raise InputError(
+            expected="a boolean token mask, True = a real token",
+            got=f"a mask of {token_mask.dtype}",
+            do="pass mask > 0 for a mask of ones and zeros, mask == 0 for an additive one",
         )
 
 
