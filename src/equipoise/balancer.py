@@ -210,7 +210,7 @@ class Balancer:
             history = layer.history
             layers[layer.name] = {
                 "previous_E": history.previous_E,
-                "ema": [(decay, history.ema_weight[decay], ema_E) for decay, ema_E in history.ema_E.items()],
+                "ema": list(history.ema_E.items()),
                 "momentum": sorted(layer.momentum.items()),
             }
         return {"version": 1, "step": self._step, "skipped": self._skipped, "layers": layers}
@@ -229,8 +229,7 @@ class Balancer:
         for layer in self._layers:
             saved, history, device = state["layers"][layer.name], layer.history, layer.meter.pressure.device
             history.previous_E = None if saved["previous_E"] is None else saved["previous_E"].to(device)
-            history.ema_E = {decay: ema_E.to(device) for decay, _, ema_E in saved["ema"]}
-            history.ema_weight = {decay: weight for decay, weight, _ in saved["ema"]}
+            history.ema_E = {decay: ema_E.to(device) for decay, ema_E in saved["ema"]}
             layer.momentum = {place: momentum_E.to(device) for place, momentum_E in saved["momentum"]}
 
     def step(self) -> None:

@@ -25,8 +25,7 @@ class LoadHistory:
     prefix_E: Tensor | None = None  # micro-steps 1..m of this step, this one included
     counted_E: Tensor | None = None  # the whole step, from a counting pass
     previous_E: Tensor | None = None  # f of the step before
-    ema_E: dict[float, Tensor] = field(default_factory=dict)  # decay -> biased average of f
-    ema_weight: dict[float, float] = field(default_factory=dict)  # decay -> sum of its weights
+    ema_E: dict[float, Tensor] = field(default_factory=dict)  # decay -> average of f; its sum is that of the weights
 
     def propose(self, current_E: Tensor) -> None:
         self.current_E = current_E
@@ -39,11 +38,7 @@ class LoadHistory:
         self.previous_E = fraction_E if self.previous_E is None else torch.where(seen, fraction_E, self.previous_E)
         for decay in decays:
             old_E = self.ema_E.get(decay, torch.zeros_like(fraction_E))
-            # an empty step keeps the average: its f is replaced by the average itself
-            weight = self.ema_weight.get(decay, 0.0)
-            kept_E = old_E / weight if weight else old_E
-            self.ema_E[decay] = decay * old_E + (1 - decay) * torch.where(seen, fraction_E, kept_E)
-            self.ema_weight[decay] = decay * weight + (1 - decay)
+            self.ema_E[decay] = torch.where(seen, decay * old_E + (1 - decay) * fraction_E, old_E)
         self.forget_step()
 
     def forget_step(self) -> None:
@@ -65,7 +60,8 @@ def ema(history: LoadHistory, decay: float, _micro_step: int) -> Tensor | None:
     """Average over the steps before, weights decaying, summing to 1. None at the first step."""
     if decay not in history.ema_E:
         return None
-    return history.ema_E[decay] / history.ema_weight[decay]
+    average_E = history.ema_E[decay]  # of fractions that sum to 1: what is missing are the steps before the first
+    return average_E / average_E.sum().clamp(min=torch.finfo(average_E.dtype).tiny)
 
 
 def exact(history: LoadHistory, _decay: float, micro_step: int) -> Tensor | None:
@@ -96,6 +92,6 @@ def check_estimator(name: str) -> str:
     >>> check_estimator("ema")
     'ema'
     """
-    if name not in ESTIMATORS:
+    if not isinstance(name, str) or name not in ESTIMATORS:
         raise unknown_name("estimator", name, ESTIMATORS)
     return name
