@@ -48,10 +48,16 @@ class ExpertBias:
     beta: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
+        if not isinstance(self.rule, str) or self.rule not in RULES:
             raise unknown_name("rule", self.rule, RULES)
-        if not 0 <= self.rate < float("inf"):
+        if not (isinstance(self.rate, int | float) and 0 <= self.rate < float("inf")):
             raise ConfigError(expected="rate >= 0", got=repr(self.rate), do="1e-3 is the papers' value")
+        if not (0 < self.kappa < float("inf") and 0 <= self.beta < 1):
+            raise ConfigError(
+                expected="kappa > 0 and 0 <= beta < 1",
+                got=f"kappa={self.kappa}, beta={self.beta}",
+                do="kappa=2, beta=0.5 are the paper's values",
+            )
 
     def check_gate(self, gate: str, num_experts: int) -> None:
         """Raises ConfigError for a pair that is known to fail: full-size steps on softmax scores of many experts."""
@@ -65,6 +71,10 @@ class ExpertBias:
     def step(self, bias_E: Tensor, counts_E: Tensor, momentum_E: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """(new bias (E,), new momentum (E,) fp64). Pure; a frozen rate returns the bias to the last bit."""
         rate = self.rate * (self.schedule(step) if self.schedule else 1.0)
+        if not 0 <= rate < float("inf"):  # a NaN would reach every bias, and with it every choice
+            raise ConfigError(
+                expected="a schedule that returns a factor >= 0", got=f"rate {rate} at step {step}", do="correct it"
+            )
         if self.rule == "momentum":
             momentum_E = momentum_step(counts_E, momentum_E, self.kappa, self.beta)
             delta_E = momentum_E

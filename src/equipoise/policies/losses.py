@@ -55,7 +55,7 @@ class AuxLoss:
                 got=f"scope={self.scope!r}",
                 do="use counts='dispatched' for wider scopes",
             )
-        if not 0 <= self.decay < 1:
+        if not (isinstance(self.decay, int | float) and 0 <= self.decay < 1):
             raise ConfigError(expected="0 <= decay < 1", got=f"decay={self.decay}", do="0.9 averages about ten steps")
 
     @property

@@ -25,9 +25,9 @@ class Sequences:
     n: int
 
     def __post_init__(self) -> None:
-        if self.n < 1:
+        if not (isinstance(self.n, int) and self.n >= 1):
             raise ConfigError(
-                expected="Sequences(n) with n >= 1", got=f"n={self.n}", do="Sequences(1) is scope 'sequence'"
+                expected="Sequences(n) with a whole n >= 1", got=f"n={self.n!r}", do="Sequences(1) is scope 'sequence'"
             )
 
 

@@ -28,9 +28,11 @@ class Switch:
     first: Policy | None = None
 
     def __post_init__(self) -> None:
-        if self.at < 0:
+        if not (isinstance(self.at, int) and self.at >= 0):
             raise ConfigError(
-                expected="Switch(at=step) with step >= 0", got=f"at={self.at}", do="count optimizer steps from 0"
+                expected="Switch(at=step) with a whole step >= 0",
+                got=f"at={self.at!r}",
+                do="count optimizer steps from 0",
             )
         for side in (self.to, self.first):
             if not isinstance(side, AuxLoss | ZLoss | ExpertBias | Switch | None):
