@@ -78,6 +78,12 @@ class MoE(nn.Module):
             token_mask_BS: True = a real token. Padding gets an output but is neither counted nor balanced.
             document_ids_BS: the document of each token inside its sequence, integers in [0, S), for scope "document".
         """
+        if x_BSD.dim() not in (2, 3):
+            raise InputError(
+                expected="tokens of shape (B, S, D) or (T, D)",
+                got=str(tuple(x_BSD.shape)),
+                do="merge the leading dimensions",
+            )
         sequences = x_BSD.unsqueeze(0) if x_BSD.dim() == 2 else x_BSD
         num_sequences, length, dim = sequences.shape
         x_TD = sequences.reshape(-1, dim)
@@ -98,15 +104,30 @@ class MoE(nn.Module):
 
 def _batch(num_sequences: int, length: int, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None) -> Batch:
     for name, tensor in (("token_mask_BS", token_mask_BS), ("document_ids_BS", document_ids_BS)):
-        if tensor is not None and tensor.numel() != num_sequences * length:
+        if tensor is not None and tensor.shape not in ((num_sequences, length), (num_sequences * length,)):
             raise InputError(
                 expected=f"{name} of shape ({num_sequences}, {length})",
                 got=str(tuple(tensor.shape)),
                 do="pass one entry per token",
             )
-    mask_T = None if token_mask_BS is None else token_mask_BS.reshape(-1).bool()
+    mask_T = None if token_mask_BS is None else token_mask_BS.reshape(-1)
     document_T = None
-    if document_ids_BS is not None:  # number them through the micro-batch: a document never crosses a sequence
+    if document_ids_BS is not None:
+        _check_documents(document_ids_BS, length)
+        # number them through the micro-batch: a document never crosses a sequence
         start_B1 = torch.arange(num_sequences, device=document_ids_BS.device).unsqueeze(1) * length
         document_T = (document_ids_BS.reshape(num_sequences, length) + start_B1).reshape(-1)
     return Batch(max(num_sequences, 1), mask_T, document_T)
+
+
+def _check_documents(document_ids_BS: Tensor, length: int) -> None:
+    """Looks at the values on CPU only: a GPU is not made to wait."""
+    if document_ids_BS.device.type != "cpu" or torch.compiler.is_compiling() or not document_ids_BS.numel():
+        return
+    low, high = (int(end) for end in torch.aminmax(document_ids_BS))
+    if low < 0 or high >= length:
+        raise InputError(
+            expected=f"document numbers in [0, {length}), the length of a sequence",
+            got=f"{low} .. {high}",
+            do="number the documents of each sequence from 0",
+        )

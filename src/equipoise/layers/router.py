@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..functional.routing import Routing, check_routing, choose, count_choices
+from ..functional.routing import Routing, check_mask_dtype, check_routing, choose, count_choices
 from ..meter import Batch, Meter
 from ..tie import probe, tie
 
@@ -72,8 +72,7 @@ class Router(nn.Module):
 
         Raises InputError for a wrong width, a mask of the wrong length, or NaN logits.
         """
-        batch = batch or Batch()
-        self._check(x_TD, batch)
+        batch = self._checked(x_TD, batch or Batch())
         with torch.autocast(x_TD.device.type, enabled=False):  # fp32 even where the model computes in bf16
             wide = torch.promote_types(x_TD.dtype, torch.float32)
             raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
@@ -94,7 +93,8 @@ class Router(nn.Module):
             weights_TK = tie(meter, weights_TK, raw_TE, ids_TK, counts_BE, batch, training=self.training)
         return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))
 
-    def _check(self, x_TD: Tensor, batch: Batch) -> None:
+    def _checked(self, x_TD: Tensor, batch: Batch) -> Batch:
+        """The batch with a boolean mask and int64 documents, as everything behind the router expects them."""
         tokens = x_TD.shape[0]
         if x_TD.dim() != 2 or x_TD.shape[1] != self.dim:
             raise InputError(
@@ -115,6 +115,19 @@ class Router(nn.Module):
                     got=str(tuple(tensor.shape)),
                     do="pass the mask of the same tokens that reach the layer",
                 )
+        mask_T, document_T = batch.token_mask_T, batch.document_T
+        check_mask_dtype(mask_T)
+        return Batch(
+            batch.num_sequences,
+            None if mask_T is None else mask_T.bool(),
+            None if document_T is None else document_T.long(),
+        )
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        """``load_state_dict(assign=True)`` keeps the file's dtype; the bias stays fp32 all the same."""
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.expert_bias is not None and self.expert_bias.dtype != torch.float32:
+            self.expert_bias = self.expert_bias.float()
 
     def _apply(self, fn, recurse: bool = True):
         """Casts and moves like any module, but the bias stays fp32 (B34, B38, B39) and is zero when it leaves meta."""
