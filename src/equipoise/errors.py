@@ -69,7 +69,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1)
     return ConfigError(
-        expected=f"a {kind}: {', '.join(names)}",
+        expected=f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}: {', '.join(names)}",
         got=repr(name),
         do=f"did you mean {near[0]!r}?" if near else "choose one of these",
     )
