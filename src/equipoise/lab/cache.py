@@ -1,0 +1,79 @@
+"""The cache folder, and files that appear in it whole or not at all, also on a full or read-only disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ..errors import OutputError
+
+__all__ = ["atomic_folder", "atomic_write", "cache_folder"]
+
+
+def cache_folder() -> Path:
+    """``$EQUIPOISE_CACHE``, or ``$XDG_CACHE_HOME/equipoise``, or ``~/.cache/equipoise``. It may not exist yet."""
+    if own := os.environ.get("EQUIPOISE_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "equipoise"
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Writes beside ``path``, then renames: a reader sees the old file or the new one, never half of one.
+
+    Raises OutputError when the folder cannot be written or the disk is full.
+    """
+    with _output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes ``path`` when the block ends without an error; replaces what was there.
+
+    Two processes may build the same folder at the same time: the last one wins, and both find a whole one.
+    Raises OutputError when the folder cannot be written or the disk is full.
+    """
+    with _output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
+        try:
+            yield building
+            while True:
+                try:
+                    os.rename(building, path)
+                    break
+                except OSError:
+                    if not path.is_dir():
+                        raise
+                    retired = Path(tempfile.mkdtemp(prefix=".old-", dir=path.parent))
+                    with suppress(FileNotFoundError):  # another process was quicker
+                        os.rename(path, retired)
+                    shutil.rmtree(retired, ignore_errors=True)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def _output_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(expected=f"to write {path}", got=error.strerror or str(error),
+                          do="free disk space, or set EQUIPOISE_CACHE to a folder you can write") from None  # fmt: skip
