@@ -178,7 +178,7 @@ name = "soft"
 policies = [{ kind = "AuxLoss", scope = "global_batch", coef = 0.05 }]
 [[strategy]]
 name = "biased"
-gate = "sigmoid"
+gate = "sqrt_softplus"
 policies = [{ kind = "ExpertBias", rate = 0.01 }]
 """)
     assert load_config(CompareConfig, path).strategies == ("soft", "biased")
@@ -186,7 +186,7 @@ policies = [{ kind = "ExpertBias", rate = 0.01 }]
     run = load_config(RunConfig, path, {"strategy": "biased"})
     assert (run.strategy, run.model.gate, run.policies) == (
         "biased",
-        "sigmoid",
+        "sqrt_softplus",
         ({"kind": "ExpertBias", "rate": 0.01},),
     )
     assert load_config(RunConfig, path, {"strategy": "micro"}).policies == ()

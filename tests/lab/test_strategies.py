@@ -113,6 +113,8 @@ def test_a_run_with_policies_of_its_own_needs_no_known_name():
     strategy = strategy_of(RunConfig(strategy="mine", policies=policies))
     assert strategy.build(STEPS) == [AuxLoss(Sequences(2), 0.5), ZLoss()]
     assert strategy_of(RunConfig(strategy="micro")) == parse_strategy("micro")
+    biased = strategy_of(RunConfig(strategy="mine", policies=({"kind": "ExpertBias"},)))
+    assert biased.apply(ModelConfig()).gate == "sigmoid"
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
             f"every run is saved; to go on: equipoise compare --resume {folder}", markup=False, soft_wrap=True
         )
         raise
-    _report(comparison)
+    try:
+        _report(comparison)
+    except DataError:  # no run came as far as an evaluation; why, has been said
+        if comparison.exit_code == 0:
+            raise
     return comparison.exit_code
 
 
@@ -131,6 +135,4 @@ def _report(comparison: Comparison) -> None:
     runs, problems = load_runs([comparison.folder])
     summary = summarize(runs, problems=problems)
     print(render_terminal(summary))
-    path = comparison.folder / REPORT_NAME
-    write_html(summary, path)
-    print(f"report: {path}")
+    print(f"report: {write_html(summary, comparison.folder / REPORT_NAME)}")

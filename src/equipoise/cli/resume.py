@@ -39,4 +39,4 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{arguments.folder}: finished already, nothing to do")
         return 0
     config = from_dict(RunConfig, earlier.header.config)
-    return train_in(arguments.folder, config, resume=True, plain=arguments.plain)
+    return train_in(arguments.folder, config, go_on=True, overwrite=False, plain=arguments.plain)

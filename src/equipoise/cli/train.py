@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import signal
+import sys
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["EPILOG", "HELP", "add_arguments", "run", "train_in"]
 
 RUN_FILES = ("record.jsonl", "checkpoints", "tensorboard")
+LEAVING_SECONDS = 60.0
 HELP = "train one model with one strategy; writes a record, checkpoints and TensorBoard events"
 EPILOG = """\
 strategies: none, micro, global, global+micro, sequence, document, sequences:N, shuffle, loss-free, deepseek-v3, and
@@ -55,32 +57,36 @@ def run(arguments: argparse.Namespace) -> int:
         print(to_toml(config))
         return 0
     folder = arguments.out or Path("runs") / f"train-{slug(config.strategy)}-{datetime.now():%Y%m%d-%H%M%S}"
-    resume = _is_run(folder) and arguments.go_on
-    if _is_run(folder) and arguments.overwrite:
-        _remove(folder)
-    elif _is_run(folder) and not resume:
-        raise OutputError(expected=f"a new folder, not {folder}", got="a run is in it",
-                          do="--continue, --overwrite, or another --out")  # fmt: skip
-    return train_in(folder, config, resume=resume, plain=arguments.plain)
+    return train_in(folder, config, go_on=arguments.go_on, overwrite=arguments.overwrite, plain=arguments.plain)
 
 
-def train_in(folder: Path, config: RunConfig, *, resume: bool, plain: bool) -> int:
-    """Trains or goes on in ``folder``. A worker (see lab/workers.py) shows nothing and ends with its parent."""
+def train_in(folder: Path, config: RunConfig, *, go_on: bool, overwrite: bool, plain: bool) -> int:
+    """Trains in ``folder``, which this process then holds. A worker shows nothing and ends with its parent."""
+    from ..lab.live import RunBar, open_console
     from ..lab.train import train
-    from ..lab.workers import orphaned
+    from ..lab.workers import locked, orphaned
 
     def watch(step: Step) -> None:  # noqa: ARG001
         if orphaned():  # as if the parent had stopped this worker: it saves and ends
             os.kill(os.getpid(), signal.SIGTERM)
 
     with ExitStack() as stack:
-        if plain:
-            on_step = watch
-        else:
-            from ..lab.live import RunBar, open_console
-
-            on_step = stack.enter_context(RunBar(config.train.steps, open_console()))
-        train(config, folder, resume=resume, on_step=on_step)
+        # a worker whose comparison was killed may need a moment to end; nobody else is waited for
+        stack.enter_context(locked(folder, wait=LEAVING_SECONDS if plain else 0.0))
+        if _is_run(folder) and overwrite:
+            _remove(folder)
+        elif _is_run(folder) and not go_on:
+            raise OutputError(
+                expected=f"a new folder, not {folder}",
+                got="a run is in it",
+                do="--continue, --overwrite, or another --out",
+            )
+        on_step = watch if plain else stack.enter_context(RunBar(config.train.steps, open_console()))
+        try:
+            train(config, folder, resume=go_on, on_step=on_step)
+        except KeyboardInterrupt:
+            print(f"saved; to go on: equipoise resume {folder}", file=sys.stderr)
+            raise
     print(folder)
     return 0
 

@@ -12,12 +12,11 @@ Runs of one seed start from the same weights and see the same batches in the sam
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,14 +27,13 @@ from ..records import RECORD_NAME, read_run
 from .cache import atomic_write
 from .config import CompareConfig, RunConfig, from_dict, to_dict
 from .strategies import NAMES, slug, strategy_of
-from .workers import CONFIG_NAME, Job, Pool, cores
+from .workers import CONFIG_NAME, Job, Pool, cores, locked
 
 __all__ = ["MANIFEST_NAME", "QUICK", "REPORT_NAME", "Comparison", "View", "find_unfinished", "new_folder",
             "open_comparison", "plan", "prepare_all", "read_manifest", "run_all"]  # fmt: skip
 
 MANIFEST_NAME = "comparison.json"
 REPORT_NAME = "report.html"
-LOCK_NAME = ".lock"
 SCHEMA = 1
 MAY_DIFFER = ("strategies", "seeds", "strategy", "workers")  # between two commands for one folder
 LOOK_EVERY = 0.5  # seconds between two looks at the workers
@@ -223,26 +221,6 @@ def run_all(comparison: Comparison, view: View) -> None:
             with contextlib.suppress(OutputError):  # the disk is full: the runs themselves are what counts
                 comparison.save()
             raise
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds ``folder`` for this process; the lock goes with the process, however it ends. Raises OutputError."""
-    path = folder / LOCK_NAME
-    try:
-        file = open(path, "w", encoding="utf-8")
-    except OSError as error:
-        raise _cannot_write(path, error.strerror) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(
-                expected=f"{folder} for this process alone",
-                got="another `equipoise compare` is working in it",
-                do="wait for it, or choose another --out",
-            ) from None
-        yield
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -179,10 +179,10 @@ class StrategyConfig:
 
     name: str
     policies: tuple[dict[str, Any], ...]
-    gate: str = "softmax"
+    gate: str = "auto"  # auto: sigmoid with ExpertBias, else softmax
 
     def __post_init__(self) -> None:
-        _one_of("gate", self.gate, GATES[1:])
+        _one_of("gate", self.gate, GATES)
         _require(
             bool(self.policies), "policies in a [[strategy]]", f"none in {self.name!r}", "'none' is the name for that"
         )
@@ -253,7 +253,8 @@ def _choose(data: dict[str, Any], defined: list[Any]) -> dict[str, Any]:
     data["strategy"] = name
     if name in known:
         data["policies"] = list(known[name].policies)
-        data["model"] = {"gate": known[name].gate, **data.get("model", {})}
+        if known[name].gate != "auto":
+            data["model"] = {"gate": known[name].gate, **data.get("model", {})}
     return data
 
 

@@ -68,6 +68,8 @@ class RunTable:
     def line(self, job: Job) -> str:
         """One run in one line of plain text."""
         seen = [job.status, f"step {job.follower.step}/{job.steps}"]
+        if job.status == "running" and job.follower.step == 0:
+            return f"{job.name}: started"
         loss, vio, speed, left = _numbers(job)
         seen += [f"loss {loss}"] * bool(loss) + [f"MaxVio {vio}"] * bool(vio) + [f"{speed} tokens/s"] * bool(speed)
         seen += [f"{left} left"] * bool(left)

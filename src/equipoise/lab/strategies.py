@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -160,7 +161,7 @@ def strategy_of(config: RunConfig) -> Strategy:
     for spec in _flat(config.policies):
         if spec.get("kind") not in KINDS:
             raise unknown_name("kind of policy", spec.get("kind"), KINDS)
-    return Strategy(config.strategy, config.policies)
+    return Strategy(config.strategy, config.policies, _usual_gate(config.policies))
 
 
 def slug(name: str) -> str:
@@ -210,7 +211,7 @@ def _term(name: str, values: list[float], words: list[str], text: str) -> tuple[
     if name not in NAMES or "+" in name:
         raise unknown_name("strategy", text if "+" not in text else name, NAMES)
     specs = [dict(spec) for spec in NAMES[name]]
-    gate = "sigmoid" if any(spec["kind"] == "ExpertBias" for spec in specs) else None
+    gate = _usual_gate(specs)
     if not specs and (values or words):
         raise ConfigError(expected="'none' without details", got=repr(text), do="remove them")
     if name == "sequences":
@@ -233,6 +234,11 @@ def _term(name: str, values: list[float], words: list[str], text: str) -> tuple[
         else:
             specs[0][key] = word
     return specs, gate
+
+
+def _usual_gate(policies: Sequence[dict[str, Any]]) -> str | None:
+    """A selection bias is made for sigmoid scores; a loss works with any gate."""
+    return "sigmoid" if any(spec["kind"] == "ExpertBias" for spec in _flat(policies)) else None
 
 
 def _one_gate(gates: set[str], text: str) -> str | None:
