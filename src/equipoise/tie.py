@@ -7,6 +7,8 @@ p = g(z) / sum g(z) and q = sum over terms of scale * coef * E * f / T,  dz = d 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -67,12 +69,12 @@ def probe(meter: Meter, logits_TE: Tensor, *, training: bool) -> Tensor:
 
 def _propose(meter: Meter, measured: Measured, ids_TK: Tensor, batch: Batch) -> None:
     """Forward proposes: added to a slot, which the tap takes before backward begins."""
-    has_grad = torch.is_grad_enabled()
+    which = meter.which_slot
     with torch.no_grad():
-        (meter.slot if has_grad else meter.slot_no_grad).add_(measured.statistics)
+        meter.slots[which].add_(measured.statistics)
         if measured.gram_EE is not None:
-            (meter.gram if has_grad else meter.gram_no_grad).add_(measured.gram_EE)
-        if meter.pool is not None and not has_grad:  # a counting pass of the shuffle control
+            meter.grams[which].add_(measured.gram_EE)
+        if meter.pool is not None and which > 0:  # a counting pass of the shuffle control
             meter.pool.append(ids_TK if batch.token_mask_T is None else ids_TK[batch.token_mask_T])
 
 
@@ -92,7 +94,7 @@ class _Tie(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         (grad_weights_TK,) = grad_outputs
         probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE, *in_graph = ctx.saved_tensors
-        plan, pressure = ctx.plan, in_graph[0] if in_graph else ctx.pressure
+        plan, pressure = ctx.plan, _late(in_graph, ctx, grad_weights_TK)
         push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)
         zero = torch.zeros(1, dtype=torch.float64, device=pressure.device)  # the language model's norm: see _Probe
         counted = torch.cat([statistics, zero, squares]) * pressure[-1]
@@ -109,10 +111,11 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad_TE,) = grad_outputs
-        plan, pressure = ctx.plan, ctx.saved_tensors[0] if ctx.saved_tensors else ctx.pressure
+        plan, pressure = ctx.plan, _late(ctx.saved_tensors, ctx, grad_TE)
         before = torch.zeros(plan.forward_size, dtype=torch.float64, device=pressure.device)
         behind = torch.zeros(plan.size - plan.forward_size - 1, dtype=torch.float64, device=pressure.device)
-        square = _square_norm(grad_TE).unsqueeze(0) * pressure[-1]
+        square = _opaque_square_norm(grad_TE) if torch.compiler.is_compiling() else _square_norm(grad_TE)
+        square = square.unsqueeze(0) * pressure[-1]
         return grad_TE, torch.cat([before, square, behind]), None, None
 
 
@@ -120,12 +123,30 @@ def _keep_pressure(ctx, pressure: Tensor) -> tuple[Tensor, ...]:
     """Backward must see what the tap writes between forward and backward, so the very tensor has to get there.
 
     In eager mode as an attribute: hooks on saved tensors (offloading to the CPU) would copy it too early. In a compiled
-    graph as a saved tensor, because there an attribute becomes an output, and outputs that are inputs are copied.
+    graph as a saved tensor: there an attribute becomes an output, and outputs that are inputs are copied.
     """
     if torch.compiler.is_compiling():
         return (pressure,)
     ctx.pressure = pressure
     return ()
+
+
+def _late(in_graph: Sequence[Tensor], ctx, grad: Tensor) -> Tensor:
+    """The pressure as it is when ``grad`` arrives.
+
+    A compiler may compute in forward whatever does not depend on ``grad``; an opaque operator that takes it stays behind.
+    """
+    return _read_late(in_graph[0], grad) if in_graph else ctx.pressure
+
+
+@torch.library.custom_op("equipoise::read_late", mutates_args=())
+def _read_late(pressure: Tensor, grad: Tensor) -> Tensor:  # noqa: ARG001, the point is to depend on it
+    return pressure.clone()
+
+
+@_read_late.register_fake
+def _(pressure: Tensor, grad: Tensor) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(pressure)
 
 
 def _push(
@@ -197,3 +218,15 @@ def _z_push(factor: Tensor, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
 
 def _square_norm(x: Tensor) -> Tensor:
     return x.double().square().sum() if x.dtype == torch.float64 else x.float().square().sum().double()
+
+
+@torch.library.custom_op("equipoise::square_norm", mutates_args=())
+def _opaque_square_norm(x: Tensor) -> Tensor:
+    """Where inductor may not look: on CPU (torch 2.13) it fuses this sum into the scatter of top-k's backward, and the
+    language model's gradient at the router is lost."""
+    return _square_norm(x)
+
+
+@_opaque_square_norm.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((), dtype=torch.float64)
