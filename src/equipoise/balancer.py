@@ -16,8 +16,9 @@ from .errors import ConfigError, InputError, StateError
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss, ZLoss
 from .policies.switch import Policy, timeline
-from .pressure import Layer, MicroStep, step_sums, write_pressure
+from .pressure import Layer, MicroStep, bind, step_sums
 from .readout import Committed, fidelity, metrics
+from .tap import tapped
 from .watch import Watch
 
 __all__ = ["Balancer"]
@@ -74,6 +75,8 @@ class Balancer:
         self._step = 0
         self._skipped = 0
         self._micro_steps = 0
+        self.generation = 0  # rises when a step is over or given up: what was bound before is of no use then
+        self._backward: int | None = None  # the backward that was bound and has not ended
         self._declared: tuple[float | None, int | None] = (None, None)
         self._committed: list[Committed] | None = None
         self._fidelity: dict[str, dict[str, float]] | None = None
@@ -143,6 +146,12 @@ class Balancer:
             self.discard()
             raise
         taken = [layer.meter.take()[0] for layer in self._layers]
+        if self._saw_nothing(taken):
+            raise StateError(
+                expected="the step's micro-batches forward through the routers in training mode",
+                got="a counting pass in which no router ran in training mode",
+                do="call model.train() first; the pass itself needs no gradients",
+            )
         for layer, counted in zip(self._layers, self._sum(taken), strict=True):
             layer.counted = counted
             layer.pool, layer.meter.pool = layer.meter.pool, None
@@ -153,12 +162,14 @@ class Balancer:
 
         Args:
             loss: the scalar that the engine scales and calls backward on: the tap learns 1/M and GradScaler's scale
-                from the gradient that arrives. Without gradient (evaluation) nothing happens.
+                from the gradient that arrives. Without gradient, or in evaluation, nothing happens.
             scale: for a pipeline stage without the loss: tap its output activations with the scale said explicitly.
         """
         if not (torch.is_grad_enabled() and loss.requires_grad):
             for layer in self._layers:
-                layer.meter.clear_slots()
+                layer.meter.clear_slots(first=2)  # and not a training forward whose loss is still to be tapped
+            return loss
+        if not any(layer.router.training for layer in self._layers):
             return loss
         if scale is None and loss.numel() != 1:
             raise InputError(
@@ -167,13 +178,21 @@ class Balancer:
                 do="tap the mean loss, or pass scale= with a stage's activations",
             )
         taken = [layer.meter.take() for layer in self._layers]
-        return _Tap.apply(loss, self, taken, scale)
+        if self._saw_nothing([statistics for statistics, _ in taken]):
+            raise StateError(
+                expected="a forward of the routers in training mode before each tap",
+                got="none since the last tap",
+                do="tap each loss once, right after its own forward and before the next one",
+            )
+        return tapped(loss, self, taken, scale)
 
     def discard(self) -> None:
         """Forgets the micro-batches since the last step: after out-of-memory, or with ``zero_grad`` without a step."""
         for layer in self._layers:
             layer.forget_step()
         self._micro_steps = 0
+        self.generation += 1
+        self._backward = None
         self._declared = (None, None)
         self._watch.step_is_over()
 
@@ -205,14 +224,7 @@ class Balancer:
 
         Micro-batches since the last step are left out, as their gradients are from every checkpoint.
         """
-        layers = {}
-        for layer in self._layers:
-            history = layer.history
-            layers[layer.name] = {
-                "previous_E": history.previous_E,
-                "ema": list(history.ema_E.items()),
-                "momentum": sorted(layer.momentum.items()),
-            }
+        layers = {layer.name: layer.state_dict() for layer in self._layers}
         return {"version": 1, "step": self._step, "skipped": self._skipped, "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -227,10 +239,7 @@ class Balancer:
         self.discard()
         self._step, self._skipped = state["step"], state["skipped"]
         for layer in self._layers:
-            saved, history, device = state["layers"][layer.name], layer.history, layer.meter.pressure.device
-            history.previous_E = None if saved["previous_E"] is None else saved["previous_E"].to(device)
-            history.ema_E = {decay: ema_E.to(device) for decay, ema_E in saved["ema"]}
-            layer.momentum = {place: momentum_E.to(device) for place, momentum_E in saved["momentum"]}
+            layer.load_state_dict(state["layers"][layer.name])
 
     def step(self) -> None:
         """Commits a step by hand, right after an optimizer that is no ``torch.optim.Optimizer`` stepped."""
@@ -244,47 +253,71 @@ class Balancer:
 
     # ---------------------------------------------------------------- backward and the optimizer call these
 
-    def _bind(self, scale: Tensor, taken: list[tuple[Tensor, Tensor]], repeat: bool) -> None:
-        """The start of a backward: one collective at most, then the pressure of every router."""
-        if not repeat:
-            self._drop_if_gradients_were()
-            self._watch.check_no_unseen_step(self._micro_steps)
-            self._micro_steps += 1
+    def bind(self, scale: Tensor, taken: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """The start of a backward: one collective at most, then the pressure of every router, per unit of scale."""
+        self._drop_what_failed()
+        self._drop_if_gradients_were()
+        self._watch.check_no_unseen_step(self._micro_steps)
+        self._micro_steps += 1
         if self._reduction == "sum" and self._declared[0] is None and self._layers[0].counted is None:
             raise StateError(
                 expected="the step's tokens, because the losses add up (reduction='sum')",
                 got="no begin_step",
                 do="call balancer.begin_step(tokens=...) before the first micro-batch",
             )
-        micro = MicroStep(
-            self._step,
-            self._micro_steps,
-            scale.detach(),
-            self._reduction,
-            *self._declared,
-            self._collective.size,
-            repeat,
-        )
+        micro = MicroStep(self._step, self._micro_steps, self._reduction, *self._declared, self._collective.size)
         counts = [t[: layer.meter.plan.num_experts] for layer, (t, _) in zip(self._layers, taken, strict=True)]
         if any(
             isinstance(t.policy, AuxLoss) and t.policy.needs_current and t.active(self._step) for t in self._timeline
         ):
             counts = self._sum(counts)
-        for layer, (statistics, gram_EE), global_E in zip(self._layers, taken, counts, strict=True):
-            write_pressure(
-                layer, self._timeline, statistics, gram_EE, global_E, micro, () if repeat else self._estimators
-            )
+        return [
+            bind(layer, self._timeline, statistics, gram_EE, global_E, micro, scale, self._estimators)
+            for layer, (statistics, gram_EE), global_E in zip(self._layers, taken, counts, strict=True)
+        ]
+
+    def press(self, per_scale: list[Tensor], scale: Tensor, *, count: bool) -> None:
+        for layer, pressure in zip(self._layers, per_scale, strict=True):
+            layer.press(pressure, scale, count=count)
+        self._backward = torch._C._current_graph_task_id()
 
     def _drop_if_gradients_were(self) -> None:
         """A step that was skipped (GradScaler) or zeroed leaves no trace here either."""
         if self._micro_steps and self._watch.gradients_were_dropped():
-            self._skipped += 1
+            declared = self._declared
+            self._skipped += not self._watch.inside_closure
             self.discard()
+            if self._watch.inside_closure:  # the same step again (LBFGS): what was declared for it still holds
+                self._declared = declared
 
-    def _end_backward(self) -> None:
-        """Recompute proposed again what was already taken: forget it."""
+    def _drop_what_failed(self) -> None:
+        """After an error inside a backward (out of memory) some layers have counted and some have not."""
+        if self._backward is None or self._backward == torch._C._current_graph_task_id():
+            return
+        if self._watch.has_gradients:
+            raise StateError(
+                expected="each backward to end",
+                got=f"micro-batch {self._micro_steps}, whose backward stopped on an error with part of the gradients",
+                do="call optimizer.zero_grad() and balancer.discard(), then repeat the step",
+            )
+        self._skipped += 1
+        self.discard()
+
+    def end_backward(self) -> None:
+        """Recompute proposed again what was already taken, and the push is done: forget both."""
+        self._backward = None
         for layer in self._layers:
             layer.meter.clear_slots()
+            layer.release()
+
+    def _saw_nothing(self, taken: list[Tensor]) -> bool:
+        """Whether no router ran. Only asked on the CPU: a GPU is not made to wait for the answer."""
+        if any(statistics.device.type != "cpu" for statistics in taken):
+            return False
+        return not any(
+            bool(statistics[layer.meter.plan.at("calls")] > 0)
+            for layer, statistics in zip(self._layers, taken, strict=True)
+        )
 
     def _check_before_step(self) -> None:
         pushes = any(isinstance(t.policy, AuxLoss | ZLoss) and t.active(self._step) for t in self._timeline)
@@ -359,19 +392,3 @@ class Balancer:
         """One collective for all layers, whatever their number of experts."""
         flat = self._collective.sum(torch.cat(tensors))
         return list(flat.split([t.numel() for t in tensors]))
-
-
-class _Tap(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, loss, balancer, taken, scale):
-        ctx.balancer, ctx.taken, ctx.scale, ctx.seen = balancer, taken, scale, False
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        (grad,) = grad_outputs
-        scale = grad if ctx.scale is None else grad.new_full((), ctx.scale)
-        ctx.balancer._bind(scale, ctx.taken, repeat=ctx.seen)
-        ctx.seen = True
-        torch.autograd.Variable._execution_engine.queue_callback(ctx.balancer._end_backward)
-        return grad, None, None, None

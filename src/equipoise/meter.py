@@ -17,7 +17,7 @@ from .functional.losses import load_fractions
 from .functional.metrics import maxvio
 from .functional.routing import count_choices, gate_probs, gate_slope
 
-__all__ = ["Batch", "LocalTerm", "Measured", "Meter", "Plan", "measure"]
+__all__ = ["Batch", "ForwardPass", "LocalTerm", "Measured", "Meter", "Plan", "measure"]
 
 SCALARS = ("tokens", "calls", "sequences", "topk_score", "lse_square", "maxvio_sequence", "maxvio_micro_batch", "rows")
 
@@ -93,8 +93,14 @@ class Measured(NamedTuple):
     gram_EE: Tensor | None
 
 
+class ForwardPass:
+    """How the whole model is being run: set around its forward, shared by its meters."""
+
+    without_grad = False
+
+
 class Meter:
-    """The tensors of one router. ``leaf.grad`` collects what backward counted; ``slot`` what forward proposed.
+    """The tensors of one router. ``leaf.grad`` collects what backward counted; ``slots`` what forward proposed.
 
     ``pressure`` keeps its address for life: compiled graphs and saved tensors hold it, and the tap writes it late.
     """
@@ -103,34 +109,46 @@ class Meter:
         self.plan = plan
         self.leaf = torch.zeros(plan.size, dtype=torch.float64, device=device, requires_grad=True)
         self.pressure = torch.zeros(plan.pressure_size, dtype=torch.float64, device=device)
-        # Two slots: the first pass of a reentrant checkpoint runs without gradient and must still be seen by the tap,
-        # while a reference or evaluation pass without gradient must not mix with a pass that has one.
-        self.slot = torch.zeros(plan.forward_size, dtype=torch.float64, device=device)
-        self.slot_no_grad = torch.zeros_like(self.slot)
+        # The first pass of a reentrant checkpoint runs without gradient and must still be seen by the tap, while a
+        # whole model run without gradient (a reference model, an evaluation) must not mix with either: three slots.
+        self.forward_pass = ForwardPass()
         square = (plan.num_experts, plan.num_experts) if plan.gram else (0, 0)
-        self.gram = torch.zeros(square, dtype=torch.float64, device=device)
-        self.gram_no_grad = torch.zeros_like(self.gram)
+        self.slots = [torch.zeros(plan.forward_size, dtype=torch.float64, device=device) for _ in range(3)]
+        self.grams = [torch.zeros(square, dtype=torch.float64, device=device) for _ in range(3)]
         self.pool: list[Tensor] | None = None  # expert ids of a counting pass, kept for the shuffle control only
         self.owner: object = None  # the balancer: it has to live as long as the model it balances
 
     def take(self) -> tuple[Tensor, Tensor]:
         """(statistics, gram) of the micro-batch that just went forward, and empties the slots."""
-        has_grad = self.slot[self.plan.at("calls")] > 0
-        taken = torch.where(has_grad, self.slot, self.slot_no_grad), torch.where(has_grad, self.gram, self.gram_no_grad)
+        calls = self.plan.at("calls")
+        taken, gram = self.slots[2], self.grams[2]
+        for which in (1, 0):  # the first that saw anything
+            ran = self.slots[which][calls] > 0
+            taken, gram = torch.where(ran, self.slots[which], taken), torch.where(ran, self.grams[which], gram)
         self.clear_slots()
-        return taken
+        return taken.clone(), gram.clone()
 
-    def clear_slots(self) -> None:
-        for slot in (self.slot, self.slot_no_grad, self.gram, self.gram_no_grad):
+    @property
+    def which_slot(self) -> int:
+        """0 with gradient, 1 without inside a pass that has it (reentrant checkpoint), 2 a pass without."""
+        return 0 if torch.is_grad_enabled() else 2 if self.forward_pass.without_grad else 1
+
+    def clear_slots(self, first: int = 0) -> None:
+        for slot in (*self.slots[first:], *self.grams[first:]):
             slot.data.zero_()
 
     def move(self, device: torch.device) -> None:
         """Follows the model to another device, statistics included."""
         grad = self.leaf.grad
+        if self.leaf.is_meta:  # attached before the model had memory: nothing was measured yet
+            fresh = Meter(self.plan, device)
+            fresh.pressure[-1] = 1.0  # as a new step begins: counting needs no tap
+            self.leaf, self.pressure, self.slots, self.grams = fresh.leaf, fresh.pressure, fresh.slots, fresh.grams
+            return
         self.leaf = self.leaf.detach().to(device).requires_grad_()
         self.leaf.grad = None if grad is None else grad.to(device)
-        for name in ("pressure", "slot", "slot_no_grad", "gram", "gram_no_grad"):
-            setattr(self, name, getattr(self, name).to(device))
+        self.pressure = self.pressure.to(device)
+        self.slots, self.grams = [s.to(device) for s in self.slots], [g.to(device) for g in self.grams]
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copied model (an EMA, a teacher) is not balanced by anybody: its routers get no meter."""
@@ -182,7 +200,7 @@ def _scalars(
 ) -> Tensor:
     """The SCALARS, in order, as fp64."""
     counts_E = counts_BE.sum(dim=0)
-    tokens = counts_E.sum() / plan.top_k
+    tokens = counts_E.sum().double() / plan.top_k  # an int64 tensor over an int would be fp32
     full_B = (counts_BE.sum(dim=-1) > 0).double()
     one = torch.ones((), dtype=torch.float64, device=logits_TE.device)
     lse_square = torch.zeros_like(one)
@@ -191,7 +209,7 @@ def _scalars(
         lse_square = (lse_T if batch.token_mask_T is None else lse_T * batch.token_mask_T).sum()
     return torch.stack(
         [
-            tokens.double(),
+            tokens,
             one,
             full_B.sum(),
             valid_TE.gather(-1, ids_TK).sum(dtype=torch.float64),

@@ -17,7 +17,7 @@ from .policies.losses import AuxLoss, ZLoss, coefficient
 from .policies.scopes import Sequences
 from .policies.switch import Timed
 
-__all__ = ["Layer", "MicroStep", "step_sums", "write_pressure"]
+__all__ = ["Layer", "MicroStep", "bind", "step_sums"]
 
 
 @dataclass
@@ -47,8 +47,33 @@ class Layer:
         self.meter.leaf.grad = None
         self.meter.pool = None
         self.meter.clear_slots()
-        self.meter.pressure.data.zero_()  # a forgotten tap may not push with what the last step left
+        self.release()  # a forgotten tap may not push with what the last step left
         self.meter.pressure.data[-1] = 1.0  # counting needs no tap
+
+    def press(self, per_scale: Tensor, scale: Tensor, *, count: bool) -> None:
+        """Writes what ``bind`` gave, for this scale of the loss; ``count=False``: push again, count nothing."""
+        push = per_scale * scale.to(device=per_scale.device, dtype=torch.float64).reshape(())
+        # .data: a late write that keeps the address and does not trip autograd's version counter
+        self.meter.pressure.data.copy_(torch.cat([push, push.new_full((1,), float(count))]))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step needs: previous and ema loads, bias momentum."""
+        history = self.history
+        return {
+            "previous_E": history.previous_E,
+            "ema": list(history.ema_E.items()),
+            "momentum": sorted(self.momentum.items()),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        history, device = self.history, self.meter.pressure.device
+        history.previous_E = None if state["previous_E"] is None else state["previous_E"].to(device)
+        history.ema_E = {decay: ema_E.to(device) for decay, ema_E in state["ema"]}
+        self.momentum = {place: momentum_E.to(device) for place, momentum_E in state["momentum"]}
+
+    def release(self) -> None:
+        """No push and no counting until the next tap: another backward over the same graph adds nothing."""
+        self.meter.pressure.data.zero_()
 
 
 @dataclass(frozen=True)
@@ -57,36 +82,35 @@ class MicroStep:
 
     step: int  # optimizer steps committed so far
     number: int  # 1 = the first micro-batch of this step
-    scale: Tensor  # d(step's loss) / d(this micro-batch's loss): 1/M, GradScaler's scale, ...
     reduction: str  # "mean": losses are means, averaged over micro-batches; "sum": they add up to the step's loss
     declared_tokens: float | None  # valid router tokens of the whole step, all ranks
     declared_micro_batches: int | None
     ranks: int
-    repeat: bool  # a second backward of the same loss: pushes again, counts nothing
 
 
-def write_pressure(
+def bind(
     layer: Layer,
     timeline: Sequence[Timed],
     taken: Tensor,
     gram_EE: Tensor,
     global_E: Tensor,
     micro: MicroStep,
+    scale: Tensor,
     estimators: Sequence[str],
-) -> None:
-    """Turns policies into pressure on one router, and adds this micro-batch to the layer's step.
+) -> Tensor:
+    """Turns policies into pressure on one router, per unit of the loss's scale, and adds the micro-batch to the step.
 
     Args:
         taken: statistics of this micro-batch on this rank, as forward proposed them.
         global_E: its counts, summed over ranks where a policy asked for it.
+        scale: d(step's loss) / d(this micro-batch's loss): 1/M, GradScaler's scale, ...
         estimators: names whose f is kept to be compared with ``exact`` once the step's load is known.
     """
     plan = layer.meter.plan
-    if not micro.repeat:
-        layer.history.propose(global_E)
-        layer.step_taken = taken if layer.step_taken is None else layer.step_taken + taken
-        if layer.step_values is None:
-            layer.step_values = torch.zeros(len(plan.terms), dtype=torch.float64, device=taken.device)
+    layer.history.propose(global_E)
+    layer.step_taken = taken if layer.step_taken is None else layer.step_taken + taken
+    if layer.step_values is None:
+        layer.step_values = torch.zeros(len(plan.terms), dtype=torch.float64, device=taken.device)
     unit = _unit(layer, taken, micro)
     rows = torch.zeros(len(plan.terms), plan.num_experts, dtype=torch.float64, device=taken.device)
     factors = torch.zeros(len(plan.terms) + 1, dtype=torch.float64, device=taken.device)  # the last is the z-loss
@@ -102,20 +126,22 @@ def write_pressure(
                     rows[term], factors[term] = _bind_term(layer, policy, term, taken, push, micro)
                 case ZLoss() as policy:
                     factors[-1] += unit * coefficient(policy, micro.step)
-    flag = torch.full((1,), 0.0 if micro.repeat else 1.0, dtype=torch.float64, device=taken.device)
-    # .data: a late write that keeps the address and does not trip autograd's version counter
-    layer.meter.pressure.data.copy_(torch.cat([rows.flatten(), factors, flag]))
-    if estimators and not micro.repeat:
+    if estimators:
         known = {name: _fraction(layer, name, 0.9, micro.number) for name in estimators}
-        layer.step_fidelity.append((known, gram_EE))
+        weight = unit * scale.to(device=taken.device, dtype=torch.float64).reshape(())
+        layer.step_fidelity.append((known, gram_EE * weight.square()))
+    return torch.cat([rows.flatten(), factors])
 
 
 def _unit(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:
-    """scale / T: what a loss that is a mean over tokens multiplies each token's gradient by (design: T of the step)."""
+    """1 / T, times M where losses are means: with the scale (1/M, ...) what each token's gradient is multiplied by.
+
+    T counts the tokens that this layer sees in the step: a layer that runs twice per micro-batch sees each twice.
+    """
     plan = layer.meter.plan
     tokens, calls = taken[plan.at("tokens")], taken[plan.at("calls")]
     if micro.declared_tokens is not None:
-        step_tokens: Tensor | float = micro.declared_tokens
+        step_tokens: Tensor | float = micro.declared_tokens * calls.clamp(min=1)
         micro_batches: Tensor | float = (micro.declared_micro_batches or 1) * micro.ranks
     elif layer.counted is not None:
         step_tokens = layer.counted[plan.at("tokens")]
@@ -124,9 +150,8 @@ def _unit(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:
         step_tokens, micro_batches = tokens, 1.0
     if micro.reduction == "sum":
         micro_batches = 1.0
-    scale = micro.scale.to(device=taken.device, dtype=torch.float64).reshape(())
     total = torch.as_tensor(step_tokens, dtype=torch.float64, device=taken.device)
-    return scale * micro_batches / total.clamp(min=1)
+    return micro_batches / total.clamp(min=1) * (tokens > 0)
 
 
 def _bind_term(
@@ -140,9 +165,8 @@ def _bind_term(
     match policy.scope:
         case Sequences(n):
             fraction_E, late = _window(layer, term, n, taken)
-            if not micro.repeat:
-                value = plan.num_experts * (fraction_E * probs_E).sum() - taken[plan.values_at + term]
-                layer.step_values[term] += torch.where(late, value, 0.0)
+            value = plan.num_experts * (fraction_E * probs_E).sum() - taken[plan.values_at + term]
+            layer.step_values[term] += torch.where(late, value, 0.0)
             return torch.where(late, push * fraction_E, zero_E), torch.where(late, 0.0, push)
         case "sequence" | "document" | "micro_batch":
             return zero_E, push
@@ -153,8 +177,7 @@ def _bind_term(
             fraction_E = _shuffled(layer, taken, micro)
         case _:
             fraction_E = _fraction(layer, policy.estimator, policy.decay, micro.number)
-    if not micro.repeat:
-        layer.step_values[term] += plan.num_experts * (fraction_E * probs_E).sum()
+    layer.step_values[term] += plan.num_experts * (fraction_E * probs_E).sum()
     return push * fraction_E, torch.zeros_like(push)
 
 

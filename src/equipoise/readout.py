@@ -40,15 +40,16 @@ def metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step: int, s
     """Flat names to numbers: ``balance/x`` is a mean over layers (dead experts: a sum), ``balance/layer_03/x`` one."""
     per_layer = [_layer_metrics(layer) for layer in layers]
     named = {f"layer_{i:02d}/{key}": value for i, values in enumerate(per_layer) for key, value in values.items()}
-    for key in per_layer[0]:
-        stacked = torch.stack([values[key] for values in per_layer])
+    for key in dict.fromkeys(key for values in per_layer for key in values):
+        stacked = torch.stack([values[key] for values in per_layer if key in values])  # not every layer has a bias
         named[key] = stacked.sum() if key == "dead_experts" else stacked.mean()
     named |= _policy_metrics(layers, timeline, step)
     named["tokens"] = layers[0].of("tokens")
     numbers = torch.stack([value.double() for value in named.values()]).tolist()  # the only wait for the device
-    return {f"balance/{key}": number for key, number in zip(named, numbers, strict=True)} | {
-        "balance/skipped_steps": float(skipped)
-    }
+    found = {f"balance/{key}": number for key, number in zip(named, numbers, strict=True)}
+    # not known where autograd left the meter alone (``backward(inputs=...)``): left out rather than called 0
+    found = {key: number for key, number in found.items() if not (key.endswith("ratio") and number != number)}
+    return found | {"balance/skipped_steps": float(skipped)}
 
 
 def _layer_metrics(layer: Committed) -> dict[str, Tensor]:
@@ -72,7 +73,7 @@ def _policy_metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step
     named: dict[str, Tensor] = {}
     term = -1
     norms = layers[0].plan.norms
-    language = torch.stack([layer.statistics[layer.plan.forward_size] for layer in layers]).sum().clamp(min=1e-300)
+    language = torch.stack([layer.statistics[layer.plan.forward_size] for layer in layers]).sum()
     for timed in timeline:
         is_loss = isinstance(timed.policy, AuxLoss)
         term += is_loss
@@ -88,7 +89,9 @@ def _policy_metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step
             squares.append(layer.statistics[plan.forward_size + 1 + (term if is_loss else len(plan.terms))])
         named[f"policy_{timed.index}/loss"] = torch.stack(values).mean()
         if norms:
-            named[f"policy_{timed.index}/gradient_ratio"] = (torch.stack(squares).sum() / language).sqrt()
+            named[f"policy_{timed.index}/gradient_ratio"] = torch.where(
+                language > 0, torch.stack(squares).sum() / language, torch.nan
+            ).sqrt()
     return named
 
 

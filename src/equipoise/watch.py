@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .errors import StateError
+from .meter import ForwardPass
 from .pressure import Layer
 
 __all__ = ["Watch"]
@@ -18,18 +19,21 @@ __all__ = ["Watch"]
 class Watch:
     """Watches one parameter, the witness: a trainable router's weight, or the model's first trainable parameter.
 
-    Its version counter tells that something stepped between two micro-batches; its ``.grad`` going back to None after
-    it was filled tells that gradients were dropped (a skipped GradScaler step, ``zero_grad``). Sharded parameters
-    (DTensor) are left alone: FSDP swaps their storage and gradients for its own reasons.
+    Its version counter and a sample of its values tell that something stepped between two micro-batches; its ``.grad``
+    going back to None or to zeros after it was filled tells that gradients were dropped (a skipped GradScaler step,
+    ``zero_grad``). Sharded parameters (DTensor) are left alone: FSDP swaps their storage and gradients.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         self._model, self._layers = model, layers
         self._version: int | None = None
-        self._filled = False
+        self._sample: torch.Tensor | None = None
+        self._filled: int | None = None  # version of the witness's gradient when backward last added to it
+        self.inside_closure = False  # an optimizer that calls forward and backward itself (LBFGS) moves as it likes
         self._hook = None
         self._listeners: list = []
         self._witness: nn.Parameter | None = None
+        self._passes = _note_passes(model, layers)
         self._find_witness()
 
     def listen(
@@ -39,18 +43,23 @@ class Watch:
 
         Both are held weakly: these hooks are global and must not keep a model alive.
         """
-        checks, commits = weakref.WeakMethod(before), weakref.WeakMethod(after)
+        checks, commits, me = weakref.WeakMethod(before), weakref.WeakMethod(after), weakref.ref(self)
+        only = None if optimizer is None else weakref.ref(optimizer)
 
         def concerns(stepping: torch.optim.Optimizer) -> bool:
-            return stepping is optimizer if optimizer is not None else self.owns(stepping)
+            watch = me()
+            return stepping is only() if only is not None else watch is not None and watch.owns(stepping)
 
         def on_before(stepping: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-            has_closure = bool(args) or kwargs.get("closure") is not None  # then forward and backward are still to come
-            if (check := checks()) and not has_closure and concerns(stepping):
-                check()
+            if (check := checks()) and concerns(stepping) and (watch := me()):
+                closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+                watch.inside_closure = closure is not None
+                if closure is None:  # else forward and backward are still to come
+                    check()
 
         def on_after(stepping: torch.optim.Optimizer, _args: tuple, _kwargs: dict) -> None:
-            if (commit := commits()) and concerns(stepping):
+            if (commit := commits()) and concerns(stepping) and (watch := me()):
+                watch.inside_closure = False
                 commit()
 
         if optimizer is not None:
@@ -66,12 +75,10 @@ class Watch:
         if found is not self._witness:
             self._unhook()
             self._witness = found
+            self._filled = self._version = self._sample = None
             if found is not None:
-                self._hook = found.register_post_accumulate_grad_hook(self._note_gradient)
+                self._hook = _note_gradients(found, weakref.ref(self))
         return found
-
-    def _note_gradient(self, _parameter: torch.Tensor) -> None:
-        self._filled = True
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this optimizer's step is the step: it holds the witness. Others (a second optimizer) do not count."""
@@ -79,34 +86,108 @@ class Watch:
         return any(p is witness for group in optimizer.param_groups for p in group["params"])
 
     def gradients_were_dropped(self) -> bool:
+        """Whether the gradients of the micro-batches so far are gone without an optimizer step that we saw.
+
+        Raises StateError when the parameters moved meanwhile: it was a step then, and nobody showed it to us.
+        """
         witness = self._find_witness()
-        return self._filled and witness is not None and type(witness) is nn.Parameter and witness.grad is None
+        if self._filled is None or witness is None or type(witness) is not nn.Parameter:
+            return False
+        gradient = witness.grad
+        touched = gradient is None or gradient._version != self._filled
+        if not touched or not (gradient is None or not bool(gradient.any())):
+            return False
+        if not self.inside_closure and self._moved(witness):
+            raise _unseen_step("parameters that changed, and gradients that were zeroed, without a step that it saw")
+        return True
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the witness has a gradient from before."""
+        witness = self._find_witness()
+        return witness is not None and witness.grad is not None and self._filled is not None
 
     def check_no_unseen_step(self, micro_steps: int) -> None:
         """Raises StateError when the witness changed since the first micro-batch of this step."""
         witness = self._find_witness()
-        if witness is None or type(witness) is not nn.Parameter:
+        if witness is None or type(witness) is not nn.Parameter or self.inside_closure:
             return
-        version = witness._version
         if micro_steps == 0 or self._version is None:
-            self._version = version
-        elif version != self._version:
-            raise StateError(
-                expected="every optimizer step to reach the balancer",
-                got=f"router parameters that changed after micro-batch {micro_steps} without a step that it saw",
-                do="pass optimizer= to Balancer; call balancer.step() after an optimizer that is not torch's",
-            )
+            self._version, self._sample = witness._version, _sample(witness)
+        elif witness._version != self._version or (witness.device.type == "cpu" and self._moved(witness)):
+            raise _unseen_step(f"parameters that changed after micro-batch {micro_steps} without a step that it saw")
+
+    def _moved(self, witness: nn.Parameter) -> bool:
+        """Waits for the device: called where gradients vanished, and on the CPU."""
+        if self._version is None or self._sample is None:
+            return False
+        return witness._version != self._version or not torch.equal(_sample(witness), self._sample)
 
     def step_is_over(self) -> None:
-        self._filled, self._version = False, None
+        self._filled = self._version = self._sample = None
 
     def remove(self) -> None:
-        for listener in self._listeners:
-            listener.remove()
-        self._listeners = []
+        for hook in (*self._listeners, *self._passes):
+            hook.remove()
+        self._listeners = self._passes = []
         self._unhook()
 
     def _unhook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+
+
+def _note_gradients(parameter: nn.Parameter, watch: weakref.ref[Watch]) -> torch.utils.hooks.RemovableHandle:
+    """A hook that does not keep the watch alive: the garbage collector cannot see through it."""
+
+    def note(changed: torch.Tensor) -> None:
+        if (alive := watch()) is not None and changed.grad is not None:
+            alive._filled = changed.grad._version
+
+    return parameter.register_post_accumulate_grad_hook(note)
+
+
+class _PassHook:
+    """Tells the meters, around each forward of the model, whether all of it runs without gradient.
+
+    An object and not a function: copied and pickled models keep their hooks, and must not keep these meters.
+    """
+
+    def __init__(self, shared: ForwardPass, *, entering: bool) -> None:
+        self._shared, self._entering = shared, entering
+
+    def __call__(self, _module: nn.Module, *_args: object) -> None:
+        self._shared.without_grad = self._entering and not torch.is_grad_enabled()
+
+    def __reduce__(self):  # deepcopy asks for it too
+        return _fresh_pass_hook, ()
+
+
+def _fresh_pass_hook() -> _PassHook:
+    return _PassHook(ForwardPass(), entering=False)
+
+
+def _note_passes(model: nn.Module, layers: Sequence[Layer]) -> list:
+    shared = ForwardPass()
+    for layer in layers:
+        layer.meter.forward_pass = shared
+    return [
+        model.register_forward_pre_hook(_PassHook(shared, entering=True)),
+        model.register_forward_hook(_PassHook(shared, entering=False)),
+    ]
+
+
+def _sample(parameter: nn.Parameter) -> torch.Tensor:
+    """About a thousand values: ``p.data.add_()`` moves a parameter without its version counter."""
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 1024)].clone()
+
+
+def _unseen_step(got: str) -> StateError:
+    return StateError(
+        expected="every optimizer step to reach the balancer",
+        got=got,
+        do="pass optimizer= to Balancer, or call balancer.step() after an optimizer that is not torch's; "
+        "balancer.discard() where it was no step",
+    )
