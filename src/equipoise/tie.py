@@ -114,7 +114,10 @@ class _Probe(torch.autograd.Function):
         plan, pressure = ctx.plan, _late(ctx.saved_tensors, ctx, grad_TE)
         before = torch.zeros(plan.forward_size, dtype=torch.float64, device=pressure.device)
         behind = torch.zeros(plan.size - plan.forward_size - 1, dtype=torch.float64, device=pressure.device)
-        square = _opaque_square_norm(grad_TE) if torch.compiler.is_compiling() else _square_norm(grad_TE)
+        if torch.compiler.is_compiling():
+            grad_TE, square = _opaque_square_norm(grad_TE)
+        else:
+            square = _square_norm(grad_TE)
         square = square.unsqueeze(0) * pressure[-1]
         return grad_TE, torch.cat([before, square, behind]), None, None
 
@@ -186,7 +189,7 @@ def _push(
 def _fractions_under_pressure(
     plan: Plan, pressure: Tensor, probs_BSE: Tensor, fraction_NBE: Tensor, fraction_NTE: Tensor | None
 ) -> list[Tensor]:
-    """q of every term, broadcastable to (B, S, E): the row that the tap chose, or a factor times forward's own f."""
+    """q of every term, broadcastable to (B, S, E): the row that the tap chose, or a factor times forward's f."""
     num_terms, num_experts, dtype = len(plan.terms), plan.num_experts, probs_BSE.dtype
     row_NE = pressure[: num_terms * num_experts].view(num_terms, num_experts)
     factor_N = pressure[num_terms * num_experts : num_terms * (num_experts + 1)]
@@ -221,12 +224,12 @@ def _square_norm(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("equipoise::square_norm", mutates_args=())
-def _opaque_square_norm(x: Tensor) -> Tensor:
-    """Where inductor may not look: on CPU (torch 2.13) it fuses this sum into the scatter of top-k's backward, and the
-    language model's gradient at the router is lost."""
-    return _square_norm(x)
+def _opaque_square_norm(grad_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """(copy of grad_TE, squared norm), where inductor may not look: on CPU (torch 2.13) it orders the scatter of
+    top-k's backward after its readers once other sums share their loop, and the model's gradient is lost."""
+    return grad_TE.clone(), _square_norm(grad_TE)
 
 
 @_opaque_square_norm.register_fake
-def _(x: Tensor) -> Tensor:
-    return x.new_empty((), dtype=torch.float64)
+def _(grad_TE: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(grad_TE), grad_TE.new_empty((), dtype=torch.float64)
