@@ -137,7 +137,7 @@ def _keep_pressure(ctx, pressure: Tensor) -> tuple[Tensor, ...]:
 def _late(in_graph: Sequence[Tensor], ctx, grad: Tensor) -> Tensor:
     """The pressure as it is when ``grad`` arrives.
 
-    A compiler may compute in forward whatever does not depend on ``grad``; an opaque operator that takes it stays behind.
+    A compiler may compute in forward what does not depend on ``grad``; an opaque operator that takes it stays behind.
     """
     return _read_late(in_graph[0], grad) if in_graph else ctx.pressure
 
