@@ -1,0 +1,229 @@
+"""The parts of the page that are text: cards, the table of all numbers, domains, estimators, runs, configuration."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+
+from .measures import GROUPS, MEASURES, Measure
+from .statistics import Difference, Estimate
+from .summary import Comparison, StrategySummary
+from .wording import bytes_text, clean, duration, fine_perplexity, number, percent, rough_perplexity, signed
+
+__all__ = ["card", "config_list", "dot", "dots", "estimators_table", "numbers_table", "per_domain_table",
+           "policies_table", "runs_table", "safe"]  # fmt: skip
+
+
+def safe(text: object) -> str:
+    """Any text, made fit to stand anywhere in the page."""
+    return escape(clean(str(text)))
+
+
+def dot(index: int) -> str:
+    """The strategy's colour, set where it is used; beyond eight strategies all but the baseline's come again."""
+    return f'style="--c:var(--s{index if index < 8 else 1 + (index - 1) % 7})"'
+
+
+def dots(comparison: Comparison) -> str:
+    """Head cells of the strategies, each with its colour."""
+    return "".join(
+        f'<th scope="col"><i {dot(index)}></i>{breakable(one.name)}</th>'
+        for index, one in enumerate(comparison.strategies)
+    )
+
+
+def breakable(name: str) -> str:
+    """A strategy's name that may be broken where its parts meet: global+ micro, global@ 0.02."""
+    return re.sub(r"([+@:])", r"\1<wbr>", safe(name))
+
+
+def _stacked(comparison: Comparison, first: str, rows: list[str], more: str = "") -> str:
+    """A table with the strategies in columns; on a phone each row becomes a heading over its values."""
+    head = f'<tr><th scope="col">{first}</th>{dots(comparison)}{more}</tr>'
+    count = len(comparison.strategies)
+    return (
+        f'<div class="wide{" few" if count <= 4 else ""}"><table class="stack" style="--n:{count}">'
+        f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def card(comparison: Comparison, strategy: StrategySummary, index: int) -> str:
+    perplexity = strategy.values.get("perplexity")
+    facts = (
+        ("Domain info", _shown(strategy, "mutual_information"), "nats"),
+        ("MaxVio", _shown(strategy, "heldout_maxvio_global"), ""),
+        ("Tokens/s", _shown(strategy, "tokens_per_second"), ""),
+    )
+    rows = "".join(f"<dt>{name}</dt><dd>{value} {unit}</dd>" for name, value, unit in facts)
+    return f"""<article class="card" {dot(index)}>
+<h3>{breakable(strategy.name)}</h3>
+<p class="big">{rough_perplexity(perplexity.mean if perplexity else None)} <small>perplexity</small></p>
+<p class="delta">{_delta(comparison, strategy, perplexity)}</p>
+<dl>{rows}</dl>
+</article>"""
+
+
+def _delta(comparison: Comparison, strategy: StrategySummary, perplexity: Estimate | None) -> str:
+    if not strategy.compared:
+        return f"at step {strategy.runs[0].seen_at}, not compared"
+    seeds = ""
+    if perplexity:
+        low, high = rough_perplexity(perplexity.low), rough_perplexity(perplexity.high)
+        seeds = f"{low} to {high}, {perplexity.n} seeds"
+    seeds = seeds if perplexity and perplexity.n > 1 else "one seed" if perplexity else "not evaluated"
+    if strategy.name == comparison.baseline:
+        return f"{'baseline<br>' if len(comparison.strategies) > 1 else ''}{seeds}"
+    difference = strategy.differences.get("perplexity")
+    if difference is None:
+        return seeds
+    text = f'<b class="{_tone(difference, "lower")}">{_minus(percent(difference.mean))}</b>'
+    text += f" against {safe(comparison.baseline)}"
+    if difference.low is None or difference.high is None:
+        return f"{text}<br>{seeds}"
+    return f"{text}<br>95% {_interval(difference, ratio=True)}"
+
+
+def numbers_table(comparison: Comparison) -> str:
+    """Every measure, every strategy, what it means; differences have a colour only where the interval leaves out 0."""
+    count = len(comparison.strategies)
+    rows = []
+    for group in GROUPS:
+        members = [m for m in MEASURES if m.group == group]
+        members = [m for m in members if any(one.values.get(m.key) for one in comparison.strategies)]
+        if members:
+            rows.append(f'<tr class="group"><th colspan="{count + 2}" scope="rowgroup">{group}</th></tr>')
+        rows += [_measure_row(comparison, measure) for measure in members]
+    return _stacked(comparison, "", rows, '<th class="why" scope="col">What it means</th>')
+
+
+def _measure_row(comparison: Comparison, measure: Measure) -> str:
+    values = [one.values.get(measure.key) for one in comparison.strategies]
+    comparable = [v.mean for v, one in zip(values, comparison.strategies, strict=True) if v and one.compared]
+    best = None
+    if measure.better and len(comparable) > 1 and max(comparable) > min(comparable):
+        best = min(comparable) if measure.better == "lower" else max(comparable)
+    cells = []
+    for value, one in zip(values, comparison.strategies, strict=True):
+        small = _small(one.differences.get(measure.key), measure)
+        mark = ' class="best"' if value is not None and value.mean == best and one.compared else ""
+        cells.append(f'<td{mark}><span class="value">{_shown(one, measure.key)}</span>{small}</td>')
+    floor = comparison.noise_floor.get(measure.key)
+    note = f'<span class="floor">uniform random: {number(floor, 2)}</span>' if floor is not None else ""
+    unit = f", {measure.unit}" if measure.unit not in ("", "bytes") else ""
+    return (
+        f'<tr><th scope="row">{measure.label}{unit}{note}</th>{"".join(cells)}'
+        f'<td class="why">{escape(measure.explain)}</td></tr>'
+    )
+
+
+def _small(difference: Difference | None, measure: Measure) -> str:
+    if difference is None or not any(difference.by_seed.values()) or not measure.compared:
+        return ""
+    show = percent if measure.ratio else signed
+    text = f'<small class="{_tone(difference, measure.better)}">{_minus(show(difference.mean))}</small>'
+    if difference.low is not None:
+        text += f" <small>{_interval(difference, ratio=measure.ratio)}</small>"
+    return text
+
+
+def _interval(difference: Difference, *, ratio: bool) -> str:
+    """[low, high], of a ratio in percent."""
+    bounds = (difference.low or 0.0, difference.high or 0.0)
+    low, high = (signed(100 * one, 1) if ratio else signed(one) for one in bounds)
+    return _minus(f"[{low}, {high}]")
+
+
+def _tone(difference: Difference, better: str) -> str:
+    if not better or not difference.is_clear:
+        return ""
+    return "good" if (difference.mean < 0) == (better == "lower") else "bad"
+
+
+def _shown(strategy: StrategySummary, key: str) -> str:
+    value = strategy.values.get(key)
+    measure = next(one for one in MEASURES if one.key == key)
+    if key == "peak_memory":
+        return bytes_text(value.mean if value else None)
+    if key == "perplexity":
+        return fine_perplexity(value.mean if value else None)
+    return _minus(number(value.mean if value else None, measure.places))
+
+
+def per_domain_table(comparison: Comparison) -> str:
+    rows = []
+    for name in comparison.domains:
+        values = [one.domain_perplexity.get(name) for one in comparison.strategies]
+        best = min((v.mean for v in values if v), default=math.nan) if len(comparison.strategies) > 1 else math.nan
+        cells = []
+        for value, one in zip(values, comparison.strategies, strict=True):
+            difference, bits = one.domain_differences.get(name), one.domain_bits.get(name)
+            tone = _tone(difference, "lower") if difference else ""
+            small = f'<small class="{tone}">{_minus(percent(difference.mean))}</small>' if difference else ""
+            small += f" <small>{number(bits.mean, 3)} b/B</small>" if bits else ""
+            mark = ' class="best"' if value and value.mean == best else ""
+            shown = fine_perplexity(value.mean if value else None)
+            cells.append(f'<td{mark}><span class="value">{shown}</span>{small}</td>')
+        rows.append(f'<tr><th scope="row" class="left">{safe(name)}</th>{"".join(cells)}</tr>')
+    return _stacked(comparison, "Domain", rows)
+
+
+def estimators_table(comparison: Comparison) -> str:
+    names = sorted({one.name for strategy in comparison.strategies for one in strategy.estimators})
+    rows = []
+    for name in names:
+        cells = []
+        for strategy in comparison.strategies:
+            one = next((e for e in strategy.estimators if e.name == name), None)
+            if one is None:
+                cells.append("<td>–</td>")
+                continue
+            mark = ' class="best"' if one.in_use else ""
+            used = "<small>in use</small> " if one.in_use else ""
+            cosine = f"<small>cos {_minus(number(one.cosine, 3))}</small>"
+            shown = number(one.relative_error, 3)
+            cells.append(f'<td{mark}><span class="value">{shown}</span>{used}{cosine}</td>')
+        rows.append(f'<tr><th scope="row" class="left">{safe(name)}</th>{"".join(cells)}</tr>')
+    return _stacked(comparison, "Estimator", rows)
+
+
+def runs_table(comparison: Comparison) -> str:
+    rows = []
+    for index, strategy in enumerate(comparison.strategies):
+        for run in strategy.runs:
+            steps = f"{run.step}" + (f" of {run.planned_steps}" if run.planned_steps not in (None, run.step) else "")
+            rows.append(
+                f'<tr><td class="left"><i {dot(index)}></i>{safe(strategy.name)}</td><td>{run.seed}</td>'
+                f"<td>{safe(run.status)}</td><td>{steps}</td><td>{run.tokens / 1e6:.1f} M</td>"
+                f'<td>{duration(run.seconds)}</td><td class="left"><code>{safe(Path(run.path).name)}</code></td></tr>'
+            )
+    head = "".join(f'<th scope="col"{c}>{n}</th>' for n, c in (
+        ("Strategy", ""), ("Seed", ""), ("Status", ""), ("Steps", ""), ("Tokens", ""), ("Time", ""),
+        ("Folder", ' class="left"')))  # fmt: skip
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def policies_table(comparison: Comparison) -> str:
+    rows = [
+        f'<tr><th scope="row" class="left"><i {dot(index)}></i>{safe(one.name)}</th><td class="left">'
+        + "<br>".join(f"<code>{safe(policy)}</code>" for policy in one.policies or ["no balancing"])
+        + "</td></tr>"
+        for index, one in enumerate(comparison.strategies)
+    ]
+    return f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def config_list(items: dict[str, object]) -> str:
+    return f'<ul class="config">{"".join(_config_rows(items))}</ul>'
+
+
+def _config_rows(items: dict[str, object]) -> Iterator[str]:
+    for key, value in items.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        yield f"<li><span>{safe(key)}</span><b>{safe(text) or '–'}</b></li>"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
