@@ -65,7 +65,8 @@ class ExpertBias:
             raise ConfigError(
                 expected=f"a bias step below {LARGEST_SHARE_OF_A_SCORE:.0%} of a softmax score (about 1/{num_experts})",
                 got=f"rule={self.rule!r}, rate={self.rate} with {num_experts} experts",
-                do="use rule='proportional' (it slows down near balance), or a sigmoid gate",
+                do=f"use rule='proportional' (it slows down near balance) with a rate near 0.1 / {num_experts} = "
+                f"{0.1 / num_experts:.1g}, or a sigmoid gate",
             )
 
     def step(self, bias_E: Tensor, counts_E: Tensor, momentum_E: Tensor, step: int) -> tuple[Tensor, Tensor]:
