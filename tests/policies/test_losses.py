@@ -1,0 +1,101 @@
+"""Loss policies as values: what they ask of a meter, and which combinations have no meaning."""
+
+from __future__ import annotations
+
+import math
+import pickle
+from typing import Any
+
+import pytest
+
+from equipoise.errors import ConfigError
+from equipoise.policies import SCOPES, AuxLoss, Sequences, ZLoss
+from equipoise.policies.losses import coefficient
+
+aux: Any = AuxLoss  # as a caller without a type checker sees them
+z: Any = ZLoss
+neighbours: Any = Sequences
+
+
+@pytest.mark.parametrize(
+    ("scope", "kind", "sequences"),
+    [
+        ("sequence", "sequences", 1),
+        (Sequences(4), "sequences", 4),
+        ("document", "document", 1),
+        ("micro_batch", "micro_batch", 1),
+        ("data_parallel", "late", 1),
+        ("global_batch", "late", 1),
+        ("shuffle", "late", 1),
+    ],
+)
+def test_what_a_scope_asks_the_meter_to_measure(scope, kind, sequences):
+    term = AuxLoss(scope).term
+    assert (term.kind, term.sequences, term.unbiased) == (kind, sequences, False)
+
+
+def test_only_what_a_micro_batch_cannot_know_needs_the_other_ranks_or_a_counting_pass():
+    needs = {}
+    for scope in SCOPES:
+        for estimator in ("prefix", "previous", "ema", "exact"):
+            policy = AuxLoss(scope, estimator=estimator)
+            needs[scope, estimator] = (policy.needs_counting, policy.needs_current)
+    assert {key for key, (counting, _) in needs.items() if counting} == {
+        ("global_batch", "exact"), *(("shuffle", e) for e in ("prefix", "previous", "ema", "exact")),
+    }  # fmt: skip
+    assert {key for key, (_, current) in needs.items() if current} == {
+        ("global_batch", "prefix"),
+        ("global_batch", "exact"),
+        *(("data_parallel", e) for e in ("prefix", "previous", "ema", "exact")),
+    }
+
+
+@pytest.mark.parametrize("scope", ["sequence", "document", "micro_batch"])
+def test_unbiased_counts_are_open_to_the_scopes_inside_a_micro_batch(scope):
+    assert AuxLoss(scope, counts="unbiased").term.unbiased
+
+
+def test_a_coefficient_is_a_number_or_a_function_of_the_step():
+    assert coefficient(AuxLoss(coef=0.25), 9) == 0.25
+    assert coefficient(ZLoss(coef=lambda step: 0.5**step), 3) == 0.125
+    assert AuxLoss(coef=0).coef == 0
+
+
+def test_policies_are_values():
+    policy = AuxLoss(Sequences(2), 1e-2, estimator="ema", decay=0.5)
+    assert pickle.loads(pickle.dumps(policy)) == policy == AuxLoss(Sequences(2), 1e-2, estimator="ema", decay=0.5)
+    assert len({policy, AuxLoss(Sequences(2), 1e-2, estimator="ema", decay=0.5)}) == 1
+    with pytest.raises(AttributeError):
+        policy.coef = 1.0  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("word", "make"),
+    [
+        ("did you mean 'global_batch'", lambda: aux("globl_batch")),
+        ("Sequences(n)", lambda: aux("sequences")),
+        ("scope", lambda: aux(4)),
+        ("scope", lambda: aux(Sequences)),
+        ("whole n", lambda: neighbours(0)),
+        ("whole n", lambda: neighbours(2.5)),
+        ("whole n", lambda: neighbours("8")),
+        ("estimator", lambda: aux(estimator="prefx")),
+        ("coefficient", lambda: aux(coef=-1e-3)),
+        ("coefficient", lambda: aux(coef=math.nan)),
+        ("coefficient", lambda: aux(coef=math.inf)),
+        ("coefficient", lambda: aux(coef="1e-2")),
+        ("coefficient", lambda: z(coef=-1)),
+        ("decay", lambda: aux(decay=1.0)),
+        ("decay", lambda: aux(decay="0.9")),
+        ("dispatched", lambda: aux(counts="all")),
+        ("unbiased", lambda: aux("global_batch", counts="unbiased")),
+        ("unbiased", lambda: aux(Sequences(2), counts="unbiased")),
+    ],
+)
+def test_what_has_no_meaning_is_refused_in_three_parts(word, make):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert word in str(caught.value)
+    assert caught.value.expected
+    assert caught.value.got
+    assert caught.value.do
