@@ -27,7 +27,7 @@ from ..records import RECORD_NAME, read_run
 from .cache import atomic_write
 from .config import CompareConfig, RunConfig, from_dict, to_dict
 from .strategies import NAMES, slug, strategy_of
-from .workers import CONFIG_NAME, Job, Pool, cores, locked
+from .workers import CONFIG_NAME, LOCK_NAME, Job, Pool, cores, locked
 
 __all__ = ["MANIFEST_NAME", "QUICK", "REPORT_NAME", "Comparison", "View", "find_unfinished", "new_folder",
             "open_comparison", "plan", "prepare_all", "read_manifest", "run_all"]  # fmt: skip
@@ -161,7 +161,7 @@ def open_comparison(folder: Path, config: CompareConfig, *, overwrite: bool = Fa
     plan(config, folder)
     manifest = read_manifest(folder)
     try:
-        if manifest is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if manifest is None and folder.exists() and {path.name for path in folder.iterdir()} - {LOCK_NAME}:
             raise OutputError(
                 expected="a new folder, or one that `equipoise compare` wrote",
                 got=f"{folder} holds something else",

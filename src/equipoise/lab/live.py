@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..records import Step
 from .follow import MAXVIO, duration
@@ -86,7 +87,7 @@ class RunTable:
             loss, vio, speed, left = _numbers(job)
             step = f"{job.follower.step}/{job.steps}" if job.status != "waiting" else ""
             state = left if job.status == "running" else job.status
-            table.add_row(job.name, step, loss, vio, speed, state, style=COLORS.get(job.status))
+            table.add_row(Text(job.name), step, loss, vio, speed, state, style=COLORS.get(job.status))
         return table
 
     def seconds_left(self) -> float | None:

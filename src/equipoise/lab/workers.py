@@ -22,7 +22,7 @@ from ..records import RECORD_NAME
 from .config import RunConfig, to_toml
 from .follow import Follower
 
-__all__ = ["CONFIG_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "cores", "locked", "orphaned"]
+__all__ = ["CONFIG_NAME", "LOCK_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "cores", "locked", "orphaned"]
 
 CONFIG_NAME = "run.toml"
 LOG_NAME = "worker.log"
