@@ -254,7 +254,7 @@ class Batches:
     >>> data = PackedData(["a", "b"], "", 300, rows, rows, {}, Path("tokenizer.json"))
     >>> batches = Batches(data, seed=0, sequences_per_micro_batch=2, micro_batches=2)
     >>> [batch.domain_ids_B.tolist() for batch in batches.step(0)]
-    [[1, 1], [0, 0]]
+    [[0, 0], [1, 1]]
     """
 
     def __init__(self, data: PackedData, *, seed: int, sequences_per_micro_batch: int, micro_batches: int,

@@ -28,7 +28,7 @@ __all__ = ["load_corpus", "source_fingerprint"]
 
 MAX_BYTES = 5_000_000  # of training text per domain
 HELDOUT_SHARE = 5  # held-out text is read up to a fifth of that
-LEAST_HELDOUT_BYTES = 50_000  # wanted where a hash decides, within 5 % of a small domain
+LEAST_HELDOUT_BYTES = 50_000  # wanted where a hash decides, but no more than 2 % of the domain
 HELDOUT_NAMES = {"val", "valid", "validation", "heldout", "held-out", "test", "dev"}
 TRAIN_NAMES = {"train", "training"}
 COMPRESSED = (".gz", ".xz", ".zst")
@@ -151,7 +151,7 @@ class _Collector:
 
 def _hashed_out(texts: list[str]) -> list[str]:
     """The documents with the lowest hashes: 5 % of all hashes, and more of a domain whose few documents miss those."""
-    least = min(LEAST_HELDOUT_BYTES, HELDOUT_FRACTION * sum(len(text.encode()) for text in texts))
+    least = min(LEAST_HELDOUT_BYTES, 0.02 * sum(len(text.encode()) for text in texts))
     chosen: set[str] = set()
     size = 0
     for fraction, text in sorted((hash_fraction(text), text) for text in set(texts)):
