@@ -28,7 +28,7 @@ FLOORS = [
     {"meter"},
     {"tie", "policies", "report"},
     {"layers", "pressure"},
-    {"attach", "readout", "watch"},
+    {"attach", "readout", "tap", "watch"},
     {"balancer"},
     {"adapters"},
     {"lab"},
