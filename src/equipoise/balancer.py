@@ -33,7 +33,7 @@ class Balancer:
         optimizer: whose step ends a step. Default: the torch optimizer that holds the routers' parameters.
         reduction: how the engine's losses of a step combine: "mean" (each is a mean; the engine averages them over
             micro-batches and ranks) or "sum" (they add up to the step's loss; needs ``begin_step(tokens=)``).
-        measure_estimators: compare prefix, previous and ema with the exact f at every step; see ``fidelity()``.
+        measure_estimators: compare prefix, previous, ema and filled with the exact f at every step; see ``fidelity()``.
         gradient_norms: measure each policy's gradient against the language model's at the routers.
 
     Raises:
@@ -71,7 +71,7 @@ class Balancer:
         self._reduction = reduction
         self._collective: Collective = collective or Local()
         self._layers = attach(model, self._timeline, measure_estimators, gradient_norms)
-        self._estimators = ("prefix", "previous", "ema") if measure_estimators else ()
+        self._estimators = ("prefix", "previous", "ema", "filled") if measure_estimators else ()
         self._step = 0
         self._skipped = 0
         self._micro_steps = 0

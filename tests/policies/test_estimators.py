@@ -43,7 +43,12 @@ def test_estimators_follow_their_definitions(run, decay):
                 for name in ("previous", "ema"):
                     f = ESTIMATORS[name](history, decay, m)
                     assert f is None or not f.any()  # nothing known: nothing is pushed
+                close(ESTIMATORS["filled"](history, decay, m), fraction(added(step[:m])))
                 continue
+            seen, before = added(step[:m]), full[-1]
+            missing = max(sum(before) - sum(seen), 0)
+            expected = [n + missing * old for n, old in zip(seen, fraction(before), strict=True)]
+            close(ESTIMATORS["filled"](history, decay, m), fraction(expected))
             close(ESTIMATORS["previous"](history, decay, m), fraction(full[-1]))
             weights = [decay**age for age in range(len(full))][::-1]
             mean = [
@@ -86,5 +91,5 @@ def test_exact_without_a_counting_pass_works_for_one_micro_batch_and_refuses_two
 
 @pytest.mark.parametrize("name", ["exakt", "", None, ["ema"]])
 def test_unknown_names_are_refused_with_the_list(name):
-    with pytest.raises(ConfigError, match="ema, exact, prefix, previous"):
+    with pytest.raises(ConfigError, match="ema, exact, filled, prefix, previous"):
         check_estimator(name)

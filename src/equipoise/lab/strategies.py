@@ -57,7 +57,7 @@ NAMES: dict[str, list[dict[str, Any]]] = {
     "z": [{"kind": "ZLoss", "coef": 1e-3}],
 }
 KINDS = ("AuxLoss", "ExpertBias", "Switch", "ZLoss")
-ESTIMATORS = ("prefix", "previous", "ema", "exact")
+ESTIMATORS = ("prefix", "previous", "ema", "filled", "exact")
 RULES = ("sign", "proportional", "rms", "momentum")
 SCHEDULES = ("constant", "linear", "cosine")
 

@@ -18,13 +18,13 @@ __all__ = ["ESTIMATORS", "LoadHistory", "check_estimator"]
 class LoadHistory:
     """What one router knows about the load, for one count of experts E: all that an estimator may look at.
 
-    Counts are fp64 and summed over all ranks where a policy needs that; ``previous_E`` and ``ema_E`` are fractions.
+    Counts are fp64 and summed over all ranks where a policy needs that; ``ema_E`` holds fractions.
     """
 
     current_E: Tensor | None = None  # this micro-step
     prefix_E: Tensor | None = None  # micro-steps 1..m of this step, this one included
     counted_E: Tensor | None = None  # the whole step, from a counting pass
-    previous_E: Tensor | None = None  # f of the step before
+    previous_E: Tensor | None = None  # the step before
     ema_E: dict[float, Tensor] = field(default_factory=dict)  # decay -> average of f; its sum is that of the weights
 
     def propose(self, current_E: Tensor) -> None:
@@ -35,7 +35,7 @@ class LoadHistory:
         """The step is over. A step without a token leaves the history as it was."""
         fraction_E = load_fractions(counts_E)
         seen = counts_E.sum() > 0
-        self.previous_E = fraction_E if self.previous_E is None else torch.where(seen, fraction_E, self.previous_E)
+        self.previous_E = counts_E.clone() if self.previous_E is None else torch.where(seen, counts_E, self.previous_E)
         for decay in decays:
             old_E = self.ema_E.get(decay, torch.zeros_like(fraction_E))
             self.ema_E[decay] = torch.where(seen, decay * old_E + (1 - decay) * fraction_E, old_E)
@@ -53,7 +53,7 @@ def prefix(history: LoadHistory, _decay: float, _micro_step: int) -> Tensor | No
 
 def previous(history: LoadHistory, _decay: float, _micro_step: int) -> Tensor | None:
     """The whole global batch before. None at the first step: nothing is pushed."""
-    return history.previous_E
+    return None if history.previous_E is None else load_fractions(history.previous_E)
 
 
 def ema(history: LoadHistory, decay: float, _micro_step: int) -> Tensor | None:
@@ -62,6 +62,19 @@ def ema(history: LoadHistory, decay: float, _micro_step: int) -> Tensor | None:
         return None
     average_E = history.ema_E[decay]  # of fractions that sum to 1: what is missing are the steps before the first
     return average_E / average_E.sum().clamp(min=torch.finfo(average_E.dtype).tiny)
+
+
+def filled(history: LoadHistory, _decay: float, _micro_step: int) -> Tensor | None:
+    """Micro-steps 1..m, and for the tokens still to come the load of the step before: ours.
+
+    As many tokens as the step before had are assumed. The first micro-step is nearly ``previous``, the last one, where
+    steps are equally large, ``exact``; the price is that of ``prefix``.
+    """
+    assert history.prefix_E is not None
+    if history.previous_E is None:
+        return load_fractions(history.prefix_E)
+    missing = (history.previous_E.sum() - history.prefix_E.sum()).clamp(min=0)
+    return load_fractions(history.prefix_E + missing * load_fractions(history.previous_E))
 
 
 def exact(history: LoadHistory, _decay: float, micro_step: int) -> Tensor | None:
@@ -82,6 +95,7 @@ ESTIMATORS: dict[str, Callable[[LoadHistory, float, int], Tensor | None]] = {
     "prefix": prefix,
     "previous": previous,
     "ema": ema,
+    "filled": filled,
     "exact": exact,
 }
 

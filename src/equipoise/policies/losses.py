@@ -24,7 +24,8 @@ class AuxLoss:
             "global_batch" (arXiv 2501.11873), or the control "shuffle": f of as many random tokens of the global batch
             as the micro-batch has (table 2 there; needs a counting pass when a step has several micro-batches).
         coef: a number, or a function of the step (0 = first). Megatron's convention; papers use 1e-4 .. 2e-2.
-        estimator: for "global_batch" under gradient accumulation: "prefix", "previous", "ema" or "exact".
+        estimator: for "global_batch" under gradient accumulation: "prefix", "previous", "ema", "filled" or
+            "exact" (see ``policies.estimators``).
         counts: "dispatched", or "unbiased" for the top-k without selection bias and groups (DeepSeek-V3 eq. 18), which
             is open to the scopes inside a micro-batch.
         decay: of the "ema" estimator, per step.
@@ -79,7 +80,9 @@ class AuxLoss:
     @property
     def needs_current(self) -> bool:
         """The tap has to know this micro-step's counts of the other ranks."""
-        return self.scope == "data_parallel" or (self.scope == "global_batch" and self.estimator in ("prefix", "exact"))
+        return self.scope == "data_parallel" or (
+            self.scope == "global_batch" and self.estimator in ("prefix", "filled", "exact")
+        )
 
 
 @dataclass(frozen=True)
