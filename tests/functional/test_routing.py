@@ -219,7 +219,7 @@ def test_normalised_weights_sum_to_the_scale_at_any_level(gate, level, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("level", [-1e4, -120.0, -104.5, -88.0, -41.0, -39.0, -20.0, 0.0, 25.0, 1e4])
+@pytest.mark.parametrize("level", [-1e4, -120.0, -104.5, -94.0, -41.0, -39.0, -20.0, 0.0, 25.0, 1e4])
 @gates
 def test_scores_and_their_gradients_are_finite_and_right_at_any_level(gate, level, dtype):
     logits = torch.tensor([[level, level - 0.5, level + 0.5]], dtype=dtype, requires_grad=True)
