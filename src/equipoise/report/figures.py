@@ -123,7 +123,10 @@ def load_maps(comparison: Comparison) -> tuple[list[str], list[Figure | None], f
             nearest = min(one.charts.loads, key=lambda m: abs(m.step - step), default=None)
             if nearest is not None:
                 rows = [str(layer) for layer in range(len(nearest.share))]
-                views.append({"label": label} | _heatmap(nearest.share, rows, None, top, "layer"))
+                view = _heatmap(nearest.share, rows, None, top, "layer")
+                if nearest.step != step:  # this run stored its loads at other steps, or did not get that far
+                    view["layout"]["xaxis"]["title"]["text"] = f"expert, at step {nearest.step}"
+                views.append({"label": label} | view)
         height = 74 + 20 * max(3, len(one.charts.loads[-1].share)) if views else 0
         figures.append({"views": views, "height": min(height, 700)} if views else None)
     return labels, figures, top

@@ -11,7 +11,7 @@ from pathlib import Path
 from .measures import GROUPS, MEASURES, Measure
 from .statistics import Difference, Estimate
 from .summary import Comparison, StrategySummary
-from .wording import bytes_text, clean, duration, fine_perplexity, number, percent, rough_perplexity, signed
+from .wording import bytes_text, clean, count, duration, fine_perplexity, number, percent, rough_perplexity, signed
 
 __all__ = ["card", "config_list", "dot", "dots", "estimators_table", "numbers_table", "per_domain_table",
            "policies_table", "runs_table", "safe"]  # fmt: skip
@@ -43,9 +43,9 @@ def breakable(name: str) -> str:
 def _stacked(comparison: Comparison, first: str, rows: list[str], more: str = "") -> str:
     """A table with the strategies in columns; on a phone each row becomes a heading over its values."""
     head = f'<tr><th scope="col">{first}</th>{dots(comparison)}{more}</tr>'
-    count = len(comparison.strategies)
+    n = len(comparison.strategies)
     return (
-        f'<div class="wide{" few" if count <= 4 else ""}"><table class="stack" style="--n:{count}">'
+        f'<div class="wide{" few" if n <= 4 else ""}"><table class="stack" style="--n:{n}">'
         f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -88,13 +88,13 @@ def _delta(comparison: Comparison, strategy: StrategySummary, perplexity: Estima
 
 def numbers_table(comparison: Comparison) -> str:
     """Every measure, every strategy, what it means; differences have a colour only where the interval leaves out 0."""
-    count = len(comparison.strategies)
+    span = len(comparison.strategies) + 2
     rows = []
     for group in GROUPS:
         members = [m for m in MEASURES if m.group == group]
         members = [m for m in members if any(one.values.get(m.key) for one in comparison.strategies)]
         if members:
-            rows.append(f'<tr class="group"><th colspan="{count + 2}" scope="rowgroup">{group}</th></tr>')
+            rows.append(f'<tr class="group"><th colspan="{span}" scope="rowgroup">{group}</th></tr>')
         rows += [_measure_row(comparison, measure) for measure in members]
     return _stacked(comparison, "", rows, '<th class="why" scope="col">What it means</th>')
 
@@ -147,6 +147,8 @@ def _shown(strategy: StrategySummary, key: str) -> str:
     measure = next(one for one in MEASURES if one.key == key)
     if key == "peak_memory":
         return bytes_text(value.mean if value else None)
+    if key == "dead_experts":
+        return count(value.mean if value else None)
     if key == "perplexity":
         return fine_perplexity(value.mean if value else None)
     return _minus(number(value.mean if value else None, measure.places))
@@ -156,14 +158,15 @@ def per_domain_table(comparison: Comparison) -> str:
     rows = []
     for name in comparison.domains:
         values = [one.domain_perplexity.get(name) for one in comparison.strategies]
-        best = min((v.mean for v in values if v), default=math.nan) if len(comparison.strategies) > 1 else math.nan
+        rivals = [v.mean for v, one in zip(values, comparison.strategies, strict=True) if v and one.compared]
+        best = min(rivals) if len(rivals) > 1 else math.nan
         cells = []
         for value, one in zip(values, comparison.strategies, strict=True):
             difference, bits = one.domain_differences.get(name), one.domain_bits.get(name)
             tone = _tone(difference, "lower") if difference else ""
             small = f'<small class="{tone}">{_minus(percent(difference.mean))}</small>' if difference else ""
             small += f" <small>{number(bits.mean, 3)} b/B</small>" if bits else ""
-            mark = ' class="best"' if value and value.mean == best else ""
+            mark = ' class="best"' if value and one.compared and value.mean == best else ""
             shown = fine_perplexity(value.mean if value else None)
             cells.append(f'<td{mark}><span class="value">{shown}</span>{small}</td>')
         rows.append(f'<tr><th scope="row" class="left">{safe(name)}</th>{"".join(cells)}</tr>')

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from .statistics import Estimate
 from .summary import Comparison, StrategySummary
-from .wording import bytes_text, clean, clip, fine_perplexity, number, percent, signed, width
+from .wording import bytes_text, clean, clip, count, fine_perplexity, number, percent, signed, width
 
 __all__ = ["COLUMNS", "render_terminal"]
 
@@ -69,14 +69,14 @@ def _quality(comparison: Comparison) -> str:
 
 
 def _balance(comparison: Comparison) -> str:
-    columns = {
+    columns: dict[str, Cell] = {
         "global": _value("train_maxvio_global", 2),
         "micro": _value("train_maxvio_micro_batch", 2),
         "sequence": _value("train_maxvio_sequence", 2),
         "all": _value("heldout_maxvio_global", 2),
         "micro ": _value("heldout_maxvio_micro_batch", 2),
         "sequence ": _value("heldout_maxvio_sequence", 2),
-        "dead": _value("dead_experts", None),
+        "dead": lambda one: count(_mean(one.values.get("dead_experts"))),
     }
     floor = comparison.noise_floor
     keys = ("train_maxvio_global", "train_maxvio_micro_batch", "train_maxvio_sequence", "heldout_maxvio_global",
@@ -108,17 +108,19 @@ def _statuses(strategy: StrategySummary) -> str:
         if run.status != "finished":
             text += f" at {run.step}"
         counts[text] = counts.get(text, 0) + 1
-    return clip(", ".join(f"{count} {text}" for text, count in counts.items()), 28)
+    return clip(", ".join(f"{n} {text}" for text, n in counts.items()), 28)
 
 
 def _domains(comparison: Comparison) -> Iterator[str]:
     """Perplexity by domain, the domains in columns, as many tables as the width needs."""
-    for names in _chunks(comparison.domains, 8):
+    first = max(8, *(min(NAME, width(clean(one.name))) for one in comparison.strategies))
+    wide = min(14, max(8, (COLUMNS - first) // max(1, len(comparison.domains)) - 2))
+    for names in _chunks(comparison.domains, wide, first):
         rows = [
             [clip(clean(one.name), NAME), *(fine_perplexity(_mean(one.domain_perplexity.get(name))) for name in names)]
             for one in comparison.strategies
         ]
-        yield _grid("Perplexity by domain", ["strategy", *(clip(clean(name), 8) for name in names)], rows)
+        yield _grid("Perplexity by domain", ["strategy", *(clip(clean(name), wide) for name in names)], rows)
 
 
 def _estimators(comparison: Comparison) -> Iterator[str]:
@@ -138,9 +140,9 @@ def _estimators(comparison: Comparison) -> Iterator[str]:
         yield _grid(title, header, rows, note if chunk is chunks[-1] else "")
 
 
-def _chunks(names: Sequence[str], wide: int) -> Iterator[Sequence[str]]:
+def _chunks(names: Sequence[str], wide: int, first: int = NAME) -> Iterator[Sequence[str]]:
     """As many columns of this width as fit beside the strategy's."""
-    per_table = (COLUMNS - NAME) // (wide + 2)
+    per_table = max(1, (COLUMNS - first) // (wide + 2))
     for start in range(0, len(names), per_table):
         yield names[start : start + per_table]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import unicodedata
 
-__all__ = ["bytes_text", "clean", "clip", "duration", "fine_perplexity", "number", "percent", "rough_perplexity",
-           "signed", "width"]  # fmt: skip
+__all__ = ["bytes_text", "clean", "clip", "count", "duration", "fine_perplexity", "number", "percent",
+           "rough_perplexity", "signed", "width"]  # fmt: skip
 
 
 def clean(text: str) -> str:
@@ -64,6 +64,15 @@ def number(value: float | None, places: int | None = None) -> str:
             return "0"
         places = 4 if size < 0.001 else 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
     return f"{value:,.{places}f}"
+
+
+def count(value: float | None) -> str:
+    """A mean of counts: whole where it is.
+
+    >>> count(2.0), count(2.5), count(None)
+    ('2', '2.5', '–')
+    """
+    return number(value, 0 if value is not None and value == round(value) else 1)
 
 
 def signed(value: float | None, places: int | None = None) -> str:
