@@ -66,7 +66,7 @@ def test_without_a_terminal_lines_come_when_something_changes_and_now_and_then(j
         table.update([job])
         written(job, 1, 2, 3)
         table.update([])
-        assert text(shown).splitlines() == ["glob[red]al-seed0: started"]
+        assert text(shown).splitlines() == ["glob[red]al-seed0: running, no step yet"]
         clock.now = 100.0
         table.update([])
         clock.now = 101.0

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import json
 import pickle
+import typing
 
 import pytest
 
 from equipoise import AuxLoss, ExpertBias, Sequences, Switch, ZLoss
+from equipoise import policies as library
 from equipoise.errors import ConfigError, EquipoiseError
-from equipoise.lab.config import ModelConfig, RunConfig
-from equipoise.lab.strategies import NAMES, Schedule, Strategy, parse_strategy, slug, strategy_of
+from equipoise.functional import routing
+from equipoise.lab.config import GATES, ModelConfig, RunConfig
+from equipoise.lab.strategies import (
+    ESTIMATORS,
+    KINDS,
+    NAMES,
+    RULES,
+    Schedule,
+    Strategy,
+    parse_strategy,
+    slug,
+    strategy_of,
+)
 
 STEPS = 300
 
@@ -188,6 +201,13 @@ def test_a_rule_that_the_gate_breaks_is_refused_before_training():
     config = RunConfig(strategy="loss-free:softmax")
     with pytest.raises(ConfigError, match="proportional"):
         strategy_of(config).check(config)
+
+
+def test_the_details_that_a_name_may_have_are_those_of_the_library():
+    assert set(ESTIMATORS) == set(library.ESTIMATORS)
+    assert set(RULES) == set(library.RULES)
+    assert set(GATES) - {"auto"} == set(routing.GATES)
+    assert set(KINDS) == {cls.__name__ for cls in typing.get_args(library.Policy)}
 
 
 def test_every_name_in_the_list_can_be_built():

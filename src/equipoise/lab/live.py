@@ -70,7 +70,7 @@ class RunTable:
         """One run in one line of plain text."""
         seen = [job.status, f"step {job.follower.step}/{job.steps}"]
         if job.status == "running" and job.follower.step == 0:
-            return f"{job.name}: started"
+            return f"{job.name}: running, no step yet"
         loss, vio, speed, left = _numbers(job)
         seen += [f"loss {loss}"] * bool(loss) + [f"MaxVio {vio}"] * bool(vio) + [f"{speed} tokens/s"] * bool(speed)
         seen += [f"{left} left"] * bool(left)
