@@ -1,0 +1,160 @@
+"""Checkpoints that are whole or absent: safetensors and a JSON manifest with checksums, renamed into place; no pickle.
+
+checkpoints/step_000300/tensors.safetensors   every tensor of the state
+checkpoints/step_000300/manifest.json         the rest of it, and a sha256 of the tensors and of itself
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import DataError, OutputError
+
+__all__ = ["load_latest", "save"]
+
+TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
+FORMAT = 1
+PLACE = "$tensor"  # marks where a tensor stood in the JSON part
+
+
+def save(folder: str | Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
+    """Writes ``state`` (nested dicts and lists of tensors and plain values, string keys) as the checkpoint of ``step``.
+
+    The ``keep`` newest stay. Raises OutputError when the disk is full or read-only; older checkpoints then stay as they
+    are, and what was half written is removed.
+
+    >>> import tempfile, torch; folder = tempfile.mkdtemp()
+    >>> _ = save(folder, 3, {"model": {"w": torch.ones(2)}, "seconds": 1.5})
+    >>> load_latest(folder)
+    (3, {'model': {'w': tensor([1., 1.])}, 'seconds': 1.5})
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    root = Path(folder)
+    final, temporary = root / f"step_{step:06d}", root / f"step_{step:06d}.tmp"
+    tensors: dict[str, Tensor] = {}
+    plain = _take_tensors(state, "", tensors)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(tensors, temporary / TENSORS)
+        body = {"format": FORMAT, "step": step, "state": plain, "tensors_sha256": _sha256(temporary / TENSORS)}
+        text = json.dumps({"body": body, "body_sha256": _body_sha256(body)}, allow_nan=True)
+        (temporary / MANIFEST).write_text(text, encoding="utf-8")
+        for name in (TENSORS, MANIFEST, ""):
+            _flush(temporary / name)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _flush(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OutputError(
+            expected=f"to write a checkpoint into {root}",
+            got=getattr(error, "strerror", None) or str(error),
+            do="free disk space, then resume; the checkpoints before this one are whole",
+        ) from None
+    for old in _checkpoints(root)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_latest(folder: str | Path) -> tuple[int, dict[str, Any]] | None:
+    """(step, state) of the newest checkpoint whose checksums hold; None when the folder has none at all.
+
+    Warns about each damaged one that it passes over. Raises DataError when all are damaged.
+    """
+    found = _checkpoints(Path(folder))
+    problems = []
+    for path in found:
+        try:
+            return _load(path)
+        except DataError as error:
+            problems.append(f"{path.name}: {error.got}")
+            if path != found[-1]:
+                warnings.warn(f"skipped the checkpoint {path}: {error.got}; using the one before it", stacklevel=2)
+    if found:
+        raise DataError(expected=f"a whole checkpoint in {folder}", got="; ".join(problems),
+                        do="train again into a new folder")  # fmt: skip
+    return None
+
+
+def _load(path: Path) -> tuple[int, dict[str, Any]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    def damaged(got: str) -> DataError:
+        return DataError(expected=f"a whole checkpoint at {path}", got=got, do="use an earlier one")
+
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        body = manifest["body"]
+        if manifest["body_sha256"] != _body_sha256(body):
+            raise damaged(f"{MANIFEST} does not have its checksum")
+        if body["format"] > FORMAT:
+            raise damaged(f"format {body['format']}, newer than this version of equipoise reads ({FORMAT})")
+        if _sha256(path / TENSORS) != body["tensors_sha256"]:
+            raise damaged(f"{TENSORS} does not have the checksum that {MANIFEST} states (truncated or altered)")
+        return body["step"], _put_tensors(body["state"], load_file(path / TENSORS))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise damaged(f"{type(error).__name__}: {error}") from None
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """Newest first; unfinished ones (.tmp) do not count."""
+    found = [path for path in root.glob("step_*") if path.suffix != ".tmp" and path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Moves tensors of a nested state into ``tensors``, under their path; returns what is left, as JSON can hold it."""
+    match value:
+        case Tensor():
+            # a copy, because safetensors refuses tensors that share memory (tied embeddings)
+            tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+            return {PLACE: path}
+        case dict():
+            return {str(key): _take_tensors(inner, f"{path}/{key}" if path else str(key), tensors)
+                    for key, inner in value.items()}  # fmt: skip
+        case list() | tuple():
+            return [_take_tensors(inner, f"{path}/{i}", tensors) for i, inner in enumerate(value)]
+    return value
+
+
+def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    match value:
+        case dict() if value.keys() == {PLACE}:
+            return tensors[value[PLACE]]
+        case dict():
+            return {key: _put_tensors(inner, tensors) for key, inner in value.items()}
+        case list():
+            return [_put_tensors(inner, tensors) for inner in value]
+    return value
+
+
+def _body_sha256(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
