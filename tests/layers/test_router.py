@@ -57,6 +57,28 @@ def test_a_balancer_leaves_what_forward_says_to_the_last_bit(options):
     balancer.remove()
 
 
+@pytest.mark.parametrize("scope", ["shuffle", "document", "micro_batch"])
+def test_masks_and_documents_of_any_integer_type_push_alike(scope):
+    """As positions instead of a mask, a mask of ones and zeros would pick the first two tokens over and over."""
+    mask = torch.tensor([True] * 7 + [False] * 5)
+    documents = torch.arange(12) // 4
+    gradients = []
+    for whole in (Batch(1, mask, documents), Batch(1, mask.int(), documents.int())):
+        router = biased()
+        optimizer = torch.optim.SGD(router.parameters(), 0.0)
+        balancer = Balancer(router, [AuxLoss(scope, coef=1.0)], optimizer=optimizer)
+        torch.manual_seed(0)
+        with balancer.counting():
+            router(tokens(), whole)
+        loss = balancer.tap(router(tokens(), whole).weights_TK.sum() * 0)
+        loss.backward()
+        assert router.weight.grad is not None
+        gradients.append(router.weight.grad.clone())
+        balancer.discard()
+    assert gradients[0].any()
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_logits_are_fp32_or_wider_whatever_the_model_computes_in(dtype):
     router = biased(gate="sigmoid", selection_bias=True).to(dtype)
@@ -125,11 +147,17 @@ def test_a_router_from_meta_starts_with_a_bias_of_zero(dtype):
     with torch.device("meta"):
         router = Router(6, 8, 2, selection_bias=True)
     router = router.to(dtype) if dtype else router
-    router.to_empty(device="cpu")
-    router.reset_parameters()
+    torch.use_deterministic_algorithms(True)  # what is allocated empty is full of NaN
+    try:
+        router.to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert router.weight.isnan().all()
     assert router.expert_bias is not None
     assert router.expert_bias.dtype == torch.float32
-    assert not router.expert_bias.any()
+    assert router.expert_bias.eq(0).all()
+    router.reset_parameters()
+    assert router.expert_bias.eq(0).all()
     assert router(tokens().to(router.weight.dtype)).counts_E.sum() == 24
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from equipoise.errors import ConfigError, StateError
 from equipoise.policies import ESTIMATORS
 from equipoise.policies.estimators import LoadHistory, check_estimator
 
-steps = st.lists(  # steps of micro-batches of counts over three experts
-    st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=1, max_size=4), min_size=1, max_size=6
-)
+counts_of_three = st.one_of(st.just([0, 0, 0]), st.lists(st.integers(0, 9), min_size=3, max_size=3))
+step_of = st.one_of(st.just([[0, 0, 0]]), st.lists(counts_of_three, min_size=1, max_size=4))  # some have no token
+steps = st.lists(step_of, min_size=1, max_size=7)
 
 
 def fraction(counts):
@@ -30,6 +30,7 @@ def close(tensor, values):
 
 @settings(max_examples=80, deadline=None)
 @given(steps, st.sampled_from([0.0, 0.5, 0.9, 0.99]))
+@example([[[0, 0, 0]], [[1, 2, 3]], [[0, 0, 0]], [[9, 0, 0]], [[0, 0, 0]], [[1, 1, 1]]], 0.5)
 def test_estimators_follow_their_definitions(run, decay):
     history = LoadHistory()
     full = []  # totals of the steps that had a token
