@@ -21,6 +21,7 @@ from equipoise.functional import (
     mutual_information,
     normalized_entropy,
 )
+from equipoise.report.statistics import random_maxvio
 
 quick = settings(max_examples=80, deadline=None)
 loads = st.lists(st.integers(0, 10**9), min_size=1, max_size=12).filter(any)
@@ -147,6 +148,12 @@ def test_noise_floor_at_its_ends():
     assert maxvio_noise_floor(1, 2, 8) == 3  # one token: its two experts get 4 times the mean
     floors = [maxvio_noise_floor(4**n, 2, 16) for n in range(4, 12)]
     assert all(0.45 < b / a < 0.55 for a, b in itertools.pairwise(floors))  # 1 / sqrt(tokens)
+
+
+@given(st.integers(0, 10**7), st.integers(1, 16), st.integers(1, 512))
+def test_the_report_which_needs_no_torch_prints_the_same_floor(tokens, top_k, num_experts):
+    top_k = min(top_k, num_experts)
+    assert random_maxvio(tokens, top_k, num_experts) == maxvio_noise_floor(tokens, top_k, num_experts)
 
 
 def naive_information(counts: list[list[int]], equal_domains: bool) -> float:

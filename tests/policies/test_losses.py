@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from equipoise.errors import ConfigError
-from equipoise.policies import SCOPES, AuxLoss, Sequences, ZLoss
+from equipoise.policies import ESTIMATORS, SCOPES, AuxLoss, Sequences, ZLoss
 from equipoise.policies.losses import coefficient
 
 aux: Any = AuxLoss  # as a caller without a type checker sees them
@@ -37,17 +37,13 @@ def test_what_a_scope_asks_the_meter_to_measure(scope, kind, sequences):
 def test_only_what_a_micro_batch_cannot_know_needs_the_other_ranks_or_a_counting_pass():
     needs = {}
     for scope in SCOPES:
-        for estimator in ("prefix", "previous", "ema", "exact"):
+        for estimator in ESTIMATORS:
             policy = AuxLoss(scope, estimator=estimator)
             needs[scope, estimator] = (policy.needs_counting, policy.needs_current)
-    assert {key for key, (counting, _) in needs.items() if counting} == {
-        ("global_batch", "exact"), *(("shuffle", e) for e in ("prefix", "previous", "ema", "exact")),
-    }  # fmt: skip
-    assert {key for key, (_, current) in needs.items() if current} == {
-        ("global_batch", "prefix"),
-        ("global_batch", "exact"),
-        *(("data_parallel", e) for e in ("prefix", "previous", "ema", "exact")),
-    }
+    shuffled, ranks = ({(scope, estimator) for estimator in ESTIMATORS} for scope in ("shuffle", "data_parallel"))
+    assert {key for key, (counting, _) in needs.items() if counting} == {("global_batch", "exact")} | shuffled
+    now = {("global_batch", e) for e in ("prefix", "filled", "exact")}
+    assert {key for key, (_, current) in needs.items() if current} == now | ranks
 
 
 @pytest.mark.parametrize("scope", ["sequence", "document", "micro_batch"])
