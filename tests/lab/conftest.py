@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+import torch
 
 from equipoise.lab.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 
@@ -35,6 +36,15 @@ def _own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EQUIPOISE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Products of this size lose more by waiting for a second thread than they gain, much more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
