@@ -63,10 +63,17 @@ def test_a_folder_without_checkpoints_has_none(tmp_path):
 
 
 def test_the_two_newest_stay(tmp_path):
-    for step in (5, 10, 1000000, 20):
+    for step in (5, 999999, 1000000):
         save(tmp_path, step, {"x": torch.ones(1)})
-    assert names(tmp_path) == ["step_000020", "step_1000000"]
+    assert names(tmp_path) == ["step_1000000", "step_999999"]
     assert load_latest(tmp_path)[0] == 1000000
+
+
+def test_going_back_gives_up_what_came_after(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, {"x": torch.ones(1)})
+    save(tmp_path, 21, {"x": torch.zeros(1)})
+    assert names(tmp_path) == ["step_000020", "step_000021"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

@@ -28,8 +28,8 @@ PLACE = "$tensor"  # marks where a tensor stood in the JSON part
 def save(folder: str | Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
     """Writes ``state`` (nested dicts and lists of tensors and plain values, string keys) as the checkpoint of ``step``.
 
-    The ``keep`` newest stay. Raises OutputError when the disk is full or read-only; older checkpoints then stay as they
-    are, and what was half written is removed.
+    It and the ``keep`` - 1 before it stay. Raises OutputError when the disk is full or read-only; older checkpoints
+    then stay as they are, and what was half written is removed.
 
     >>> import tempfile, torch; folder = tempfile.mkdtemp()
     >>> _ = save(folder, 3, {"model": {"w": torch.ones(2)}, "seconds": 1.5})
@@ -62,8 +62,10 @@ def save(folder: str | Path, step: int, state: dict[str, Any], *, keep: int = 2)
             got=getattr(error, "strerror", None) or str(error),
             do="free disk space, then resume; the checkpoints before this one are whole",
         ) from None
-    for old in _checkpoints(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    found = _checkpoints(root)
+    later = found[: found.index(final)]  # of a future that was given up: damaged, or of an earlier run in this folder
+    for path in later + found[len(later) + keep :]:
+        shutil.rmtree(path, ignore_errors=True)
     return final
 
 
