@@ -1,0 +1,130 @@
+"""Sorting, padding and the moves between tokens and rows, against definitions written as loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from equipoise.errors import InputError
+from equipoise.functional.permute import (
+    gather_sum,
+    max_rows,
+    pad_rows,
+    padded_size,
+    permute,
+    sort_by_expert,
+    unpermute,
+)
+
+
+@st.composite
+def routings(draw) -> tuple[Tensor, int]:
+    """(expert_ids_TK, E) with any loads: experts without tokens, all tokens on one, the same expert twice."""
+    num_experts = draw(st.integers(1, 9))
+    tokens, top_k = draw(st.integers(0, 40)), draw(st.integers(1, 8))
+    ids = draw(st.lists(st.integers(0, num_experts - 1), min_size=tokens * top_k, max_size=tokens * top_k))
+    return torch.tensor(ids, dtype=torch.int64).view(tokens, top_k), num_experts
+
+
+@given(routings())
+@settings(deadline=None)
+def test_pairs_stand_by_expert_then_by_number(routing):
+    ids_TK, num_experts = routing
+    order = sort_by_expert(ids_TK, num_experts)
+    pairs = sorted(range(ids_TK.numel()), key=lambda pair: (ids_TK.flatten()[pair].item(), pair))
+    assert order.order_N.tolist() == pairs
+    assert order.rows_TK.shape == ids_TK.shape
+    assert [pairs[row] for row in order.rows_TK.flatten().tolist()] == list(range(ids_TK.numel()))
+    assert order.counts_E.tolist() == [int((ids_TK == e).sum()) for e in range(num_experts)]
+    assert order.offsets[0] == 0
+    assert order.offsets[-1] == ids_TK.numel()
+
+
+@given(routings(), st.booleans())
+@settings(deadline=None)
+def test_every_row_of_an_expert_is_its_own(routing, pad):
+    ids_TK, num_experts = routing
+    rows = pad_rows(ids_TK, num_experts, pad=pad)
+    counts = torch.bincount(ids_TK.flatten(), minlength=num_experts).tolist()
+    assert rows.sizes_E.tolist() == [padded_size(n) if pad else n for n in counts]
+    assert len(rows.pairs_R) == (max_rows(ids_TK.numel(), num_experts) if pad else ids_TK.numel())
+    expected_ids = torch.arange(num_experts).repeat_interleave(rows.sizes_E)
+    assert torch.equal(ids_TK.flatten()[rows.pairs_R[: len(expected_ids)]], expected_ids)
+    assert rows.padding_R[len(expected_ids) :].all()
+    real = (~rows.padding_R).nonzero().flatten()  # each pair has one row that is not padding, the row it was told
+    assert torch.equal(rows.rows_TK.flatten()[rows.pairs_R[real]], real)
+    assert len(real) == ids_TK.numel()
+
+
+@given(st.integers(0, 10**6))
+@settings(deadline=None)
+def test_padding_is_small_and_makes_few_shapes(count):
+    size = padded_size(count)
+    assert count <= size <= count + max(15, count // 16)
+    assert padded_size(size) == size
+    octave = 1 << max(8, count.bit_length() - 1)
+    assert len({padded_size(n) for n in range(octave, min(2 * octave, octave + 5000))}) <= 17
+
+
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=50))
+@settings(deadline=None)
+def test_rows_never_exceed_what_was_announced(counts):
+    assert sum(padded_size(n) for n in counts) <= max_rows(sum(counts), len(counts))
+
+
+@given(routings())
+@settings(deadline=None)
+def test_permute_copies_and_unpermute_adds(routing):
+    ids_TK, num_experts = routing
+    order = sort_by_expert(ids_TK, num_experts)
+    x_TD = torch.randn(len(ids_TK), 3, dtype=torch.float64)
+    rows_ND = permute(x_TD, order)
+    for t, rows in enumerate(order.rows_TK.tolist()):
+        for row in rows:
+            assert torch.equal(rows_ND[row], x_TD[t])
+    torch.testing.assert_close(unpermute(rows_ND, order), x_TD * ids_TK.shape[1])
+
+
+@given(routings())
+@settings(deadline=None)
+def test_each_is_the_other_one_transposed(routing):
+    ids_TK, num_experts = routing
+    order = sort_by_expert(ids_TK, num_experts)
+    x_TD = torch.randn(len(ids_TK), 2, dtype=torch.float64, requires_grad=True)
+    rows_ND = torch.randn(ids_TK.numel(), 2, dtype=torch.float64, requires_grad=True)
+    left, right = (permute(x_TD, order) * rows_ND).sum(), (x_TD * unpermute(rows_ND, order)).sum()
+    torch.testing.assert_close(left, right)
+    for a, b in zip(
+        torch.autograd.grad(left, (x_TD, rows_ND)), torch.autograd.grad(right, (x_TD, rows_ND)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_of_both_orders():
+    order = sort_by_expert(torch.tensor([[2, 0], [0, 1], [2, 2]]), 4)
+    x_TD = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    rows_ND = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(lambda x: permute(x, order), x_TD)
+        assert check(lambda rows: unpermute(rows, order), rows_ND)
+
+
+def test_a_sum_in_bf16_is_rounded_once():
+    rows_RD = torch.tensor([1.0] + [2**-9] * 7, dtype=torch.bfloat16).unsqueeze(1)  # 1 + 2^-9 is 1 in bf16
+    assert gather_sum(rows_RD, torch.arange(8).unsqueeze(0)).item() == torch.tensor(1 + 7 / 512).bfloat16().item() > 1
+
+
+def test_sorting_can_be_traced():
+    ids_TK = torch.tensor([[3, 1], [0, 3]])
+    traced = torch.compile(lambda ids: tuple(sort_by_expert(ids, 5)), fullgraph=True, backend="aot_eager")
+    for a, b in zip(traced(ids_TK), sort_by_expert(ids_TK, 5), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1])
+def test_an_unknown_expert_is_refused(bad):
+    with pytest.raises(InputError, match=r"expert ids in 0\.\.3"):
+        pad_rows(torch.tensor([[0, bad]]), 4)
