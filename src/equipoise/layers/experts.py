@@ -1,4 +1,4 @@
-"""The experts of one layer (first form, to be replaced by the fast one)."""
+"""The experts of one layer: E SwiGLU networks, of which each token uses K; no token is dropped, whatever the load."""
 
 from __future__ import annotations
 
@@ -8,21 +8,95 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Experts"]
+from ..errors import ConfigError, InputError
+from ..functional.permute import permute, sort_by_expert, unpermute
+from ._padded import padded_experts
+
+__all__ = ["Experts", "grouped_experts"]
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts."""
+    """y_t = the sum over k of w_tk · down_e(silu(gate_e(x_t)) · up_e(x_t)) with e = expert_ids_tk.
+
+    Parameters ``gate_up_proj`` (E, 2 * hidden, D), gate rows first, and ``down_proj`` (E, D, hidden): names and shapes
+    of Hugging Face's Qwen3-MoE experts. They may be wider than the input (fp32 weights, bf16 compute): they are cast to
+    the dtype of ``x``, or of the autocast region, once per forward, and their gradients come back in their own dtype.
+
+    >>> experts = Experts(num_experts=4, dim=8, hidden=16)
+    >>> experts(torch.randn(3, 8), torch.tensor([[0, 1], [3, 0], [1, 3]]), torch.full((3, 2), 0.5)).shape
+    torch.Size([3, 8])
+    """
 
     def __init__(self, num_experts: int, dim: int, hidden: int) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(num_experts, 2 * hidden, dim) / math.sqrt(dim))
-        self.down_proj = nn.Parameter(torch.randn(num_experts, dim, hidden) / math.sqrt(hidden))
+        if min(num_experts, dim, hidden) < 1:
+            raise ConfigError(
+                expected="num_experts, dim and hidden of at least 1",
+                got=f"num_experts={num_experts}, dim={dim}, hidden={hidden}",
+                do="give the layer a size",
+            )
+        self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * hidden, dim))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.gate_up_proj, self.down_proj):
+            nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[-1]))
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        y_TD = torch.zeros_like(x_TD)
-        for e in range(self.gate_up_proj.shape[0]):
-            weight_T1 = (weights_TK * (expert_ids_TK == e)).sum(dim=-1, keepdim=True)
-            gate, up = F.linear(x_TD, self.gate_up_proj[e]).chunk(2, dim=-1)
-            y_TD = y_TD + weight_T1 * F.linear(F.silu(gate) * up, self.down_proj[e])
-        return y_TD
+        """(T, D) in, (T, D) out in the compute dtype.
+
+        Args:
+            expert_ids_TK: int64 in 0..E-1; an expert may have no token, a token the same expert twice.
+            weights_TK: what each expert's output is multiplied by, any float dtype.
+
+        Raises:
+            InputError: shapes that do not fit, or (on CPU) an id outside 0..E-1.
+        """
+        if x_TD.dim() != 2 or x_TD.shape[1] != self.dim or not expert_ids_TK.shape == weights_TK.shape == (
+            len(x_TD), *expert_ids_TK.shape[1:2]
+        ):  # fmt: skip
+            raise InputError(
+                expected=f"x (T, {self.dim}), expert_ids (T, K) and weights (T, K)",
+                got=f"{tuple(x_TD.shape)}, {tuple(expert_ids_TK.shape)} and {tuple(weights_TK.shape)}",
+                do="flatten the sequences and route the same tokens",
+            )
+        device = x_TD.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.forward(x_TD.to(torch.get_autocast_dtype(device)), expert_ids_TK, weights_TK)
+        gate_up_EFD, down_EDH = self.gate_up_proj.to(x_TD.dtype), self.down_proj.to(x_TD.dtype)
+        compute = padded_experts if device in ("cpu", "meta") else grouped_experts
+        return compute(x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}"
+
+
+def grouped_experts(
+    x_TD: Tensor, gate_up_EFD: Tensor, down_EDH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """The same function as `padded_experts` by ``F.grouped_mm`` and plain autograd: the way off the CPU.
+
+    Raises ConfigError for rows that are not whole multiples of 16 bytes, which the grouped kernels demand.
+
+    >>> x, gate_up, down = torch.randn(3, 8), torch.randn(2, 16, 8), torch.randn(2, 8, 8)
+    >>> ids, weights = torch.tensor([[0], [1], [1]]), torch.rand(3, 1)
+    >>> y = grouped_experts(x, gate_up, down, ids, weights)
+    >>> torch.allclose(y, padded_experts(x, gate_up, down, ids, weights), atol=1e-4)
+    True
+    """
+    multiple = 16 // x_TD.dtype.itemsize
+    if x_TD.shape[1] % multiple or down_EDH.shape[2] % multiple:
+        raise ConfigError(
+            expected=f"widths that are multiples of {multiple} for F.grouped_mm in {x_TD.dtype}",
+            got=f"dim={x_TD.shape[1]}, hidden={down_EDH.shape[2]}",
+            do="round the widths up, or run on the CPU",
+        )
+    order = sort_by_expert(expert_ids_TK, len(gate_up_EFD))
+    ends = order.offsets[1:].int()
+    hidden = F.grouped_mm(permute(x_TD, order), gate_up_EFD.mT, offs=ends)
+    gate, up = hidden.chunk(2, dim=-1)
+    weights_N1 = weights_TK.flatten()[order.order_N].to(x_TD.dtype).unsqueeze(1)
+    return unpermute(F.grouped_mm(F.silu(gate) * up * weights_N1, down_EDH.mT, offs=ends), order)
