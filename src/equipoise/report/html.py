@@ -194,9 +194,7 @@ class _Page:
 {self._plot(name, figure, title, lines=True)}"""
         return _section(title, lead, body)
 
-    def _maps(
-        self, name: str, title: str, labels: list[str], maps: list[Figure | None], top: float, lead: str
-    ) -> str:
+    def _maps(self, name: str, title: str, labels: list[str], maps: list[Figure | None], top: float, lead: str) -> str:
         if not any(maps):
             return ""
         panels = []
