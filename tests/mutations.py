@@ -1,6 +1,6 @@
 """Plants nine mistakes of other engines in a copy of the library and shows that the core's tests catch each.
 
-Run by hand: ``python tests/mutations.py [name ...]``. Exit code 1 when a mistake survives. About a minute on an idle core.
+Run by hand: ``python tests/mutations.py [name ...]``. Exit code 1 when a mistake survives.
 """
 
 from __future__ import annotations
