@@ -5,8 +5,8 @@
 
 Every call gets new tokens, so that expert loads, and with them the shapes of all products, are new as in training:
 tokens come in sequences of 256 whose words share a direction, as text of one domain does (``--spread 0``: independent
-tokens, nearly even loads). The contestants take turns, each in a process of its own: the kernels and the memory that one
-has made ready must neither serve another nor push its own out. `grouped_mm` is the better of two ways to combine:
+tokens, nearly even loads). The contestants take turns, each in a process of its own: the kernels and the memory that
+one has made ready must neither serve another nor push its own out. `grouped_mm` is the better of two ways to combine:
 weighted `index_add_`, and un-sort + sum. `dense` is one SwiGLU with the FLOPs of the K active experts.
 """
 
@@ -91,7 +91,8 @@ def contest(pipe: Connection, name: str, size: str, dtype: str, spread: float, t
 def check(size: str, dtype: str, spread: float) -> float:
     """Refuses to compare what computes different things; returns the load, MaxVio."""
     layer, contestants = build(size, dtype)
-    x_TD = draw(*map(int, size.split(",")[:2]), spread, DTYPES[dtype][0])
+    tokens, dim = map(int, size.split(",")[:2])
+    x_TD = draw(tokens, dim, spread, DTYPES[dtype][0])
     with torch.no_grad():
         ours, *theirs = (contestants[name](x_TD).float() for name in ("ours", "index_add", "unsort"))
         counts_E = layer.gate(x_TD).counts_E
