@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from .errors import ConfigError, StateError
-from .meter import Meter, Plan
+from .meter import LocalTerm, Meter, Plan
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss, ZLoss
 from .policies.switch import Timed
@@ -22,11 +22,23 @@ def _routers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, m) for name, m in model.named_modules() if hasattr(m, "meter") and hasattr(m, "num_experts")]
 
 
-def attach(model: nn.Module, timed: Sequence[Timed], measure_estimators: bool, gradient_norms: bool) -> list[Layer]:
+def attach(
+    model: nn.Module,
+    timed: Sequence[Timed],
+    measure_estimators: bool,
+    gradient_norms: bool,
+    micro_sequences: int | None = None,
+) -> list[Layer]:
     """A meter for every router, and the policies checked against it before anything is changed."""
     if not timed:
         raise ConfigError(
             expected="at least one policy", got="none", do='for example [AuxLoss(scope="global_batch", coef=1e-2)]'
+        )
+    if micro_sequences is not None and micro_sequences < 1:
+        raise ConfigError(
+            expected="sequences_per_micro_batch >= 1",
+            got=repr(micro_sequences),
+            do="leave it out where each micro-batch is a pass of its own",
         )
     routers = _routers(model)
     if not routers:
@@ -45,16 +57,31 @@ def attach(model: nn.Module, timed: Sequence[Timed], measure_estimators: bool, g
             )
         for policy in biases:
             policy.check_gate(router.gate, router.num_experts)
-    terms = tuple(t.policy.term for t in timed if isinstance(t.policy, AuxLoss))
+    terms = tuple(_term(t.policy, micro_sequences) for t in timed if isinstance(t.policy, AuxLoss))
     layers = []
     for name, router in routers:
         if biases:
             router.enable_selection_bias()
         has_z_loss = any(isinstance(t.policy, ZLoss) for t in timed)
         plan = Plan(
-            router.num_experts, router.top_k, router.gate, terms, has_z_loss, gradient_norms, measure_estimators
+            router.num_experts,
+            router.top_k,
+            router.gate,
+            terms,
+            has_z_loss,
+            gradient_norms,
+            micro_sequences,
+            measure_estimators,
         )
         router.meter = Meter(plan, next(router.parameters()).device)
         layers.append(Layer(name, router, router.meter))
         layers[-1].forget_step()
     return layers
+
+
+def _term(policy: AuxLoss, micro_sequences: int | None) -> LocalTerm:
+    """Where several micro-batches run as one pass, each is a group of sequences in it."""
+    term = policy.term
+    if term.kind == "micro_batch" and micro_sequences is not None:
+        return LocalTerm("sequences", micro_sequences, term.unbiased)
+    return term

@@ -33,6 +33,8 @@ class Balancer:
         optimizer: whose step ends a step. Default: the torch optimizer that holds the routers' parameters.
         reduction: how the engine's losses of a step combine: "mean" (each is a mean; the engine averages them over
             micro-batches and ranks) or "sum" (they add up to the step's loss; needs ``begin_step(tokens=)``).
+        sequences_per_micro_batch: for a loop that runs several micro-batches as one pass, which is often faster: scope
+            "micro_batch" is then every so many sequences of a pass, as if each had run alone.
         measure_estimators: compare prefix, previous, ema and filled with the exact f at every step; see ``fidelity()``.
         gradient_norms: measure each policy's gradient against the language model's at the routers.
 
@@ -59,6 +61,7 @@ class Balancer:
         optimizer: torch.optim.Optimizer | None = None,
         collective: Collective | None = None,
         reduction: str = "mean",
+        sequences_per_micro_batch: int | None = None,
         measure_estimators: bool = False,
         gradient_norms: bool = True,
     ) -> None:
@@ -70,7 +73,7 @@ class Balancer:
         self._timeline = timeline(self.policies)
         self._reduction = reduction
         self._collective: Collective = collective or Local()
-        self._layers = attach(model, self._timeline, measure_estimators, gradient_norms)
+        self._layers = attach(model, self._timeline, measure_estimators, gradient_norms, sequences_per_micro_batch)
         self._estimators = ("prefix", "previous", "ema", "filled") if measure_estimators else ()
         self._step = 0
         self._skipped = 0

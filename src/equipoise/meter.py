@@ -50,6 +50,7 @@ class Plan(NamedTuple):
     terms: tuple[LocalTerm, ...] = ()
     z_loss: bool = False
     norms: bool = True  # squared gradient norms of every term and of the language-model loss at the logits
+    micro_sequences: int | None = None  # sequences of one micro-batch where several run as one pass
     gram: bool = False  # sum of J^T J over tokens: turns any difference in f into a difference of gradients
 
     @property
@@ -201,6 +202,7 @@ def _scalars(
     """The SCALARS, in order, as fp64."""
     counts_E = counts_BE.sum(dim=0)
     tokens = counts_E.sum().double() / plan.top_k  # an int64 tensor over an int would be fp32
+    micro_BE = _shared_counts(counts_BE, LocalTerm("sequences", plan.micro_sequences or 1))
     full_B = (counts_BE.sum(dim=-1) > 0).double()
     one = torch.ones((), dtype=torch.float64, device=logits_TE.device)
     lse_square = torch.zeros_like(one)
@@ -215,7 +217,7 @@ def _scalars(
             valid_TE.gather(-1, ids_TK).sum(dtype=torch.float64),
             lse_square,
             maxvio(counts_BE).sum(),
-            maxvio(counts_E),
+            maxvio(counts_E) if plan.micro_sequences is None else maxvio(micro_BE).mean(),
             one * counts_BE.shape[0],
         ]
     )

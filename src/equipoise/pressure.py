@@ -212,7 +212,10 @@ def _shuffled(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:
         return _fraction(layer, "exact", 0.0, micro.number)
     ids_NK = torch.cat(layer.pool)
     generator = torch.Generator().manual_seed(1_000_003 * micro.step + micro.number)  # leaves the model's stream alone
-    drawn = torch.randperm(len(ids_NK), generator=generator)[: int(taken[plan.at("tokens")])]
+    size = taken[plan.at("tokens")]
+    if plan.micro_sequences is not None:  # several micro-batches in this pass
+        size = size * (plan.micro_sequences / taken[plan.at("rows")].clamp(min=plan.micro_sequences))
+    drawn = torch.randperm(len(ids_NK), generator=generator)[: int(size)]
     counts_E = torch.bincount(ids_NK[drawn.to(ids_NK.device)].flatten(), minlength=plan.num_experts)
     return load_fractions(counts_E)
 

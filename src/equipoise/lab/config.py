@@ -131,8 +131,9 @@ class TrainConfig:
     """How long, how fast, and what is written down. One step = micro_batches × sequences_per_micro_batch sequences."""
 
     steps: int = 300
-    micro_batches: int = 8
-    sequences_per_micro_batch: int = 4
+    micro_batches: int = 32
+    sequences_per_micro_batch: int = 1
+    micro_batches_per_pass: int = 4  # at most so many run as one forward and backward: equal numbers, less overhead
     lr: float = 3e-3
     min_lr_ratio: float = 0.1  # of lr, at the end of the cosine
     warmup: int = 20  # steps
@@ -167,6 +168,12 @@ class TrainConfig:
             f"betas = {self.betas}",
             "0.9 and 0.95 are usual",
         )
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a step: the fewest that share the micro-batches evenly."""
+        fitting = (n for n in range(min(self.micro_batches_per_pass, self.micro_batches), 0, -1))
+        return self.micro_batches // next(n for n in fitting if self.micro_batches % n == 0)
 
     @property
     def sequences_per_step(self) -> int:

@@ -125,6 +125,7 @@ class _Run:
         # A run without policies is measured all the same: a loss with coefficient 0 pushes nothing.
         self.policies: list[Policy] = self.strategy.build(train.steps) or [AuxLoss("global_batch", coef=0.0)]
         self.balancer = Balancer(self.model, self.policies, optimizer=self.optimizer,
+                                 sequences_per_micro_batch=train.sequences_per_micro_batch,
                                  measure_estimators=train.fidelity_every > 0)  # fmt: skip
         self.random_state = torch.get_rng_state()
         self.step, self.saved = 0, 0  # the last step that was made, that was saved
@@ -152,7 +153,8 @@ class _Run:
     def train_step(self) -> Step:
         """One optimizer step over all its micro-batches, and its record."""
         train, began = self.config.train, time.perf_counter()
-        batches = [tokens_BS for tokens_BS, _ in self.batches.step(self.step)]
+        micro_batches = torch.cat([tokens_BS for tokens_BS, _ in self.batches.step(self.step)])
+        batches = micro_batches.chunk(train.passes)
         rate = learning_rate(train, self.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -1,0 +1,61 @@
+"""Several micro-batches in one pass: counts, gradients and metrics of each are those of a pass of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from equipoise import AuxLoss, Balancer, ConfigError, MoE, ZLoss
+
+POLICIES = {
+    "micro_batch": [AuxLoss("micro_batch", 0.5)],
+    "unbiased": [AuxLoss("micro_batch", 0.5, counts="unbiased")],
+    "sequence": [AuxLoss("sequence", 0.5), ZLoss(0.1)],
+    "exact": [AuxLoss("global_batch", 0.5, estimator="exact"), AuxLoss("micro_batch", 0.1)],
+}
+
+
+def step(policies, micro_batches: int, per_pass: int, sequences: int):
+    """One optimizer step over 8 sequences, cut into micro-batches, ``per_pass`` of them at a time."""
+    torch.manual_seed(0)
+    model = MoE(dim=8, hidden=16, num_experts=6, top_k=2, gate="sigmoid").double()
+    x_BSD = torch.randn(micro_batches * sequences, 5, 8, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    balancer = Balancer(model, policies, sequences_per_micro_batch=sequences)
+    passes = x_BSD.split(sequences * per_pass)
+    if balancer.needs_counting:
+        with balancer.counting():
+            for part_BSD in passes:
+                model(part_BSD)
+    for part_BSD in passes:
+        (balancer.tap(model(part_BSD).square().mean()) / len(passes)).backward()
+    optimizer.step()
+    return [p.grad for p in model.parameters()], balancer.metrics(), balancer.load()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_a_pass_of_several_micro_batches_equals_as_many_passes(name, sequences):
+    micro_batches = 8 // sequences
+    alone = step(POLICIES[name], micro_batches, 1, sequences)
+    together = step(POLICIES[name], micro_batches, 4, sequences)
+    for one, other in zip(alone[0], together[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    assert all(bool((a == b).all()) for a, b in zip(alone[2], together[2], strict=True))
+    assert alone[1] == pytest.approx(together[1], rel=1e-9)
+
+
+def test_without_it_a_pass_is_one_micro_batch():
+    grads, _, _ = step(POLICIES["micro_batch"], 8, 4, 1)
+    torch.manual_seed(0)
+    model = MoE(dim=8, hidden=16, num_experts=6, top_k=2, gate="sigmoid").double()
+    x_BSD = torch.randn(8, 5, 8, dtype=torch.float64)
+    balancer = Balancer(model, POLICIES["micro_batch"])
+    for part_BSD in x_BSD.split(4):
+        (balancer.tap(model(part_BSD).square().mean()) / 2).backward()
+    assert not torch.allclose(grads[0], model.gate.weight.grad, rtol=1e-3)
+
+
+def test_a_micro_batch_has_a_sequence():
+    with pytest.raises(ConfigError, match="sequences_per_micro_batch >= 1"):
+        Balancer(MoE(dim=8, hidden=16, num_experts=6, top_k=2), [ZLoss()], sequences_per_micro_batch=0)
