@@ -78,7 +78,7 @@ def test_a_run_leaves_a_complete_record(tiny_run, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_learns(tiny_run, tmp_path, precision):
     run = read_run(train(tiny_run(steps=25, precision=precision, lr=1e-2, eval_every=0), tmp_path))
-    assert run.steps[0].loss == pytest.approx(math.log(300), abs=0.1)
+    assert run.steps[0].loss == pytest.approx(math.log(300), abs=0.4)
     assert run.steps[-1].loss < 4.7  # the words alone, without order, are worth about 4.4
 
 

@@ -130,7 +130,7 @@ class DataConfig:
 class TrainConfig:
     """How long, how fast, and what is written down. One step = micro_batches × sequences_per_micro_batch sequences."""
 
-    steps: int = 300
+    steps: int = 240
     micro_batches: int = 32
     sequences_per_micro_batch: int = 1
     micro_batches_per_pass: int = 4  # at most so many run as one forward and backward: equal numbers, less overhead
@@ -142,11 +142,11 @@ class TrainConfig:
     eps: float = 1e-8
     clip: float = 1.0  # of the gradient norm; 0 = none
     precision: str = "bf16"  # products in bf16 with fp32 master weights, or all fp32
-    eval_every: int = 50  # steps; 0 = only at the end
+    eval_every: int = 60  # steps; 0 = only at the end
     eval_sequences: int = 64  # held-out sequences per domain; 0 = all
     checkpoint_every: int = 100  # steps; 0 = only at the end
     load_every: int = 5  # steps between stored loads; 0 = never
-    fidelity_every: int = 50  # steps between comparisons of the estimators with ``exact``; 0 = never
+    fidelity_every: int = 20  # steps between comparisons of the estimators with ``exact``; 0 = never
     tensorboard: bool = True
     threads: int = 1
     seed: int = 0

@@ -38,14 +38,16 @@ MICRO_SHARE = 0.01  # of the global coefficient, for the micro-batch loss beside
 BIAS_RATE = 1e-2  # decaying to 0: the papers' constant 1e-3 needs thousands of steps to arrive
 
 AUX: dict[str, Any] = {"kind": "AuxLoss", "coef": COEFFICIENT}
+# Of a short run much is lost while routers move fast: the f of the current step, at the price of a counting pass.
+GLOBAL = AUX | {"scope": "global_batch", "estimator": "exact"}
 BIAS: dict[str, Any] = {"kind": "ExpertBias", "rule": "sign", "rate": BIAS_RATE, "schedule": "cosine"}
 
 NAMES: dict[str, list[dict[str, Any]]] = {
     "none": [],
     "micro": [AUX | {"scope": "micro_batch"}],
-    "global": [AUX | {"scope": "global_batch"}],
+    "global": [GLOBAL],
     "global+micro": [
-        AUX | {"scope": "global_batch"},
+        GLOBAL,
         AUX | {"scope": "micro_batch", "coef": COEFFICIENT * MICRO_SHARE},
     ],
     "sequence": [AUX | {"scope": "sequence"}],

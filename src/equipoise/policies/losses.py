@@ -38,7 +38,7 @@ class AuxLoss:
 
     scope: Scope = "global_batch"
     coef: Coefficient = 1e-2
-    estimator: str = "prefix"
+    estimator: str = "filled"
     counts: str = "dispatched"
     decay: float = 0.9
 
