@@ -18,7 +18,7 @@ from equipoise.errors import ConfigError, DataError, OutputError, StateError
 from equipoise.lab import checkpoint
 from equipoise.lab.config import TrainConfig
 from equipoise.lab.train import CHECKPOINTS, learning_rate, train
-from equipoise.policies import ESTIMATORS, AuxLoss
+from equipoise.policies import ESTIMATORS
 from equipoise.records import RECORD_NAME, read_run
 from lab import victim
 
@@ -51,7 +51,7 @@ def assert_same(a, b, path="") -> None:
 
 
 def test_a_run_leaves_a_complete_record(tiny_run, tmp_path):
-    config = tiny_run()
+    config = tiny_run("global:prefix@0.02+micro@1e-4")
     seen = []
     folder = train(config, tmp_path / "run", on_step=seen.append)
     run = read_run(folder)
@@ -70,7 +70,7 @@ def test_a_run_leaves_a_complete_record(tiny_run, tmp_path):
         assert [sum(layer) for layer in load.counts] == [256 * 2] * 2
     assert [found.step for found in run.fidelities] == [2, 4, 6]
     assert set(run.fidelities[0].relative_error) == set(run.fidelities[0].cosine) == set(ESTIMATORS) - {"exact"}
-    assert run.fidelities[0].in_use == [AuxLoss("global_batch").estimator]
+    assert run.fidelities[0].in_use == ["prefix"]
     assert [evaluation.step for evaluation in run.evaluations] == [3, 6]
     assert run.evaluations[-1].perplexity < run.evaluations[0].perplexity < 300
 

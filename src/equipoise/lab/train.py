@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -243,7 +243,7 @@ class _Run:
         self.step = self.saved = step
         self.seconds, self.tokens = state["seconds"], state["tokens"]
 
-    def _backward(self, batches: list[Tensor]) -> float:
+    def _backward(self, batches: Sequence[Tensor]) -> float:
         """Gradients of all micro-batches; returns their mean loss."""
         self.model.train()
         if self.balancer.needs_counting:
