@@ -176,3 +176,13 @@ def test_the_shared_expert_is_its_formula():
     x = torch.randn(4, 5)
     want = (F.silu(x @ shared.gate_proj.weight.T) * (x @ shared.up_proj.weight.T)) @ shared.down_proj.weight.T
     torch.testing.assert_close(shared(x), want)
+
+
+def test_fp32_weights_take_bf16_tokens_also_in_the_shared_experts():
+    layer = MoE(dim=8, hidden=16, num_experts=4, top_k=2, num_shared=1)
+    x_BSD = torch.randn(2, 3, 8, dtype=torch.bfloat16, requires_grad=True)
+    y_BSD = layer(x_BSD)
+    y_BSD.float().sum().backward()
+    assert y_BSD.dtype == torch.bfloat16
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+    torch.testing.assert_close(y_BSD.float(), layer(x_BSD.detach().float()), rtol=0.05, atol=0.05)

@@ -34,7 +34,13 @@ class SwiGLU(nn.Module):
             nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        gate_TH, up_TH = _cast_linear(self.gate_proj, x_TD), _cast_linear(self.up_proj, x_TD)
+        return _cast_linear(self.down_proj, F.silu(gate_TH) * up_TH)
+
+
+def _cast_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """In the dtype of x, as Experts computes: fp32 master weights may meet bf16 tokens."""
+    return F.linear(x, linear.weight.to(x.dtype))
 
 
 class MoE(nn.Module):

@@ -1,0 +1,22 @@
+"""The README's library example runs as it stands, and its picture is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_library_example_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert 0 <= float(capsys.readouterr().out) <= 15  # MaxVio of 16 experts
+
+
+def test_every_file_it_names_is_there():
+    for path in re.findall(r"\]\(((?!https?:)[^)]+)\)", TEXT):
+        assert (ROOT / path).is_file(), path
+    for name in re.findall(r"^  (\w+\.py|\w+/)", TEXT, flags=re.MULTILINE):
+        assert (ROOT / "src/equipoise" / name).exists(), name
