@@ -165,7 +165,8 @@ class Balancer:
 
         Args:
             loss: the scalar that the engine scales and calls backward on: the tap learns 1/M and GradScaler's scale
-                from the gradient that arrives. Without gradient, or in evaluation, nothing happens.
+                from the gradient that arrives, so tap first and scale then: ``(tap(loss) / M).backward()``.
+                Without gradient, or in evaluation, nothing happens.
             scale: for a pipeline stage without the loss: tap its output activations with the scale said explicitly.
         """
         if not (torch.is_grad_enabled() and loss.requires_grad):
