@@ -90,7 +90,7 @@ def test_another_configuration_is_refused_by_name_and_overwrite_removes_only_run
     saved(folder)
     (folder / "notes.txt").write_text("mine")
     longer = replace(TWO, train=TrainConfig(steps=999))
-    with pytest.raises(OutputError, match=r"train\.steps = 300"):
+    with pytest.raises(OutputError, match=r"train\.steps = 240"):
         open_comparison(folder, longer)
     assert (folder / "micro-seed0").exists()
     opened = open_comparison(folder, longer, overwrite=True)

@@ -37,8 +37,8 @@ def built(name):
     [
         ("none", []),
         ("micro", [AuxLoss("micro_batch", 0.02)]),
-        ("global", [AuxLoss("global_batch", 0.02)]),
-        ("global@0.05", [AuxLoss("global_batch", 0.05)]),
+        ("global", [AuxLoss("global_batch", 0.02, "exact")]),
+        ("global@0.05", [AuxLoss("global_batch", 0.05, "exact")]),
         ("global:exact@0.05", [AuxLoss("global_batch", 0.05, estimator="exact")]),
         ("global@0.05:exact", [AuxLoss("global_batch", 0.05, estimator="exact")]),
         ("sequence", [AuxLoss("sequence", 0.02)]),
@@ -48,7 +48,10 @@ def built(name):
         ("sequences:8@0.1", [AuxLoss(Sequences(8), 0.1)]),
         ("micro+z@1e-2", [AuxLoss("micro_batch", 0.02), ZLoss(1e-2)]),
         ("loss-free:constant@1e-3", [ExpertBias("sign", 1e-3)]),
-        ("micro->global:100", [Switch(at=100, first=AuxLoss("micro_batch", 0.02), to=AuxLoss("global_batch", 0.02))]),
+        (
+            "micro->global:100",
+            [Switch(at=100, first=AuxLoss("micro_batch", 0.02), to=AuxLoss("global_batch", 0.02, "exact"))],
+        ),
         (
             "micro->global:ema:9",
             [Switch(at=9, first=AuxLoss("micro_batch", 0.02), to=AuxLoss("global_batch", 0.02, "ema"))],
