@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strategies", "--policies", metavar="A,B", help="default micro,global,global+micro,loss-free")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each strategy; 3 give intervals (default 1)")
     parser.add_argument("--workers", type=int, metavar="N", help="processes at a time (default: one per core)")
-    parser.add_argument("--quick", action="store_true", help="60 steps instead of 240: a look, not a result")
+    parser.add_argument("--quick", action="store_true", help="40 steps instead of 240: a look, not a result")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/compare-TIME")
     parser.add_argument("--resume", nargs="?", type=Path, const=ROOT, metavar="FOLDER",
                         help="go on with this comparison, or with the newest one under runs/")  # fmt: skip

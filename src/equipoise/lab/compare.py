@@ -39,12 +39,12 @@ MAY_DIFFER = ("strategies", "seeds", "strategy", "workers")  # between two comma
 LOOK_EVERY = 0.5  # seconds between two looks at the workers
 
 QUICK: dict[str, Any] = {
-    "train.steps": 60,
+    "train.steps": 40,
     "train.warmup": 10,
-    "train.eval_every": 20,
+    "train.eval_every": 10,
     "train.eval_sequences": 16,
-    "train.checkpoint_every": 30,
-    "train.fidelity_every": 20,
+    "train.checkpoint_every": 20,
+    "train.fidelity_every": 10,
 }
 
 
