@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .balancer import Balancer
-from .collectives import Collective, Local
+from .collectives import Ranks
 from .errors import ConfigError, DataError, EquipoiseError, InputError, OutputError, StateError
 from .functional.routing import Routing
 from .layers import Experts, MoE, Router
@@ -14,16 +14,15 @@ __version__ = "0.1.0"
 __all__ = [
     "AuxLoss",
     "Balancer",
-    "Collective",
     "ConfigError",
     "DataError",
     "EquipoiseError",
     "ExpertBias",
     "Experts",
     "InputError",
-    "Local",
     "MoE",
     "OutputError",
+    "Ranks",
     "Router",
     "Routing",
     "Sequences",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import attach
-from .collectives import Collective, Local
+from .collectives import Ranks
 from .errors import ConfigError, InputError, StateError
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss, ZLoss
@@ -59,7 +59,7 @@ class Balancer:
         policies: Sequence[Policy],
         *,
         optimizer: torch.optim.Optimizer | None = None,
-        collective: Collective | None = None,
+        ranks: Ranks | None = None,
         reduction: str = "mean",
         sequences_per_micro_batch: int | None = None,
         measure_estimators: bool = False,
@@ -72,7 +72,7 @@ class Balancer:
         self.policies = list(policies)
         self._timeline = timeline(self.policies)
         self._reduction = reduction
-        self._collective: Collective = collective or Local()
+        self._ranks = ranks or Ranks.default()
         self._layers = attach(model, self._timeline, measure_estimators, gradient_norms, sequences_per_micro_batch)
         self._estimators = ("prefix", "previous", "ema", "filled") if measure_estimators else ()
         self._step = 0
@@ -269,7 +269,7 @@ class Balancer:
                 got="no begin_step",
                 do="call balancer.begin_step(tokens=...) before the first micro-batch",
             )
-        micro = MicroStep(self._step, self._micro_steps, self._reduction, *self._declared, self._collective.size)
+        micro = MicroStep(self._step, self._micro_steps, self._reduction, *self._declared, self._ranks.tokens.size)
         counts = [t[: layer.meter.plan.num_experts] for layer, (t, _) in zip(self._layers, taken, strict=True)]
         if any(
             isinstance(t.policy, AuxLoss) and t.policy.needs_current and t.active(self._step) for t in self._timeline
@@ -394,5 +394,5 @@ class Balancer:
 
     def _sum(self, tensors: list[Tensor]) -> list[Tensor]:
         """One collective for all layers, whatever their number of experts."""
-        flat = self._collective.sum(torch.cat(tensors))
+        flat = self._ranks.tokens.sum(torch.cat(tensors))
         return list(flat.split([t.numel() for t in tensors]))
