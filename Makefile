@@ -8,14 +8,16 @@ TORCH   ?= 2.13.0
 ARGS    ?=
 
 # One thread a process: the tests run in as many processes as there are cores.
+# All tests with several ranks go to one process, which owns the pool of ranks (loadgroup).
+XDIST    = -n auto --dist loadgroup
 TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PIP      = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare test check format bench lock clean
+.PHONY: help env compare test test-all invariance check format bench lock clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
 	@echo
 	@echo '  ARGS="..." goes to the command, e.g.  make compare ARGS="--quick"   make test ARGS="-k config"'
 	@echo '  PYTHON=python3.12 chooses the Python that .venv is made with'
@@ -26,7 +28,14 @@ compare: env  ## train the strategies side by side on the text of this machine, 
 	$(BIN)/equipoise compare $(ARGS)
 
 test: env  ## all tests, the examples in the docstrings among them
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest $(XDIST) $(ARGS)
+
+test-all: env  ## the same and what takes long, the full matrix among it
+	$(TEST_ENV) $(BIN)/python -m pytest $(XDIST) -m "" $(ARGS)
+
+# In parts: ARGS='-k "ddp and reentrant"'. Without the Tie every case has to fail: ARGS="--without-tie".
+invariance: env  ## every way to cut a batch: the full product of the matrix, hours
+	$(TEST_ENV) $(BIN)/python -m pytest -m full tests/invariance $(ARGS)
 
 check: env  ## ruff (lint and format) and pyright
 	$(BIN)/ruff check .

@@ -1,0 +1,45 @@
+"""What the ranks of test_ranks.py do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+
+def add_up(start: int) -> tuple[int, int, int]:
+    value = torch.tensor(start + dist.get_rank())
+    dist.all_reduce(value)
+    return dist.get_rank(), dist.get_world_size(), int(value)
+
+
+def process_id() -> int:
+    return os.getpid()
+
+
+def tensor_of(rank_times: float) -> dict[str, torch.Tensor]:
+    return {"x": torch.full((3,), dist.get_rank() * rank_times, requires_grad=True)}
+
+
+def one_raises_while_others_wait(rank: int) -> None:
+    if dist.get_rank() == rank:
+        raise ValueError("the mistake of one rank")
+    dist.all_reduce(torch.ones(1))
+
+
+def one_is_killed(rank: int) -> None:
+    if dist.get_rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.all_reduce(torch.ones(1))
+
+
+def one_hangs(rank: int) -> None:
+    if dist.get_rank() == rank:
+        time.sleep(600)
+
+
+def cannot_be_sent():
+    return lambda: None
