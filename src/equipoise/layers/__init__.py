@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .expert_parallel import shard_experts
 from .experts import Experts
 from .moe import MoE, SwiGLU
 from .router import Router
 
-__all__ = ["Experts", "MoE", "Router", "SwiGLU"]
+__all__ = ["Experts", "MoE", "Router", "SwiGLU", "shard_experts"]

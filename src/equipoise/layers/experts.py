@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from ..errors import ConfigError, InputError
 from ..functional.permute import permute, sort_by_expert, unpermute
 from ._padded import padded_experts
+
+if TYPE_CHECKING:
+    from .expert_parallel import ExpertShard
 
 __all__ = ["Experts", "grouped_experts"]
 
@@ -21,6 +25,7 @@ class Experts(nn.Module):
     Parameters ``gate_up_proj`` (E, 2 * hidden, D), gate rows first, and ``down_proj`` (E, D, hidden): names and shapes
     of Hugging Face's Qwen3-MoE experts. They may be wider than the input (fp32 weights, bf16 compute): they are cast to
     the dtype of ``x``, or of the autocast region, once per forward, and their gradients come back in their own dtype.
+    After `shard_experts` they hold this rank's experts only; ``num_experts`` stays E.
 
     >>> experts = Experts(num_experts=4, dim=8, hidden=16)
     >>> experts(torch.randn(3, 8), torch.tensor([[0, 1], [3, 0], [1, 3]]), torch.full((3, 2), 0.5)).shape
@@ -36,13 +41,18 @@ class Experts(nn.Module):
                 do="give the layer a size",
             )
         self.num_experts, self.dim, self.hidden = num_experts, dim, hidden
+        self.shard: ExpertShard | None = None
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * hidden, dim))
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draws all weights anew. A shard draws what the whole layer would with the same random numbers."""
         for weight in (self.gate_up_proj, self.down_proj):
-            nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[-1]))
+            whole = weight if self.shard is None else weight.new_empty(self.num_experts, *weight.shape[1:])
+            nn.init.normal_(whole, std=1 / math.sqrt(weight.shape[-1]))
+            if self.shard is not None:
+                weight.data.copy_(whole[self.shard.mine])
 
     def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """(T, D) in, (T, D) out in the compute dtype.
@@ -53,6 +63,7 @@ class Experts(nn.Module):
 
         Raises:
             InputError: shapes that do not fit, or (on CPU) an id outside 0..E-1.
+            StateError: after `shard_experts`, a rank that is gone.
         """
         if x_TD.dim() != 2 or x_TD.shape[1] != self.dim or not expert_ids_TK.shape == weights_TK.shape == (
             len(x_TD), *expert_ids_TK.shape[1:2]
@@ -68,10 +79,13 @@ class Experts(nn.Module):
                 return self.forward(x_TD.to(torch.get_autocast_dtype(device)), expert_ids_TK, weights_TK)
         gate_up_EFD, down_EDH = self.gate_up_proj.to(x_TD.dtype), self.down_proj.to(x_TD.dtype)
         compute = padded_experts if device in ("cpu", "meta") else grouped_experts
+        if self.shard is not None:
+            return self.shard(compute, x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)
         return compute(x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)
 
     def extra_repr(self) -> str:
-        return f"num_experts={self.num_experts}, dim={self.dim}, hidden={self.hidden}"
+        here = "" if self.shard is None else f" ({len(self.gate_up_proj)} here)"
+        return f"num_experts={self.num_experts}{here}, dim={self.dim}, hidden={self.hidden}"
 
 
 def grouped_experts(

@@ -1,0 +1,141 @@
+"""Expert parallelism: each rank of a group holds some of a layer's experts, and tokens travel to them and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..collectives import Group
+from ..errors import ConfigError, InputError, StateError
+from ..functional.permute import ExpertOrder, permute, sort_by_expert, unpermute
+from .experts import Experts
+
+__all__ = ["ExpertShard", "shard_experts"]
+
+
+@dataclass(frozen=True)
+class ExpertShard:
+    """The experts that this rank keeps, of ``num_experts`` dealt out in order: rank r has the r-th equal part.
+
+    >>> ExpertShard(Group(), num_experts=8).mine
+    slice(0, 8, None)
+    """
+
+    group: Group
+    num_experts: int
+
+    @property
+    def mine(self) -> slice:
+        held = self.num_experts // self.group.size
+        return slice(self.group.rank * held, (self.group.rank + 1) * held)
+
+    def __call__(
+        self,
+        compute: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
+        x_TD: Tensor,
+        gate_up_EFD: Tensor,
+        down_EDH: Tensor,
+        expert_ids_TK: Tensor,
+        weights_TK: Tensor,
+    ) -> Tensor:
+        """What ``compute`` gives with all experts, where the two parameters hold this rank's; all ranks call it."""
+        return _uncompiled(self, compute, x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)
+
+    def sort(self, expert_ids_TK: Tensor) -> ExpertOrder:
+        """Checked before anything is sent; on the CPU only, because a GPU is not made to wait."""
+        order = sort_by_expert(expert_ids_TK, self.num_experts)
+        if expert_ids_TK.device.type == "cpu" and (order.offsets[0] != 0 or order.offsets[-1] != expert_ids_TK.numel()):
+            low, high = expert_ids_TK.aminmax()
+            raise InputError(
+                expected=f"expert ids in 0..{self.num_experts - 1}",
+                got=f"ids from {low.item()} to {high.item()}",
+                do="route over as many experts as the layer has",
+            )
+        return order
+
+    def __deepcopy__(self, memo: dict) -> ExpertShard:
+        """A copied model (an average of the weights, a teacher) computes with the same ranks."""
+        return self
+
+
+def _travel(
+    shard: ExpertShard,
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
+    x_TD: Tensor,
+    gate_up_EFD: Tensor,
+    down_EDH: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+) -> Tensor:
+    """Counts, rows and weights go to the experts, results come back.
+
+    Weights travel with their rows: an expert applies them where its hidden layer is at hand, and no rank has to keep
+    what comes back for the gradient of the weights.
+    """
+    group, held = shard.group, len(gate_up_EFD)
+    order = shard.sort(expert_ids_TK)
+    each = [held] * group.size
+    leaving_RE = order.counts_E.view(group.size, held)
+    coming_RE = group.exchange_rows(order.counts_E, each, each).view(group.size, held)
+    send, receive = torch.stack([leaving_RE.sum(dim=1), coming_RE.sum(dim=1)]).tolist()  # a GPU is waited for once
+    rows_ND = group.exchange(permute(x_TD, order), send, receive)
+    weights_N = group.exchange(weights_TK.flatten()[order.order_N], send, receive)
+    ids_N = torch.arange(held, device=x_TD.device).repeat(group.size)
+    ids_N = ids_N.repeat_interleave(coming_RE.flatten(), output_size=sum(receive))
+    done_ND = compute(rows_ND, gate_up_EFD, down_EDH, ids_N.unsqueeze(1), weights_N.unsqueeze(1))
+    return unpermute(group.exchange(done_ND, receive, send), order)
+
+
+_uncompiled: Any = torch.compiler.disable(_travel)  # how many rows travel follows the data: no compiler can trace it
+
+
+def shard_experts(model: nn.Module, group: Group) -> list[Experts]:
+    """Leaves each rank of ``group`` its part of the experts of every layer in ``model``; returns the layers' experts.
+
+    Rank r keeps experts [r · E / size, (r + 1) · E / size). Parameters keep their names, dtype and device and lose
+    rows: make the optimizer afterwards, and load whole weights before. Forward, and so backward, then has to run on all
+    ranks of the group, equally often and on any number of tokens, 0 among them; its results and gradients are those of
+    the whole layer. The router is not touched: every rank routes its tokens over all E experts.
+
+    The gradient of an expert is the sum over the tokens of the whole group: divide it by what the other gradients are
+    averaged over, and sum it over the ranks that hold the same experts only.
+
+    Raises:
+        ConfigError: no ``Experts`` in the model, or E that the ranks cannot share evenly.
+        StateError: experts that are already shared out, or wrapped by FSDP (call this first).
+
+    >>> from equipoise import MoE
+    >>> [experts.num_experts for experts in shard_experts(MoE(dim=8, hidden=16, num_experts=4, top_k=2), Group())]
+    [4]
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
+    if not layers:
+        raise ConfigError(
+            expected="a model with Experts to share out",
+            got=f"{type(model).__name__} without any",
+            do="build its feed-forward layers from equipoise.MoE",
+        )
+    for name, experts in layers:
+        if experts.num_experts % group.size:
+            raise ConfigError(
+                expected="experts that the ranks can share evenly",
+                got=f"{experts.num_experts} experts in {name or 'the layer'}, {group.size} ranks",
+                do="choose a number of ranks that divides the number of experts",
+            )
+        if experts.shard is not None or any(type(weight) is not nn.Parameter for weight in experts.parameters()):
+            raise StateError(
+                expected="whole experts on every rank",
+                got=f"{name or 'a layer'} that is already shared out or sharded",
+                do="call shard_experts once, before FSDP and before the optimizer is made",
+            )
+    for _, experts in layers:
+        if group.size > 1:
+            experts.shard = ExpertShard(group, experts.num_experts)
+            for name, weight in list(experts.named_parameters()):
+                kept = weight.detach()[experts.shard.mine].clone()
+                setattr(experts, name, nn.Parameter(kept, requires_grad=weight.requires_grad))
+    return [experts for _, experts in layers]
