@@ -17,38 +17,43 @@ from .pressure import Layer
 __all__ = ["attach"]
 
 
-def _routers(model: nn.Module) -> list[tuple[str, Any]]:
-    """By what a router has, not by its class: ``layers`` is no lower floor than this."""
-    return [(name, m) for name, m in model.named_modules() if hasattr(m, "meter") and hasattr(m, "num_experts")]
+def _routers(parts: Sequence[nn.Module]) -> list[tuple[int, str, Any]]:
+    """(part, name, router), by what a router has, not by its class: ``layers`` is no lower floor than this."""
+    found = [
+        (i, name, module)
+        for i, part in enumerate(parts)
+        for name, module in part.named_modules()
+        if hasattr(module, "meter") and hasattr(module, "num_experts")
+    ]
+    if len({name for _, name, _ in found}) == len(found):
+        return found
+    return [(i, f"{i}.{name}", module) for i, name, module in found]
 
 
 def attach(
-    model: nn.Module,
+    parts: Sequence[nn.Module],
     timed: Sequence[Timed],
+    *,
     measure_estimators: bool,
     gradient_norms: bool,
-    micro_sequences: int | None = None,
+    micro_sequences: int | None,
+    shards: int,
+    may_be_empty: bool,
 ) -> list[Layer]:
-    """A meter for every router, and the policies checked against it before anything is changed."""
-    if not timed:
-        raise ConfigError(
-            expected="at least one policy", got="none", do='for example [AuxLoss(scope="global_batch", coef=1e-2)]'
-        )
-    if micro_sequences is not None and micro_sequences < 1:
-        raise ConfigError(
-            expected="sequences_per_micro_batch >= 1",
-            got=repr(micro_sequences),
-            do="leave it out where each micro-batch is a pass of its own",
-        )
-    routers = _routers(model)
-    if not routers:
+    """A meter for every router, and the policies checked against it before anything is changed.
+
+    ``may_be_empty``: a pipeline stage without MoE layers is one of several.
+    """
+    _check_options(timed, micro_sequences)
+    routers = _routers(parts)
+    if not routers and not may_be_empty:
         raise ConfigError(
             expected="a model with MoE layers",
-            got=f"{type(model).__name__} without a router",
+            got=f"{' and '.join(type(part).__name__ for part in parts)} without a router",
             do="build its feed-forward layers from equipoise.MoE or equipoise.Router",
         )
     biases = [t.policy for t in timed if isinstance(t.policy, ExpertBias)]
-    for name, router in routers:
+    for _, name, router in routers:
         if router.meter is not None:
             raise StateError(
                 expected="one balancer per model",
@@ -59,7 +64,7 @@ def attach(
             policy.check_gate(router.gate, router.num_experts)
     terms = tuple(_term(t.policy, micro_sequences) for t in timed if isinstance(t.policy, AuxLoss))
     layers = []
-    for name, router in routers:
+    for part, name, router in routers:
         if biases:
             router.enable_selection_bias()
         has_z_loss = any(isinstance(t.policy, ZLoss) for t in timed)
@@ -72,11 +77,25 @@ def attach(
             gradient_norms,
             micro_sequences,
             measure_estimators,
+            shards,
         )
         router.meter = Meter(plan, next(router.parameters()).device)
-        layers.append(Layer(name, router, router.meter))
+        layers.append(Layer(name, router, router.meter, part))
         layers[-1].forget_step()
     return layers
+
+
+def _check_options(timed: Sequence[Timed], micro_sequences: int | None) -> None:
+    if not timed:
+        raise ConfigError(
+            expected="at least one policy", got="none", do='for example [AuxLoss(scope="global_batch", coef=1e-2)]'
+        )
+    if micro_sequences is not None and micro_sequences < 1:
+        raise ConfigError(
+            expected="sequences_per_micro_batch >= 1",
+            got=repr(micro_sequences),
+            do="leave it out where each micro-batch is a pass of its own",
+        )
 
 
 def _term(policy: AuxLoss, micro_sequences: int | None) -> LocalTerm:

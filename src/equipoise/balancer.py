@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from .attach import attach
+from .checks import check_before_step, check_tokens, saw_nothing
 from .collectives import Ranks
 from .errors import ConfigError, InputError, StateError
-from .policies.expert_bias import ExpertBias
-from .policies.losses import AuxLoss, ZLoss
-from .policies.switch import Policy, timeline
-from .pressure import Layer, MicroStep, bind, step_sums
-from .readout import Committed, fidelity, metrics
-from .tap import tapped
+from .ledger import Ledger
+from .policies.losses import AuxLoss
+from .policies.switch import Policy, losses_at, timeline
+from .pressure import Bound, Layer, MicroStep, bind
+from .readout import Committed, fidelity, fidelity_sums, metrics
+from .shards import sum_tables
+from .tap import MicroBatch, tapped
 from .watch import Watch
 
 __all__ = ["Balancer"]
@@ -28,9 +30,13 @@ class Balancer:
     """Keeps the experts of a model evenly loaded. One object, one line per step: ``loss = balancer.tap(loss)``.
 
     Args:
-        model: any module with ``equipoise.layers.Router`` inside.
+        model: any module with ``equipoise.layers.Router`` inside, or the parts that this rank holds of one (interleaved
+            and zero-bubble pipelines).
         policies: what measures and what pushes; their gradients add up (see ``equipoise.policies``).
         optimizer: whose step ends a step. Default: the torch optimizer that holds the routers' parameters.
+        ranks: which ranks see different tokens, and hold other layers (see ``equipoise.collectives``). Default: all
+            ranks of ``torch.distributed`` hold the same layers and see other sequences. All ranks make their balancer
+            together, and tap equally often in a step.
         reduction: how the engine's losses of a step combine: "mean" (each is a mean; the engine averages them over
             micro-batches and ranks) or "sum" (they add up to the step's loss; needs ``begin_step(tokens=)``).
         sequences_per_micro_batch: for a loop that runs several micro-batches as one pass, which is often faster: scope
@@ -55,7 +61,7 @@ class Balancer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[nn.Module],
         policies: Sequence[Policy],
         *,
         optimizer: torch.optim.Optimizer | None = None,
@@ -72,22 +78,34 @@ class Balancer:
         self.policies = list(policies)
         self._timeline = timeline(self.policies)
         self._reduction = reduction
+        parts = [model] if isinstance(model, nn.Module) else list(model)
         self._ranks = ranks or Ranks.default()
-        self._layers = attach(model, self._timeline, measure_estimators, gradient_norms, sequences_per_micro_batch)
+        self._layers = attach(
+            parts,
+            self._timeline,
+            measure_estimators=measure_estimators,
+            gradient_norms=gradient_norms,
+            micro_sequences=sequences_per_micro_batch,
+            shards=self._ranks.shards.size,
+            may_be_empty=self._ranks.everyone.size > self._ranks.tokens.size,
+        )
+        device = next((p.device for part in parts for p in part.parameters()), torch.device("cpu"))
+        self._ledger = Ledger(self._layers, self._ranks, device)
         self._estimators = ("prefix", "previous", "ema", "filled") if measure_estimators else ()
         self._step = 0
         self._skipped = 0
-        self._micro_steps = 0
+        self._micro_steps = [0] * len(parts)
         self.generation = 0  # rises when a step is over or given up: what was bound before is of no use then
         self._backward: int | None = None  # the backward that was bound and has not ended
+        self._pending: Callable[[], list[Tensor]] | None = None  # the sum of this step, on its way
         self._declared: tuple[float | None, int | None] = (None, None)
         self._committed: list[Committed] | None = None
         self._fidelity: dict[str, dict[str, float]] | None = None
-        self._watch = Watch(model, self._layers)
-        self._watch.listen(self._check_before_step, self._commit, optimizer)
+        self._watch = Watch(parts, self._layers)
+        self._watch.listen(self._before_step, self._commit, optimizer)
         for layer in self._layers:
             layer.meter.owner = self  # a balancer lives as long as its model, also when nobody else keeps it
-        if not any(layer.trainable for layer in self._layers):
+        if self._layers and not any(layer.trainable for layer in self._layers):
             warnings.warn("every router of this model is frozen: loads are measured, nothing is pushed", stacklevel=2)
 
     # ---------------------------------------------------------------- a training step, in order
@@ -99,10 +117,10 @@ class Balancer:
         reduction "mean", ``micro_batches`` (per rank) is needed too, and checked at the step.
         """
         self._drop_if_gradients_were()
-        if self._micro_steps:
+        if any(self._micro_steps):
             raise StateError(
                 expected="begin_step before the first micro-batch of a step",
-                got=f"{self._micro_steps} micro-batches already tapped",
+                got=f"{max(self._micro_steps)} micro-batches already tapped",
                 do="call it right after optimizer.step(); after a skipped step call balancer.discard()",
             )
         if tokens is not None and not tokens > 0:
@@ -118,9 +136,7 @@ class Balancer:
     @property
     def needs_counting(self) -> bool:
         """Whether a step of several micro-batches needs a counting pass: estimator "exact", scope "shuffle"."""
-        return any(
-            isinstance(t.policy, AuxLoss) and t.policy.needs_counting and t.active(self._step) for t in self._timeline
-        )
+        return any(loss.needs_counting for loss in losses_at(self._timeline, self._step))
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -129,10 +145,10 @@ class Balancer:
         The model stays in training mode, so that dropout draws what it will draw again.
         """
         self._drop_if_gradients_were()
-        if self._micro_steps:
+        if any(self._micro_steps):
             raise StateError(
                 expected="the counting pass before the first micro-batch of a step",
-                got=f"{self._micro_steps} micro-batches already tapped",
+                got=f"{max(self._micro_steps)} micro-batches already tapped",
                 do="count first, then train",
             )
         for layer in self._layers:
@@ -148,16 +164,17 @@ class Balancer:
         except BaseException:
             self.discard()
             raise
-        taken = [layer.meter.take()[0] for layer in self._layers]
-        if self._saw_nothing(taken):
+        taken = [layer.meter.take().statistics for layer in self._layers]
+        if saw_nothing(self._layers, taken):
             raise StateError(
                 expected="the step's micro-batches forward through the routers in training mode",
                 got="a counting pass in which no router ran in training mode",
                 do="call model.train() first; the pass itself needs no gradients",
             )
-        for layer, counted in zip(self._layers, self._sum(taken), strict=True):
+        for layer, counted in zip(self._layers, self._ledger.sum_tokens(taken), strict=True):
             layer.counted = counted
-            layer.pool, layer.meter.pool = layer.meter.pool, None
+            pool, layer.meter.pool = layer.meter.pool, None
+            layer.pool = None if pool is None else [self._ranks.tokens.gather_rows(torch.cat(pool))]
             layer.history.counted_E = counted[: layer.meter.plan.num_experts]
 
     def tap(self, loss: Tensor, *, scale: float | None = None) -> Tensor:
@@ -173,7 +190,9 @@ class Balancer:
             for layer in self._layers:
                 layer.meter.clear_slots(first=2)  # and not a training forward whose loss is still to be tapped
             return loss
-        if not any(layer.router.training for layer in self._layers):
+        part = self._watch.last_part
+        layers = self._of(part)
+        if not any(layer.router.training for layer in layers):
             return loss
         if scale is None and loss.numel() != 1:
             raise InputError(
@@ -181,22 +200,24 @@ class Balancer:
                 got=f"shape {tuple(loss.shape)}",
                 do="tap the mean loss, or pass scale= with a stage's activations",
             )
-        taken = [layer.meter.take() for layer in self._layers]
-        if self._saw_nothing([statistics for statistics, _ in taken]):
+        taken = [layer.meter.take() for layer in layers]
+        if saw_nothing(layers, [one.statistics for one in taken]):
             raise StateError(
                 expected="a forward of the routers in training mode before each tap",
                 got="none since the last tap",
                 do="tap each loss once, right after its own forward and before the next one",
             )
-        return tapped(loss, self, taken, scale)
+        return tapped(loss, self, MicroBatch(part, taken), scale)
 
     def discard(self) -> None:
         """Forgets the micro-batches since the last step: after out-of-memory, or with ``zero_grad`` without a step."""
         for layer in self._layers:
             layer.forget_step()
-        self._micro_steps = 0
+        if self._pending is not None:  # others take part in it
+            self._pending()
+        self._pending = self._backward = None
+        self._micro_steps = [0] * len(self._micro_steps)
         self.generation += 1
-        self._backward = None
         self._declared = (None, None)
         self._watch.step_is_over()
 
@@ -257,37 +278,52 @@ class Balancer:
 
     # ---------------------------------------------------------------- backward and the optimizer call these
 
-    def bind(self, scale: Tensor, taken: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """The start of a backward: one collective at most, then the pressure of every router, per unit of scale."""
+    def bind(self, scale: Tensor, micro_batch: MicroBatch) -> list[Bound]:
+        """The start of a backward: one collective at most, then what each router's backward will read."""
         self._drop_what_failed()
         self._drop_if_gradients_were()
-        self._watch.check_no_unseen_step(self._micro_steps)
-        self._micro_steps += 1
-        if self._reduction == "sum" and self._declared[0] is None and self._layers[0].counted is None:
+        self._watch.check_no_unseen_step(sum(self._micro_steps))
+        self._ranks.check_default()
+        part, taken = micro_batch
+        layers = self._of(part)
+        self._micro_steps[part] += 1
+        if self._reduction == "sum" and self._declared[0] is None and layers[0].counted is None:
             raise StateError(
                 expected="the step's tokens, because the losses add up (reduction='sum')",
                 got="no begin_step",
                 do="call balancer.begin_step(tokens=...) before the first micro-batch",
             )
-        micro = MicroStep(self._step, self._micro_steps, self._reduction, *self._declared, self._ranks.tokens.size)
-        counts = [t[: layer.meter.plan.num_experts] for layer, (t, _) in zip(self._layers, taken, strict=True)]
-        if any(
-            isinstance(t.policy, AuxLoss) and t.policy.needs_current and t.active(self._step) for t in self._timeline
-        ):
-            counts = self._sum(counts)
+        tokens = self._ranks.tokens
+        number = self._micro_steps[part]
+        micro = MicroStep(self._step, number, self._reduction, *self._declared, tokens.size, tokens.rank)
+        counts = [one.statistics[: layer.meter.plan.num_experts] for layer, one in zip(layers, taken, strict=True)]
+        if self._needs_current(counted=layers[0].counted is not None):
+            counts = self._ledger.sum_tokens(counts)
+        sharded = self._ranks.shards.size > 1
+        summed = sum_tables(taken, self._ranks.shards) if sharded else [[] for _ in taken]
         return [
-            bind(layer, self._timeline, statistics, gram_EE, global_E, micro, scale, self._estimators)
-            for layer, (statistics, gram_EE), global_E in zip(self._layers, taken, counts, strict=True)
+            bind(layer, self._timeline, one, tables, global_E, micro, scale, self._estimators)
+            for layer, one, tables, global_E in zip(layers, taken, summed, counts, strict=True)
         ]
 
-    def press(self, per_scale: list[Tensor], scale: Tensor, *, count: bool) -> None:
-        for layer, pressure in zip(self._layers, per_scale, strict=True):
-            layer.press(pressure, scale, count=count)
+    def press(self, part: int, bound: list[Bound], scale: Tensor, *, count: bool) -> None:
+        for layer, one in zip(self._of(part), bound, strict=True):
+            layer.press(one, scale, count=count)
         self._backward = torch._C._current_graph_task_id()
+
+    def _of(self, part: int) -> list[Layer]:
+        return [layer for layer in self._layers if layer.part == part]
+
+    def _needs_current(self, *, counted: bool) -> bool:
+        """Whether a policy has to know this micro-step's load on all ranks; after a counting pass "exact" does not."""
+        losses = losses_at(self._timeline, self._step)
+        return bool(self._estimators) or any(
+            loss.needs_current and not (counted and loss.needs_counting) for loss in losses
+        )
 
     def _drop_if_gradients_were(self) -> None:
         """A step that was skipped (GradScaler) or zeroed leaves no trace here either."""
-        if self._micro_steps and self._watch.gradients_were_dropped():
+        if any(self._micro_steps) and self._watch.gradients_were_dropped():
             declared = self._declared
             self._skipped += not self._watch.inside_closure
             self.discard()
@@ -301,7 +337,7 @@ class Balancer:
         if self._watch.has_gradients:
             raise StateError(
                 expected="each backward to end",
-                got=f"micro-batch {self._micro_steps}, whose backward stopped on an error with part of the gradients",
+                got=f"one that stopped on an error in micro-batch {max(self._micro_steps)}, with part of the gradients",
                 do="call optimizer.zero_grad() and balancer.discard(), then repeat the step",
             )
         self._skipped += 1
@@ -314,76 +350,42 @@ class Balancer:
             layer.meter.clear_slots()
             layer.release()
 
-    def _saw_nothing(self, taken: list[Tensor]) -> bool:
-        """Whether no router ran. Only asked on the CPU: a GPU is not made to wait for the answer."""
-        if any(statistics.device.type != "cpu" for statistics in taken):
-            return False
-        return not any(
-            bool(statistics[layer.meter.plan.at("calls")] > 0)
-            for layer, statistics in zip(self._layers, taken, strict=True)
-        )
-
-    def _check_before_step(self) -> None:
-        pushes = any(isinstance(t.policy, AuxLoss | ZLoss) and t.active(self._step) for t in self._timeline)
-        counted = any(layer.meter.leaf.grad is not None for layer in self._layers)
-        if self._micro_steps == 0 and pushes and any(layer.trainable for layer in self._layers):
-            raise StateError(
-                expected="loss = balancer.tap(loss) before backward in every step",
-                got="an optimizer step whose backward passed no tap"
-                if counted
-                else "an optimizer step without a tapped backward of the balanced layers in training mode",
-                do="tap the loss, put the model in train() mode, or balancer.remove() to train without balance",
-            )
-        if self._micro_steps == 0 and not counted:
-            raise StateError(
-                expected="a backward through the routers in training mode before the step",
-                got="none",
-                do="call model.train(), or balancer.remove() to train without balance",
-            )
-        declared = self._declared[1]
-        if declared is not None and declared != self._micro_steps:
-            raise StateError(
-                expected=f"{declared} micro-batches, as begin_step said",
-                got=f"{self._micro_steps} tapped",
-                do="declare what the step has: the balance gradient was scaled by it",
-            )
+    def _before_step(self) -> None:
+        """Right before the optimizer: all gradients are there, so the sum may travel while the optimizer works."""
+        if self._layers:
+            check_before_step(self._layers, self._timeline, self._step, self._micro_steps, self._declared[1])
+        self._pending = self._ledger.start()
 
     def _commit(self) -> None:
         """The only place where state changes: one sum over ranks for all layers, then histories, biases, metrics."""
-        self._check_before_step()
-        sums = self._sum([step_sums(layer) for layer in self._layers])
-        decays = {
-            t.policy.decay for t in self._timeline if isinstance(t.policy, AuxLoss) and t.policy.estimator == "ema"
-        }
+        if self._pending is None:  # a closure optimizer, or step() by hand
+            self._before_step()
+        assert self._pending is not None
+        sums, self._pending = self._pending(), None
         self._committed = []
         with torch.no_grad():
-            for layer, summed in zip(self._layers, sums, strict=True):
-                plan = layer.meter.plan
-                statistics, values = summed[: plan.size], summed[plan.size :]
-                self._move_bias(layer, statistics[: plan.num_experts])
-                bias_E = layer.router.expert_bias
-                self._committed.append(
-                    Committed(layer.name, plan, statistics, values, None if bias_E is None else bias_E.clone())
-                )
-        if self._estimators and all(layer.step_fidelity for layer in self._layers):
-            self._fidelity = fidelity(
-                [layer.step_fidelity for layer in self._layers], [c.counts_E for c in self._committed]
-            )
-        for layer, committed in zip(self._layers, self._committed, strict=True):
-            layer.history.commit(committed.counts_E, decays | ({0.9} if self._estimators else set()))
+            for entry, summed in zip(self._ledger.entries, sums, strict=True):
+                bias_E = None
+                if entry.owner is not None:
+                    layer = self._layers[entry.owner]
+                    layer.move_bias(self._timeline, summed[: entry.plan.num_experts], self._step)
+                    bias_E = None if layer.router.expert_bias is None else layer.router.expert_bias.clone()
+                self._committed.append(Committed(entry.name, entry.plan, summed, bias_E))
+        counts = {entry.owner: c.counts_E for entry, c in zip(self._ledger.entries, self._committed, strict=True)}
+        own = [counts[place] for place in range(len(self._layers))]
+        if self._estimators:
+            known = fidelity_sums(self._estimators, [layer.step_fidelity for layer in self._layers], own)
+            self._fidelity = fidelity(self._estimators, self._ranks.everyone.sum(known))
+        losses = [t.policy for t in self._timeline if isinstance(t.policy, AuxLoss)]
+        decays = {loss.decay for loss in losses if loss.estimator == "ema"} | ({0.9} if self._estimators else set())
+        for layer, counts_E in zip(self._layers, own, strict=True):
+            layer.history.commit(counts_E, decays)
+        declared, passes = self._declared[0], max(self._micro_steps) * self._ranks.tokens.size
         self._step += 1
         self.discard()
-
-    def _move_bias(self, layer: Layer, counts_E: Tensor) -> None:
-        if not layer.trainable:  # a frozen router must go on choosing the same experts (B48)
-            return
-        for place, timed in enumerate(self._timeline):
-            if isinstance(timed.policy, ExpertBias) and timed.active(self._step):
-                momentum_E = layer.momentum.get(place, torch.zeros_like(counts_E))
-                bias_E, layer.momentum[place] = timed.policy.step(
-                    layer.router.expert_bias, counts_E, momentum_E, self._step
-                )
-                layer.router.expert_bias.copy_(bias_E)
+        for entry, summed in zip(self._ledger.entries, sums, strict=True):
+            if entry.owner is not None:
+                check_tokens(self._layers[entry.owner], summed, declared, passes)
 
     def _last(self) -> list[Committed]:
         if self._committed is None:
@@ -391,8 +393,3 @@ class Balancer:
                 expected="a committed optimizer step", got="none yet", do="call this after optimizer.step()"
             )
         return self._committed
-
-    def _sum(self, tensors: list[Tensor]) -> list[Tensor]:
-        """One collective for all layers, whatever their number of experts."""
-        flat = self._ranks.tokens.sum(torch.cat(tensors))
-        return list(flat.split([t.numel() for t in tensors]))

@@ -80,6 +80,17 @@ class Group:
             dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=self.group)
         return received
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows (N, ...) of all ranks, in their order; N may differ."""
+        if self.size == 1:
+            return rows
+        sizes = torch.zeros(self.size, dtype=torch.int64, device=rows.device)
+        sizes[self.rank] = len(rows)
+        ends = self.sum(sizes).cumsum(0).tolist()
+        gathered = rows.new_zeros(ends[-1], *rows.shape[1:])
+        gathered[ends[self.rank] - len(rows) : ends[self.rank]] = rows
+        return self.sum(gathered)
+
     def _start(self, tensor: Tensor, operation: Any) -> Callable[[], Tensor]:
         if self.size == 1:
             return lambda: tensor
@@ -144,6 +155,7 @@ class Ranks:
     tokens: Group = ALONE
     shards: Group = ALONE
     everyone: Group = field(default=None)  # type: ignore[assignment]
+    assumed: bool = False  # nobody named them
 
     def __post_init__(self) -> None:
         if self.everyone is None:
@@ -159,7 +171,16 @@ class Ranks:
     @staticmethod
     def default() -> Ranks:
         """All ranks hold the same layers and see different sequences: data parallelism of every kind."""
-        return Ranks(Group.world())
+        return Ranks(Group.world(), assumed=True)
+
+    def check_default(self) -> None:
+        """Raises StateError where ranks were assumed before ``torch.distributed`` knew all of them."""
+        if self.assumed and Group.world().size != self.everyone.size:
+            raise StateError(
+                expected="torch.distributed to be initialised before the balancer is made",
+                got=f"a balancer of {self.everyone.size} rank among {Group.world().size}",
+                do="call init_process_group first, or pass ranks=Ranks() to balance each rank by itself",
+            )
 
     @staticmethod
     def of_mesh(
@@ -198,4 +219,3 @@ class Ranks:
 
         tokens = group([*data, *shards])
         return Ranks(tokens, group(shards), group([*pipeline, *data, *shards]) if pipeline else tokens)
-

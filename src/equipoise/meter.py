@@ -7,6 +7,8 @@ micro-batches and ranks is all it takes. Legend: T tokens, B sequences, S tokens
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -17,7 +19,18 @@ from .functional.losses import load_fractions
 from .functional.metrics import maxvio
 from .functional.routing import count_choices, gate_probs, gate_slope
 
-__all__ = ["Batch", "ForwardPass", "LocalTerm", "Measured", "Meter", "Plan", "measure"]
+__all__ = [
+    "Batch",
+    "ForwardPass",
+    "LocalTerm",
+    "Measured",
+    "Meter",
+    "Plan",
+    "Tables",
+    "Taken",
+    "measure",
+    "shared_counts",
+]
 
 SCALARS = ("tokens", "calls", "sequences", "topk_score", "lse_square", "maxvio_sequence", "maxvio_micro_batch", "rows")
 
@@ -25,7 +38,8 @@ SCALARS = ("tokens", "calls", "sequences", "topk_score", "lse_square", "maxvio_s
 class Batch(NamedTuple):
     """How the T tokens that reach a router lie: B sequences of T / B tokens, which are real, and where documents end.
 
-    ``document_T`` numbers the documents of a pack inside the micro-batch: integers in [0, T).
+    ``document_T`` numbers the documents of a pack inside the micro-batch: integers in [0, T), or in [0, T * shards)
+    where other ranks hold the rest of each sequence.
     """
 
     num_sequences: int = 1
@@ -52,6 +66,7 @@ class Plan(NamedTuple):
     norms: bool = True  # squared gradient norms of every term and of the language-model loss at the logits
     micro_sequences: int | None = None  # sequences of one micro-batch where several run as one pass
     gram: bool = False  # sum of J^T J over tokens: turns any difference in f into a difference of gradients
+    shards: int = 1  # ranks that hold parts of the same sequences: the tap adds up their loads
 
     @property
     def unbiased(self) -> bool:
@@ -84,6 +99,20 @@ class Plan(NamedTuple):
         return len(self.terms) * (self.num_experts + 1) + 2
 
 
+class Tables(NamedTuple):
+    """What one call of a router shares with the ranks that hold other parts of its B sequences.
+
+    C = 1, the dispatched choices, or 2 with the unbiased ones behind; R rows of documents, numbered by ``document_T``.
+    """
+
+    fraction_NBE: Tensor  # f of the local terms as this rank alone sees it: recognises the call in backward
+    counts_CBE: Tensor
+    probs_BE: Tensor
+    counts_CRE: Tensor | None
+    probs_RE: Tensor | None
+    document_T: Tensor | None
+
+
 class Measured(NamedTuple):
     """One micro-batch at one router, as forward sees it; none of it carries a gradient."""
 
@@ -92,10 +121,19 @@ class Measured(NamedTuple):
     fraction_NBE: Tensor  # f of the local terms per sequence; zero rows for the others
     fraction_NTE: Tensor | None  # f of the document terms per token
     gram_EE: Tensor | None
+    tables: Tables | None  # where the plan is sharded
+
+
+class Taken(NamedTuple):
+    """What forward proposed at one router for one micro-batch, on this rank."""
+
+    statistics: Tensor  # (plan.forward_size,), added up over the calls of the router
+    gram_EE: Tensor
+    tables: list[Tables]  # one per call
 
 
 class ForwardPass:
-    """How the whole model is being run: set around its forward, shared by its meters."""
+    """How a part of the model is being run: set around its forward, shared by its meters."""
 
     without_grad = False
 
@@ -116,18 +154,28 @@ class Meter:
         square = (plan.num_experts, plan.num_experts) if plan.gram else (0, 0)
         self.slots = [torch.zeros(plan.forward_size, dtype=torch.float64, device=device) for _ in range(3)]
         self.grams = [torch.zeros(square, dtype=torch.float64, device=device) for _ in range(3)]
+        self.tables: list[list[Tables]] = [[], [], []]
+        self.late: list = []  # per call, what the tap made of its tables: see `equipoise.shards`
+        self.key = _METERS.enter(self)
         self.pool: list[Tensor] | None = None  # expert ids of a counting pass, kept for the shuffle control only
         self.owner: object = None  # the balancer: it has to live as long as the model it balances
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """(statistics, gram) of the micro-batch that just went forward, and empties the slots."""
+    @staticmethod
+    def of(key: int) -> Meter:
+        """The meter with this ``key``: how an operator inside a compiled graph finds it."""
+        return _METERS.meters[key]
+
+    def take(self) -> Taken:
+        """The micro-batch that just went forward; empties the slots."""
         calls = self.plan.at("calls")
         taken, gram = self.slots[2], self.grams[2]
         for which in (1, 0):  # the first that saw anything
             ran = self.slots[which][calls] > 0
             taken, gram = torch.where(ran, self.slots[which], taken), torch.where(ran, self.grams[which], gram)
+        tables = next((tables for tables in self.tables if tables), [])
+        taken = Taken(taken.clone(), gram.clone(), tables)
         self.clear_slots()
-        return taken.clone(), gram.clone()
+        return taken
 
     @property
     def which_slot(self) -> int:
@@ -137,6 +185,7 @@ class Meter:
     def clear_slots(self, first: int = 0) -> None:
         for slot in (*self.slots[first:], *self.grams[first:]):
             slot.data.zero_()
+        self.tables[first:] = [[] for _ in self.tables[first:]]
 
     def move(self, device: torch.device) -> None:
         """Follows the model to another device, statistics included."""
@@ -159,6 +208,22 @@ class Meter:
         return type(None), ()  # the same for pickled models
 
 
+class _Meters:
+    """Every meter by its number, for as long as it lives."""
+
+    def __init__(self) -> None:
+        self.meters: weakref.WeakValueDictionary[int, Meter] = weakref.WeakValueDictionary()
+        self._numbers = itertools.count()
+
+    def enter(self, meter: Meter) -> int:
+        key = next(self._numbers)
+        self.meters[key] = meter
+        return key
+
+
+_METERS = _Meters()
+
+
 @torch.no_grad()
 def measure(plan: Plan, logits_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, batch: Batch) -> Measured:
     """All statistics of one micro-batch at one router. ``counts_BE`` are the dispatched choices per sequence."""
@@ -174,12 +239,16 @@ def measure(plan: Plan, logits_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, ba
     else:
         plain_TK, plain_BE = ids_TK, counts_BE
 
+    of_documents: dict[bool, Tensor] = {}  # unbiased or not -> (R, E) counts
     fraction_BE, values, documents = [], [], []
     for term in plan.terms:
-        term_BE = _shared_counts(plain_BE if term.unbiased else counts_BE, term)
+        term_BE = shared_counts(plain_BE if term.unbiased else counts_BE, term)
         fraction_BE.append(load_fractions(term_BE))
         if term.kind == "document":
-            fraction_TE = _document_fractions(plain_TK if term.unbiased else ids_TK, num_experts, batch)
+            if term.unbiased not in of_documents:
+                chosen_TK = plain_TK if term.unbiased else ids_TK
+                of_documents[term.unbiased] = _document_counts(chosen_TK, plan, batch)
+            fraction_TE = load_fractions(of_documents[term.unbiased])[batch.document_T]
             documents.append(fraction_TE.to(probs_TE.dtype))
             values.append((fraction_TE * valid_TE).sum(dtype=torch.float64))
         else:
@@ -193,7 +262,30 @@ def measure(plan: Plan, logits_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, ba
     if values:
         parts.append(num_experts * torch.stack(values))
     gram_EE = _gram(valid_TE, gate_slope(logits_TE, plan.gate)) if plan.gram else None
-    return Measured(probs_TE, torch.cat(parts), fraction_NBE, torch.stack(documents) if documents else None, gram_EE)
+    tables = None
+    if plan.shards > 1:
+        counts_CBE = torch.stack([counts_BE, plain_BE] if plan.unbiased else [counts_BE])
+        tables = _tables(fraction_NBE, counts_CBE, probs_BE, of_documents, valid_TE, batch)
+    fraction_NTE = torch.stack(documents) if documents else None
+    return Measured(probs_TE, torch.cat(parts), fraction_NBE, fraction_NTE, gram_EE, tables)
+
+
+def _tables(
+    fraction_NBE: Tensor,
+    counts_CBE: Tensor,
+    probs_BE: Tensor,
+    of_documents: dict[bool, Tensor],
+    valid_TE: Tensor,
+    batch: Batch,
+) -> Tables:
+    if not of_documents:
+        return Tables(fraction_NBE, counts_CBE.double(), probs_BE, None, None, None)
+    any_RE = next(iter(of_documents.values()))
+    kinds = [False, True][: len(counts_CBE)]
+    counts_CRE = torch.stack([of_documents.get(kind, torch.zeros_like(any_RE)) for kind in kinds])
+    assert batch.document_T is not None
+    probs_RE = torch.zeros_like(any_RE, dtype=torch.float64).index_add_(0, batch.document_T, valid_TE.double())
+    return Tables(fraction_NBE, counts_CBE.double(), probs_BE, counts_CRE.double(), probs_RE, batch.document_T)
 
 
 def _scalars(
@@ -202,7 +294,7 @@ def _scalars(
     """The SCALARS, in order, as fp64."""
     counts_E = counts_BE.sum(dim=0)
     tokens = counts_E.sum().double() / plan.top_k  # an int64 tensor over an int would be fp32
-    micro_BE = _shared_counts(counts_BE, LocalTerm("sequences", plan.micro_sequences or 1))
+    micro_BE = shared_counts(counts_BE, LocalTerm("sequences", plan.micro_sequences or 1))
     full_B = (counts_BE.sum(dim=-1) > 0).double()
     one = torch.ones((), dtype=torch.float64, device=logits_TE.device)
     lse_square = torch.zeros_like(one)
@@ -223,7 +315,7 @@ def _scalars(
     )
 
 
-def _shared_counts(counts_BE: Tensor, term: LocalTerm) -> Tensor:
+def shared_counts(counts_BE: Tensor, term: LocalTerm) -> Tensor:
     """Counts that each sequence's f is made of: its own, those of its group of n, or the whole micro-batch's."""
     num_sequences, num_experts = counts_BE.shape
     if term.kind == "micro_batch" or (term.kind == "sequences" and term.sequences >= num_sequences > 1):
@@ -238,7 +330,8 @@ def _shared_counts(counts_BE: Tensor, term: LocalTerm) -> Tensor:
     return torch.zeros_like(counts_BE)
 
 
-def _document_fractions(ids_TK: Tensor, num_experts: int, batch: Batch) -> Tensor:
+def _document_counts(ids_TK: Tensor, plan: Plan, batch: Batch) -> Tensor:
+    """(R, E) choices of each document."""
     if batch.document_T is None:
         raise InputError(
             expected="document_ids for a policy with scope 'document'",
@@ -246,11 +339,11 @@ def _document_fractions(ids_TK: Tensor, num_experts: int, batch: Batch) -> Tenso
             do="pass document_ids_BS to the MoE layer, or balance per sequence",
         )
     tokens, top_k = ids_TK.shape
-    flat_TK = batch.document_T.unsqueeze(1) * num_experts + ids_TK
+    flat_TK = batch.document_T.unsqueeze(1) * plan.num_experts + ids_TK
     one_T = torch.ones_like(batch.document_T) if batch.token_mask_T is None else batch.token_mask_T.long()
-    counts = torch.zeros(tokens * num_experts, dtype=torch.int64, device=ids_TK.device)
+    counts = torch.zeros(tokens * plan.shards * plan.num_experts, dtype=torch.int64, device=ids_TK.device)
     counts.scatter_add_(0, flat_TK.reshape(-1), one_T.unsqueeze(1).expand(-1, top_k).reshape(-1))
-    return load_fractions(counts.view(tokens, num_experts))[batch.document_T]
+    return counts.view(-1, plan.num_experts)
 
 
 def _gram(valid_TE: Tensor, slope_TE: Tensor) -> Tensor:

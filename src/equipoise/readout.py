@@ -15,7 +15,9 @@ from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss, ZLoss
 from .policies.switch import Timed
 
-__all__ = ["Committed", "fidelity", "metrics"]
+__all__ = ["Committed", "fidelity", "fidelity_sums", "metrics"]
+
+SUMMED = ("dead_experts", "recompute_flips")  # over layers, where others are averaged
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,17 @@ class Committed:
 
     name: str
     plan: Plan
-    statistics: Tensor  # (plan.size,) fp64
-    values: Tensor  # (N,) late part of the policies' loss values
+    sums: Tensor  # (sums_size(plan),) fp64
     bias_E: Tensor | None
+
+    @property
+    def statistics(self) -> Tensor:
+        return self.sums[: self.plan.size]
+
+    @property
+    def values(self) -> Tensor:
+        """(N,) late part of the policies' loss values."""
+        return self.sums[self.plan.size : -1]
 
     @property
     def counts_E(self) -> Tensor:
@@ -37,12 +47,12 @@ class Committed:
 
 
 def metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step: int, skipped: int) -> dict[str, float]:
-    """Flat names to numbers: ``balance/x`` is a mean over layers (dead experts: a sum), ``balance/layer_03/x`` one."""
+    """Flat names to numbers: ``balance/x`` is a mean over layers (SUMMED: a sum), ``balance/layer_03/x`` one."""
     per_layer = [_layer_metrics(layer) for layer in layers]
     named = {f"layer_{i:02d}/{key}": value for i, values in enumerate(per_layer) for key, value in values.items()}
     for key in dict.fromkeys(key for values in per_layer for key in values):
         stacked = torch.stack([values[key] for values in per_layer if key in values])  # not every layer has a bias
-        named[key] = stacked.sum() if key == "dead_experts" else stacked.mean()
+        named[key] = stacked.sum() if key in SUMMED else stacked.mean()
     named |= _policy_metrics(layers, timeline, step)
     named["tokens"] = layers[0].of("tokens")
     numbers = torch.stack([value.double() for value in named.values()]).tolist()  # the only wait for the device
@@ -62,6 +72,7 @@ def _layer_metrics(layer: Committed) -> dict[str, Tensor]:
         "entropy_global": normalized_entropy(counts_E),
         "dead_experts": dead_experts(counts_E).double(),
         "topk_score": layer.of("topk_score") / tokens,
+        "recompute_flips": layer.sums[-1],
     }
     if layer.bias_E is not None:
         found["bias_max"] = layer.bias_E.abs().max().double()
@@ -95,28 +106,32 @@ def _policy_metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step
     return named
 
 
-def fidelity(
-    step_fidelity: Sequence[list[tuple[dict[str, Tensor], Tensor]]], counts: Sequence[Tensor]
-) -> dict[str, dict[str, float]]:
-    """Relative error and cosine of each estimator's gradient at the logits against that of the whole step's f.
+def fidelity_sums(
+    names: Sequence[str], step_fidelity: Sequence[list[tuple[dict[str, Tensor], Tensor]]], counts: Sequence[Tensor]
+) -> Tensor:
+    """(1 + 3 * names,) what `fidelity` needs of one rank, to be added up over ranks.
 
-    The gradient is linear in f, so both follow from f^T G f with G the Gram matrix of a micro-batch.
+    The gradient is linear in f, so its error and cosine follow from f^T G f with G the Gram matrix of a micro-batch.
     """
-    names = list(step_fidelity[0][0][0])
-    error = dict.fromkeys(names, 0.0)
-    cross, own = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    exact = 0.0
+    sums = torch.zeros(1 + 3 * len(names), dtype=torch.float64, device=counts[0].device if counts else None)
     for micro_batches, counts_E in zip(step_fidelity, counts, strict=True):
         truth_E = load_fractions(counts_E)
         for known, gram_EE in micro_batches:
-            exact += float(truth_E @ gram_EE @ truth_E)
-            for name, fraction_E in known.items():
+            terms = [truth_E @ gram_EE @ truth_E]
+            for name in names:
+                fraction_E = known[name]
                 off_E = fraction_E - truth_E
-                error[name] += float(off_E @ gram_EE @ off_E)
-                cross[name] += float(fraction_E @ gram_EE @ truth_E)
-                own[name] += float(fraction_E @ gram_EE @ fraction_E)
+                terms += [off_E @ gram_EE @ off_E, fraction_E @ gram_EE @ truth_E, fraction_E @ gram_EE @ fraction_E]
+            sums += torch.stack(terms)
+    return sums
+
+
+def fidelity(names: Sequence[str], sums: Tensor) -> dict[str, dict[str, float]]:
+    """Relative error and cosine of each estimator's gradient at the logits against that of the whole step's f."""
+    exact, *rest = sums.tolist()
     exact = max(exact, 1e-300)
-    return {
-        "relative_error": {name: (max(error[name], 0.0) / exact) ** 0.5 for name in names},
-        "cosine": {name: cross[name] / max((exact * own[name]) ** 0.5, 1e-300) for name in names},
-    }
+    found: dict[str, dict[str, float]] = {"relative_error": {}, "cosine": {}}
+    for name, error, cross, own in zip(names, rest[::3], rest[1::3], rest[2::3], strict=True):
+        found["relative_error"][name] = (max(error, 0.0) / exact) ** 0.5
+        found["cosine"][name] = cross / max((exact * own) ** 0.5, 1e-300)
+    return found

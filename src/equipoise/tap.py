@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Tapped", "tapped"]
+from .meter import Taken
+from .pressure import Bound
+
+__all__ = ["MicroBatch", "Tapped", "tapped"]
+
+
+class MicroBatch(NamedTuple):
+    """What one forward of one part of the model proposed."""
+
+    part: int
+    taken: list[Taken]  # one per router of that part
 
 
 class Tapped(Protocol):
@@ -15,11 +25,11 @@ class Tapped(Protocol):
 
     generation: int  # changes when a step is over or given up
 
-    def bind(self, scale: Tensor, taken: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Adds a micro-batch to the step; returns the pressure of every router per unit of scale."""
+    def bind(self, scale: Tensor, micro_batch: MicroBatch) -> list[Bound]:
+        """Adds a micro-batch to the step; returns what its backward will read at each router of that part."""
         ...
 
-    def press(self, per_scale: list[Tensor], scale: Tensor, *, count: bool) -> None:
+    def press(self, part: int, bound: list[Bound], scale: Tensor, *, count: bool) -> None:
         """Writes the pressure that the routers' backward will read."""
         ...
 
@@ -28,15 +38,15 @@ class Tapped(Protocol):
         ...
 
 
-def tapped(loss: Tensor, balancer: Tapped, taken: list[tuple[Tensor, Tensor]], scale: float | None) -> Tensor:
-    """Returns ``loss``; ``taken`` is what forward proposed, ``scale`` replaces the gradient that arrives."""
-    return _Tap.apply(loss, balancer, taken, scale)
+def tapped(loss: Tensor, balancer: Tapped, micro_batch: MicroBatch, scale: float | None) -> Tensor:
+    """Returns ``loss``; ``scale`` replaces the gradient that arrives."""
+    return _Tap.apply(loss, balancer, micro_batch, scale)
 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss, balancer, taken, scale):
-        ctx.balancer, ctx.taken, ctx.scale = balancer, taken, scale
+    def forward(ctx, loss, balancer, micro_batch, scale):
+        ctx.balancer, ctx.micro_batch, ctx.scale = balancer, micro_batch, scale
         ctx.bound, ctx.generation = None, None
         return loss.view_as(loss)
 
@@ -47,8 +57,8 @@ class _Tap(torch.autograd.Function):
         scale = (grad if ctx.scale is None else grad.new_full((), ctx.scale)).detach()
         again = ctx.generation == balancer.generation  # a second backward of this loss: pushes again, counts nothing
         if not again:
-            ctx.bound = balancer.bind(scale, ctx.taken)
+            ctx.bound = balancer.bind(scale, ctx.micro_batch)
             ctx.generation = balancer.generation
-        balancer.press(ctx.bound, scale, count=not again)
+        balancer.press(ctx.micro_batch.part, ctx.bound, scale, count=not again)
         torch.autograd.Variable._execution_engine.queue_callback(balancer.end_backward)
         return grad, None, None, None

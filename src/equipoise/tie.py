@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .functional.routing import gate_slope
 from .meter import Batch, Measured, Meter, Plan, measure
+from .shards import late_fractions, propose
 
 __all__ = ["probe", "tie"]
 
@@ -52,6 +53,7 @@ def tie(
         batch.token_mask_T,
         meter.pressure,
         meter.plan,
+        meter.key,
     )
 
 
@@ -74,6 +76,8 @@ def _propose(meter: Meter, measured: Measured, ids_TK: Tensor, batch: Batch) -> 
         meter.slots[which].add_(measured.statistics)
         if measured.gram_EE is not None:
             meter.grams[which].add_(measured.gram_EE)
+        if measured.tables is not None:
+            propose(meter, which, measured.tables)
         if meter.pool is not None and which > 0:  # a counting pass of the shuffle control
             meter.pool.append(ids_TK if batch.token_mask_T is None else ids_TK[batch.token_mask_T])
 
@@ -81,13 +85,13 @@ def _propose(meter: Meter, measured: Measured, ids_TK: Tensor, batch: Batch) -> 
 class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, weights_TK, logits_TE, _leaf, probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, pressure, plan
+        ctx, weights_TK, logits_TE, _leaf, probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, pressure, plan, key
     ):
         # softmax needs only its probabilities in backward; other gates and the z-loss need the logits too
         logits_TE_or_none = logits_TE if plan.z_loss or plan.gate != "softmax" else None
         in_graph = _keep_pressure(ctx, pressure)
         ctx.save_for_backward(probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE_or_none, *in_graph)
-        ctx.plan, ctx.logits_dtype = plan, logits_TE.dtype
+        ctx.plan, ctx.key, ctx.logits_dtype = plan, key, logits_TE.dtype
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
@@ -95,10 +99,12 @@ class _Tie(torch.autograd.Function):
         (grad_weights_TK,) = grad_outputs
         probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE, *in_graph = ctx.saved_tensors
         plan, pressure = ctx.plan, _late(in_graph, ctx, grad_weights_TK)
+        if plan.shards > 1:
+            fraction_NBE, fraction_NTE = late_fractions(ctx.key, grad_weights_TK, fraction_NBE, fraction_NTE)
         push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)
         zero = torch.zeros(1, dtype=torch.float64, device=pressure.device)  # the language model's norm: see _Probe
         counted = torch.cat([statistics, zero, squares]) * pressure[-1]
-        return grad_weights_TK, push_TE.to(ctx.logits_dtype), counted, None, None, None, None, None, None, None
+        return grad_weights_TK, push_TE.to(ctx.logits_dtype), counted, None, None, None, None, None, None, None, None
 
 
 class _Probe(torch.autograd.Function):

@@ -24,8 +24,8 @@ class Watch:
     ``zero_grad``). Sharded parameters (DTensor) are left alone: FSDP swaps their storage and gradients.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
-        self._model, self._layers = model, layers
+    def __init__(self, parts: Sequence[nn.Module], layers: Sequence[Layer]) -> None:
+        self._parts, self._layers = parts, layers
         self._version: int | None = None
         self._sample: torch.Tensor | None = None
         self._filled: int | None = None  # version of the witness's gradient when backward last added to it
@@ -33,7 +33,8 @@ class Watch:
         self._hook = None
         self._listeners: list = []
         self._witness: nn.Parameter | None = None
-        self._passes = _note_passes(model, layers)
+        self._running = _Running()
+        self._passes = _note_passes(parts, layers, self._running)
         self._find_witness()
 
     def listen(
@@ -70,7 +71,8 @@ class Watch:
             weakref.finalize(self, listener.remove)
 
     def _find_witness(self) -> nn.Parameter | None:
-        candidates = [p for layer in self._layers for p in layer.router.parameters()] + list(self._model.parameters())
+        candidates = [p for layer in self._layers for p in layer.router.parameters()]
+        candidates += [p for part in self._parts for p in part.parameters()]
         found = next((p for p in candidates if p.requires_grad), None)
         if found is not self._witness:
             self._unhook()
@@ -79,6 +81,11 @@ class Watch:
             if found is not None:
                 self._hook = _note_gradients(found, weakref.ref(self))
         return found
+
+    @property
+    def last_part(self) -> int:
+        """The part of the model that went forward last."""
+        return self._running.part
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this optimizer's step is the step: it holds the witness. Others (a second optimizer) do not count."""
@@ -148,16 +155,23 @@ def _note_gradients(parameter: nn.Parameter, watch: weakref.ref[Watch]) -> torch
     return parameter.register_post_accumulate_grad_hook(note)
 
 
+class _Running:
+    """Which part of the model went forward last."""
+
+    part = 0
+
+
 class _PassHook:
-    """Tells the meters, around each forward of the model, whether all of it runs without gradient.
+    """Tells the meters of a part, around each of its forwards, whether all of it runs without gradient.
 
     An object and not a function: copied and pickled models keep their hooks, and must not keep these meters.
     """
 
-    def __init__(self, shared: ForwardPass, *, entering: bool) -> None:
-        self._shared, self._entering = shared, entering
+    def __init__(self, shared: ForwardPass, running: _Running, part: int, *, entering: bool) -> None:
+        self._shared, self._running, self._part, self._entering = shared, running, part, entering
 
     def __call__(self, _module: nn.Module, *_args: object) -> None:
+        self._running.part = self._part
         self._shared.without_grad = self._entering and not torch.is_grad_enabled()
 
     def __reduce__(self):  # deepcopy asks for it too
@@ -165,17 +179,19 @@ class _PassHook:
 
 
 def _fresh_pass_hook() -> _PassHook:
-    return _PassHook(ForwardPass(), entering=False)
+    return _PassHook(ForwardPass(), _Running(), 0, entering=False)
 
 
-def _note_passes(model: nn.Module, layers: Sequence[Layer]) -> list:
-    shared = ForwardPass()
-    for layer in layers:
-        layer.meter.forward_pass = shared
-    return [
-        model.register_forward_pre_hook(_PassHook(shared, entering=True)),
-        model.register_forward_hook(_PassHook(shared, entering=False)),
-    ]
+def _note_passes(parts: Sequence[nn.Module], layers: Sequence[Layer], running: _Running) -> list:
+    hooks = []
+    for i, part in enumerate(parts):
+        shared = ForwardPass()
+        for layer in layers:
+            if layer.part == i:
+                layer.meter.forward_pass = shared
+        hooks.append(part.register_forward_pre_hook(_PassHook(shared, running, i, entering=True)))
+        hooks.append(part.register_forward_hook(_PassHook(shared, running, i, entering=False)))
+    return hooks
 
 
 def _sample(parameter: nn.Parameter) -> torch.Tensor:

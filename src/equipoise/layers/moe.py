@@ -82,7 +82,8 @@ class MoE(nn.Module):
 
         Args:
             token_mask_BS: True = a real token. Padding gets an output but is neither counted nor balanced.
-            document_ids_BS: the document of each token inside its sequence, integers in [0, S), for scope "document".
+            document_ids_BS: the document of each token inside its sequence, integers in [0, S), for scope "document";
+                where other ranks hold the rest of each sequence, numbered through the whole of it.
         """
         if x_BSD.dim() not in (2, 3):
             raise InputError(
@@ -93,7 +94,8 @@ class MoE(nn.Module):
         sequences = x_BSD.unsqueeze(0) if x_BSD.dim() == 2 else x_BSD
         num_sequences, length, dim = sequences.shape
         x_TD = sequences.reshape(-1, dim)
-        routing = self.gate(x_TD, _batch(num_sequences, length, token_mask_BS, document_ids_BS))
+        shards = 1 if self.gate.meter is None else self.gate.meter.plan.shards
+        routing = self.gate(x_TD, _batch(num_sequences, length, token_mask_BS, document_ids_BS, shards))
         y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
@@ -108,7 +110,9 @@ class MoE(nn.Module):
             self.shared_experts.reset_parameters()
 
 
-def _batch(num_sequences: int, length: int, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None) -> Batch:
+def _batch(
+    num_sequences: int, length: int, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None, shards: int
+) -> Batch:
     for name, tensor in (("token_mask_BS", token_mask_BS), ("document_ids_BS", document_ids_BS)):
         if tensor is not None and tensor.shape not in ((num_sequences, length), (num_sequences * length,)):
             raise InputError(
@@ -119,21 +123,22 @@ def _batch(num_sequences: int, length: int, token_mask_BS: Tensor | None, docume
     mask_T = None if token_mask_BS is None else token_mask_BS.reshape(-1)
     document_T = None
     if document_ids_BS is not None:
-        _check_documents(document_ids_BS, length)
+        most = length * shards  # documents that a sequence can have
+        _check_documents(document_ids_BS, most)
         # number them through the micro-batch: a document never crosses a sequence
-        start_B1 = torch.arange(num_sequences, device=document_ids_BS.device).unsqueeze(1) * length
+        start_B1 = torch.arange(num_sequences, device=document_ids_BS.device).unsqueeze(1) * most
         document_T = (document_ids_BS.reshape(num_sequences, length) + start_B1).reshape(-1)
     return Batch(max(num_sequences, 1), mask_T, document_T)
 
 
-def _check_documents(document_ids_BS: Tensor, length: int) -> None:
+def _check_documents(document_ids_BS: Tensor, most: int) -> None:
     """Looks at the values on CPU only: a GPU is not made to wait."""
     if document_ids_BS.device.type != "cpu" or torch.compiler.is_compiling() or not document_ids_BS.numel():
         return
     low, high = (int(end) for end in torch.aminmax(document_ids_BS))
-    if low < 0 or high >= length:
+    if low < 0 or high >= most:
         raise InputError(
-            expected=f"document numbers in [0, {length}), the length of a sequence",
+            expected=f"document numbers in [0, {most}), the length of a sequence",
             got=f"{low} .. {high}",
             do="number the documents of each sequence from 0",
         )

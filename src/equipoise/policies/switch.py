@@ -9,7 +9,7 @@ from ..errors import ConfigError
 from .expert_bias import ExpertBias
 from .losses import AuxLoss, ZLoss
 
-__all__ = ["Policy", "Switch", "Timed", "timeline"]
+__all__ = ["Policy", "Switch", "Timed", "losses_at", "timeline"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,15 @@ def timeline(policies: Sequence[Policy]) -> list[Timed]:
     for index, policy in enumerate(policies):
         flat += _flatten(policy, index, 0, None)
     return flat
+
+
+def losses_at(timeline: Sequence[Timed], step: int) -> list[AuxLoss]:
+    """The balance losses that act at a step.
+
+    >>> losses_at(timeline([Switch(at=5, to=AuxLoss()), ZLoss()]), 4)
+    []
+    """
+    return [timed.policy for timed in timeline if isinstance(timed.policy, AuxLoss) and timed.active(step)]
 
 
 def _flatten(policy: Policy | None, index: int, start: int, end: int | None) -> list[Timed]:
