@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import DataError, OutputError
 
-__all__ = ["load_latest", "save"]
+__all__ = ["load_latest", "put_tensors", "save", "take_tensors"]
 
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
 FORMAT = 1
@@ -42,7 +42,7 @@ def save(folder: str | Path, step: int, state: dict[str, Any], *, keep: int = 2)
     root = Path(folder)
     final, temporary = root / f"step_{step:06d}", root / f"step_{step:06d}.tmp"
     tensors: dict[str, Tensor] = {}
-    plain = _take_tensors(state, "", tensors)
+    plain = take_tensors(state, "", tensors)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -105,7 +105,7 @@ def _load(path: Path) -> tuple[int, dict[str, Any]]:
             raise damaged(f"format {body['format']}, newer than this version of equipoise reads ({FORMAT})")
         if _sha256(path / TENSORS) != body["tensors_sha256"]:
             raise damaged(f"{TENSORS} does not have the checksum that {MANIFEST} states (truncated or altered)")
-        return body["step"], _put_tensors(body["state"], load_file(path / TENSORS))
+        return body["step"], put_tensors(body["state"], load_file(path / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, DataError):
             raise
@@ -118,7 +118,7 @@ def _checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Moves tensors of a nested state into ``tensors``, under their path; returns what is left, as JSON can hold it."""
     match value:
         case Tensor():
@@ -126,21 +126,27 @@ def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             tensors[path] = value.detach().to("cpu", copy=True).contiguous()
             return {PLACE: path}
         case dict():
-            return {str(key): _take_tensors(inner, f"{path}/{key}" if path else str(key), tensors)
+            return {str(key): take_tensors(inner, f"{path}/{key}" if path else str(key), tensors)
                     for key, inner in value.items()}  # fmt: skip
         case list() | tuple():
-            return [_take_tensors(inner, f"{path}/{i}", tensors) for i, inner in enumerate(value)]
+            return [take_tensors(inner, f"{path}/{i}", tensors) for i, inner in enumerate(value)]
     return value
 
 
-def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+def put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The way back.
+
+    >>> import torch; tensors = {}; plain = take_tensors({"a": [torch.ones(1), 2]}, "", tensors)
+    >>> plain, put_tensors(plain, tensors)
+    ({'a': [{'$tensor': 'a/0'}, 2]}, {'a': [tensor([1.]), 2]})
+    """
     match value:
         case dict() if value.keys() == {PLACE}:
             return tensors[value[PLACE]]
         case dict():
-            return {key: _put_tensors(inner, tensors) for key, inner in value.items()}
+            return {key: put_tensors(inner, tensors) for key, inner in value.items()}
         case list():
-            return [_put_tensors(inner, tensors) for inner in value]
+            return [put_tensors(inner, tensors) for inner in value]
     return value
 
 

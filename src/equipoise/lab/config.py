@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from ..errors import ConfigError, unknown_name
 from .settings import from_dict, load_toml, merge, parse_set, to_dict, to_toml
 
-__all__ = ["CompareConfig", "DataConfig", "ModelConfig", "RunConfig", "StrategyConfig", "TrainConfig", "from_dict",
-           "load_config", "parse_set", "to_dict", "to_toml"]  # fmt: skip
+__all__ = ["CompareConfig", "DataConfig", "ModelConfig", "ParallelConfig", "RunConfig", "StrategyConfig", "TrainConfig",
+           "from_dict", "load_config", "parse_set", "to_dict", "to_toml"]  # fmt: skip
 
 GATES = ("auto", "softmax", "sigmoid", "sqrt_softplus")
 CHECKPOINTING = ("none", "reentrant", "non_reentrant")
@@ -172,8 +172,12 @@ class TrainConfig:
     @property
     def passes(self) -> int:
         """Forward and backward passes of a step: the fewest that share the micro-batches evenly."""
-        fitting = (n for n in range(min(self.micro_batches_per_pass, self.micro_batches), 0, -1))
-        return self.micro_batches // next(n for n in fitting if self.micro_batches % n == 0)
+        return self.passes_of(self.micro_batches)
+
+    def passes_of(self, micro_batches: int) -> int:
+        """The same where a rank has so many of them."""
+        fitting = (n for n in range(min(self.micro_batches_per_pass, micro_batches), 0, -1))
+        return micro_batches // next(n for n in fitting if micro_batches % n == 0)
 
     @property
     def sequences_per_step(self) -> int:
@@ -204,6 +208,42 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     strategy: str = "global+micro"
     policies: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How a run lies on processes. Not what the run is: it may go on with another layout, to the same loss curve."""
+
+    dp: int = 0  # data ranks: all processes; 0 = as many as there are
+    ep: int = 1  # of them, so many at a time share out the experts of every layer
+    fsdp: bool = False  # shard every parameter, its gradient and its moments over the ranks that would hold the same
+
+    def __post_init__(self) -> None:
+        _check_numbers(self, "", may_be_zero=("dp",))
+
+    def check(self, size: int, *, several: bool) -> None:
+        """Raises ConfigError where ``size`` processes do not fit; ``several``: something has started them together."""
+        wanted = self.dp or size
+        if not several and (wanted > 1 or self.ep > 1 or self.fsdp):
+            flags = " ".join([f"--dp {self.dp}"] * (self.dp > 1) + [f"--ep {self.ep}"] * (self.ep > 1)
+                             + ["--fsdp"] * self.fsdp)  # fmt: skip
+            raise ConfigError(
+                expected=f"the processes that {flags} asks for, started by torchrun",
+                got="one process alone",
+                do=f"torchrun --nproc-per-node {max(wanted, self.ep)} -m equipoise train ... {flags}",
+            )
+        if wanted != size:
+            raise ConfigError(
+                expected=f"--dp {size}: every process that torchrun started is a data rank",
+                got=f"--dp {self.dp}",
+                do="leave --dp out, or start as many processes (torchrun --nproc-per-node)",
+            )
+        if size % self.ep:
+            raise ConfigError(
+                expected="--ep that divides the number of ranks: those that share out experts are data ranks",
+                got=f"--ep {self.ep} with {size} ranks",
+                do="choose another --ep, or start a multiple of it",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

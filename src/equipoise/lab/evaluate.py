@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..collectives import ALONE, Group
 from ..errors import DataError
 from ..functional.metrics import dead_experts, maxvio, mutual_information
 from ..functional.routing import Routing, count_choices, gate_probs
@@ -35,28 +36,17 @@ def evaluate(
     sequences_per_micro_batch: int = 4,
     mix: str = "micro_batch",
     seed: int = 0,
+    group: Group = ALONE,
 ) -> Evaluation:
     """Runs held-out sequences in evaluation mode, without gradient: the first ``sequences`` of each domain (0 = all).
 
     All balance numbers use equally many sequences of each domain. Micro-batches are made as in training: one domain
-    each (``mix`` "micro_batch"), or dealt out in turn ("sequence"). ``seed`` is of the shuffled domain labels.
+    each (``mix`` "micro_batch"), or dealt out in turn ("sequence"). ``seed`` is of the shuffled domain labels. The
+    ranks of ``group`` share the micro-batches; all get all results.
     Raises DataError where a domain has no held-out sequence.
     """
     labels_N, tokens_NS = _take(data, sequences, mix)
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    losses, counts, scores = [], [], []
-    was_training = model.training
-    model.eval()
-    try:
-        with _watch(routers) as seen:
-            for start in range(0, len(labels_N), sequences_per_micro_batch):
-                batch = tokens_NS[start : start + sequences_per_micro_batch]
-                losses.append(_sequence_losses(model, batch))
-                counts.append(_sequence_counts(seen, routers, len(batch)))
-                scores.append(_sequence_scores(seen, routers, len(batch)))
-    finally:
-        model.train(was_training)
-    loss_N, counts_NLE, score_NL = torch.cat(losses), torch.cat(counts), torch.cat(scores)
+    loss_N, counts_NLE, score_NL = _measured(model, tokens_NS.split(sequences_per_micro_batch), group)
 
     domains = range(len(data.domains))
     fair_N = _equal(labels_N, len(data.domains))
@@ -97,6 +87,43 @@ def shuffled_mutual_information(counts_NLE: Tensor, labels_N: Tensor, *, seed: i
         shuffled_N = labels_N[torch.randperm(len(labels_N), generator=generator)]
         values.append(mutual_information(_by_domain(counts_NLE, shuffled_N).movedim(0, -2)))
     return torch.stack(values).mean(dim=0).tolist()
+
+
+def _measured(model: LanguageModel, batches: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
+    """Of every sequence: loss (N,), counts (N, L, E), score (N, L)."""
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    device = next(model.parameters()).device
+    results: list[tuple[Tensor, ...]] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with _watch(routers) as seen:
+            for turn in range(0, len(batches), group.size):
+                # where experts are shared out all ranks run equally often: what is left over runs twice, counts once
+                batch = batches[min(turn + group.rank, len(batches) - 1)].to(device)
+                found = (
+                    _sequence_losses(model, batch),
+                    _sequence_counts(seen, routers, len(batch)),
+                    _sequence_scores(seen, routers, len(batch)),
+                )
+                results.append(_of_all(found, [len(b) for b in batches[turn : turn + group.size]], group))
+    finally:
+        model.train(was_training)
+    return tuple(torch.cat(column).cpu() for column in zip(*results, strict=True))
+
+
+def _of_all(found: tuple[Tensor, ...], sizes: list[int], group: Group) -> tuple[Tensor, ...]:
+    """What each rank found, in their order; ``sizes`` are the sequences of those whose result counts."""
+    if group.size == 1:
+        return found
+    start = sum(sizes[: group.rank])
+    whole = []
+    for tensor in found:
+        rows = tensor.new_zeros(sum(sizes), *tensor.shape[1:])
+        if group.rank < len(sizes):
+            rows[start : start + len(tensor)] = tensor
+        whole.append(group.sum(rows))
+    return tuple(whole)
 
 
 @contextmanager

@@ -4,22 +4,18 @@
     runs/my-run/checkpoints/step_*/    the two newest, see `equipoise.lab.checkpoint`
     runs/my-run/tensorboard/           events, see `equipoise.lab.events`
 
-On a CPU a run is a function of its configuration: killed at any moment and resumed, it gives the same numbers.
+On a CPU a run is a function of its configuration: killed at any moment and resumed, it gives the same numbers. Several
+processes that share a run (`equipoise.lab.parallel`) make the same steps; the first of them writes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import platform
-import resource
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,13 +29,15 @@ from ..balancer import Balancer
 from ..errors import ConfigError, DataError, InputError, OutputError, StateError
 from ..policies import AuxLoss, Policy
 from ..policies.switch import timeline
-from ..records import RECORD_NAME, End, Fidelity, Header, Load, RecordWriter, Step, read_run
+from ..records import RECORD_NAME, End, Fidelity, Header, Load, Record, RecordWriter, Step, read_run
 from . import checkpoint
 from .config import RunConfig, TrainConfig, to_dict
 from .data import Batches, prepare
 from .evaluate import evaluate
 from .events import Events
 from .model import LanguageModel, active_parameters
+from .parallel import Parts, World, join
+from .process import keep_freed_memory, peak_memory, stop_signals, threads
 from .strategies import strategy_of
 
 __all__ = ["CHECKPOINTS", "TENSORBOARD", "learning_rate", "train"]
@@ -49,34 +47,45 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def train(
-    config: RunConfig, folder: str | Path, *, resume: bool = False, on_step: Callable[[Step], None] | None = None
+    config: RunConfig,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    on_step: Callable[[Step], None] | None = None,
+    world: World | None = None,
 ) -> Path:
     """Trains one run into ``folder`` and returns the folder.
 
     Args:
         resume: go on from the newest whole checkpoint (from the start where there is none) instead of refusing a folder
             that holds a run. The configuration must be the one it began with. A finished run is left as it is.
-        on_step: called with each step's record after it was written.
+        on_step: called with each step's record after it was written, on every rank.
+        world: the processes that share the run; default: those that torchrun started, or this one alone (`join`).
 
     Ctrl-C and SIGTERM end the step at hand, save and raise KeyboardInterrupt; a second Ctrl-C stops at once.
 
     Raises:
         OutputError: a folder that holds a run, cannot be written, or a full disk; the last whole checkpoint stays.
-        ConfigError: another configuration than the run began with, or one that cannot work.
+        ConfigError: another configuration than the run began with, or one that cannot work on these ranks.
         DataError: text or checkpoints that cannot be read.
-        StateError: the loss or a gradient became NaN or infinite; the weights before that step are saved.
+        StateError: the loss or a gradient became NaN or infinite; the weights before that step are saved. Or a rank is
+            gone.
     """
+    if world is None:
+        with join() as world:
+            return train(config, folder, resume=resume, on_step=on_step, world=world)
     folder = Path(folder)
-    earlier = _earlier_header(config, folder, resume)
-    if earlier is not None and read_run(folder).status == "finished":
+    world.check(config)
+    earlier, finished = world.decide(lambda: _earlier_run(config, folder, resume))
+    if finished:
         return folder
-    _keep_freed_memory()
-    with _threads(config.train.threads):
-        run = _Run(config, folder)
+    keep_freed_memory()
+    with threads(config.train.threads), world.watched():
+        run = _Run(config, folder, world)
         run.start(earlier)
-        with _stop_signals() as stop:
+        with stop_signals() as stop:
             try:
-                while run.step < config.train.steps and not stop.is_set():
+                while run.step < config.train.steps and not world.any(stop.is_set()):
                     record = run.train_step()
                     if on_step is not None:
                         on_step(record)
@@ -87,7 +96,7 @@ def train(
                 raise
             finally:
                 run.close()
-    if stop.is_set() and run.step < config.train.steps:
+    if run.step < config.train.steps:
         raise KeyboardInterrupt
     return folder
 
@@ -108,20 +117,24 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class _Run:
     """What a run holds between two steps: start, then train_step and after_step in turn, then finish or fail, close."""
 
-    writer: RecordWriter
+    writer: RecordWriter | None = None  # of the rank that writes
     events: Events | None = None
 
-    def __init__(self, config: RunConfig, folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: RunConfig, folder: Path, world: World) -> None:
+        self.config, self.folder, self.world = config, folder, world
         train, text, self.strategy = config.train, config.data, strategy_of(config)
-        self.data = prepare(text.data, vocab_size=config.model.vocab_size, sequence_length=text.sequence_length,
-                            domains=text.domains or None, max_train_tokens=text.max_train_tokens)  # fmt: skip
+        self.data = world.in_turn(lambda: prepare(
+            text.data, vocab_size=config.model.vocab_size, sequence_length=text.sequence_length,
+            domains=text.domains or None, max_train_tokens=text.max_train_tokens))  # fmt: skip
+        world.check_same("the same text on every machine", self.data.corpus_sha256)
         self.batches = Batches(self.data, seed=train.seed, sequences_per_micro_batch=train.sequences_per_micro_batch,
                                micro_batches=train.micro_batches, mix=text.mix)  # fmt: skip
         torch.manual_seed(train.seed)
         self.model = LanguageModel(self.strategy.apply(config.model), seed=train.seed,
                                    compute_dtype=DTYPES[train.precision])  # fmt: skip
-        self.optimizer = _optimizer(self.model, train)
+        self.sizes = sum(p.numel() for p in self.model.parameters()), active_parameters(self.model)
+        self.parts = Parts(world, self.model)
+        self.optimizer = _optimizer(self.model, train, self.parts.apart)
         # A run without policies is measured all the same: a loss with coefficient 0 pushes nothing.
         self.policies: list[Policy] = self.strategy.build(train.steps) or [AuxLoss("global_batch", coef=0.0)]
         self.balancer = Balancer(self.model, self.policies, optimizer=self.optimizer,
@@ -135,11 +148,16 @@ class _Run:
         """Opens the record, at the newest checkpoint of ``earlier``'s run where there is one."""
         if earlier is not None:
             if earlier.corpus_sha256 != self.data.corpus_sha256:
-                raise DataError(expected="the text that the run began with", got="text with another checksum",
-                                do="bring back the old files, or train into a new folder")  # fmt: skip
-            found = checkpoint.load_latest(self.folder / CHECKPOINTS)
+                raise self.world.alike(
+                    DataError(expected="the text that the run began with", got="text with another checksum",
+                              do="bring back the old files, or train into a new folder"))  # fmt: skip
+            found = self.world.read(lambda: checkpoint.load_latest(self.folder / CHECKPOINTS))
             if found is not None:
                 self._restore(*found)
+        self.world.decide(self._open)
+
+    def _open(self) -> None:
+        """The files of a run, on the rank that writes."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -153,16 +171,17 @@ class _Run:
     def train_step(self) -> Step:
         """One optimizer step over all its micro-batches, and its record."""
         train, began = self.config.train, time.perf_counter()
-        micro_batches = torch.cat([tokens_BS for tokens_BS, _ in self.batches.step(self.step)])
-        batches = micro_batches.chunk(train.passes)
+        micro_batches = self.world.share(self.batches.step(self.step))
+        sequences = torch.cat([tokens_BS for tokens_BS, _ in micro_batches]).to(self.world.device)
+        batches = sequences.chunk(train.passes_of(len(micro_batches)))
         rate = learning_rate(train, self.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         try:
             loss = self._backward(batches)
         except InputError as error:  # routers refuse NaN
-            raise self._not_finite(error.got) from None
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), train.clip or math.inf).item()
+            raise self._not_finite(error.got, together=False) from None
+        loss, norm = self.world.mean(loss), self.parts.combine_gradients(train.clip)
         if not math.isfinite(loss + norm):
             raise self._not_finite(f"loss {loss}, gradient norm {norm}")
         self.optimizer.step()
@@ -170,10 +189,10 @@ class _Run:
 
         self.step += 1
         self.random_state = torch.get_rng_state()
-        tokens, seconds = sum(tokens_BS[:, 1:].numel() for tokens_BS in batches), time.perf_counter() - began
+        tokens, seconds = self.batches.tokens_per_step, time.perf_counter() - began
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         record = Step(self.step, loss, rate, norm, tokens, seconds, self.balancer.metrics())
-        self.writer.write(record)
+        self._write(record)
         if self.events:
             self.events.step(record)
         return record
@@ -182,9 +201,9 @@ class _Run:
         """What is due: loads, fidelity, held-out text; the checkpoint last, so that what is saved is written."""
         train = self.config.train
         if _due(self.step, train.load_every):
-            self.writer.write(Load(self.step, [counts_E.tolist() for counts_E in self.balancer.load()]))
+            self._write(Load(self.step, [counts_E.tolist() for counts_E in self.balancer.load()]))
         if _due(self.step, train.fidelity_every) and (found := self.balancer.fidelity()):
-            self.writer.write(Fidelity(self.step, found["relative_error"], found["cosine"], self._estimators()))
+            self._write(Fidelity(self.step, found["relative_error"], found["cosine"], self._estimators()))
         if _due(self.step, train.eval_every) or self.step == train.steps:
             self.evaluate()
         if _due(self.step, train.checkpoint_every) or self.step == train.steps:
@@ -194,23 +213,20 @@ class _Run:
         train = self.config.train
         record = evaluate(self.model, self.data, step=self.step, sequences=train.eval_sequences,
                           sequences_per_micro_batch=train.sequences_per_micro_batch, mix=self.config.data.mix,
-                          seed=train.seed)  # fmt: skip
-        self.writer.write(record)
+                          seed=train.seed, group=self.world.group)  # fmt: skip
+        self._write(record)
         if self.events:
             self.events.evaluation(record)
 
     def save(self) -> None:
-        """A checkpoint of the last whole step."""
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": {names[parameter]: dict(moments) for parameter, moments in self.optimizer.state.items()},
+        """A checkpoint of the last whole step; it does not depend on the ranks that made it."""
+        state = self.parts.state(self.optimizer) | {
             "balancer": self.balancer.state_dict(),
             "random_state": self.random_state,
             "seconds": self.seconds,
             "tokens": self.tokens,
         }
-        checkpoint.save(self.folder / CHECKPOINTS, self.step, state)
+        self.world.decide(lambda: checkpoint.save(self.folder / CHECKPOINTS, self.step, state))
         self.saved = self.step
 
     def finish(self) -> None:
@@ -218,25 +234,23 @@ class _Run:
         done = self.step == self.config.train.steps
         if self.saved < self.step:
             self.save()
-        self.writer.write(self._end("finished" if done else "interrupted"))
+        self._write(self._end("finished" if done else "interrupted"))
 
     def fail(self, error: BaseException) -> None:
         """Says in the record why the run ended, if the disk still takes it."""
         stopped = isinstance(error, KeyboardInterrupt)
         with contextlib.suppress(OutputError):
-            self.writer.write(self._end("interrupted" if stopped else "failed", str(error) or type(error).__name__))
+            self._write(self._end("interrupted" if stopped else "failed", str(error) or type(error).__name__))
 
     def close(self) -> None:
         self.balancer.remove()
-        self.writer.close()
+        if self.writer:
+            self.writer.close()
         if self.events:
             self.events.close()
 
     def _restore(self, step: int, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        parameters = dict(self.model.named_parameters())
-        for name, moments in state["optimizer"].items():
-            self.optimizer.state[parameters[name]] = moments
+        self.parts.load(state, self.optimizer)
         self.balancer.load_state_dict(state["balancer"])
         self.random_state = state["random_state"]
         torch.set_rng_state(self.random_state)
@@ -257,32 +271,41 @@ class _Run:
             total += loss.item()
         return total / len(batches)
 
-    def _not_finite(self, got: str) -> StateError:
-        """Saves the weights that the failed step started from, and says where they are."""
+    def _write(self, record: Record) -> None:
+        if self.writer:
+            self.writer.write(record)
+
+    def _not_finite(self, got: str, *, together: bool = True) -> StateError:
+        """Saves the weights that the failed step started from, and says where they are.
+
+        ``together``: all ranks know; a rank whose router alone saw a NaN cannot save, because the others train on.
+        """
         self.balancer.discard()
         self.optimizer.zero_grad()
-        if self.saved < self.step:
+        together = together or self.world.size == 1
+        if self.saved < self.step and together:
             self.save()
-        return StateError(expected=f"a finite loss and gradient at step {self.step + 1}", got=got,
-                          do=f"lower train.lr or raise train.warmup; the weights after step {self.step} are in "
-                             f"{self.folder / CHECKPOINTS}")  # fmt: skip
+        error = StateError(expected=f"a finite loss and gradient at step {self.step + 1}", got=got,
+                           do=f"lower train.lr or raise train.warmup; the weights after step {self.saved} are in "
+                              f"{self.folder / CHECKPOINTS}")  # fmt: skip
+        return self.world.alike(error) if together else error
 
     def _header(self) -> Header:
         model, data, train = self.model.config, self.data, self.config.train
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                     "equipoise": __version__}  # fmt: skip
+        if self.world.size > 1:
+            versions["layout"] = str(self.world)
         return Header(
             strategy=self.strategy.name, policies=[repr(policy) for policy in self.policies], seed=train.seed,
             config=to_dict(self.config), num_layers=model.layers, num_experts=model.experts, top_k=model.top_k,
             domains=list(data.domains), corpus_sha256=data.corpus_sha256, versions=versions,
-            parameters=sum(p.numel() for p in self.model.parameters()), active_parameters=active_parameters(self.model),
+            parameters=self.sizes[0], active_parameters=self.sizes[1],
             started=datetime.now(UTC).isoformat(timespec="seconds"), resumed_at=self.step,
         )  # fmt: skip
 
     def _end(self, status: str, message: str = "") -> End:
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return End(self.step, status, self.seconds, self.tokens, peak, message)
+        return End(self.step, status, self.seconds, self.tokens, peak_memory(), message)
 
     def _estimators(self) -> list[str]:
         """Those that this run trains with: the estimators of its losses over the global batch."""
@@ -290,23 +313,24 @@ class _Run:
         return sorted({loss.estimator for loss in losses if loss.scope == "global_batch" and loss.coef != 0})
 
 
-def _earlier_header(config: RunConfig, folder: Path, resume: bool) -> Header | None:
-    """The header of the run that the folder already holds, checked against what is asked for."""
+def _earlier_run(config: RunConfig, folder: Path, resume: bool) -> tuple[Header | None, bool]:
+    """Header of the run that the folder already holds, checked against what is asked for, and whether it is over."""
     if not (folder / RECORD_NAME).exists():
-        return None
+        return None, False
     if not resume:
         raise OutputError(expected=f"a folder without a run: {folder}", got=f"one that holds {RECORD_NAME}",
                           do="choose another folder, or resume this run")  # fmt: skip
     try:
-        header = read_run(folder).header
+        run = read_run(folder)
     except DataError:
-        return None  # killed before its first line was whole: nothing was trained
+        return None, False  # killed before its first line was whole: nothing was trained
+    header = run.header
     wanted = json.loads(json.dumps(to_dict(config)))
     if header.config != wanted:
         raise ConfigError(expected=f"the configuration that {folder} began with",
                           got="another " + ", ".join(_differences(header.config, wanted)),
                           do="resume with the stored configuration, or train into a new folder")  # fmt: skip
-    return header
+    return header, run.status == "finished"
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -316,56 +340,18 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [path]
 
 
-def _optimizer(model: LanguageModel, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+def _optimizer(model: LanguageModel, train: TrainConfig, apart: Sequence[Tensor] = ()) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only. What is sharded over other ranks is in groups ``apart``."""
+    own = {id(p) for p in apart}
+    groups = []
+    for separate in (False, True):
+        some = [p for p in model.parameters() if (id(p) in own) is separate]
+        matrices, vectors = [p for p in some if p.ndim >= 2], [p for p in some if p.ndim < 2]
+        groups.append({"params": matrices, "weight_decay": train.weight_decay})
+        groups.append({"params": vectors, "weight_decay": 0.0})
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=train.lr, betas=train.betas,
+                             eps=train.eps, fused=True)  # fmt: skip
 
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _keep_freed_memory() -> None:
-    """Lets glibc keep what tensors free, instead of handing it back to the system and asking again a moment later.
-
-    That would be 40,000 page faults a step and 15 % of its time at the default size. Without glibc it does nothing.
-    """
-    trim_threshold, mmap_threshold = -1, -3
-    with contextlib.suppress(OSError, AttributeError):
-        library = ctypes.CDLL("libc.so.6")
-        library.mallopt(mmap_threshold, 1 << 30)
-        library.mallopt(trim_threshold, (1 << 31) - 1)
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; signals reach only a process's main thread."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def note(number: int, _: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
