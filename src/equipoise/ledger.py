@@ -34,9 +34,11 @@ class Ledger:
 
     def __init__(self, layers: Sequence[Layer], ranks: Ranks, device: torch.device) -> None:
         self._layers, self._ranks, self._device = layers, ranks, device
-        stage, mine = tuple(ranks.tokens.members), [(layer.name, layer.meter.plan) for layer in layers]
+        everyone, alone = ranks.everyone, ranks.tokens.size == 1
+        stage = (everyone.members[everyone.rank],) if alone else tuple(ranks.tokens.members)
+        mine = [(layer.name, layer.meter.plan) for layer in layers]
         stages: dict[tuple[int, ...], list[tuple[str, Plan]]] = {}
-        for other, theirs in ranks.everyone.gather((stage, mine)):
+        for other, theirs in everyone.gather((stage, mine)):
             if stages.setdefault(other, theirs) != theirs:
                 raise _different(other, stages[other], theirs)
         everything = [(s, place, name, plan) for s, held in stages.items() for place, (name, plan) in enumerate(held)]

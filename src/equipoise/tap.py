@@ -48,7 +48,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx, loss, balancer, micro_batch, scale):
         ctx.balancer, ctx.micro_batch, ctx.scale = balancer, micro_batch, scale
         ctx.bound, ctx.generation = None, None
-        return loss.view_as(loss)
+        return loss.clone()  # not a view: zero-bubble schedules detach losses and activations in place
 
     @staticmethod
     def backward(ctx, *grad_outputs):

@@ -71,6 +71,8 @@ def probe(meter: Meter, logits_TE: Tensor, *, training: bool) -> Tensor:
 
 def _propose(meter: Meter, measured: Measured, ids_TK: Tensor, batch: Batch) -> None:
     """Forward proposes: added to a slot, which the tap takes before backward begins."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        return  # a recompute: it runs inside a backward, where nobody would take or clear it (zero-bubble schedules)
     which = meter.which_slot
     with torch.no_grad():
         meter.slots[which].add_(measured.statistics)
