@@ -1,0 +1,86 @@
+"""What `benchmarks/balance_cost.py` counts stays so: sums and bytes of a step, memory held and saved. No times."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from equipoise import AuxLoss, ExpertBias
+
+FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "balance_cost.py"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("balance_cost", FILE)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(2, 8), (6, 8), (2, 64)])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_one_sum_a_step_whatever_is_in_it(bench, layers, experts, micro_batches):
+    (number,) = bench.counted_sums(layers, experts, "previous", micro_batches)
+    assert number <= layers * 8 * (2 * experts + 24)
+
+
+@pytest.mark.parametrize("estimator", ["prefix", "filled"])
+def test_current_loads_cost_one_more_sum_for_all_layers_per_micro_batch(bench, estimator):
+    sums = bench.counted_sums(3, 16, estimator, 4)
+    assert len(sums) == 5
+    assert sorted(sums)[:4] == [3 * 16 * 8] * 4  # the counts alone
+
+
+def test_what_a_balancer_owns_grows_with_layers_times_experts_only(bench):
+    number = bench.owned_bytes(2, 16, tokens=32)
+    assert bench.owned_bytes(2, 16, tokens=256) == number
+    assert bench.owned_bytes(2, 16, tokens=32, steps=5) == number
+    for layers, experts in [(4, 16), (2, 64), (8, 64)]:
+        assert bench.owned_bytes(layers, experts, tokens=32) <= 8 * 40 * layers * (experts + 8)
+
+
+@pytest.mark.parametrize(
+    "policies", [[AuxLoss(estimator="previous")], [AuxLoss("sequence")], [ExpertBias("rms", 1e-4)]]
+)
+def test_recompute_leaves_nothing_saved_by_the_balancer(bench, policies):
+    """Under recompute a layer holds nothing until its own backward, and then only its own."""
+    plain, balanced = (bench.saved_bytes(6, 16, 512, p, recompute=True) for p in ([], policies))
+    few = 6 * 8 * 200  # statistics and fractions of the sequence, whatever the tokens
+    assert balanced[0] <= plain[0] + few
+    assert balanced[1] <= plain[1] + few + 512 * (4 * 16 + 8)
+
+
+@pytest.mark.parametrize("policies", [[AuxLoss(estimator="previous")], [AuxLoss("sequence")]])
+def test_without_recompute_a_loss_saves_no_more_than_its_probabilities(bench, policies):
+    plain, balanced = (bench.saved_bytes(6, 16, 512, p) for p in ([], policies))
+    assert balanced[1] - plain[1] <= 6 * (512 * 4 * 16 + 1024)
+
+
+def test_the_cluster_model_grows_with_the_logarithm_of_nodes(bench):
+    numbers = [bench.cluster(200_000, ranks, 8, 14.0, 8.5, 50.0) for ranks in (8, 16, 32, 64, 16384)]
+    steps = [b - a for a, b in itertools.pairwise(numbers)]
+    assert steps[:3] == pytest.approx([17.0] * 3)
+    assert numbers[-1] < 300  # microseconds, on 16384 ranks
+
+
+def test_the_fit_finds_what_made_the_numbers(bench):
+    found = {(n, size): [50 + 0.001 * size + 7 * n] for n in (2, 4, 8) for size in (64, 1000, 100_000)}
+    (a, b, c), explained = bench.fit(found, float)
+    assert (a, b, c) == pytest.approx((50, 0.001, 7))
+    assert explained == pytest.approx(1)
+
+
+def test_help_teaches_on_80_columns(bench, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = bench.parser().format_help()
+    for word in ("collective", "memory", "loss", "--latency", "LL128", "log2(ranks)", "load_balancing_loss_func"):
+        assert word in text
+    assert max(map(len, text.splitlines())) <= 80
