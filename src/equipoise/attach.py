@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,6 +83,8 @@ def attach(
         router.meter = Meter(plan, next(router.parameters()).device)
         layers.append(Layer(name, router, router.meter, part))
         layers[-1].forget_step()
+    if layers and not any(layer.trainable for layer in layers):
+        warnings.warn("every router of this model is frozen: loads are measured, nothing is pushed", stacklevel=3)
     return layers
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -106,8 +105,6 @@ class Balancer:
         self._watch.listen(self._before_step, self._commit, optimizer)
         for layer in self._layers:
             layer.meter.owner = self  # a balancer lives as long as its model, also when nobody else keeps it
-        if self._layers and not any(layer.trainable for layer in self._layers):
-            warnings.warn("every router of this model is frozen: loads are measured, nothing is pushed", stacklevel=2)
 
     # ---------------------------------------------------------------- a training step, in order
 

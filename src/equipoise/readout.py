@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,10 @@ from .policies.switch import Timed
 
 __all__ = ["Committed", "fidelity", "fidelity_sums", "metrics"]
 
+FLIPS = (
+    "activation checkpointing chose other experts in its recompute than forward did (balance/recompute_flips), so "
+    "gradients are of a routing that was not used: keep the router out of the checkpoint, or replay its random numbers"
+)
 SUMMED = ("dead_experts", "recompute_flips")  # over layers, where others are averaged
 
 
@@ -59,6 +64,8 @@ def metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step: int, s
     found = {f"balance/{key}": number for key, number in zip(named, numbers, strict=True)}
     # not known where autograd left the meter alone (``backward(inputs=...)``): left out rather than called 0
     found = {key: number for key, number in found.items() if not (key.endswith("ratio") and number != number)}
+    if found["balance/recompute_flips"]:
+        warnings.warn(FLIPS, stacklevel=3)
     return found | {"balance/skipped_steps": float(skipped)}
 
 

@@ -52,14 +52,14 @@ class Watch:
             return stepping is only() if only is not None else watch is not None and watch.owns(stepping)
 
         def on_before(stepping: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-            if (check := checks()) and concerns(stepping) and (watch := me()):
+            if (check := checks()) and concerns(stepping) and not _skips(stepping) and (watch := me()):
                 closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
                 watch.inside_closure = closure is not None
                 if closure is None:  # else forward and backward are still to come
                     check()
 
         def on_after(stepping: torch.optim.Optimizer, _args: tuple, _kwargs: dict) -> None:
-            if (commit := commits()) and concerns(stepping) and (watch := me()):
+            if (commit := commits()) and concerns(stepping) and not _skips(stepping) and (watch := me()):
                 watch.inside_closure = False
                 commit()
 
@@ -198,6 +198,12 @@ def _sample(parameter: nn.Parameter) -> torch.Tensor:
     """About a thousand values: ``p.data.add_()`` moves a parameter without its version counter."""
     flat = parameter.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // 1024)].clone()
+
+
+def _skips(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether GradScaler calls a fused optimizer whose step will do nothing: it looks for infinities by itself."""
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, torch.Tensor) and bool(found.any())
 
 
 def _unseen_step(got: str) -> StateError:

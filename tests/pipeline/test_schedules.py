@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from core._model import assert_close, aux, policy
+from core._model import assert_close, aux
 from core._reference import History, naive_bias_step, reference_step
 from pipeline._cases import BIAS, SCHEDULES, Whole, batch, loss_of, run_pipeline
 
@@ -39,7 +39,7 @@ def reference(schedule: str, data: int) -> dict[str, Any]:
             (torch.cat([x[m] for x, _ in chunks]), torch.cat([t[m] for _, t in chunks])) for m in range(MICRO_BATCHES)
         ]
         result = reference_step(model, micro, lambda net, one: loss_of(net(one[0]), one[1]), POLICIES, history)
-        found["gradients"].append({n: g for n, g in result.gradients.items()})
+        found["gradients"].append(result.gradients)
         routers = [block.mlp.gate for block in model.layers.values() if hasattr(block.mlp, "gate")]
         with torch.no_grad():
             for name, p in model.named_parameters():
