@@ -133,11 +133,9 @@ def bind(
     plan = layer.meter.plan
     layer.history.propose(global_E)
     taken, own_E, late = correct(plan, proposed, summed)
-    shift = taken - proposed.statistics
-    if layer.step_taken is None or layer.step_shift is None:
-        layer.step_taken, layer.step_shift = proposed.statistics, shift
-    else:
-        layer.step_taken, layer.step_shift = layer.step_taken + proposed.statistics, layer.step_shift + shift
+    layer.step_taken = _plus(layer.step_taken, proposed.statistics)
+    if summed:
+        layer.step_shift = _plus(layer.step_shift, taken - proposed.statistics)
     if layer.step_values is None:
         layer.step_values = torch.zeros(len(plan.terms), dtype=torch.float64, device=taken.device)
     unit = _unit(layer, taken, micro)
@@ -253,6 +251,10 @@ def _shuffled(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:
     return load_fractions(counts_E)
 
 
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
+
+
 def sums_size(plan: Plan) -> int:
     """Statistics, late values of the terms, choices that a recompute changed."""
     return plan.size + len(plan.terms) + 1
@@ -266,12 +268,13 @@ def step_sums(layer: Layer) -> Tensor:
     plan, leaf = layer.meter.plan, layer.meter.leaf
     counted = torch.zeros_like(leaf.detach()) if leaf.grad is None else leaf.grad
     flips = counted.new_zeros(1)
-    if layer.step_taken is not None and layer.step_shift is not None:
+    if layer.step_taken is not None:
         unknown = layer.step_taken.new_full((plan.size - plan.forward_size,), torch.nan)  # norms
         taken, calls = torch.cat([layer.step_taken, unknown]), plan.at("calls")
         changed = (counted - taken)[: plan.num_experts].abs().sum() / 2
         flips = torch.where(counted[calls] == taken[calls], changed, 0.0).reshape(1)
         counted = torch.where(counted[calls] < taken[calls], taken, counted)
-        counted = counted + torch.cat([layer.step_shift, torch.zeros_like(unknown)])
+        if layer.step_shift is not None:
+            counted = counted + torch.cat([layer.step_shift, torch.zeros_like(unknown)])
     values = layer.step_values if layer.step_values is not None else counted.new_zeros(len(plan.terms))
     return torch.cat([counted, values, flips])

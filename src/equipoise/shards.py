@@ -108,10 +108,10 @@ def correct(plan: Plan, taken: Taken, summed: Sequence[Tables]) -> tuple[Tensor,
 
     Only what depends on a sequence's load changes: values of the local terms, MaxVio, how many sequences are not empty.
     """
-    statistics = taken.statistics.clone()
     counts_E = taken.statistics[: plan.num_experts]
     if not summed:
-        return statistics, counts_E, []
+        return taken.statistics, counts_E, []
+    statistics = taken.statistics.clone()
     names = ("sequences", "maxvio_sequence", "maxvio_micro_batch")
     statistics[plan.values_at :] = 0
     for name in names:
