@@ -40,6 +40,7 @@ def test_current_loads_cost_one_more_sum_for_all_layers_per_micro_batch(bench, e
 
 
 def test_what_a_balancer_owns_grows_with_layers_times_experts_only(bench):
+    """B88: no memory of all layers' tokens, of any kind, between steps."""
     number = bench.owned_bytes(2, 16, tokens=32)
     assert bench.owned_bytes(2, 16, tokens=256) == number
     assert bench.owned_bytes(2, 16, tokens=32, steps=5) == number
@@ -60,6 +61,7 @@ def test_recompute_leaves_nothing_saved_by_the_balancer(bench, policies):
 
 @pytest.mark.parametrize("policies", [[AuxLoss(estimator="previous")], [AuxLoss("sequence")]])
 def test_without_recompute_a_loss_saves_no_more_than_its_probabilities(bench, policies):
+    """B88: 4 E bytes a token and layer, where a one-hot of all choices takes 8 K E."""
     plain, balanced = (bench.saved_bytes(6, 16, 512, p) for p in ([], policies))
     assert balanced[1] - plain[1] <= 6 * (512 * 4 * 16 + 1024)
 

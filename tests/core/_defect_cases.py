@@ -60,3 +60,22 @@ def biases_after(steps_NTE: Tensor, rule: str, rate: float) -> tuple[Tensor, lis
         loads.append(balancer.load()[0].tolist())
     assert router.expert_bias is not None
     return router.expert_bias.clone(), loads
+
+
+def routers_under_ddp(steps: int) -> dict[str, Tensor]:
+    """Router weights after some steps, where each rank has every second sequence of each step."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from core._model import Micro, loss_of, make_step, net
+
+    model = net(experts=(5, 6), top_k=(2, 1))
+    wrapped = DistributedDataParallel(model)
+    balancer = Balancer(model, [AuxLoss("global_batch", 0.3, estimator="prefix"), AuxLoss("sequence", 0.3)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(steps):
+        (whole,) = make_step(step, 1, sequences=4)
+        mine = slice(dist.get_rank(), None, dist.get_world_size())
+        balancer.tap(loss_of(wrapped, Micro(whole.x_BSD[mine], whole.target_BSD[mine]))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters() if ".gate." in name}

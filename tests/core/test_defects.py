@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from core._defect_cases import logits_router
 from core._model import BIAS, SMALL, gradients, loss_of, make_step, net, plain_step, same, setup, train_step
 from equipoise import AuxLoss, Balancer, ExpertBias, ZLoss
 from equipoise.meter import Batch
+from peers._law import factor, law
 
 
 def skewed(tokens: int, experts: int = 6, seed: int = 0) -> Tensor:
@@ -173,3 +175,101 @@ def test_B06_the_return_value_of_the_tap_dropped_is_an_error():
     with pytest.raises(Exception, match="passed no tap"):
         optimizer.step()
     assert before
+
+
+@pytest.mark.parametrize("labels", [3, 700])
+def test_B08_label_tokens_do_not_divide_the_balance_loss(labels):
+    """A stage without the loss, whose gradient arrives divided by label tokens: T is router tokens all the same."""
+    logits_TE = skewed(12)
+    given = logits_TE.clone().requires_grad_()
+    router = logits_router(6, 2)
+    balancer = Balancer(router, [AuxLoss("micro_batch", coef=1.0)], reduction="sum")
+    balancer.begin_step(tokens=12)
+    y_TK = balancer.tap(0 * router(given).weights_TK, scale=1.0)
+    y_TK.backward(torch.ones_like(y_TK) / labels)
+    assert given.grad is not None
+    assert factor(given.grad, law(logits_TE, 2)[1]) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:activation checkpointing chose other experts")
+def test_B29_the_number_of_changed_choices_is_reported():
+    """Top-k of a recompute that sees other inputs: what an independent count of both passes differs by."""
+    router = logits_router(6, 2)
+    balancer = Balancer(router, [AuxLoss("micro_batch", 0.3)])
+    passes: list[Tensor] = []
+
+    def block(z_TE: Tensor) -> Tensor:
+        seen_TE = z_TE + (0.5 * skewed(40, seed=9) if passes else 0)
+        passes.append(seen_TE.detach())
+        return router(seen_TE).weights_TK.square()
+
+    balancer.tap(checkpoint(block, skewed(40).requires_grad_(), use_reentrant=False).sum()).backward()
+    torch.optim.SGD(router.parameters(), lr=0.0).step()
+    first_E, second_E = (torch.bincount(z.topk(2).indices.flatten(), minlength=6) for z in passes)
+    changed = int((first_E - second_E).abs().sum()) / 2
+    assert changed > 0
+    assert balancer.metrics()["balance/recompute_flips"] == changed
+
+
+def test_B51_the_bias_is_added_before_top_k_and_nowhere_else():
+    """Chosen by sigmoid + bias, weighed by sigmoid alone, divided by the sum over the chosen."""
+    router = logits_router(6, 2, gate="sigmoid", selection_bias=True)
+    bias_E = torch.tensor([0.6, -0.6, 0.3, 0.0, -0.3, 0.0])
+    router.expert_bias.copy_(bias_E)  # type: ignore[union-attr]
+    routing, plain = router(skewed(20)), 0
+    for t, row in enumerate(skewed(20).double().sigmoid()):
+        biased = [float(s) + float(b) for s, b in zip(row, bias_E, strict=True)]
+        chosen = sorted(range(6), key=lambda e: biased[e], reverse=True)[:2]
+        assert routing.expert_ids_TK[t].tolist() == chosen
+        expected = [float(row[e] / sum(row[c] for c in chosen)) for e in chosen]
+        assert routing.weights_TK[t].tolist() == pytest.approx(expected, rel=1e-5)
+        plain += chosen != sorted(range(6), key=lambda e: float(row[e]), reverse=True)[:2]
+    assert plain > 5, "the bias changed nothing"
+
+
+def test_B60_f_of_uneven_micro_batches_sums_to_one():
+    """12 valid tokens, then 3: the prefix's last f is that of the step, and each token weighs 1/15."""
+    logits_TE = skewed(24)
+    mask_T = torch.arange(24) % 12 < torch.tensor([12] * 12 + [3] * 12)
+    router = logits_router(6, 2)
+    balancer = Balancer(router, [AuxLoss("global_batch", coef=1.0, estimator="prefix")])
+    balancer.begin_step(tokens=15, micro_batches=2)
+    given = [part.clone().requires_grad_() for part in logits_TE.chunk(2)]
+    for z, mask in zip(given, mask_T.chunk(2), strict=True):
+        (balancer.tap(0 * router(z, Batch(1, mask)).weights_TK.sum()) / 2).backward()
+    _, gradient_TE = law(logits_TE, 2, valid_T=mask_T.tolist())
+    assert given[1].grad is not None
+    assert factor(given[1].grad, gradient_TE[12:]) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("level", [-80.0, 0.0, 80.0])
+def test_B71_no_level_of_the_logits_makes_the_loss_dive(level):
+    """Weights are a softmax over the K chosen; P is that over all E whatever is added to a token's logits."""
+    router = logits_router(6, 2, normalize=True)
+    balancer = Balancer(router, [AuxLoss("micro_batch", coef=1.0)])
+    balancer.tap(router(skewed(12) + level).weights_TK.sum()).backward()
+    torch.optim.SGD(router.parameters(), lr=0.0).step()
+    assert balancer.metrics()["balance/policy_0/loss"] == pytest.approx(law(skewed(12), 2)[0], rel=1e-5)
+
+
+def test_B74_two_scopes_are_both_optimised_and_shown_apart():
+    """Gradient: the sum of both laws; metrics: the value of each."""
+    parts = [skewed(10, seed=seed) for seed in (1, 2)]
+    router = logits_router(6, 2)
+    balancer = Balancer(
+        router, [AuxLoss("global_batch", coef=1.0, estimator="exact"), AuxLoss("micro_batch", coef=0.5)]
+    )
+    with balancer.counting():
+        for z in parts:
+            router(z)
+    given = [z.clone().requires_grad_() for z in parts]
+    for z in given:
+        (balancer.tap(0 * router(z).weights_TK.sum()) / 2).backward()
+    torch.optim.SGD(router.parameters(), lr=0.0).step()
+    whole, apart = law(torch.cat(parts), 2), law(torch.cat(parts), 2, segment_T=[0] * 10 + [1] * 10)
+    got_TE = torch.cat([z.grad for z in given if z.grad is not None])
+    assert factor(got_TE, whole[1] + 0.5 * apart[1]) == pytest.approx(1, rel=1e-4)
+    found = balancer.metrics()
+    assert found["balance/policy_0/loss"] == pytest.approx(whole[0], rel=1e-5)
+    assert found["balance/policy_1/loss"] == pytest.approx(apart[0], rel=1e-5)
+    assert abs(whole[0] - apart[0]) > 0.01

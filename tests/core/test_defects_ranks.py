@@ -58,3 +58,13 @@ def test_B40_B41_biases_move_by_the_load_of_all_ranks(ranks, rule, rate):
         assert load == counts
         bias, _ = naive_bias_step(bias, counts, rule, rate, [])
     assert found[0][0].tolist() == pytest.approx(bias, abs=1e-6)
+
+
+def test_B83_router_weights_stay_equal_on_all_ranks(ranks):
+    """The balance gradient takes the road of every other one: DDP averages it, and weights are those of one process."""
+    (alone,) = ranks.run("core._defect_cases:routers_under_ddp", 3, size=1)
+    found = ranks.run("core._defect_cases:routers_under_ddp", 3, size=2)
+    assert len(alone) == 2
+    for name, weight in alone.items():
+        assert torch.equal(found[0][name], found[1][name])
+        torch.testing.assert_close(found[0][name], weight, rtol=1e-5, atol=1e-6)
