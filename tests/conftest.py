@@ -9,6 +9,14 @@ import pytest
 from ranks import Pool
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--without-tie",
+        action="store_true",
+        help="the matrix of tests/invariance with the Tie replaced by the identity: passes if every case fails",
+    )
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Pool]:
     """``ranks.run("package.module:function", *args, size=2)``; see ``ranks.py``."""

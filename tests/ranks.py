@@ -55,7 +55,6 @@ class Worker:
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
-        self.pipe.close()
 
     def where_it_is(self) -> str:
         """The Python stacks of a process that does not answer."""
@@ -109,8 +108,12 @@ class Pool:
             raise
 
     def stop(self) -> None:
-        """Ends all processes at once."""
+        """Ends all processes: those that wait for a case leave by themselves, the others are killed."""
         for worker in self._workers:
+            worker.pipe.close()
+        until = time.monotonic() + 2
+        for worker in self._workers:
+            worker.process.join(max(0.0, until - time.monotonic()))
             worker.kill()
         self._workers, self._store = [], None
 

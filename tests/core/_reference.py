@@ -109,6 +109,7 @@ class History:
     """f of the steps before, one entry a layer."""
 
     steps: list[list[list[float]]] = field(default_factory=list)  # step -> layer -> f
+    counts: list[list[list[int]]] = field(default_factory=list)  # step -> layer -> counts, where a caller keeps them
 
     def previous(self, layer: int) -> list[float] | None:
         return self.steps[-1][layer] if self.steps else None
