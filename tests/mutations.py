@@ -1,6 +1,9 @@
-"""Plants nine mistakes of other engines in a copy of the library and shows that the core's tests catch each.
+"""Plants the mistakes of other engines in copies of the library, one at a time, and shows that our tests catch each.
 
-Run by hand: ``python tests/mutations.py [name ...]``. Exit code 1 when a mistake survives.
+    python tests/mutations.py                # all, two at a time; about five minutes on two cores
+    python tests/mutations.py B01 padding    # those whose name has one of these words
+
+Prints a table. Exit code 1 when a mistake survives, 2 when one can no longer be planted.
 """
 
 from __future__ import annotations
@@ -10,10 +13,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+AT_A_TIME = 2
 
 
 @dataclass(frozen=True)
@@ -23,10 +29,16 @@ class Mutation:
     file: str
     before: str
     after: str
-    tests: str  # a file of tests/core and, after a space, what -k selects in it
+    tests: str  # a file of tests/ and, after a space, what -k selects in it
 
 
 MUTATIONS = {
+    "Tie replaced by the identity (B06, B42)": Mutation(
+        "tie.py",
+        "    return _Tie.apply(\n",
+        "    return weights_TK\n    return _Tie.apply(\n",
+        "core/test_tie.py router_options",
+    ),
     "counted in forward, so twice under recompute (B20, B22)": Mutation(
         "tie.py",
         "    measured = measure(meter.plan, logits_TE, ids_TK, counts_BE, batch)\n",
@@ -34,91 +46,176 @@ MUTATIONS = {
         "    if meter.leaf.grad is None:\n"
         "        meter.leaf.grad = torch.zeros_like(meter.leaf)\n"
         "    meter.leaf.grad[: meter.plan.forward_size] += measured.statistics\n",
-        "test_modes.py bit_equal and selective",
+        "core/test_modes.py bit_equal and selective",
     ),
-    "the loss's scale ignored, so 1/M is wrong (B07)": Mutation(
-        "pressure.py",
-        "push = per_scale * scale.to(device=per_scale.device, dtype=torch.float64).reshape(())",
-        "push = per_scale * 1.0",
-        "test_modes.py any_cut and 4-plain or plain-4",
-    ),
-    "f not divided by K (B11, B13)": Mutation(
-        "functional/losses.py",
-        "return counts_E / counts_E.sum(dim=-1, keepdim=True).clamp(min=1)",
-        "return 2 * counts_E / counts_E.sum(dim=-1, keepdim=True).clamp(min=1)",
-        "test_tie.py uniform",
-    ),
-    "padding counted (B56, B62)": Mutation(
-        "functional/routing.py",
-        "    if token_mask_T is None:\n        ones =",
-        "    if True:\n        ones =",
-        "test_tie.py padding",
-    ),
-    "counts in bf16 (B34)": Mutation(
-        "meter.py",
-        "    parts = [counts_BE.sum(dim=0).double(),",
-        "    parts = [counts_BE.sum(dim=0).bfloat16().double(),",
-        "test_tie.py half_precision",
-    ),
-    "bias moved at every micro-batch (B44)": Mutation(
-        "balancer.py",
-        "        self._micro_steps += 1\n",
-        "        self._micro_steps += 1\n"
-        "        for layer, (statistics, _) in zip(self._layers, taken, strict=True):\n"
-        "            with torch.no_grad():\n"
-        "                self._move_bias(layer, statistics[: layer.meter.plan.num_experts])\n",
-        "test_lifetimes.py bias_rules and sign",
+    "the count flag ignored: two backwards count twice": Mutation(
+        "tie.py",
+        "counted = torch.cat([statistics, zero, squares]) * pressure[-1]",
+        "counted = torch.cat([statistics, zero, squares])",
+        "core/test_stated_results.py two_backwards",
     ),
     "evaluation counted and pushed (B26, B28)": Mutation(
         "tie.py",
         "    if not training:\n        return weights_TK\n",
         "",
-        "test_stated_results.py evaluation",
+        "core/test_stated_results.py evaluation",
     ),
-    "Tie replaced by the identity (B06, B42)": Mutation(
-        "tie.py",
-        "    return _Tie.apply(\n",
-        "    return weights_TK\n    return _Tie.apply(\n",
-        "test_tie.py router_options",
+    "1/dp: divided by ranks once more (B01)": Mutation(
+        "pressure.py",
+        "    return micro_batches / total.clamp(min=1) * (tokens > 0)\n",
+        "    return micro_batches / total.clamp(min=1) * (tokens > 0) / micro.ranks\n",
+        "core/test_defects_ranks.py B01",
     ),
-    "the count flag ignored, so two backwards count twice": Mutation(
-        "tie.py",
-        "counted = torch.cat([statistics, zero, squares]) * pressure[-1]",
-        "counted = torch.cat([statistics, zero, squares])",
-        "test_stated_results.py two_backwards",
+    "1/M: divided by micro-batches once more (B10)": Mutation(
+        "pressure.py",
+        "        push = bound.push * scale.to(device=bound.push.device, dtype=torch.float64).reshape(())\n",
+        "        push = bound.push * scale.to(device=bound.push.device, dtype=torch.float64).reshape(()) ** 2\n",
+        "core/test_modes.py any_cut and 4-plain or plain-4",
     ),
-}
+    "the loss's scale ignored: M times too strong (B07)": Mutation(
+        "pressure.py",
+        "        push = bound.push * scale.to(device=bound.push.device, dtype=torch.float64).reshape(())\n",
+        "        push = bound.push * 1.0\n",
+        "core/test_modes.py any_cut and 4-plain or plain-4",
+    ),
+    "the step's declared tokens ignored: a mean of means (B60)": Mutation(
+        "pressure.py",
+        "    if micro.declared_tokens is not None:\n        step_tokens",
+        "    if micro.declared_tokens is None and False:\n        step_tokens",
+        "core/test_defects.py B60",
+    ),
+    "f not divided by K (B11, B13)": Mutation(
+        "functional/losses.py",
+        "return counts_E / counts_E.sum(dim=-1, keepdim=True).clamp(min=1)",
+        "return 2 * counts_E / counts_E.sum(dim=-1, keepdim=True).clamp(min=1)",
+        "core/test_tie.py uniform",
+    ),
+    "layers pooled before the product (B12)": Mutation(
+        "balancer.py",
+        "        sharded = self._ranks.shards.size > 1\n",
+        "        if len({len(counts_E) for counts_E in counts}) == 1:\n"
+        "            counts = [torch.stack(counts).sum(dim=0)] * len(counts)\n"
+        "        sharded = self._ranks.shards.size > 1\n",
+        "core/test_defects.py B12",
+    ),
+    "every sequence gets the micro-batch's load (B58, B59)": Mutation(
+        "meter.py",
+        '    if term.kind == "sequences":\n        return counts_BE\n',
+        '    if term.kind == "sequences":\n        return counts_BE.sum(dim=0, keepdim=True).expand_as(counts_BE)\n',
+        "core/test_scopes.py any_shape",
+    ),
+    "padding counted (B56, B62)": Mutation(
+        "functional/routing.py",
+        "    if token_mask_T is None:\n        ones =",
+        "    if True:\n        ones =",
+        "core/test_tie.py padding",
+    ),
+    "counts in bf16 (B34)": Mutation(
+        "meter.py",
+        "    parts = [counts_BE.sum(dim=0).double(),",
+        "    parts = [counts_BE.sum(dim=0).bfloat16().double(),",
+        "core/test_tie.py half_precision",
+    ),
+    "sigmoids over their sum plus an epsilon (B69)": Mutation(
+        "functional/routing.py",
+        "    return gate_log_scores(logits_TE, gate).softmax(dim=-1)\n\n\ndef gate_slope",
+        "    scores_TE = gate_log_scores(logits_TE, gate).exp()\n"
+        "    return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)\n\n\ndef gate_slope",
+        "core/test_tie.py hack",
+    ),
+    "bias moved at every micro-batch (B44)": Mutation(
+        "balancer.py",
+        "        self._micro_steps[part] += 1\n",
+        "        self._micro_steps[part] += 1\n"
+        "        for layer, one in zip(layers, taken, strict=True):\n"
+        "            with torch.no_grad():\n"
+        "                layer.move_bias(self._timeline, one.statistics[: layer.meter.plan.num_experts], self._step)\n",
+        "core/test_lifetimes.py bias_rules and sign",
+    ),
+    "bias not centred (B45, B52)": Mutation(
+        "policies/expert_bias.py",
+        "        return center(bias_E.double() + rate * delta_E).to(bias_E.dtype), momentum_E\n",
+        "        return (bias_E.double() + rate * delta_E).to(bias_E.dtype), momentum_E\n",
+        "core/test_lifetimes.py bias_rules and sign",
+    ),
+    "bias cast with the model (B38, B39)": Mutation(
+        "layers/router.py",
+        "            elif after.dtype != torch.float32:\n",
+        "            elif after is None:\n",
+        "core/test_lifetimes.py casting",
+    ),
+    "bias of a frozen router moved (B48)": Mutation(
+        "pressure.py",
+        "        if not self.trainable:\n            return\n        for place",
+        "        for place",
+        "core/test_stated_results.py frozen_router",
+    ),
+    "shards of a sequence not summed (B14)": Mutation(
+        "shards.py",
+        "    flat = shards.sum(torch.cat([part.flatten() for part in parts]))\n",
+        "    flat = torch.cat([part.flatten() for part in parts])\n",
+        "core/test_defects_ranks.py B02",
+    ),
+    "the step's sum not waited for (B40)": Mutation(
+        "ledger.py",
+        "        return lambda: list(wait().split([len(part) for part in parts]))\n",
+        "        return lambda: wait and parts\n",
+        "core/test_defects_ranks.py B40",
+    ),
+    "layers of other stages mixed up (B78)": Mutation(
+        "ledger.py",
+        "            everything.sort(key=lambda entry: [int(number) for number in re.findall(r\"\\d+\", entry[2])])\n",
+        "            everything.sort(key=lambda entry: (entry[0] != stage, re.findall(\"x\", entry[2])))\n",
+        "pipeline/test_schedules.py numbers_of_one_process and 1f1b",
+    ),
+}  # fmt: skip
 
 
-def survives(mutation: Mutation) -> bool:
-    """Whether the tests pass although the mistake is there. Raises ValueError when its text is gone from the source."""
+def plant(mutation: Mutation, source: Path) -> None:
+    """Raises ValueError when the text to be changed is gone from the source, or there twice."""
+    file = source / "equipoise" / mutation.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(mutation.before) != 1:
+        raise ValueError(f"{mutation.file} has {text.count(mutation.before)} times: {mutation.before!r}")
+    file.write_text(text.replace(mutation.before, mutation.after), encoding="utf-8")
+
+
+def survives(mutation: Mutation) -> tuple[bool, float]:
+    """(whether the tests pass although the mistake is there, seconds)."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "src"
         shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__"))
-        file = source / "equipoise" / mutation.file
-        text = file.read_text()
-        if text.count(mutation.before) != 1:
-            raise ValueError(f"{mutation.file} has {text.count(mutation.before)} times: {mutation.before!r}")
-        file.write_text(text.replace(mutation.before, mutation.after))
+        plant(mutation, source)
         tests, _, selection = mutation.tests.partition(" ")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/core/{tests}"]
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{tests}"]
         command += ["-k", selection, "--override-ini", f"pythonpath={source} tests"]
         environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+        start = time.monotonic()
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode not in (0, 1):  # 1: tests failed, as they must; anything else is our own mistake
             raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])
-        return done.returncode == 0
+        return done.returncode == 0, time.monotonic() - start
 
 
-def main(names: list[str]) -> int:
-    alive = 0
-    for name, mutation in MUTATIONS.items():
-        if names and not any(part in name for part in names):
-            continue
-        survived = survives(mutation)
-        alive += survived
-        print(f"{'SURVIVED' if survived else 'caught':9} {name}  [{mutation.tests}]", flush=True)
-    return 1 if alive else 0
+def main(words: list[str]) -> int:
+    chosen = {name: m for name, m in MUTATIONS.items() if not words or any(word in name for word in words)}
+    code, alive = 0, 0
+    width = max((len(name) for name in chosen), default=0)
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        running = {pool.submit(survives, mutation): name for name, mutation in chosen.items()}
+        for one in as_completed(running):
+            name = running[one]
+            try:
+                survived, seconds = one.result()
+            except ValueError as error:
+                print(f"CHANGED  {name:{width}}  {error}", flush=True)
+                code = 2
+                continue
+            alive += survived
+            said = "SURVIVED" if survived else "caught"
+            print(f"{said:8} {name:{width}} {seconds:4.0f} s  {chosen[name].tests}", flush=True)
+    print(f"{len(chosen)} mistakes, {alive} survived")
+    return code or int(alive > 0)
 
 
 if __name__ == "__main__":

@@ -273,3 +273,24 @@ def test_B74_two_scopes_are_both_optimised_and_shown_apart():
     assert found["balance/policy_0/loss"] == pytest.approx(whole[0], rel=1e-5)
     assert found["balance/policy_1/loss"] == pytest.approx(apart[0], rel=1e-5)
     assert abs(whole[0] - apart[0]) > 0.01
+
+
+def test_B12_layers_that_lean_opposite_ways_are_both_pushed():
+    """The loads of two layers add up to perfect balance; each layer's gradient and value are its own."""
+    left_TE = torch.zeros(24, 6)
+    left_TE[torch.arange(24), torch.arange(24) % 3] = 3.0
+    logits = [left_TE, left_TE.flip(-1)]
+    routers = torch.nn.ModuleList(logits_router(6, 1) for _ in logits)
+    balancer = Balancer(routers, [AuxLoss("global_batch", coef=1.0, estimator="exact")])
+    given = [z.clone().requires_grad_() for z in logits]
+    losses = [0 * router(z).weights_TK.sum() for router, z in zip(routers, given, strict=True)]
+    balancer.tap(torch.stack(losses).sum()).backward()
+    torch.optim.SGD(routers.parameters(), lr=0.0).step()
+    values = []
+    for z in given:
+        value, gradient_TE = law(z, 1)
+        values.append(value)
+        assert z.grad is not None
+        assert factor(z.grad, gradient_TE) == pytest.approx(1, rel=1e-4)
+    assert balancer.metrics()["balance/policy_0/loss"] == pytest.approx(sum(values) / 2, rel=1e-5)
+    assert min(values) > 1.5
