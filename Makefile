@@ -14,7 +14,7 @@ TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PIP      = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare test test-all invariance check format bench lock clean
+.PHONY: help env compare test test-all invariance mutations check format bench lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
@@ -36,6 +36,9 @@ test-all: env  ## the same and what takes long, the full matrix among it
 # In parts: ARGS='-k "ddp and reentrant"'. Without the Tie every case has to fail: ARGS="--without-tie".
 invariance: env  ## every way to cut a batch: the full product of the matrix, hours
 	$(TEST_ENV) $(BIN)/python -m pytest -m full tests/invariance $(ARGS)
+
+mutations: env  ## plant the mistakes of other engines; the tests must catch each
+	$(BIN)/python tests/mutations.py $(ARGS)
 
 check: env  ## ruff (lint and format) and pyright
 	$(BIN)/ruff check .
