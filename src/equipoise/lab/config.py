@@ -230,7 +230,7 @@ class ParallelConfig:
             raise ConfigError(
                 expected=f"the processes that {flags} asks for, started by torchrun",
                 got="one process alone",
-                do=f"torchrun --nproc-per-node {max(wanted, self.ep)} -m equipoise train ... {flags}",
+                do=f"torchrun --nproc-per-node {max(wanted, self.ep, 2)} -m equipoise train ... {flags}",
             )
         if wanted != size:
             raise ConfigError(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -25,6 +26,7 @@ from ..errors import ConfigError, EquipoiseError, StateError
 from ..layers import shard_experts
 from .checkpoint import put_tensors, take_tensors
 from .config import ParallelConfig
+from .meeting import meet
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -195,7 +197,7 @@ class World:
                 raise
             raise StateError(
                 expected=f"all {self.size} ranks to take part in every step",
-                got=str(error).strip().splitlines()[0],
+                got=str(error).strip().splitlines()[0].partition(". This is")[0],
                 do="a rank ended or hangs: look at its output, then resume from the last checkpoint "
                 "(torchrun --max-restarts does both)",
             ) from error
@@ -219,8 +221,14 @@ def join(layout: ParallelConfig | None = None) -> Iterator[World]:
         raise error if int(os.environ.get("RANK", 0)) == 0 else _noted(error) from None
     device = torch.device("cpu")
     if starts:
-        device = _own_gpu() or device
-        dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=PATIENCE)
+        device, rank = _own_gpu() or device, int(os.environ["RANK"])
+        backend, store = "gloo" if device.type == "cpu" else "nccl", None
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            kept = TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE
+            )
+            store = PrefixStore(meet(kept, rank, size, PATIENCE.total_seconds()), kept)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     elif dist.is_initialized() and dist.get_backend() == "nccl":
         device = torch.device("cuda", torch.cuda.current_device())
     yield World(layout, device)
@@ -336,9 +344,10 @@ class Parts:
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
         if self._is_shared_out(parameter) and tensor.ndim:
-            size, part = self.world.experts.size, tensor.detach().contiguous()
-            tensor = part.new_empty(size * len(part), *part.shape[1:])
-            dist.all_gather_into_tensor(tensor, part, group=self.world.experts.group)
+            part = tensor.detach().contiguous()
+            parts = [torch.empty_like(part) for _ in range(self.world.experts.size)]
+            dist.all_gather(parts, part, group=self.world.experts.group)
+            tensor = torch.cat(parts)
         if self.world.size == 1:
             return tensor
         return tensor.detach().to("cpu", copy=True) if self.world.writes else tensor.new_empty(0)
