@@ -34,7 +34,7 @@ test-all: env  ## the same and what takes long, the full matrix among it
 	$(TEST_ENV) $(BIN)/python -m pytest $(XDIST) -m "" $(ARGS)
 
 # In parts: ARGS='-k "ddp and reentrant"'. Without the Tie every case has to fail: ARGS="--without-tie".
-invariance: env  ## every way to cut a batch: the full product of the matrix, hours
+invariance: env  ## every way to cut a batch: the full product of the matrix, many hours
 	$(TEST_ENV) $(BIN)/python -m pytest -m full tests/invariance $(ARGS)
 
 mutations: env  ## plant the mistakes of other engines; the tests must catch each

@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import faulthandler
 import importlib
+import math
 import multiprocessing
 import os
 import pickle
@@ -99,9 +100,7 @@ class Pool:
             for rank, worker in enumerate(workers):
                 worker.pipe.send_bytes(pickle.dumps((self._cases, function, args, rank, size, timeout)))
             return self._answers(workers, timeout)
-        except RankError as error:
-            if error.kind in ("died", "hung"):
-                self.stop()
+        except RankError:
             raise
         except BaseException:  # Ctrl-C, a broken pipe: what the ranks do now is not known
             self.stop()
@@ -132,16 +131,16 @@ class Pool:
         """Waits for all; after the first failure only a little longer."""
         deadline = time.monotonic() + timeout + (60 if self._cases == 1 else 30)  # the first case imports torch
         results: dict[int, Any] = {}
-        failed: list[tuple[int, str, str]] = []  # in the order of time
+        failed: list[tuple[float, int, str, str]] = []
         waiting = dict(enumerate(workers))
         while waiting:
             ready = wait([w.pipe for w in waiting.values()], max(0.0, deadline - time.monotonic()))
             for rank, worker in [(r, w) for r, w in waiting.items() if w.pipe in ready]:
                 try:
-                    kind, value = pickle.loads(worker.pipe.recv_bytes())
+                    kind, value, at = pickle.loads(worker.pipe.recv_bytes())
                 except (EOFError, ConnectionResetError):
                     worker.process.join()
-                    kind, value = "died", f"exit code {worker.process.exitcode} (-9: killed)"
+                    kind, value, at = "died", f"exit code {worker.process.exitcode} (-9: killed)", 0.0
                 if kind == "ready":  # imports are done: the case's own time begins
                     deadline = deadline if failed else time.monotonic() + timeout
                     continue
@@ -149,19 +148,20 @@ class Pool:
                 if kind == "done":
                     results[rank] = value
                 else:
-                    failed.append((rank, kind, value))
+                    failed.append((at, rank, kind, value))
                     deadline = min(deadline, time.monotonic() + GRACE)
             if not ready:
-                failed += [(rank, "hung", worker.where_it_is()) for rank, worker in waiting.items()]
+                failed += [(math.inf, rank, "hung", worker.where_it_is()) for rank, worker in waiting.items()]
                 break
         if failed:
             self._raise(failed, len(workers))
         return [results[rank] for rank in range(len(workers))]
 
-    def _raise(self, failed: list[tuple[int, str, str]], size: int) -> None:
-        rank, kind, report = failed[0]
-        others = "".join(f"\n--- then rank {r}: {k}\n{text}" for r, k, text in failed[1:])
-        if any(k in ("died", "hung") for _, k, _ in failed):
+    def _raise(self, failed: list[tuple[float, int, str, str]], size: int) -> None:
+        """The first in time leads: the others mostly say that a rank is gone."""
+        (_, rank, kind, report), *later = sorted(failed)
+        others = "".join(f"\n--- then rank {r}: {k}\n{text}" for _, r, k, text in later)
+        if any(k in ("died", "hung") for _, _, k, _ in failed):
             self.stop()
         raise RankError(rank, size, kind, report + others)
 
@@ -196,7 +196,7 @@ def _end_with_parent() -> None:
 
 
 def _answer(pipe: Connection, store: Any, case: int, function: str, args: tuple, rank: int, size: int, timeout: float):
-    """("done", result) or (name of the exception, traceback)."""
+    """("done", result, time) or (name of the exception, traceback, time)."""
     import torch
     import torch.distributed as dist
 
@@ -208,10 +208,10 @@ def _answer(pipe: Connection, store: Any, case: int, function: str, args: tuple,
         dist.init_process_group(
             "gloo", store=dist.PrefixStore(f"case-{case}", store), rank=rank, world_size=size, timeout=limit
         )
-        pipe.send_bytes(pickle.dumps(("ready", None)))
-        return "done", _plain(call(*args))
+        pipe.send_bytes(pickle.dumps(("ready", None, 0.0)))
+        return "done", _plain(call(*args)), time.monotonic()
     except BaseException as error:
-        return type(error).__name__, traceback.format_exc()
+        return type(error).__name__, traceback.format_exc(), time.monotonic()
     finally:
         if dist.is_initialized():  # its sockets close, so that nobody waits for a rank that failed
             with contextlib.suppress(Exception):

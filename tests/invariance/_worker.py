@@ -50,7 +50,7 @@ class Part(NamedTuple):
 class Engine:
     """A model as the engine of a case runs it, with its balancer and optimizer."""
 
-    def __init__(self, case: Case, ranks: Ranks | None = None, coef: float | None = None) -> None:
+    def __init__(self, case: Case, ranks: Ranks | None = None, coef: float | None = None, early: bool = False) -> None:
         self.case = case
         self.model = build(case)
         if case.compiled != "off":
@@ -58,7 +58,8 @@ class Engine:
             for module in inside:  # in place: names and parameters stay
                 module.compile(fullgraph=True, backend=case.compiled, dynamic=None)
         mesh = None if case.engine != "hsdp" and case.shards == 1 else _mesh(case)
-        self.runs = self._wrapped(mesh)
+        if not early:
+            self.runs = self._wrapped(mesh)
         if ranks is None and mesh is not None:
             names = mesh.mesh_dim_names or ()
             ranks = Ranks.of_mesh(
@@ -70,6 +71,8 @@ class Engine:
             ranks=ranks,
             reduction="sum" if case.loss == "sum" else "mean",
         )
+        if early:
+            self.runs = self._wrapped(mesh)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.005)
 
     def _wrapped(self, mesh: Any) -> Any:
@@ -238,9 +241,12 @@ def first_weights(case: Case) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in build(case).state_dict().items()}
 
 
-def first_gradients(case: Case, coef: float) -> dict[str, Tensor]:
-    """What the optimizer is given at the first step when every loss policy has this coefficient."""
-    engine = Engine(case, coef=coef)
+def first_gradients(case: Case, coef: float, early: bool = False) -> dict[str, Tensor]:
+    """What the optimizer is given at the first step when every loss policy has this coefficient.
+
+    ``early``: the balancer is made before the engine wraps the model.
+    """
+    engine = Engine(case, coef=coef, early=early)
     return engine.step(*parts_of(case, 0))
 
 

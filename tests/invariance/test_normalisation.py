@@ -18,9 +18,10 @@ pytestmark = pytest.mark.xdist_group("ranks")
 COEF = 3.0
 
 
-def pushed(ranks, case: Case) -> dict[str, Tensor]:
+def pushed(ranks, case: Case, early: bool = False) -> dict[str, Tensor]:
     """What the optimizer is given with the coefficient, less what it is given without."""
-    run = [ranks.run("invariance._worker:first_gradients", case, coef, size=case.ranks)[0] for coef in (COEF, 0.0)]
+    call = "invariance._worker:first_gradients"
+    run = [ranks.run(call, case, coef, early, size=case.ranks)[0] for coef in (COEF, 0.0)]
     return {name: run[0][name].double() - run[1][name].double() for name in run[0]}
 
 
@@ -39,8 +40,8 @@ def whole_batch(ranks, case: Case) -> dict[str, Tensor]:
     return expected.gradients
 
 
-def holds(ranks, case: Case) -> None:
-    got, truth = pushed(ranks, case), whole_batch(ranks, case)
+def holds(ranks, case: Case, early: bool = False) -> None:
+    got, truth = pushed(ranks, case, early), whole_batch(ranks, case)
     for name, push in got.items():
         error, size = (push - truth[name]).abs().max(), truth[name].abs().max()
         assert error <= 1e-5 * max(size, 1e-3), f"{name}: error {error:.3g} of {size:.3g}"
@@ -67,6 +68,12 @@ def test_fsdp2_averages_over_its_shards(ranks):
 def test_hsdp_averages_over_both_axes(ranks):
     holds(ranks, Case(4, 2, engine="hsdp", policy="sequence"))
     holds(ranks, Case(4, 2, 2, engine="hsdp", policy="sequence"))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "hsdp"])
+def test_the_balancer_may_be_made_before_the_engine_wraps_the_model(ranks, engine):
+    """FSDP2 replaces the parameters that the balancer watches."""
+    holds(ranks, Case(4, 2, engine=engine, policy="sequence"), early=True)
 
 
 @pytest.mark.parametrize("engine", ["plain", "ddp", "fsdp2"])
