@@ -15,8 +15,8 @@ collective: how often a step communicates and how many bytes (counted, for
     its LL128 protocol, src/graph/tuning.cc), 400 Gb/s a node, and every byte
     goes up the tree and down again.
 memory: bytes of all tensors that a balancer owns, for layers L and experts E
-    (expected: proportional to L * E, whatever the tokens), and what a router
-    with a balancer saves for backward beyond one without.
+    (expected: proportional to L * E, whatever the tokens), and what routers
+    with a balancer keep alive at most beyond the same without.
 loss: counting, loss and gradient against transformers' function
     `load_balancing_loss_func`, one thread, CPU time, contestants in turn.
     "from logits": softmax, top-k, counts, loss, gradient. "has p and ids": what
@@ -45,6 +45,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from equipoise import AuxLoss, Balancer, ExpertBias
@@ -238,58 +240,63 @@ def owned_bytes(layers: int, experts: int, tokens: int, policies: list | None = 
     return sum(storages.values())
 
 
-class Saved:
-    """Bytes that autograd holds for backward, each storage once: now, and the most so far."""
+class Live(TorchDispatchMode):
+    """Bytes of all tensors that are alive, each storage once: what was made since, now and at most."""
 
     def __init__(self) -> None:
-        self.held: dict[int, tuple[int, int]] = {}  # address -> (how often, bytes)
+        super().__init__()
+        self.known: set[weakref.ref] = set()
         self.now = self.most = 0
 
-    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda box: box[0])
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.watch(tensor.untyped_storage())
+        return result
 
-    def pack(self, tensor: Tensor) -> Any:
-        storage = tensor.untyped_storage()
-        address, number = storage.data_ptr(), storage.nbytes()
-        times, _ = self.held.get(address, (0, 0))
-        self.held[address] = (times + 1, number)
-        self.now += number if times == 0 else 0
-        self.most = max(self.most, self.now)
-        box = Box([tensor])
-        weakref.finalize(box, self.forget, address)
-        return box
+    def watch(self, storage: torch.UntypedStorage) -> None:
+        number = storage.nbytes()
+        gone = weakref.ref(storage, lambda one: self.forget(one, number))
+        if gone not in self.known:
+            self.known.add(gone)
+            self.now += number
+            self.most = max(self.most, self.now)
 
-    def forget(self, address: int) -> None:
-        times, number = self.held.pop(address)
-        if times > 1:
-            self.held[address] = (times - 1, number)
-        else:
-            self.now -= number
+    def forget(self, one: weakref.ref, number: int) -> None:
+        self.known.discard(one)
+        self.now -= number
 
 
-class Box(list):
-    """A list that can be watched until autograd lets go of it."""
-
-
-def saved_bytes(layers: int, experts: int, tokens: int, policies: list, *, recompute: bool = False) -> tuple[int, int]:
-    """(held after forward, the most at any time) for a forward and backward; no policies: without a balancer."""
-    routers, saved = build(layers, experts), Saved()
+def live_bytes(layers: int, experts: int, tokens: int, policies: list, *, recompute: bool = False) -> tuple[int, int]:
+    """(alive after forward, the most at any time) in a forward and backward; no policies: without a balancer."""
+    routers, live = build(layers, experts), Live()
     balancer = Balancer(routers, policies, gradient_norms=False) if policies else None
     x_TD = torch.randn(tokens, DIM, requires_grad=True)
 
-    def run(router: nn.Module) -> Tensor:
+    def run(router: nn.Module, x_TD: Tensor) -> Tensor:
         return router(x_TD).weights_TK.square().sum()
 
-    def checkpointed(router: nn.Module) -> Tensor:
-        return checkpoint(run, router, use_reentrant=False)
+    def checkpointed(router: nn.Module, x_TD: Tensor) -> Tensor:
+        return checkpoint(run, router, x_TD, use_reentrant=False)
 
-    with saved.hooks():
-        loss = torch.stack([(checkpointed if recompute else run)(router) for router in routers]).sum()
+    with live:
+        loss = torch.stack([(checkpointed if recompute else run)(router, x_TD) for router in routers]).sum()
         loss = balancer.tap(loss) if balancer else loss
         gc.collect()
-        held = saved.now
+        held = live.now
         loss.backward()
-    return held, saved.most
+    return held, live.most
+
+
+def extra_bytes(experts: int, tokens: int, policies: list, *, recompute: bool) -> tuple[float, float]:
+    """What a balancer adds to the most that is alive: (bytes for each layer and token, bytes for each token once)."""
+    added = {}
+    for layers in (4, 12):
+        plain = live_bytes(layers, experts, tokens, [], recompute=recompute)[1]
+        added[layers] = live_bytes(layers, experts, tokens, policies, recompute=recompute)[1] - plain
+    slope = (added[12] - added[4]) / 8
+    return slope / tokens, (added[4] - 4 * slope) / tokens
 
 
 def show_memory(arguments: argparse.Namespace) -> None:
@@ -298,20 +305,17 @@ def show_memory(arguments: argparse.Namespace) -> None:
     for layers, experts, tokens in [(4, 64, 64), (4, 64, 1024), (16, 64, 64), (4, 256, 64), (61, 256, 64)]:
         number = owned_bytes(layers, experts, tokens)
         print(f"{layers:8} {experts:8} {tokens:8} {number:10} {number / layers / experts:8.0f}")
-    print("\nBytes saved for backward beyond those of the same routers without a balancer,\nper layer and token\n")
-    print(f"{'losses':>26} {'recompute':>10} {'experts':>8} {'in forward':>11} {'at most':>9}")
+    print("\nWhat a balancer adds to the most memory that is alive in a forward and backward:\n")
+    print(f"{'losses':>16} {'recompute':>10} {'experts':>8} {'bytes / layer and token':>24} {'/ token, once':>14}")
     named = {
         "global_batch": [AuxLoss(coef=1e-2, estimator="previous")],
         "sequence": [AuxLoss("sequence", coef=1e-2)],
         "bias only": [ExpertBias("proportional")],
     }
-    layers, tokens = 8, arguments.tokens // 4
     for name, policies in named.items():
         for experts, recompute in [(16, False), (64, False), (64, True)]:
-            plain = saved_bytes(layers, experts, tokens, [], recompute=recompute)
-            balanced = saved_bytes(layers, experts, tokens, policies, recompute=recompute)
-            extra = [(b - p) / layers / tokens for b, p in zip(balanced, plain, strict=True)]
-            print(f"{name:>26} {'yes' if recompute else 'no':>10} {experts:8} {extra[0]:11.1f} {extra[1]:9.1f}")
+            per_layer, once = extra_bytes(experts, arguments.tokens // 4, policies, recompute=recompute)
+            print(f"{name:>16} {'yes' if recompute else 'no':>10} {experts:8} {per_layer:24.1f} {once:14.1f}")
 
 
 # ---------------------------------------------------------------- losses against transformers

@@ -48,22 +48,36 @@ def test_what_a_balancer_owns_grows_with_layers_times_experts_only(bench):
         assert bench.owned_bytes(layers, experts, tokens=32) <= 8 * 40 * layers * (experts + 8)
 
 
-@pytest.mark.parametrize(
-    "policies", [[AuxLoss(estimator="previous")], [AuxLoss("sequence")], [ExpertBias("rms", 1e-4)]]
-)
-def test_recompute_leaves_nothing_saved_by_the_balancer(bench, policies):
-    """Under recompute a layer holds nothing until its own backward, and then only its own."""
-    plain, balanced = (bench.saved_bytes(6, 16, 512, p, recompute=True) for p in ([], policies))
-    few = 6 * 8 * 200  # statistics and fractions of the sequence, whatever the tokens
-    assert balanced[0] <= plain[0] + few
-    assert balanced[1] <= plain[1] + few + 512 * (4 * 16 + 8)
+LOSSES = [[AuxLoss(estimator="previous")], [AuxLoss("sequence")]]
+FEW = 4096  # bytes a layer for statistics, whatever the tokens
 
 
-@pytest.mark.parametrize("policies", [[AuxLoss(estimator="previous")], [AuxLoss("sequence")]])
-def test_without_recompute_a_loss_saves_no_more_than_its_probabilities(bench, policies):
+@pytest.mark.parametrize("policies", [*LOSSES, [ExpertBias("rms", 1e-4)]])
+def test_recompute_leaves_nothing_of_a_layer_s_tokens_alive(bench, policies):
+    """Under recompute a layer adds nothing that grows with tokens: only the one that is in backward has its own."""
+    per_layer, once = bench.extra_bytes(16, 512, policies, recompute=True)
+    assert 512 * per_layer <= FEW
+    assert once <= 12 * 4 * 16
+
+
+@pytest.mark.parametrize("policies", LOSSES)
+def test_without_recompute_a_loss_keeps_no_more_than_its_probabilities(bench, policies):
     """B88: 4 E bytes a token and layer, where a one-hot of all choices takes 8 K E."""
-    plain, balanced = (bench.saved_bytes(6, 16, 512, p) for p in ([], policies))
-    assert balanced[1] - plain[1] <= 6 * (512 * 4 * 16 + 1024)
+    per_layer, once = bench.extra_bytes(16, 512, policies, recompute=False)
+    assert 512 * per_layer <= 512 * 4 * 16 + FEW
+    assert once <= 12 * 4 * 16
+
+
+def test_live_bytes_are_those_of_tensors_that_live(bench):
+    """The instrument itself: what is freed is subtracted, a view costs nothing."""
+    with bench.Live() as live:
+        kept = bench.torch.zeros(100)
+        view = kept[10:]
+        assert live.now == 400
+        gone = bench.torch.ones(1000)
+        del gone
+        assert (live.now, live.most) == (400, 4400)
+        assert len(view) == 90
 
 
 def test_the_cluster_model_grows_with_the_logarithm_of_nodes(bench):
