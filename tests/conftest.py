@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,9 +27,22 @@ def ranks() -> Iterator[Pool]:
         yield pool
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One of xdist's workers owns the pool (with --dist loadgroup): two pools on two cores would only wait."""
-    for item in items:
-        if "ranks" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With --dist loadgroup, all tests with several ranks go to one worker: two pools on two cores would only wait.
+
+    By file, because xdist 3.8 writes a test's group where pytest 9.2 does not read it, and then groups nothing.
+    """
+    from xdist.scheduler import LoadGroupScheduling
+
+    class OnePool(LoadGroupScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "ranks" if uses_ranks(config.rootpath / nodeid.partition("::")[0]) else super()._split_scope(nodeid)
+
+    return OnePool(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
+@functools.cache
+def uses_ranks(file: Path) -> bool:
+    text = file.read_text(encoding="utf-8") if file.suffix == ".py" else ""
+    return "ranks.run(" in text or 'xdist_group("ranks")' in text
