@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ def tiny(data: Path, **train: Any) -> RunConfig:
     return RunConfig(
         model=ModelConfig(layers=2, width=32, heads=2, head_dim=16, experts=4, expert_hidden=16, vocab_size=300),
         data=DataConfig(data=str(data), sequence_length=32),
-        train=TrainConfig(**{"steps": 24, "micro_batches": 4, "warmup": 2, "eval_every": 8, "eval_sequences": 4,
+        train=TrainConfig(**{"steps": 40, "micro_batches": 4, "warmup": 2, "eval_every": 8, "eval_sequences": 4,
                              "checkpoint_every": 2, "load_every": 2, "fidelity_every": 0, "tensorboard": False,
                              "precision": "fp32"} | train),
         strategy="global:ema+micro",
@@ -106,6 +107,12 @@ def run(
     assert not hanging, f"ranks {hanging} hang"
     codes = [process.exitcode or 0 for process in processes]
     return Ended(codes, [_last_word(pipe) for pipe in pipes], killed - began, time.monotonic() - killed)
+
+
+def die(victim: int, after: int, delay: float, rank: int, step: int) -> None:
+    """For ``act``: the rank ``victim`` is killed ``delay`` seconds after a step, wherever it is then."""
+    if rank == victim and step == after:
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
 
 def _last_word(pipe: Any) -> str:
@@ -201,7 +208,8 @@ class Row:
 
     def __str__(self) -> str:
         share = f"{self.tried - len(self.wrong)}/{self.tried}"
-        return f"{self.name:<58}{share:>9}{self.early:>8}{self.late:>6}{self.slowest:>9.1f}"
+        slowest = f"{self.slowest:.1f}" if self.slowest else ""
+        return f"{self.name:<58}{share:>9}{self.early:>8}{self.late:>6}{slowest:>9}"
 
 
 HEADER = f"{'killed':<58}{'as whole':>9}{'early':>8}{'late':>6}{'ended s':>9}"
@@ -301,7 +309,7 @@ def figures(kills: int, seed: int, folder: Path) -> list[Row]:
     rows.append(row)
     for attempt in range(max(1, kills // 10)):
         here = folder / f"torchrun-{attempt}"
-        code, said = run_under_torchrun(config, here, "--ep", "2", kill=(rng.randrange(4), rng.randrange(3, 20)))
+        code, said = run_under_torchrun(config, here, "--ep", "2", kill=(rng.randrange(4), rng.randrange(3, 25)))
         row.tried += 1
         difference = same_bits(here, folder / "whole-1") if code == 0 else said[-2000:]
         row.wrong += [difference] if difference else []
