@@ -19,10 +19,12 @@ memory: bytes of all tensors that a balancer owns, for layers L and experts E
     with a balancer keep alive at most beyond the same without.
 loss: counting, loss and gradient against transformers' function
     `load_balancing_loss_func`, one thread, CPU time, contestants in turn.
-    "from logits": softmax, top-k, counts, loss, gradient. "has p and ids": what
-    is added to a router that computed both for its own use; transformers'
-    function takes logits only, so its cost is the same. "in training": forward,
-    backward and step of routers with a Balancer minus that without.
+    "from logits": softmax, top-k, counts, loss, gradient. "logits and ids": the
+    same from what a router returns, its choices among it; transformers'
+    function makes them a second time. "has p and ids": what is added to a
+    router that computed both for its own use; transformers' function takes
+    logits only, so its cost is the same. "in training": forward, backward and
+    step of routers with a Balancer minus that without.
 """
 
 from __future__ import annotations
@@ -337,6 +339,9 @@ def contestants(tokens: int, layers: int, experts: int, top_k: int) -> dict[str,
         losses = [balance_loss(gate_probs(z), route(z.detach(), top_k).expert_ids_TK) for z in logits]
         torch.stack(losses).sum().backward()
 
+    def router_output() -> None:
+        torch.stack([balance_loss(gate_probs(z), i) for z, i in zip(logits, ids, strict=True)]).sum().backward()
+
     def has_p_and_ids() -> None:
         torch.stack([balance_loss(p, i) for p, i in zip(probs, ids, strict=True)]).sum().backward()
 
@@ -348,7 +353,12 @@ def contestants(tokens: int, layers: int, experts: int, top_k: int) -> dict[str,
 
         return cleared
 
-    found = {"theirs": theirs, "from logits": from_logits, "has p and ids": has_p_and_ids}
+    found = {
+        "theirs": theirs,
+        "from logits": from_logits,
+        "logits and ids": router_output,
+        "has p and ids": has_p_and_ids,
+    }
     x_TD = torch.randn(tokens, DIM)
     for name in ("without", "with"):
         routers = build(layers, experts, top_k, normalize=False)  # such a router has p
@@ -385,7 +395,7 @@ def show_loss(arguments: argparse.Namespace) -> None:
         "(quartiles)\n"
     )
     print(f"{'':>16} {'transformers':>18} {'equipoise':>18} {'ratio in each round':>22}")
-    for name in ("from logits", "has p and ids", "in training"):
+    for name in ("from logits", "logits and ids", "has p and ids", "in training"):
         ratios = [a / b for a, b in zip(times["theirs"], times[name], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(

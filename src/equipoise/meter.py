@@ -232,7 +232,7 @@ def measure(plan: Plan, logits_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, ba
     mask_T1 = None if batch.token_mask_T is None else batch.token_mask_T.to(probs_TE.dtype).unsqueeze(-1)
     valid_TE = probs_TE if mask_T1 is None else probs_TE * mask_T1
     length = probs_TE.shape[0] // num_sequences
-    probs_BE = valid_TE.view(num_sequences, length, num_experts).sum(dim=1, dtype=torch.float64)
+    probs_BE = _sum_tokens(valid_TE.view(num_sequences, length, num_experts))
     if plan.unbiased:
         plain_TK = logits_TE.topk(plan.top_k, dim=-1).indices
         plain_BE = count_choices(plain_TK, num_experts, batch.token_mask_T, num_sequences)
@@ -268,6 +268,15 @@ def measure(plan: Plan, logits_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, ba
         tables = _tables(fraction_NBE, counts_CBE, probs_BE, of_documents, valid_TE, batch)
     fraction_NTE = torch.stack(documents) if documents else None
     return Measured(probs_TE, torch.cat(parts), fraction_NBE, fraction_NTE, gram_EE, tables)
+
+
+def _sum_tokens(x_BSE: Tensor) -> Tensor:
+    """Sum over S in fp64: blocks of 64 tokens in fp32 first, because a sum that casts copies all of x before."""
+    blocks = x_BSE.shape[1] // 64
+    if blocks < 2:
+        return x_BSE.sum(dim=1, dtype=torch.float64)
+    whole = x_BSE[:, : 64 * blocks].unflatten(1, (blocks, 64)).sum(dim=2).sum(dim=1, dtype=torch.float64)
+    return whole + x_BSE[:, 64 * blocks :].sum(dim=1, dtype=torch.float64)
 
 
 def _tables(

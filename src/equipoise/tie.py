@@ -89,8 +89,11 @@ class _Tie(torch.autograd.Function):
     def forward(
         ctx, weights_TK, logits_TE, _leaf, probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, pressure, plan, key
     ):
-        # softmax needs only its probabilities in backward; other gates and the z-loss need the logits too
-        logits_TE_or_none = logits_TE if plan.z_loss or plan.gate != "softmax" else None
+        # softmax needs only its probabilities in backward; other gates and the z-loss need the logits too, and without
+        # a loss there is nothing to push: a bias keeps nothing of the tokens
+        pushes = bool(plan.terms) or plan.z_loss
+        logits_TE_or_none = logits_TE if pushes and (plan.z_loss or plan.gate != "softmax") else None
+        probs_TE = probs_TE if pushes else None
         in_graph = _keep_pressure(ctx, pressure)
         ctx.save_for_backward(probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE_or_none, *in_graph)
         ctx.plan, ctx.key, ctx.logits_dtype = plan, key, logits_TE.dtype
@@ -103,10 +106,13 @@ class _Tie(torch.autograd.Function):
         plan, pressure = ctx.plan, _late(in_graph, ctx, grad_weights_TK)
         if plan.shards > 1:
             fraction_NBE, fraction_NTE = late_fractions(ctx.key, grad_weights_TK, fraction_NBE, fraction_NTE)
-        push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)
+        push_TE, squares = None, torch.zeros(1, dtype=torch.float64, device=pressure.device)
+        if probs_TE is not None:
+            push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)
+            push_TE = push_TE.to(ctx.logits_dtype)
         zero = torch.zeros(1, dtype=torch.float64, device=pressure.device)  # the language model's norm: see _Probe
         counted = torch.cat([statistics, zero, squares]) * pressure[-1]
-        return grad_weights_TK, push_TE.to(ctx.logits_dtype), counted, None, None, None, None, None, None, None, None
+        return grad_weights_TK, push_TE, counted, None, None, None, None, None, None, None, None
 
 
 class _Probe(torch.autograd.Function):
@@ -178,7 +184,11 @@ def _push(
     outer_TE = _common_factor(plan, logits_TE, mask_T, probs_TE.dtype)
     pushes = []
     for q in q_N:
-        push_TE = (probs_BSE * (q - (probs_BSE * q).sum(dim=-1, keepdim=True))).view_as(probs_TE)
+        if q.shape[1] == 1:  # one f for a sequence: a product of matrices reads p once and writes nothing of its size
+            mean_BS1 = torch.bmm(probs_BSE, q.transpose(1, 2).expand(num_sequences, -1, -1))
+        else:
+            mean_BS1 = (probs_BSE * q).sum(dim=-1, keepdim=True)
+        push_TE = (q - mean_BS1).mul_(probs_BSE).view_as(probs_TE)
         pushes.append(push_TE if outer_TE is None else push_TE * outer_TE)
     zero = pressure.new_zeros(())
     if plan.norms:
@@ -228,7 +238,7 @@ def _z_push(factor: Tensor, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
 
 
 def _square_norm(x: Tensor) -> Tensor:
-    return x.double().square().sum() if x.dtype == torch.float64 else x.float().square().sum().double()
+    return torch.linalg.vector_norm(x if x.dtype == torch.float64 else x.float()).double().square()
 
 
 @torch.library.custom_op("equipoise::square_norm", mutates_args=())

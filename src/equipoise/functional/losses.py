@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .routing import check_mask_dtype
+from .routing import check_mask_dtype, count_choices
 
 __all__ = ["balance_loss", "load_fractions", "segment_counts", "sequence_segments", "z_loss"]
 
@@ -77,15 +77,15 @@ def balance_loss(
     if segment_T is not None and counts_E is not None:
         raise InputError(expected="one source of f", got="both segment_T and counts_E", do="pass one of them")
     probs_TE = probs_TE if probs_TE.dtype == torch.float64 else probs_TE.float()
-    tokens, num_experts = probs_TE.shape
-    if counts_E is None:
-        if segment_T is None:
-            segment_T = torch.zeros(tokens, dtype=torch.int64, device=probs_TE.device)
+    num_experts = probs_TE.shape[1]
+    if segment_T is not None:
         fraction_SE = load_fractions(segment_counts(expert_ids_TK, num_experts, segment_T, token_mask_T))
-        fraction_TE = fraction_SE.to(probs_TE.dtype)[segment_T]
-    else:
-        fraction_TE = load_fractions(counts_E).to(probs_TE.dtype).expand_as(probs_TE)
-    return _token_mean(num_experts * (fraction_TE * probs_TE).sum(dim=-1), token_mask_T)
+        value_T = (fraction_SE.to(probs_TE.dtype)[segment_T] * probs_TE).sum(dim=-1)
+    else:  # one f for all tokens: a matrix product reads p once and writes nothing of its size
+        if counts_E is None:
+            counts_E = count_choices(expert_ids_TK, num_experts, token_mask_T)[0]
+        value_T = probs_TE @ load_fractions(counts_E).to(probs_TE.dtype)
+    return _token_mean(num_experts * value_T, token_mask_T)
 
 
 def z_loss(logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Tensor:

@@ -256,7 +256,7 @@ def _weights(logits_TE: Tensor, ids_TK: Tensor, gate: str, normalize: bool) -> T
 def _check_finite(logits_TE: Tensor) -> None:
     if logits_TE.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    total = logits_TE.detach().sum(dtype=torch.float64)
+    total = logits_TE.detach().sum()  # in fp32: no copy of the logits; huge ones that overflow are looked at below
     if torch.isfinite(total):
         return
     bad = int((~torch.isfinite(logits_TE)).any(dim=-1).sum())
