@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class ExpertShard:
 
     group: Group
     num_experts: int
+    travel: Callable[..., Tensor] = field(default_factory=lambda: _untraced(), repr=False)
 
     @property
     def mine(self) -> slice:
@@ -43,7 +44,7 @@ class ExpertShard:
         weights_TK: Tensor,
     ) -> Tensor:
         """What ``compute`` gives with all experts, where the two parameters hold this rank's; all ranks call it."""
-        return _uncompiled(self, compute, x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)
+        return self.travel(self, compute, x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)
 
     def sort(self, expert_ids_TK: Tensor) -> ExpertOrder:
         """Checked before anything is sent; on the CPU only, because a GPU is not made to wait."""
@@ -90,7 +91,10 @@ def _travel(
     return unpermute(group.exchange(done_ND, receive, send), order)
 
 
-_uncompiled: Any = torch.compiler.disable(_travel)  # how many rows travel follows the data: no compiler can trace it
+def _untraced() -> Callable[..., Tensor]:
+    """How many rows travel follows the data, which no compiler can trace. Made late: this imports the compiler."""
+    disable: Any = torch.compiler.disable
+    return disable(_travel)
 
 
 def shard_experts(model: nn.Module, group: Group) -> list[Experts]:
