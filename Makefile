@@ -14,7 +14,7 @@ TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PIP      = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare test test-all invariance mutations check format bench lock clean
+.PHONY: help env compare test test-all invariance mutations faults check format bench lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
@@ -40,6 +40,9 @@ invariance: env  ## every way to cut a batch: the full product of the matrix, ma
 mutations: env  ## plant the mistakes of other engines; the tests must catch each
 	$(BIN)/python tests/mutations.py $(ARGS)
 
+faults: env  ## kill training processes at random moments, resume, compare: takes half an hour
+	PYTHONPATH=tests $(BIN)/python -m lab.faults $(ARGS)
+
 check: env  ## ruff (lint and format) and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,8 +52,9 @@ format: env  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: env  ## the speed of the MoE layer against F.grouped_mm
+bench: env  ## the speed of the MoE layer against F.grouped_mm, and what balancing costs
 	$(BIN)/python benchmarks/moe_layer.py $(ARGS)
+	$(BIN)/python benchmarks/balance_cost.py
 
 # The pins are what pip chooses today in an empty environment; a local version (+cpu) is where this machine found a
 # package and not part of the pin.

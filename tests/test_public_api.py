@@ -11,7 +11,6 @@ import pytest
 
 MODULES = ["equipoise", "equipoise.functional", "equipoise.layers", "equipoise.policies"]
 NO_EXAMPLE = (  # what these are is shown by those that use them
-    "Collective",  # a protocol
     "ConfigError", "DataError", "InputError", "OutputError", "StateError",  # the root of the tree has the example
     "Routing",  # what `route` returns
 )  # fmt: skip

@@ -6,7 +6,7 @@ from .balancer import Balancer
 from .collectives import Ranks
 from .errors import ConfigError, DataError, EquipoiseError, InputError, OutputError, StateError
 from .functional.routing import Routing
-from .layers import Experts, MoE, Router
+from .layers import Experts, MoE, Router, shard_experts
 from .policies import AuxLoss, ExpertBias, Sequences, Switch, ZLoss
 
 __version__ = "0.1.0"
@@ -29,4 +29,5 @@ __all__ = [
     "StateError",
     "Switch",
     "ZLoss",
+    "shard_experts",
 ]

@@ -53,20 +53,11 @@ def attach(
             got=f"{' and '.join(type(part).__name__ for part in parts)} without a router",
             do="build its feed-forward layers from equipoise.MoE or equipoise.Router",
         )
-    biases = [t.policy for t in timed if isinstance(t.policy, ExpertBias)]
-    for _, name, router in routers:
-        if router.meter is not None:
-            raise StateError(
-                expected="one balancer per model",
-                got=f"router {name!r} already has one",
-                do="pass all policies to one Balancer, or call remove() on the first",
-            )
-        for policy in biases:
-            policy.check_gate(router.gate, router.num_experts)
+    _check_routers(routers, timed)
     terms = tuple(_term(t.policy, micro_sequences) for t in timed if isinstance(t.policy, AuxLoss))
     layers = []
     for part, name, router in routers:
-        if biases:
+        if any(isinstance(t.policy, ExpertBias) for t in timed):
             router.enable_selection_bias()
         has_z_loss = any(isinstance(t.policy, ZLoss) for t in timed)
         plan = Plan(
@@ -86,6 +77,25 @@ def attach(
     if layers and not any(layer.trainable for layer in layers):
         warnings.warn("every router of this model is frozen: loads are measured, nothing is pushed", stacklevel=3)
     return layers
+
+
+def _check_routers(routers: Sequence[tuple[int, str, Any]], timed: Sequence[Timed]) -> None:
+    biases = [t.policy for t in timed if isinstance(t.policy, ExpertBias)]
+    for _, name, router in routers:
+        if router.meter is not None:
+            raise StateError(
+                expected="one balancer per model",
+                got=f"router {name!r} already has one",
+                do="pass all policies to one Balancer, or call remove() on the first",
+            )
+        for policy in biases:
+            policy.check_gate(router.gate, router.num_experts)
+        if router.expert_bias is not None and not biases and any(p.requires_grad for p in router.parameters()):
+            raise ConfigError(
+                expected="a policy for the expert bias that this model chooses with",
+                got=f"a bias in router {name!r} that nobody moves while the router learns",
+                do="add ExpertBias(), or ExpertBias(rate=0.0) to keep it as it is",
+            )
 
 
 def _check_options(timed: Sequence[Timed], micro_sequences: int | None) -> None:

@@ -130,7 +130,7 @@ class _Reported:
         if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             raise StateError(
                 expected=f"an answer of the {self.group.size} ranks that share this step",
-                got=str(error).strip().splitlines()[0],
+                got=str(error).strip().splitlines()[0].partition(". This is")[0],
                 do="a rank ended or hangs: look at its output, then resume from the last checkpoint "
                 "(torchrun --max-restarts does both)",
             ) from error

@@ -105,7 +105,6 @@ class Tables(NamedTuple):
     C = 1, the dispatched choices, or 2 with the unbiased ones behind; R rows of documents, numbered by ``document_T``.
     """
 
-    fraction_NBE: Tensor  # f of the local terms as this rank alone sees it: recognises the call in backward
     counts_CBE: Tensor
     probs_BE: Tensor
     counts_CRE: Tensor | None
@@ -265,7 +264,7 @@ def measure(plan: Plan, logits_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, ba
     tables = None
     if plan.shards > 1:
         counts_CBE = torch.stack([counts_BE, plain_BE] if plan.unbiased else [counts_BE])
-        tables = _tables(fraction_NBE, counts_CBE, probs_BE, of_documents, valid_TE, batch)
+        tables = _tables(counts_CBE, probs_BE, of_documents, valid_TE, batch)
     fraction_NTE = torch.stack(documents) if documents else None
     return Measured(probs_TE, torch.cat(parts), fraction_NBE, fraction_NTE, gram_EE, tables)
 
@@ -280,21 +279,16 @@ def _sum_tokens(x_BSE: Tensor) -> Tensor:
 
 
 def _tables(
-    fraction_NBE: Tensor,
-    counts_CBE: Tensor,
-    probs_BE: Tensor,
-    of_documents: dict[bool, Tensor],
-    valid_TE: Tensor,
-    batch: Batch,
+    counts_CBE: Tensor, probs_BE: Tensor, of_documents: dict[bool, Tensor], valid_TE: Tensor, batch: Batch
 ) -> Tables:
     if not of_documents:
-        return Tables(fraction_NBE, counts_CBE.double(), probs_BE, None, None, None)
+        return Tables(counts_CBE.double(), probs_BE, None, None, None)
     any_RE = next(iter(of_documents.values()))
     kinds = [False, True][: len(counts_CBE)]
     counts_CRE = torch.stack([of_documents.get(kind, torch.zeros_like(any_RE)) for kind in kinds])
     assert batch.document_T is not None
     probs_RE = torch.zeros_like(any_RE, dtype=torch.float64).index_add_(0, batch.document_T, valid_TE.double())
-    return Tables(fraction_NBE, counts_CBE.double(), probs_BE, counts_CRE.double(), probs_RE, batch.document_T)
+    return Tables(counts_CBE.double(), probs_BE, counts_CRE.double(), probs_RE, batch.document_T)
 
 
 def _scalars(
@@ -319,7 +313,7 @@ def _scalars(
             lse_square,
             maxvio(counts_BE).sum(),
             maxvio(counts_E) if plan.micro_sequences is None else maxvio(micro_BE).mean(),
-            one * counts_BE.shape[0],
+            one * (counts_BE.shape[0] if len(logits_TE) else 0),
         ]
     )
 

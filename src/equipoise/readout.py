@@ -59,7 +59,7 @@ def metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step: int, s
         stacked = torch.stack([values[key] for values in per_layer if key in values])  # not every layer has a bias
         named[key] = stacked.sum() if key in SUMMED else stacked.mean()
     named |= _policy_metrics(layers, timeline, step)
-    named["tokens"] = layers[0].of("tokens")
+    named["tokens"] = torch.stack([layer.of("tokens") for layer in layers]).min()  # one may run twice in each forward
     numbers = torch.stack([value.double() for value in named.values()]).tolist()  # the only wait for the device
     found = {f"balance/{key}": number for key, number in zip(named, numbers, strict=True)}
     # not known where autograd left the meter alone (``backward(inputs=...)``): left out rather than called 0

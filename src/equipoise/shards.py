@@ -24,7 +24,7 @@ __all__ = ["Late", "correct", "late_fractions", "propose", "sum_tables"]
 class Late(NamedTuple):
     """What backward of one call of a router reads."""
 
-    local_NBE: Tensor  # f as this rank saw it: recompute may run the calls of a layer in another order
+    probs_E: Tensor  # recognises the call: recompute may run the calls of a layer in another order
     fraction_NBE: Tensor
     document_NRE: Tensor | None  # f of document r = sequence * D + number
     row_T: Tensor | None  # token -> r
@@ -40,20 +40,19 @@ def _propose(
     slot: torch.Tensor,  # noqa: ARG001, said to change, or a compiler would drop a call without a result
     key: int,
     which: int,
-    fraction_NBE: torch.Tensor,
     counts_CBE: torch.Tensor,
     probs_BE: torch.Tensor,
     counts_CRE: torch.Tensor | None,
     probs_RE: torch.Tensor | None,
     document_T: torch.Tensor | None,
 ) -> None:
-    tables = (fraction_NBE, counts_CBE, probs_BE, counts_CRE, probs_RE, document_T)
+    tables = (counts_CBE, probs_BE, counts_CRE, probs_RE, document_T)
     copies = [None if table is None else table.clone() for table in tables]  # a compiler uses their memory again
     Meter.of(key).tables[which].append(Tables(*copies))  # type: ignore[arg-type]
 
 
 @_propose.register_fake
-def _(slot, key, which, fraction_NBE, counts_CBE, probs_BE, counts_CRE, probs_RE, document_T) -> None:  # noqa: ARG001
+def _(slot, key, which, counts_CBE, probs_BE, counts_CRE, probs_RE, document_T) -> None:  # noqa: ARG001
     return None
 
 
@@ -132,15 +131,16 @@ def correct(plan: Plan, taken: Taken, summed: Sequence[Tables]) -> tuple[Tensor,
 
 
 def _late(plan: Plan, local: Tables, summed: Tables) -> Late:
-    kinds = [int(term.unbiased) for term in plan.terms]
+    kinds, probs_E = [int(term.unbiased) for term in plan.terms], local.probs_BE.sum(dim=0)
     sequences = [shared_counts(summed.counts_CBE[kind], term) for kind, term in zip(kinds, plan.terms, strict=True)]
-    fraction_NBE = load_fractions(torch.stack(sequences)) if sequences else local.fraction_NBE
+    no_terms = local.probs_BE.new_zeros((0, *local.probs_BE.shape))
+    fraction_NBE = load_fractions(torch.stack(sequences)) if sequences else no_terms
     if summed.counts_CRE is None or local.document_T is None:
-        return Late(local.fraction_NBE, fraction_NBE, None, None)
+        return Late(probs_E, fraction_NBE, None, None)
     documents = [kind for kind, term in zip(kinds, plan.terms, strict=True) if term.kind == "document"]
     held, shared = _rows(local), summed.counts_CRE.shape[1] // local.probs_BE.shape[0]
     row_T = local.document_T // held * shared + local.document_T % held
-    return Late(local.fraction_NBE, fraction_NBE, load_fractions(summed.counts_CRE[documents]), row_T)
+    return Late(probs_E, fraction_NBE, load_fractions(summed.counts_CRE[documents]), row_T)
 
 
 def _values(plan: Plan, local: Tables, late: Late) -> Tensor:
@@ -159,17 +159,23 @@ def _values(plan: Plan, local: Tables, late: Late) -> Tensor:
 
 
 def late_fractions(
-    key: int, grad: Tensor, fraction_NBE: Tensor, fraction_NTE: Tensor | None
+    key: int, grad: Tensor, probs_E: Tensor, fraction_NBE: Tensor, fraction_NTE: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """f of the local terms over all shards, per sequence and (for documents) per token, once ``grad`` has arrived."""
+    """f of the local terms over all shards, per sequence and (for documents) per token, once ``grad`` has arrived.
+
+    Args:
+        probs_E: summed over the tokens of this call, which it is recognised by.
+        fraction_NBE, fraction_NTE: f as this rank alone sees it.
+    """
     documents = fraction_NBE.new_zeros(0) if fraction_NTE is None else fraction_NTE
-    sequences, documents = _late_fractions(grad, fraction_NBE, documents, key)
+    sequences, documents = _late_fractions(grad, probs_E, fraction_NBE, documents, key)
     return sequences, None if fraction_NTE is None else documents
 
 
 @torch.library.custom_op("equipoise::late_fractions", mutates_args=())
 def _late_fractions(
     grad: torch.Tensor,  # noqa: ARG001, a compiler may not move this before it
+    probs_E: torch.Tensor,
     fraction_NBE: torch.Tensor,
     fraction_NTE: torch.Tensor,
     key: int,
@@ -177,10 +183,9 @@ def _late_fractions(
     late: list[Late] = Meter.of(key).late
     if not late:  # released: nothing is pushed now
         return torch.zeros_like(fraction_NBE), torch.zeros_like(fraction_NTE)
-    if len(late) == 1:
-        mine = late[0]
-    else:  # the nearest: a recompute may flip a near tie
-        mine = late[int(torch.stack([_distance(one.local_NBE, fraction_NBE) for one in late]).argmin())]
+    mine = late[0]
+    if len(late) > 1:  # the nearest, because a recompute may differ by rounding
+        mine = late[int(torch.stack([(one.probs_E - probs_E).abs().sum() for one in late]).argmin())]
     documents = torch.zeros_like(fraction_NTE)
     if mine.document_NRE is not None and mine.row_T is not None:
         documents = mine.document_NRE[:, mine.row_T].to(fraction_NTE.dtype)
@@ -188,11 +193,5 @@ def _late_fractions(
 
 
 @_late_fractions.register_fake
-def _(grad, fraction_NBE, fraction_NTE, key):  # noqa: ARG001
+def _(grad, probs_E, fraction_NBE, fraction_NTE, key):  # noqa: ARG001
     return torch.empty_like(fraction_NBE), torch.empty_like(fraction_NTE)
-
-
-def _distance(one: Tensor, other: Tensor) -> Tensor:
-    if one.shape != other.shape:
-        return one.new_full((), float("inf"))
-    return (one - other).abs().sum()

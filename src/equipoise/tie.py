@@ -105,7 +105,8 @@ class _Tie(torch.autograd.Function):
         probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE, *in_graph = ctx.saved_tensors
         plan, pressure = ctx.plan, _late(in_graph, ctx, grad_weights_TK)
         if plan.shards > 1:
-            fraction_NBE, fraction_NTE = late_fractions(ctx.key, grad_weights_TK, fraction_NBE, fraction_NTE)
+            probs_E = statistics[plan.num_experts : 2 * plan.num_experts]
+            fraction_NBE, fraction_NTE = late_fractions(ctx.key, grad_weights_TK, probs_E, fraction_NBE, fraction_NTE)
         push_TE, squares = None, torch.zeros(1, dtype=torch.float64, device=pressure.device)
         if probs_TE is not None:
             push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)

@@ -27,13 +27,14 @@ def test_declared_tokens_that_routers_did_not_see_are_an_error():
 
 
 def test_a_layer_that_runs_twice_may_see_each_declared_token_twice():
-    model = net(experts=(5,), top_k=(2,))
-    model.blocks = nn.ModuleList([model.blocks[0]] * 2)
+    model = net(experts=(5, 6), top_k=(2, 2))
+    model.blocks = nn.ModuleList([model.blocks[0], *model.blocks])
     balancer = Balancer(model, [AuxLoss("global_batch", 0.3)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     balancer.begin_step(tokens=20, micro_batches=2)
     train_step(model, balancer, optimizer, make_step(0, micro_batches=2))
-    assert balancer.metrics()["balance/tokens"] == 40
+    assert balancer.metrics()["balance/tokens"] == 20
+    assert int(balancer.load()[0].sum()) == 2 * 20 * 2
 
 
 class NoisyRecompute(nn.Module):

@@ -26,7 +26,7 @@ from core._model import (
     train_step,
 )
 from core._reference import naive_bias_step
-from equipoise import AuxLoss, Balancer, ExpertBias, StateError, Switch
+from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, StateError, Switch
 
 
 def test_a_copy_is_not_balanced():
@@ -50,7 +50,9 @@ def test_a_copy_is_not_balanced():
     optimizer.zero_grad()
     average.update_parameters(model)
     assert balancer.metrics()["balance/tokens"] == 10
-    second = Balancer(copies[0], [AuxLoss("micro_batch", 0.3)])  # and may get a balancer of its own
+    second = Balancer(
+        copies[0], [AuxLoss("micro_batch", 0.3), ExpertBias(rate=0.0)]
+    )  # and may get a balancer of its own
     train_step(copies[0], second, torch.optim.SGD(copies[0].parameters(), lr=0.1), make_step(2))
     train_step(model, balancer, optimizer, make_step(2))
     assert (balancer.step_count, second.step_count) == (3, 1)
@@ -227,16 +229,20 @@ def test_model_and_balancer_are_garbage_collected_together(trained):
     assert gone[1]() is None
 
 
-def test_layers_with_and_without_a_bias_in_one_model():
-    """B43, B47: one layer's missing bias stops nobody else's numbers."""
+def test_a_bias_that_nobody_moves_is_an_error_until_somebody_says_so():
+    """B42, B43, B49: a router that chooses with a bias and learns needs an updater, or a word that it has none."""
     model = net(experts=(5, 7), top_k=(2, 1))
     model.blocks[1].gate.enable_selection_bias()
-    balancer = Balancer(model, [AuxLoss("micro_batch", 0.3)])
+    with pytest.raises(ConfigError, match="nobody moves while the router learns"):
+        Balancer(model, [AuxLoss("micro_batch", 0.3)])
+    assert all(block.gate.meter is None for block in model.blocks), "refused before anything was changed"
+    balancer = Balancer(model, [AuxLoss("micro_batch", 0.3), ExpertBias(rate=0.0)])
     train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.1), make_step(0))
-    found = balancer.metrics()
-    assert "balance/layer_01/bias_max" in found
-    assert "balance/layer_00/bias_max" not in found
-    assert model.blocks[1].gate.expert_bias.abs().max() == 0, "no policy moves it"
+    assert model.blocks[1].gate.expert_bias.abs().max() == 0
+    balancer.remove()
+    balancer = Balancer(model, [ExpertBias(rate=0.001)])  # for every router, also that without a bias so far
+    train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.1), make_step(0), count=False)
+    assert all(block.gate.expert_bias.abs().max() > 0 for block in model.blocks)
 
 
 def test_bias_only_policies_need_no_tap():

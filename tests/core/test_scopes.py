@@ -24,7 +24,7 @@ from core._model import (
     twin,
 )
 from core._reference import add, fraction, reference_step, token_values
-from equipoise import AuxLoss, Balancer, MoE, Router
+from equipoise import AuxLoss, Balancer, ExpertBias, MoE, Router
 from equipoise.meter import Batch
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
@@ -34,7 +34,8 @@ def compare(description: dict, step: list[Micro], seed: int = 0, **options) -> B
     """One step of the library against the loops; returns the balancer for further questions."""
     model = net(seed, **DOUBLE, **options)
     other = twin(model)
-    balancer = Balancer(model, [policy(description)])
+    frozen = [ExpertBias(rate=0.0)] if model.blocks[0].gate.expert_bias is not None else []
+    balancer = Balancer(model, [policy(description), *frozen])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     expected = reference_step(other, step, loss_of, [description], new_history())
     got = train_step(model, balancer, optimizer, step)

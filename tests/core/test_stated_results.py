@@ -23,7 +23,7 @@ from core._model import (
     setup,
     train_step,
 )
-from equipoise import AuxLoss, Balancer, StateError, ZLoss
+from equipoise import AuxLoss, Balancer, ExpertBias, StateError, ZLoss
 
 
 def test_evaluation_between_steps_is_not_counted():
@@ -81,7 +81,7 @@ def test_a_frozen_router_pushes_nothing_and_its_bias_stays():
     assert model.blocks[0].gate.expert_bias.abs().max() == 0
     assert model.blocks[1].gate.expert_bias.abs().max() > 0
     assert int(balancer.load()[0].sum()) == 20, "loads are still measured"
-    second = Balancer(free, [AuxLoss("micro_batch", 0.0)])
+    second = Balancer(free, [AuxLoss("micro_batch", 0.0), ExpertBias(rate=0.0)])
     others = train_step(free, second, torch.optim.SGD(free.parameters(), lr=0.05), make_step(0))
     assert "blocks.0.gate.weight" not in grads
     # what reaches the first block's experts comes from the language model and from the second router only

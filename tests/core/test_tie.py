@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from core._model import Micro, assert_close, aux, loss_of, make_step, net, new_history, policy, train_step, twin
 from core._reference import naive_maxvio, naive_probs, naive_scores, naive_select, reference_step
-from equipoise import AuxLoss, Balancer, Router
+from equipoise import AuxLoss, Balancer, ExpertBias, Router
 from equipoise.functional import GATES, gate_probs, gate_scores, route
 from equipoise.meter import Batch, Plan, measure
 
@@ -40,7 +40,8 @@ def test_every_policy_at_once_equals_autograd(gate, norms):
         block.gate.expert_bias.copy_(0.3 * torch.randn(block.gate.num_experts))
     other = twin(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    balancer = Balancer(model, [policy(d) for d in EVERY_POLICY], gradient_norms=norms)
+    frozen = ExpertBias(rate=0.0)
+    balancer = Balancer(model, [*(policy(d) for d in EVERY_POLICY), frozen], gradient_norms=norms)
     step = make_step(1, micro_batches=2, masked=True, documents=True, dtype=torch.float64)
     expected = reference_step(other, step, loss_of, EVERY_POLICY, new_history())
     assert_close(train_step(model, balancer, optimizer, step), expected.gradients, 1e-12)

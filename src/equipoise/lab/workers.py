@@ -27,6 +27,7 @@ __all__ = ["CONFIG_NAME", "LOCK_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "cor
 CONFIG_NAME = "run.toml"
 LOG_NAME = "worker.log"
 LOCK_NAME = ".lock"
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # a worker is a run of its own, also under torchrun
 PARENT = "EQUIPOISE_PARENT"  # the process id that a worker belongs to
 SAVING_SECONDS = 120.0  # that a stopped worker has to write its checkpoint
 
@@ -119,6 +120,7 @@ class Pool:
             "--plain",
         ]
         threads = str(job.config.train.threads)
+        alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
         quiet = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
         with log:
             job.process = subprocess.Popen(
@@ -126,7 +128,7 @@ class Pool:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | quiet | {PARENT: str(os.getpid())},
+                env=alone | quiet | {PARENT: str(os.getpid())},
                 process_group=0,  # Ctrl-C reaches the parent alone, which stops the workers in order
             )
         if hasattr(os, "sched_setaffinity") and self.slots[slot]:
