@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from equipoise import AuxLoss, Balancer, ConfigError, InputError, Router
+from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, InputError, Router
 from equipoise.functional import route
 from equipoise.meter import Batch
 
@@ -51,7 +51,8 @@ def test_a_router_is_a_linear_map_and_route(options):
 def test_a_balancer_leaves_what_forward_says_to_the_last_bit(options):
     router, x = biased(**options), tokens()
     before = router(x, Batch(3))
-    balancer = Balancer(router, [AuxLoss("micro_batch")], optimizer=torch.optim.SGD(router.parameters(), 0.1))
+    policies = [AuxLoss("micro_batch"), *([ExpertBias(rate=0.0)] if options.get("selection_bias") else [])]
+    balancer = Balancer(router, policies, optimizer=torch.optim.SGD(router.parameters(), 0.1))
     for one, other in zip(router(x, Batch(3)), before, strict=True):
         assert torch.equal(one, other)
     balancer.remove()
