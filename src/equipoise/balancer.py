@@ -30,8 +30,8 @@ class Balancer:
     """Keeps the experts of a model evenly loaded. One object, one line per step: ``loss = balancer.tap(loss)``.
 
     Args:
-        model: any module with ``equipoise.layers.Router`` inside, or a MoE model of transformers; a list of the parts that
-            this rank holds of one (interleaved and zero-bubble pipelines).
+        model: any module with ``equipoise.layers.Router`` inside, or a MoE model of transformers; a list of the parts
+            that this rank holds of one (interleaved and zero-bubble pipelines).
         policies: what measures and what pushes; their gradients add up (see ``equipoise.policies``).
         optimizer: whose step ends a step. Default: the torch optimizer that holds the routers' parameters.
         ranks: which ranks see different tokens, and hold other layers (see ``equipoise.collectives``). Default: all
