@@ -24,6 +24,7 @@ __all__ = ["ForeignRouter", "find_foreign"]
 
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 CLOSE = 2e-2  # weights may be bf16
+SPREAD = 2.0  # of the logits that tell the gates apart
 
 
 class Facts(NamedTuple):
@@ -153,24 +154,27 @@ def find_foreign(model: nn.Module, example: Mapping[str, Any] | None) -> list[tu
     _switch_off_own_loss(model)
     layout = Layout(model)
     modules = dict(model.named_modules())
-    return [
-        (name, ForeignRouter(modules[name], _facts(modules[name], name, one), layout, _native_bias(modules, name)))
-        for name, one in seen.items()
-    ]
+    found = []
+    for name, one in seen.items():
+        native = _native_bias(modules, name)
+        facts = _facts(modules[name], name, one, native=native is not None)
+        found.append((name, ForeignRouter(modules[name], facts, layout, native)))
+    return found
 
 
 def _run(model: nn.Module, example: dict[str, Any]) -> dict[str, Read]:
-    """The first output of every innermost router; the model is left as it was."""
-    seen: dict[str, Read] = {}
+    """What every innermost router makes of well spread logits; the model is left as it was."""
+    seen: dict[str, tuple[Read, tuple, dict[str, Any]]] = {}
 
     def watch(name: str) -> Any:
-        def note(module: nn.Module, _args: tuple, output: Any) -> None:
+        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             if name not in seen and (found := read(module, output)) is not None:
-                seen[name] = found
+                seen[name] = found, args, kwargs
 
         return note
 
-    hooks = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    modules = dict(model.named_modules())
+    hooks = [module.register_forward_hook(watch(n), with_kwargs=True) for n, module in modules.items() if n]
     training = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in example.items()}
@@ -178,32 +182,75 @@ def _run(model: nn.Module, example: dict[str, Any]) -> dict[str, Read]:
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():
             model(**inputs)
+            for hook in hooks:
+                hook.remove()
+            return {
+                name: _spread_out(modules[name], one, args, kwargs)
+                for name, (one, args, kwargs) in seen.items()
+                if not any(other.startswith(f"{name}.") for other in seen)
+            }
     finally:
         for hook in hooks:
             hook.remove()
         for module, mode in training.items():
             module.training = mode
-    return {name: one for name, one in seen.items() if not any(other.startswith(f"{name}.") for other in seen)}
 
 
-def _facts(module: nn.Module, name: str, seen: Read) -> Facts:
-    """What the weights are made of: normalised or plain scores of one of the gates, times a constant."""
-    logits_TE, weights_TK = seen.logits_TE.float(), seen.weights_TK.float()
-    experts, top_k = logits_TE.shape[1], weights_TK.shape[1]
-    probabilities = bool((logits_TE >= 0).all() and ((logits_TE.sum(dim=-1) - 1).abs() < CLOSE).all())
-    z_TE = logits_TE.clamp(min=1e-30).log() if probabilities else logits_TE
+def _spread_out(module: nn.Module, seen: Read, args: tuple, kwargs: dict[str, Any]) -> Read:
+    """What the router returns with other weight matrices: a new model's logits lie so close that all gates look alike.
+
+    Matrices that are no plain floats (quantized, sharded) stay; then what was seen has to do.
+    """
+    matrices = {name: p for name, p in module.named_parameters() if p.dim() > 1}
+    if not matrices or any(type(p) is not nn.Parameter or not p.is_floating_point() for p in matrices.values()):
+        return seen
+    draw = torch.Generator().manual_seed(0)  # all ranks have to find the same
+    other = {n: torch.randn(p.shape, generator=draw).to(p.device, p.dtype) for n, p in matrices.items()}
+    for _ in range(2):
+        found = read(module, torch.func.functional_call(module, other, args, kwargs))
+        if found is None:
+            return seen
+        spread = float(_logits(found.logits_TE).std(dim=1).mean())
+        if abs(spread - SPREAD) < 0.1 * SPREAD or not spread > 0:
+            break
+        seen, other = found, {name: p * (SPREAD / spread) for name, p in other.items()}
+    return found
+
+
+def _are_probabilities(x_TE: Tensor) -> bool:
+    return bool((x_TE >= 0).all() and ((x_TE.float().sum(dim=-1) - 1).abs() < CLOSE).all())
+
+
+def _logits(x_TE: Tensor) -> Tensor:
+    """Logits, also of a router that returns probabilities."""
+    return x_TE.float().clamp(min=1e-30).log() if _are_probabilities(x_TE) else x_TE.float()
+
+
+def _facts(module: nn.Module, name: str, seen: Read, *, native: bool) -> Facts:
+    """What the weights are made of: normalised or plain scores of that gate which fits best, times a constant."""
+    weights_TK, z_TE = seen.weights_TK.float(), _logits(seen.logits_TE)
+    experts, top_k = z_TE.shape[1], weights_TK.shape[1]
+    probabilities = _are_probabilities(seen.logits_TE)
     if gate := SPECIAL.get(type(module).__name__, Special()).gate:
         return Facts(experts, top_k, gate, probabilities, None, 1.0)
     total_T1 = weights_TK.sum(dim=-1, keepdim=True)
     scale = float(total_T1.mean())
     normalized = bool(((total_T1 - scale).abs() < CLOSE * abs(scale)).all())
+    # groups leave out what a plain choice takes, so a bias of ours could not choose again as this router does
+    plain = native or bool((z_TE.topk(top_k).values.amin(-1) <= z_TE.gather(-1, seen.ids_TK).amin(-1)).all())
+    fits: list[tuple[float, Facts]] = []
     for gate in GATES:
-        chosen_TK = gate_scores(z_TE, gate).gather(-1, seen.ids_TK)
-        if normalized and (top_k == 1 or _alike(weights_TK / total_T1, chosen_TK / chosen_TK.sum(-1, keepdim=True))):
-            return Facts(experts, top_k, gate, probabilities, True, scale)
-        ratio = float((weights_TK / chosen_TK.clamp(min=1e-20)).median())
-        if _alike(weights_TK, ratio * chosen_TK):
-            return Facts(experts, top_k, gate, probabilities, False, ratio)
+        chosen_TK = gate_scores(z_TE, gate).gather(-1, seen.ids_TK).clamp(min=1e-20)
+        if normalized:
+            expected_TK = scale * chosen_TK / chosen_TK.sum(-1, keepdim=True)
+        else:
+            scale = float((weights_TK / chosen_TK).median())
+            expected_TK = scale * chosen_TK
+        facts = Facts(experts, top_k, gate, probabilities, normalized if plain else None, scale)
+        fits.append((_distance(weights_TK, expected_TK), facts))
+    distance, facts = min(fits, key=lambda fit: fit[0])  # the first of equals, as with K = 1
+    if distance <= CLOSE:
+        return facts
     raise ConfigError(
         expected=f"a router whose weights follow from a gate: {', '.join(GATES)}",
         got=f"{type(module).__name__} ({name}), whose weights follow from none",
@@ -211,8 +258,8 @@ def _facts(module: nn.Module, name: str, seen: Read) -> Facts:
     )
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return bool(((one - other).abs() <= CLOSE * other.abs() + 1e-6).all())
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float(((one - other).abs() / (other.abs() + 1e-4)).max())
 
 
 def _native_bias(modules: dict[str, nn.Module], name: str) -> tuple[nn.Module, str] | None:

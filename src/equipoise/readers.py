@@ -26,7 +26,7 @@ class Special(NamedTuple):
 
 
 SPECIAL: dict[str, Special] = {
-    "Llama4Router": Special(gate="sigmoid", scores=True),
+    "Llama4Router": Special(scores=True),
     "PhimoeTopKRouter": Special(gate="softmax"),  # sparsemixer draws its weights; the push is on the softmax below them
     "InklingTopkRouter": Special(gate="sigmoid"),  # weights are shared out with the shared experts
     "Gemma4TextRouter": Special(gate="softmax"),  # weights carry a learned scale per expert
