@@ -164,7 +164,7 @@ FAMILIES: dict[str, Family] = {
         "Glm4vMoeTextModel",
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]},
     ),
-    "glm5_next": Family("glm5_next", "Glm5NextTextModel", **MLA, index_kpool=2),
+    "glm5_next": Family("glm5_next", "Glm5NextTextModel", **MLA, index_kpool=2, qk_rope_head_dim=0),
     "glm_moe_dsa": Family("glm_moe_dsa", "GlmMoeDsaForCausalLM", **MLA),
     "gpt_oss": Family("gpt_oss", "GptOssForCausalLM"),
     "granitemoe": Family("granitemoe", "GraniteMoeForCausalLM"),
