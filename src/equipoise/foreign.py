@@ -184,10 +184,13 @@ def _run(model: nn.Module, example: dict[str, Any]) -> dict[str, Read]:
             model(**inputs)
             for hook in hooks:
                 hook.remove()
+            seen = {n: one for n, one in seen.items() if not any(other.startswith(f"{n}.") for other in seen)}
+            # experts for pictures never meet a text, but their routers are of a class that was seen
+            like = {type(modules[name]): one for name, one in seen.items()}
             return {
-                name: _spread_out(modules[name], one, args, kwargs)
-                for name, (one, args, kwargs) in seen.items()
-                if not any(other.startswith(f"{name}.") for other in seen)
+                name: _spread_out(module, *seen.get(name, like[type(module)]))
+                for name, module in modules.items()
+                if type(module) in like
             }
     finally:
         for hook in hooks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -69,7 +68,7 @@ def check_law(
         model = build(family, **more)
         if prepare is not None:
             prepare(model)
-        twin = Twin(copy.deepcopy(build(family, **more)), family)
+        twin = Twin(build(family, **more), family)
         balancer = Balancer(model, policies_for(model))
         called = model if wrap is None else wrap(model)
         model.train(), twin.model.train()
@@ -94,7 +93,8 @@ def check_law(
                 _same_gradients(model, twin.model, tolerance)
                 _law_is_felt(twin.model, before)
             previous = twin.counts(mask_T)
-            assert [c.tolist() for c in balancer.load()] == list(previous.values())
+            met = [c.tolist() for c in balancer.load() if c.any()]  # a router for pictures met none
+            assert met == list(previous.values())
             _same_bias(model, twin, list(previous.values()))
     return balancer
 

@@ -92,14 +92,16 @@ def train_rank(policies: list[dict], batch: int, accumulate: int, steps: int, ar
     """The same as one rank of the process group that runs."""
     from accelerate.state import AcceleratorState, PartialState
 
-    names = {"RANK": dist.get_rank(), "LOCAL_RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size()}
-    os.environ |= {name: str(value) for name, value in names.items()} | {"ACCELERATE_USE_CPU": "true"}
+    rank = str(dist.get_rank())
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(dist.get_world_size()), "ACCELERATE_USE_CPU": "true"}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, not used: the process group is there
+    os.environ |= names
     try:
         return train(policies, batch, accumulate, steps, **arguments)
     finally:
         AcceleratorState._reset_state(True)
         PartialState._reset_state()
-        for name in (*names, "ACCELERATE_USE_CPU"):
+        for name in names:
             os.environ.pop(name, None)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["FAMILIES", "NOT_BUILT", "build"]
+__all__ = ["FAMILIES", "NOT_BUILT", "REFUSED", "SERVED", "build"]
 
 # Names that mean the same in most configurations; a family takes those that its class knows.
 TINY: dict[str, Any] = {
@@ -164,7 +164,7 @@ FAMILIES: dict[str, Family] = {
         "Glm4vMoeTextModel",
         rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]},
     ),
-    "glm5_next": Family("glm5_next", "Glm5NextTextModel", **MLA, index_kpool=2, qk_rope_head_dim=0),
+    "glm5_next": Family("glm5_next", "Glm5NextTextModel", **MLA, **LINEAR, index_kpool=2, qk_rope_head_dim=0),
     "glm_moe_dsa": Family("glm_moe_dsa", "GlmMoeDsaForCausalLM", **MLA),
     "gpt_oss": Family("gpt_oss", "GptOssForCausalLM"),
     "granitemoe": Family("granitemoe", "GraniteMoeForCausalLM"),
@@ -240,6 +240,18 @@ FAMILIES: dict[str, Family] = {
 }
 
 NOT_BUILT: dict[str, str] = {}  # family -> the error its configuration gives
+
+# family -> the class that equipoise.readers.SPECIAL refuses, with the reason there
+REFUSED: dict[str, str] = {
+    "dbrx": "DbrxRouter",
+    "doge": "DogeCDMoE",
+    "jetmoe": "JetMoeTopKGating",
+    "longcat_flash": "LongcatFlashTopkRouter",
+    "nllb_moe": "NllbMoeTop2Router",
+    "switch_transformers": "SwitchTransformersTop1Router",
+    "zaya": "ZayaRouter",
+}
+SERVED: list[str] = [family for family in FAMILIES if family not in REFUSED and family not in NOT_BUILT]
 
 
 def build(family: str, **more: Any) -> nn.Module:
