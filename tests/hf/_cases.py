@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,9 +14,20 @@ from equipoise import AuxLoss, Balancer, ExpertBias
 from hf._law import Twin, bias_of, law, naive_bias_step
 from hf.families import build
 
-__all__ = ["check_law", "inputs", "loss_of", "policies_for", "quiet"]
+__all__ = ["COMPILED", "RECOMPUTED", "check_law", "inputs", "loss_of", "policies_for", "quiet"]
 
 COEF, RATE = 0.3, 0.005
+
+
+def _recompute(reentrant: bool) -> Callable[[Any], None]:
+    return lambda model: model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+
+RECOMPUTED = {"non-reentrant": _recompute(False), "reentrant": _recompute(True)}
+
+
+def COMPILED(model: nn.Module) -> Any:  # noqa: N802, beside RECOMPUTED
+    return torch.compile(model, backend="aot_eager")
 
 
 def inputs(seed: int = 0, *, batch: int = 3, length: int = 6, padded: bool = True) -> dict[str, Tensor]:
