@@ -14,9 +14,21 @@ from equipoise import AuxLoss, Balancer, ExpertBias
 from hf._law import Twin, bias_of, law, naive_bias_step
 from hf.families import build
 
-__all__ = ["COMPILED", "RECOMPUTED", "check_law", "inputs", "loss_of", "policies_for", "quiet"]
+__all__ = [
+    "COMPILED",
+    "RECOMPUTED",
+    "USUAL",
+    "check_law",
+    "check_native_bias",
+    "check_own_bias",
+    "inputs",
+    "loss_of",
+    "policies_for",
+    "quiet",
+]
 
 COEF, RATE = 0.3, 0.005
+USUAL = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss", "glm4_moe", "granitemoe", "llama4"]
 
 
 def _recompute(reentrant: bool) -> Callable[[Any], None]:
@@ -26,7 +38,7 @@ def _recompute(reentrant: bool) -> Callable[[Any], None]:
 RECOMPUTED = {"non-reentrant": _recompute(False), "reentrant": _recompute(True)}
 
 
-def COMPILED(model: nn.Module) -> Any:  # noqa: N802, beside RECOMPUTED
+def COMPILED(model: nn.Module) -> Any:
     return torch.compile(model, backend="aot_eager")
 
 
@@ -154,3 +166,59 @@ def _same_bias(model: nn.Module, twin: Twin, counts: list[list[int]]) -> None:
         assert want.any()
         with torch.no_grad():
             old[name].copy_(moved[name])
+
+
+def check_native_bias(family: str) -> None:
+    """In bf16 a step of 1e-3 from 0.5 on is lost; the tensor in state_dict() has to hold it."""
+    with quiet():
+        model = build(family).to(torch.bfloat16)
+        names = list(bias_of(model))
+        with torch.no_grad():
+            for bias_E in bias_of(model).values():
+                bias_E.fill_(0.5)
+        balancer = Balancer(model, [AuxLoss("sequence", 0.3), ExpertBias(rule="sign", rate=1e-3)])
+        model.train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        balancer.tap(loss_of(model, inputs())).backward()
+        optimizer.step()
+        assert list(bias_of(model)) == names and names
+        for bias_E, counts_E in zip(bias_of(model).values(), balancer.load(), strict=True):
+            assert bias_E.dtype == torch.float32
+            want = torch.tensor(naive_bias_step([0.5] * 8, counts_E.tolist(), 1e-3))
+            assert torch.allclose(bias_E, want, atol=1e-7)
+            assert bias_E.any() or not counts_E.any()
+
+
+def check_own_bias(family: str) -> None:
+    """The expert that is held far below is never chosen, weights stay unbiased, and a new balancer goes on so."""
+    with quiet():
+        model = build(family)
+        policies = [AuxLoss("sequence", 0.3), ExpertBias(rule="proportional", rate=1e-3)]
+        balancer = Balancer(model, policies)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        plain = loss_of(build(family).eval(), inputs())
+        assert torch.allclose(loss_of(model.eval(), inputs()), plain, rtol=1e-5), "a bias of 0 changes nothing"
+        model.train()
+        state = _step(model, balancer, optimizer)
+        before = balancer.load()
+        worst = [int(c.argmax()) for c in before]
+        for layer, e in zip(state["layers"].values(), worst, strict=True):
+            layer["own_bias_E"][e] = -10.0
+        balancer.load_state_dict(state)
+        _step(model, balancer, optimizer)
+        assert all(int(c[e]) == 0 for c, e in zip(balancer.load(), worst, strict=True))
+        assert all(int(c.sum()) == int(b.sum()) for c, b in zip(balancer.load(), before, strict=True))
+        again = build(family)
+        other = Balancer(again, policies)
+        other.load_state_dict(balancer.state_dict())
+        again.eval(), model.eval()
+        with torch.no_grad():
+            assert torch.equal(loss_of(again, inputs()), loss_of(model, inputs()))
+            assert not torch.allclose(loss_of(build(family).eval(), inputs()), loss_of(model, inputs()), rtol=1e-6)
+
+
+def _step(model: nn.Module, balancer: Balancer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model.zero_grad()
+    balancer.tap(loss_of(model, inputs())).backward()
+    optimizer.step()
+    return balancer.state_dict()

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 __all__ = ["Twin", "bias_of", "gate_of", "law", "naive_bias_step"]
 
-SIGMOID = frozenset(
-    """afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 dots1 dots3_note exaone_moe flint glm4_moe
-    glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa hy_v3 hy_v4 inkling inkling2 kimi_linear kolibri1 laguna lfm2_moe
-    llama4 mimo_v2_flash minimax_m2 minimax_m3_vl muse_spark nemotron_h solar_open step3p7""".split()
-)
+# fmt: off
+SIGMOID = frozenset([
+    "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "dots1", "dots3_note",
+    "exaone_moe", "flint", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm5_next", "glm_moe_dsa", "hy_v3", "hy_v4",
+    "inkling", "inkling2", "kimi_linear", "kolibri1", "laguna", "lfm2_moe", "llama4", "mimo_v2_flash", "minimax_m2",
+    "minimax_m3_vl", "muse_spark", "nemotron_h", "solar_open", "step3p7",
+])
+# fmt: on
 ROUTER = re.compile(r"(Router|MoEV1Gate)$")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["FAMILIES", "NOT_BUILT", "REFUSED", "SERVED", "build"]
+__all__ = ["FAMILIES", "NATIVE", "NOT_BUILT", "NO_BIAS", "OWN", "REFUSED", "SERVED", "build"]
 
 # Names that mean the same in most configurations; a family takes those that its class knows.
 TINY: dict[str, Any] = {
@@ -114,7 +114,9 @@ class Family:
 @functools.cache
 def names_of(config_class: type) -> frozenset[str]:
     """What a configuration class can be given by name, its aliases left out where the name itself is there."""
-    return frozenset(f.name for f in dataclasses.fields(config_class)) | frozenset(getattr(config_class, "attribute_map", {}))
+    return frozenset(f.name for f in dataclasses.fields(config_class)) | frozenset(
+        getattr(config_class, "attribute_map", {})
+    )
 
 
 MLA: dict[str, Any] = {"num_key_value_heads": 4}  # latent attention: as many key heads as heads
@@ -149,13 +151,21 @@ FAMILIES: dict[str, Family] = {
     "dots1": Family("dots1", "Dots1ForCausalLM"),
     "dots3_note": Family("dots3_note", "Dots3NoteForCausalLM", **MLA),
     "ernie4_5_moe": Family("ernie4_5_moe", "Ernie4_5_MoeForCausalLM"),
-    "ernie4_5_vl_moe": Family("ernie4_5_vl_moe", "Ernie4_5_VLMoeTextModel", moe_intermediate_size=[16, 16],
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}),
+    "ernie4_5_vl_moe": Family(
+        "ernie4_5_vl_moe",
+        "Ernie4_5_VLMoeTextModel",
+        moe_intermediate_size=[16, 16],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    ),
     "exaone_moe": Family("exaone_moe", "ExaoneMoeForCausalLM"),
     "flex_olmo": Family("flex_olmo", "FlexOlmoForCausalLM"),
     "flint": Family("flint", "FlintForCausalLM", mlp_only_layers=[]),
     "gemma4": Family(
-        "gemma4", "Gemma4ForCausalLM", enable_moe_block=True, hidden_size_per_layer_input=0, vocab_size_per_layer_input=64
+        "gemma4",
+        "Gemma4ForCausalLM",
+        enable_moe_block=True,
+        hidden_size_per_layer_input=0,
+        vocab_size_per_layer_input=64,
     ),
     "glm4_moe": Family("glm4_moe", "Glm4MoeForCausalLM"),
     "glm4_moe_lite": Family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", **MLA),
@@ -251,7 +261,18 @@ REFUSED: dict[str, str] = {
     "switch_transformers": "SwitchTransformersTop1Router",
     "zaya": "ZayaRouter",
 }
+# families that bring a correction bias; of the others, those whose weights we could not make for another choice
+# fmt: off
+NATIVE: list[str] = [
+    "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "deepseek_v4", "dots1",
+    "dots3_note", "ernie4_5_moe", "ernie4_5_vl_moe", "exaone_moe", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
+    "glm5_next", "glm_moe_dsa", "hy_v3", "hy_v4", "inkling", "inkling2", "kimi_linear", "kolibri1", "laguna",
+    "lfm2_moe", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "muse_spark", "nemotron_h", "solar_open", "step3p7",
+]
+# fmt: on
+NO_BIAS: list[str] = ["diffusion_gemma", "gemma4", "phimoe"]
 SERVED: list[str] = [family for family in FAMILIES if family not in REFUSED and family not in NOT_BUILT]
+OWN: list[str] = [family for family in SERVED if family not in NATIVE and family not in NO_BIAS]
 
 
 def build(family: str, **more: Any) -> nn.Module:

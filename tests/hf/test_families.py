@@ -10,13 +10,13 @@ import torch
 
 pytest.importorskip("transformers")
 
-from equipoise import AuxLoss, Balancer, ExpertBias  # noqa: E402
-from equipoise.errors import ConfigError  # noqa: E402
-from equipoise.foreign import find_foreign  # noqa: E402
-from equipoise.readers import SPECIAL  # noqa: E402
-from hf._cases import check_law, inputs, loss_of, policies_for, quiet  # noqa: E402
-from hf._law import Twin, bias_of, gate_of, law  # noqa: E402
-from hf.families import FAMILIES, NOT_BUILT, REFUSED, SERVED, build  # noqa: E402
+from equipoise import AuxLoss, Balancer, ExpertBias
+from equipoise.errors import ConfigError
+from equipoise.foreign import find_foreign
+from equipoise.readers import SPECIAL
+from hf._cases import check_law, inputs, loss_of, policies_for, quiet
+from hf._law import Twin, bias_of, gate_of, law
+from hf.families import FAMILIES, NOT_BUILT, REFUSED, SERVED, build
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def one_thread():
 
 @pytest.mark.parametrize("family", SERVED)
 def test_gradients_counts_and_biases_are_those_of_the_law(family: str) -> None:
-    """Every parameter's gradient within 1e-5 of a float64 loop, counts exact and without padding, biases by the rule."""
+    """Gradients within 1e-5 of a float64 loop, counts exact and without padding, biases by the rule."""
     check_law(family)
 
 
