@@ -209,15 +209,13 @@ def _spread_out(module: nn.Module, seen: Read, args: tuple, kwargs: dict[str, An
         return seen
     draw = torch.Generator().manual_seed(0)  # all ranks have to find the same
     other = {n: torch.randn(p.shape, generator=draw).to(p.device, p.dtype) for n, p in matrices.items()}
-    for _ in range(2):
+    for _ in range(2):  # logits are linear in the matrix, or nearly
         found = read(module, torch.func.functional_call(module, other, args, kwargs))
-        if found is None:
-            return seen
-        spread = float(_logits(found.logits_TE).std(dim=1).mean())
-        if abs(spread - SPREAD) < 0.1 * SPREAD or not spread > 0:
+        spread = 0.0 if found is None else float(_logits(found.logits_TE).std(dim=1).mean())
+        if found is None or not spread > 0:
             break
         seen, other = found, {name: p * (SPREAD / spread) for name, p in other.items()}
-    return found
+    return seen
 
 
 def _are_probabilities(x_TE: Tensor) -> bool:

@@ -10,9 +10,9 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from equipoise.readers import SPECIAL, Read, read  # noqa: E402
-from hf._cases import quiet  # noqa: E402
-from hf.families import FAMILIES, build  # noqa: E402
+from equipoise.readers import SPECIAL, Read, read
+from hf._cases import quiet
+from hf.families import FAMILIES, build
 
 
 @pytest.mark.parametrize("name", sorted(SPECIAL))
