@@ -138,8 +138,11 @@ def find_foreign(model: nn.Module, example: Mapping[str, Any] | None) -> list[tu
     A balance loss of the model's own is switched off, with a warning. Raises ConfigError for a router of a kind that
     cannot be balanced, by name and with the reason.
     """
-    example = example if example is not None else getattr(model, "dummy_inputs", None)
-    if not isinstance(example, Mapping):
+    if example is None:
+        example = next(
+            (e for m in _unwrapped(model) if isinstance(e := getattr(m, "dummy_inputs", None), Mapping)), None
+        )
+    if example is None:
         return []
     for name, module in model.named_modules():
         if reason := SPECIAL.get(type(module).__name__, Special()).refuse:
@@ -162,6 +165,14 @@ def find_foreign(model: nn.Module, example: Mapping[str, Any] | None) -> list[tu
     return found
 
 
+def _unwrapped(model: nn.Module) -> list[nn.Module]:
+    """The model and what it wraps: DDP's ``module``, the compiler's ``_orig_mod``."""
+    layers = [model]
+    while isinstance(inner := getattr(layers[-1], "module", None) or getattr(layers[-1], "_orig_mod", None), nn.Module):
+        layers.append(inner)
+    return layers
+
+
 def _run(model: nn.Module, example: dict[str, Any]) -> dict[str, Read]:
     """What every innermost router makes of well spread logits; the model is left as it was."""
     seen: dict[str, tuple[Read, tuple, dict[str, Any]]] = {}
@@ -181,7 +192,7 @@ def _run(model: nn.Module, example: dict[str, Any]) -> dict[str, Read]:
     try:
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():
-            model(**inputs)
+            (_unwrapped(model)[-1])(**inputs)
             for hook in hooks:
                 hook.remove()
             seen = {n: one for n, one in seen.items() if not any(other.startswith(f"{n}.") for other in seen)}

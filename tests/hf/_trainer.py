@@ -107,3 +107,24 @@ def train_rank(policies: list[dict], batch: int, accumulate: int, steps: int, ar
 
 def checkpoint(folder: Path, step: int) -> str:
     return str(folder / f"checkpoint-{step}")
+
+
+STEP_POLICIES: list[dict] = [{"scope": "sequence", "coef": 0.3}, {"scope": "global_batch", "coef": 0.3}]
+
+
+def ddp_step(sequences: int, tokens: int) -> dict[str, Tensor]:
+    """One rank's half of a step of a model inside DDP; its gradients."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from equipoise import AuxLoss, Balancer
+
+    torch.set_num_threads(1)
+    net: Any = DistributedDataParallel(model())
+    balancer = Balancer(net, [AuxLoss(**p) for p in STEP_POLICIES])
+    balancer.begin_step(tokens=tokens, micro_batches=1)
+    half = sequences // dist.get_world_size()
+    rows = [Text()[i] for i in range(half * dist.get_rank(), half * (dist.get_rank() + 1))]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    net.train()
+    balancer.tap(net(**batch).logits.square().mean()).backward()
+    return {n.removeprefix("module."): p.grad.clone() for n, p in net.named_parameters()}
