@@ -27,8 +27,8 @@ FLOORS = [
     {"functional", "collectives", "records", "kernels"},
     {"meter"},
     {"shards"},
-    {"tie", "policies", "report"},
-    {"layers", "pressure"},
+    {"layout", "policies", "readers", "report", "tie"},
+    {"foreign", "layers", "pressure"},
     {"attach", "checks", "ledger", "readout", "tap", "watch"},
     {"balancer"},
     {"adapters"},
@@ -36,7 +36,7 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-OPTIONAL = {"datasets", "lightning", "pandas", "plotly", "pyarrow", "rich", "safetensors", "tensorboard", "tokenizers",
+OPTIONAL = {"accelerate", "datasets", "lightning", "pandas", "plotly", "pyarrow", "rich", "safetensors", "tensorboard", "tokenizers",
             "torchtitan", "transformers", "zstandard"}  # fmt: skip
 EDGE = {"adapters", "cli", "lab", "report"}  # the only parts that may use them
 DISTRIBUTED = {"collectives.py", "lab/parallel.py"}  # the only files that may name torch.distributed

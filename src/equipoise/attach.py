@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from .errors import ConfigError, StateError
+from .foreign import find_foreign
 from .meter import LocalTerm, Meter, Plan
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss, ZLoss
@@ -18,14 +19,12 @@ from .pressure import Layer
 __all__ = ["attach"]
 
 
-def _routers(parts: Sequence[nn.Module]) -> list[tuple[int, str, Any]]:
-    """(part, name, router), by what a router has, not by its class: ``layers`` is no lower floor than this."""
-    found = [
-        (i, name, module)
-        for i, part in enumerate(parts)
-        for name, module in part.named_modules()
-        if hasattr(module, "meter") and hasattr(module, "num_experts")
-    ]
+def _routers(parts: Sequence[nn.Module], example: Mapping[str, Any] | None) -> list[tuple[int, str, Any]]:
+    """(part, name, router): ours by what they have (``layers`` is no lower floor), others by what they return."""
+    found: list[tuple[int, str, Any]] = []
+    for i, part in enumerate(parts):
+        ours = [(i, name, m) for name, m in part.named_modules() if hasattr(m, "meter") and hasattr(m, "num_experts")]
+        found += ours or [(i, name, router) for name, router in find_foreign(part, example)]
     if len({name for _, name, _ in found}) == len(found):
         return found
     return [(i, f"{i}.{name}", module) for i, name, module in found]
@@ -40,18 +39,19 @@ def attach(
     micro_sequences: int | None,
     shards: int,
     may_be_empty: bool,
+    example: Mapping[str, Any] | None = None,
 ) -> list[Layer]:
     """A meter for every router, and the policies checked against it before anything is changed.
 
     ``may_be_empty``: a pipeline stage without MoE layers is one of several.
     """
     _check_options(timed, micro_sequences)
-    routers = _routers(parts)
+    routers = _routers(parts, example)
     if not routers and not may_be_empty:
         raise ConfigError(
             expected="a model with MoE layers",
             got=f"{' and '.join(type(part).__name__ for part in parts)} without a router",
-            do="build its feed-forward layers from equipoise.MoE or equipoise.Router",
+            do="build it from equipoise.MoE, or pass a model of transformers; of others, pass example= as well",
         )
     _check_routers(routers, timed)
     terms = tuple(_term(t.policy, micro_sequences) for t in timed if isinstance(t.policy, AuxLoss))
@@ -66,7 +66,7 @@ def attach(
             router.gate,
             terms,
             has_z_loss,
-            gradient_norms,
+            gradient_norms and getattr(router, "measures_norms", True),
             micro_sequences,
             measure_estimators,
             shards,

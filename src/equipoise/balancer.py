@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -30,8 +30,8 @@ class Balancer:
     """Keeps the experts of a model evenly loaded. One object, one line per step: ``loss = balancer.tap(loss)``.
 
     Args:
-        model: any module with ``equipoise.layers.Router`` inside, or the parts that this rank holds of one (interleaved
-            and zero-bubble pipelines).
+        model: any module with ``equipoise.layers.Router`` inside, or a MoE model of transformers; a list of the parts
+            that this rank holds of one (interleaved and zero-bubble pipelines).
         policies: what measures and what pushes; their gradients add up (see ``equipoise.policies``).
         optimizer: whose step ends a step. Default: the torch optimizer that holds the routers' parameters.
         ranks: which ranks see different tokens, and hold other layers (see ``equipoise.collectives``). Default: all
@@ -41,6 +41,7 @@ class Balancer:
             micro-batches and ranks) or "sum" (they add up to the step's loss; needs ``begin_step(tokens=)``).
         sequences_per_micro_batch: for a loop that runs several micro-batches as one pass, which is often faster: scope
             "micro_batch" is then every so many sequences of a pass, as if each had run alone.
+        example: arguments of forward, to find another library's routers with; models of transformers bring their own.
         measure_estimators: compare prefix, previous, ema and filled with the exact f at every step; see ``fidelity()``.
         gradient_norms: measure each policy's gradient against the language model's at the routers.
 
@@ -68,6 +69,7 @@ class Balancer:
         ranks: Ranks | None = None,
         reduction: str = "mean",
         sequences_per_micro_batch: int | None = None,
+        example: Mapping[str, Any] | None = None,
         measure_estimators: bool = False,
         gradient_norms: bool = True,
     ) -> None:
@@ -88,6 +90,7 @@ class Balancer:
             micro_sequences=sequences_per_micro_batch,
             shards=self._ranks.shards.size,
             may_be_empty=self._ranks.everyone.size > self._ranks.tokens.size,
+            example=example,
         )
         device = next((p.device for part in parts for p in part.parameters()), torch.device("cpu"))
         self._ledger = Ledger(self._layers, self._ranks, device)

@@ -81,10 +81,12 @@ class Layer:
     def state_dict(self) -> dict[str, Any]:
         """What the next step needs: previous and ema loads, bias momentum."""
         history = self.history
+        own_E = getattr(self.router, "own_bias", None)  # of another library's router: no checkpoint of the model has it
         return {
             "previous_E": history.previous_E,
             "ema": list(history.ema_E.items()),
             "momentum": sorted(self.momentum.items()),
+            "own_bias_E": None if own_E is None else own_E.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -92,6 +94,8 @@ class Layer:
         history.previous_E = None if state["previous_E"] is None else state["previous_E"].to(device)
         history.ema_E = {decay: ema_E.to(device) for decay, ema_E in state["ema"]}
         self.momentum = {place: momentum_E.to(device) for place, momentum_E in state["momentum"]}
+        if state.get("own_bias_E") is not None:
+            self.router.own_bias = state["own_bias_E"].to(device, copy=True)
 
     def release(self) -> None:
         """No push and no counting until the next tap: another backward over the same graph adds nothing."""

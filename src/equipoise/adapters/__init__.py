@@ -1,0 +1,1 @@
+"""Other libraries' trainers: their types in, a Balancer at work."""

@@ -1,0 +1,228 @@
+"""What is checked of a family through its real model; tests and the table in the docs use the same checks."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equipoise import AuxLoss, Balancer, ExpertBias
+from hf._law import Twin, bias_of, law, naive_bias_step
+from hf.families import build
+
+__all__ = [
+    "COMPILED",
+    "RECOMPUTED",
+    "USUAL",
+    "check_law",
+    "check_native_bias",
+    "check_own_bias",
+    "inputs",
+    "loss_of",
+    "policies_for",
+    "quiet",
+]
+
+COEF, RATE = 0.3, 0.005
+USUAL = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss", "glm4_moe", "granitemoe", "llama4"]
+
+
+def _recompute(reentrant: bool) -> Callable[[Any], None]:
+    return lambda model: model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+
+RECOMPUTED = {"non-reentrant": _recompute(False), "reentrant": _recompute(True)}
+
+
+def COMPILED(model: nn.Module) -> Any:
+    return torch.compile(model, backend="aot_eager")
+
+
+def inputs(seed: int = 0, *, batch: int = 3, length: int = 6, padded: bool = True) -> dict[str, Tensor]:
+    """Token ids from 3 on (0..2 are special), and a mask that leaves out the end of the second and third row."""
+    draw = torch.Generator().manual_seed(seed)
+    ids_BS = torch.randint(3, 60, (batch, length), generator=draw)
+    mask_BS = torch.ones_like(ids_BS)
+    if padded:
+        mask_BS[1, 4:] = 0
+        mask_BS[2, 5:] = 0
+    return {"input_ids": ids_BS, "attention_mask": mask_BS}
+
+
+def loss_of(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
+    """A scalar of the model's output that no padding reaches. Its own loss is the same for our purpose."""
+    torch.manual_seed(1)  # phimoe draws its weights
+    output = model(**given)
+    x_BSD = output.logits if hasattr(output, "logits") else output.last_hidden_state
+    mask_BS1 = given.get("attention_mask", torch.ones_like(given["input_ids"])).unsqueeze(-1)
+    return (x_BSD.float() * mask_BS1).square().mean() + (x_BSD.float() * mask_BS1).mean()
+
+
+def policies_for(model: nn.Module, rate: float = RATE) -> list[Any]:
+    policies: list[Any] = [AuxLoss("sequence", COEF), AuxLoss("global_batch", COEF, estimator="previous")]
+    return [*policies, ExpertBias(rate=rate)] if bias_of(model) else policies
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers warns about its own deprecations; equipoise's warnings have their own tests."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def check_law(
+    family: str,
+    *,
+    prepare: Any = None,
+    wrap: Any = None,
+    tolerance: float = 1e-5,
+    **more: Any,
+) -> Balancer:
+    """Two steps with the balancer against a twin with the law written out: gradients, counts, biases.
+
+    ``prepare(model)`` changes the balanced model first (recompute), ``wrap(model)`` is what is called (compile).
+    """
+    with quiet():
+        model = build(family, **more)
+        if prepare is not None:
+            prepare(model)
+        twin = Twin(build(family, **more), family)
+        balancer = Balancer(model, policies_for(model))
+        called = model if wrap is None else wrap(model)
+        model.train(), twin.model.train()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        previous: dict[str, list[int]] | None = None
+        for step in range(2):
+            given = inputs(step)
+            mask_T = given["attention_mask"].bool().view(-1).tolist()
+            rows, length = given["input_ids"].shape
+            group_T = [t // length for t in range(rows * length)]
+            model.zero_grad()
+            balancer.tap(loss_of(called, given)).backward()
+            twin.model.zero_grad()
+            own = loss_of(twin.model, given)
+            total = own.double() + law(twin, group_T, mask_T, COEF)
+            if previous is not None:
+                total = total + law(twin, group_T, mask_T, COEF, previous)
+            before = _router_gradients(twin.model, own)
+            total.backward()
+            optimizer.step()
+            if previous is not None:  # the first step has no step before it
+                _same_gradients(model, twin.model, tolerance)
+                _law_is_felt(twin.model, before)
+            previous = twin.counts(mask_T)
+            met = [c.tolist() for c in balancer.load() if c.any()]  # a router for pictures met none
+            assert met == list(previous.values())
+            _same_bias(model, twin, list(previous.values()))
+    return balancer
+
+
+def _router_gradients(model: nn.Module, own: Tensor) -> dict[str, Tensor]:
+    """Of the model's own loss, before the law is added: what the law has to change."""
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(own, list(parameters.values()), retain_graph=True, allow_unused=True)
+    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
+
+
+def _law_is_felt(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """The comparison would pass a balancer that does nothing if the law were lost beside the model's loss."""
+    changes = [
+        float((p.grad - before[n]).abs().max() / p.grad.abs().max().clamp(min=1e-30))
+        for n, p in model.named_parameters()
+        if p.grad is not None and n in before
+    ]
+    assert max(changes) > 1e-3, max(changes)
+
+
+def _same_gradients(model: nn.Module, twin: nn.Module, tolerance: float) -> None:
+    expected = dict(twin.named_parameters())
+    largest = max(float(p.grad.abs().max()) for p in expected.values() if p.grad is not None)
+    for name, parameter in model.named_parameters():
+        want = expected[name].grad
+        if want is None:
+            assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        got = torch.zeros_like(want) if parameter.grad is None else parameter.grad
+        error = float((got - want).abs().max())
+        assert error <= tolerance * max(float(want.abs().max()), 1e-3 * largest), (name, error, float(want.abs().max()))
+
+
+def _same_bias(model: nn.Module, twin: Twin, counts: list[list[int]]) -> None:
+    """The model's biases moved as the rule says, in fp32, where its checkpoint has them; the twin's follow."""
+    moved, old = bias_of(model), bias_of(twin.model)
+    names = [n for n in old if "vision" not in n]
+    if not names:
+        return
+    assert len(names) == len(counts)
+    for name, count in zip(names, counts, strict=True):
+        want = torch.tensor(naive_bias_step(old[name].double().tolist(), count, RATE), dtype=torch.float64)
+        assert moved[name].dtype == torch.float32, name
+        assert torch.allclose(moved[name].double(), want, rtol=0, atol=1e-7), (name, moved[name], want)
+        assert want.any()
+        with torch.no_grad():
+            old[name].copy_(moved[name])
+
+
+def check_native_bias(family: str) -> None:
+    """In bf16 a step of 1e-3 from 0.5 on is lost; the tensor in state_dict() has to hold it."""
+    with quiet():
+        model = build(family).to(torch.bfloat16)
+        if family == "inkling2":  # its routers compute in fp32 with weights that from_pretrained keeps in fp32
+            for name, parameter in model.named_parameters():
+                if name.endswith(("gate.weight", "router.weight")):
+                    parameter.data = parameter.data.float()
+        names = list(bias_of(model))
+        with torch.no_grad():
+            for bias_E in bias_of(model).values():
+                bias_E.fill_(0.5)
+        balancer = Balancer(model, [AuxLoss("sequence", 0.3), ExpertBias(rule="sign", rate=1e-3)])
+        model.train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        balancer.tap(loss_of(model, inputs())).backward()
+        optimizer.step()
+        assert list(bias_of(model)) == names and names
+        for bias_E, counts_E in zip(bias_of(model).values(), balancer.load(), strict=True):
+            assert bias_E.dtype == torch.float32
+            want = torch.tensor(naive_bias_step([0.5] * 8, counts_E.tolist(), 1e-3))
+            assert torch.allclose(bias_E, want, atol=1e-7)
+            assert bias_E.any() or not counts_E.any()
+
+
+def check_own_bias(family: str) -> None:
+    """The expert that is held far below is never chosen, weights stay unbiased, and a new balancer goes on so."""
+    with quiet():
+        model = build(family)
+        policies = [AuxLoss("sequence", 0.3), ExpertBias(rule="proportional", rate=1e-3)]
+        balancer = Balancer(model, policies)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        plain = loss_of(build(family).eval(), inputs())
+        assert torch.allclose(loss_of(model.eval(), inputs()), plain, rtol=1e-5), "a bias of 0 changes nothing"
+        model.train()
+        state = _step(model, balancer, optimizer)
+        before = balancer.load()
+        worst = [int(c.argmax()) for c in before]
+        for layer, e in zip(state["layers"].values(), worst, strict=True):
+            layer["own_bias_E"][e] = -10.0
+        balancer.load_state_dict(state)
+        _step(model, balancer, optimizer)
+        assert all(int(c[e]) == 0 for c, e in zip(balancer.load(), worst, strict=True))
+        assert all(int(c.sum()) == int(b.sum()) for c, b in zip(balancer.load(), before, strict=True))
+        again = build(family)
+        other = Balancer(again, policies)
+        other.load_state_dict(balancer.state_dict())
+        again.eval(), model.eval()
+        with torch.no_grad():
+            assert torch.equal(loss_of(again, inputs()), loss_of(model, inputs()))
+            assert not torch.allclose(loss_of(build(family).eval(), inputs()), loss_of(model, inputs()), rtol=1e-6)
+
+
+def _step(model: nn.Module, balancer: Balancer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model.zero_grad()
+    balancer.tap(loss_of(model, inputs())).backward()
+    optimizer.step()
+    return balancer.state_dict()
