@@ -36,8 +36,8 @@ FLOORS = [
     {"cli"},
     {"__main__"},
 ]
-OPTIONAL = {"accelerate", "datasets", "lightning", "pandas", "plotly", "pyarrow", "rich", "safetensors", "tensorboard", "tokenizers",
-            "torchtitan", "transformers", "zstandard"}  # fmt: skip
+OPTIONAL = {"accelerate", "datasets", "lightning", "pandas", "plotly", "pyarrow", "rich", "safetensors", "tensorboard",
+            "tokenizers", "torchtitan", "transformers", "zstandard"}  # fmt: skip
 EDGE = {"adapters", "cli", "lab", "report"}  # the only parts that may use them
 DISTRIBUTED = {"collectives.py", "lab/parallel.py"}  # the only files that may name torch.distributed
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
