@@ -1,7 +1,7 @@
 """A second opinion on balancing a transformers model: hooks on a twin, naive loops over tokens in float64, autograd.
 
-Nothing here imports equipoise. The choices are those that reach the experts; logits are read from where hf.md's
-protocol has them, and the gate of each family is written down by hand.
+Nothing here imports equipoise. The choices are those that reach the experts; logits are read where the common
+protocol of routers has them, and the gate of each family is written down by hand.
 """
 
 from __future__ import annotations
