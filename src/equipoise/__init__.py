@@ -5,6 +5,7 @@ from __future__ import annotations
 from .balancer import Balancer
 from .collectives import Ranks
 from .errors import ConfigError, DataError, EquipoiseError, InputError, OutputError, StateError
+from .functional.convert import convert_coef
 from .functional.routing import Routing
 from .layers import Experts, MoE, Router, shard_experts
 from .policies import AuxLoss, ExpertBias, Sequences, Switch, ZLoss
@@ -29,5 +30,6 @@ __all__ = [
     "StateError",
     "Switch",
     "ZLoss",
+    "convert_coef",
     "shard_experts",
 ]

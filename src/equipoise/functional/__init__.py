@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .convert import CONVENTIONS, convert_coef
 from .losses import balance_loss, load_fractions, segment_counts, sequence_segments, z_loss
 from .metrics import (
     cv,
@@ -18,10 +19,12 @@ from .routing import GATES, Routing, gate_probs, gate_scores, route
 from .updates import center, momentum_step, proportional_step, rms_step, sign_step, violation
 
 __all__ = [
+    "CONVENTIONS",
     "GATES",
     "Routing",
     "balance_loss",
     "center",
+    "convert_coef",
     "cv",
     "dead_experts",
     "efficiency",

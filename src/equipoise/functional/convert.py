@@ -1,0 +1,49 @@
+"""The coefficient that pushes as hard here as one did in another library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..errors import ConfigError, unknown_name
+
+__all__ = ["CONVENTIONS", "convert_coef"]
+
+# What a coefficient of 1 is there in ours, by top-k and the number of MoE layers. Ours is Megatron's: f sums to 1 over
+# the experts, and every layer's loss enters whole.
+CONVENTIONS: dict[str, Callable[[int, int], float]] = {
+    "automodel": lambda _top_k, _layers: 1.0,
+    "deepspeed": lambda _top_k, _layers: 1.0,  # with top_k >= 3; its top-2 gate counts first choices only
+    "lm-engine": lambda _top_k, _layers: 1.0,
+    "maxtext": lambda top_k, layers: top_k / layers,  # f sums to K, mean over layers
+    "megablocks": lambda _top_k, layers: 1 / layers,  # mean over layers
+    "megatron": lambda _top_k, _layers: 1.0,
+    "olmo-core": lambda _top_k, layers: 1 / layers,  # scale_loss_by_num_layers
+    "transformers": lambda top_k, layers: top_k / layers,  # f sums to K, counts and probabilities pooled over layers
+}
+
+
+def convert_coef(coef: float, source: str, *, top_k: int = 1, num_layers: int = 1) -> float:
+    """``AuxLoss("micro_batch", coef=...)`` whose gradient is that of ``coef`` in another library.
+
+    Args:
+        source: one of ``CONVENTIONS``.
+        top_k: experts per token K.
+        num_layers: MoE layers L of the model.
+
+    For "transformers" it is equal where all layers are loaded alike; that loss pools layers before the product of f and
+    P, so that opposite imbalances cancel, which no coefficient reproduces. What a trainer multiplies on top
+    (transformers' Trainer: accumulation steps times ranks) is not in it. Raises ConfigError for an unknown library or a
+    size below 1.
+
+    >>> convert_coef(1e-3, "transformers", top_k=8, num_layers=48)
+    0.00016666666666666666
+    """
+    if source not in CONVENTIONS:
+        raise unknown_name("source", source, CONVENTIONS)
+    if top_k < 1 or num_layers < 1:
+        raise ConfigError(
+            expected="top_k and num_layers of at least 1",
+            got=f"top_k={top_k}, num_layers={num_layers}",
+            do="take both from the model's configuration",
+        )
+    return coef * CONVENTIONS[source](top_k, num_layers)
