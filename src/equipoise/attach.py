@@ -16,7 +16,7 @@ from .policies.losses import AuxLoss, ZLoss
 from .policies.switch import Timed
 from .pressure import Layer
 
-__all__ = ["attach"]
+__all__ = ["attach", "detach"]
 
 
 def _routers(parts: Sequence[nn.Module], example: Mapping[str, Any] | None) -> list[tuple[int, str, Any]]:
@@ -77,6 +77,11 @@ def attach(
     if layers and not any(layer.trainable for layer in layers):
         warnings.warn("every router of this model is frozen: loads are measured, nothing is pushed", stacklevel=3)
     return layers
+
+
+def detach(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        layer.router.meter = None
 
 
 def _check_routers(routers: Sequence[tuple[int, str, Any]], timed: Sequence[Timed]) -> None:

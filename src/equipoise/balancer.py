@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import attach
+from .attach import attach, detach
 from .checks import check_before_step, check_tokens, saw_nothing
 from .collectives import Ranks
 from .errors import ConfigError, InputError, StateError
@@ -93,7 +93,11 @@ class Balancer:
             example=example,
         )
         device = next((p.device for part in parts for p in part.parameters()), torch.device("cpu"))
-        self._ledger = Ledger(self._layers, self._ranks, device)
+        try:
+            self._ledger = Ledger(self._layers, self._ranks, device)
+        except ConfigError:
+            detach(self._layers)
+            raise
         self._estimators = ("prefix", "previous", "ema", "filled") if measure_estimators else ()
         self._step = 0
         self._skipped = 0
@@ -276,8 +280,7 @@ class Balancer:
     def remove(self) -> None:
         """Detaches from the model and the optimizers; biases stay where they are."""
         self._watch.remove()
-        for layer in self._layers:
-            layer.router.meter = None
+        detach(self._layers)
 
     # ---------------------------------------------------------------- backward and the optimizer call these
 
@@ -296,14 +299,12 @@ class Balancer:
                 got="no begin_step",
                 do="call balancer.begin_step(tokens=...) before the first micro-batch",
             )
-        tokens = self._ranks.tokens
-        number = self._micro_steps[part]
-        micro = MicroStep(self._step, number, self._reduction, *self._declared, tokens.size, tokens.rank)
+        number, ranks = self._micro_steps[part], self._ranks.tokens
+        micro = MicroStep(self._step, number, self._reduction, *self._declared, ranks.size, ranks.rank)
         counts = [one.statistics[: layer.meter.plan.num_experts] for layer, one in zip(layers, taken, strict=True)]
         if self._needs_current(counted=layers[0].counted is not None):
             counts = self._ledger.sum_tokens(counts)
-        sharded = self._ranks.shards.size > 1
-        summed = sum_tables(taken, self._ranks.shards) if sharded else [[] for _ in taken]
+        summed = sum_tables(taken, self._ranks.shards)
         return [
             bind(layer, self._timeline, one, tables, global_E, micro, scale, self._estimators)
             for layer, one, tables, global_E in zip(layers, taken, summed, counts, strict=True)

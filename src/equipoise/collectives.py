@@ -11,7 +11,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,9 +21,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .errors import ConfigError, StateError
+from .errors import ConfigError, EquipoiseError, StateError
 
-__all__ = ["ALONE", "Group", "Ranks"]
+__all__ = ["ALONE", "Group", "Ranks", "lost_ranks"]
+
+BACKEND_WORDS = ("gloo", "Gloo", "NCCL", "nccl", "Connection closed", "Connection reset")
 
 
 class Group:
@@ -62,7 +65,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        with _Reported(self):
+        with lost_ranks(self.size):
             dist.all_gather_object(values, value, group=self.group)
         return values
 
@@ -76,7 +79,7 @@ class Group:
         if self.size == 1:
             return rows
         received = rows.new_empty(sum(receive), *rows.shape[1:])
-        with _Reported(self):
+        with lost_ranks(self.size):
             dist.all_to_all_single(received, rows.contiguous(), list(receive), list(send), group=self.group)
         return received
 
@@ -95,11 +98,11 @@ class Group:
         if self.size == 1:
             return lambda: tensor
         total = tensor.detach().clone()
-        with _Reported(self):
+        with lost_ranks(self.size):
             work = dist.all_reduce(total, operation, group=self.group, async_op=True)
 
         def wait() -> Tensor:
-            with _Reported(self):
+            with lost_ranks(self.size):
                 work.wait()  # type: ignore[union-attr]
             return total
 
@@ -117,23 +120,22 @@ class _Exchange(torch.autograd.Function):
         return ctx.group.exchange_rows(grads[0], ctx.receive, ctx.send), None, None, None
 
 
-class _Reported:
-    """Turns what a backend says about a lost rank into words."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            raise StateError(
-                expected=f"an answer of the {self.group.size} ranks that share this step",
-                got=str(error).strip().splitlines()[0].partition(". This is")[0],
-                do="a rank ended or hangs: look at its output, then resume from the last checkpoint "
-                "(torchrun --max-restarts does both)",
-            ) from error
+@contextmanager
+def lost_ranks(size: int) -> Iterator[None]:
+    """Raises StateError, in words, for what a backend says of a rank that is gone; ``size`` ranks communicate here."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        of_a_backend = isinstance(error, dist.DistError) or any(word in said for word in BACKEND_WORDS)
+        if isinstance(error, EquipoiseError) or size == 1 or not of_a_backend:
+            raise
+        raise StateError(
+            expected=f"an answer of the {size} ranks that share this step",
+            got=said.strip().splitlines()[0].partition(". This is")[0],
+            do="a rank ended or hangs: look at its output, then resume from the last checkpoint "
+            "(torchrun --max-restarts does both)",
+        ) from error
 
 
 ALONE = Group()

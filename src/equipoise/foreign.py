@@ -72,9 +72,11 @@ class ForeignRouter:
         self._meter = meter
         if meter is not None and self._hook is None:
             self._hook = self.module.register_forward_hook(self._tied)
-        elif meter is None and self._hook is not None and self.own_bias is None:
-            self._hook.remove()
-            self._hook = None
+        elif meter is None:
+            self.layout.remove()
+            if self._hook is not None and self.own_bias is None:
+                self._hook.remove()
+                self._hook = None
 
     @property
     def expert_bias(self) -> Tensor | None:
@@ -138,6 +140,12 @@ def find_foreign(model: nn.Module, example: Mapping[str, Any] | None) -> list[tu
     A balance loss of the model's own is switched off, with a warning. Raises ConfigError for a router of a kind that
     cannot be balanced, by name and with the reason.
     """
+    if known := _known(model):  # tied by a balancer, or still choosing with the bias that an earlier one left
+        if all(router.meter is None for _, router in known):
+            layout = Layout(model)
+            for _, router in known:
+                router.layout = layout
+        return known
     if example is None:
         example = next(
             (e for m in _unwrapped(model) if isinstance(e := getattr(m, "dummy_inputs", None), Mapping)), None
@@ -163,6 +171,16 @@ def find_foreign(model: nn.Module, example: Mapping[str, Any] | None) -> list[tu
         facts = _facts(modules[name], name, one, native=native is not None)
         found.append((name, ForeignRouter(modules[name], facts, layout, native)))
     return found
+
+
+def _known(model: nn.Module) -> list[tuple[str, ForeignRouter]]:
+    """The routers of this model that have a hook already."""
+    return [
+        (name, router)
+        for name, module in model.named_modules()
+        for hook in module._forward_hooks.values()
+        if isinstance(router := getattr(hook, "__self__", None), ForeignRouter)
+    ]
 
 
 def _unwrapped(model: nn.Module) -> list[nn.Module]:

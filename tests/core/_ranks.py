@@ -29,9 +29,11 @@ def made_too_early() -> str:
 
 
 def different_layers() -> str:
+    layer = MoE(8, 8, 4 if dist.get_rank() else 6, 2)
     try:
-        Balancer(MoE(8, 8, 4 if dist.get_rank() else 6, 2), [AuxLoss("global_batch", 0.3)])
+        Balancer(layer, [AuxLoss("global_batch", 0.3)])
     except ConfigError as error:
+        assert layer.gate.meter is None, "refused, and left as it was"
         return str(error)
     return ""
 

@@ -1,4 +1,4 @@
-"""A model that DDP or the compiler has wrapped is balanced like the one inside."""
+"""A model that DDP or the compiler has wrapped is balanced like the one inside; balancers come and go."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 
 from core._model import assert_close
-from equipoise import AuxLoss, Balancer
+from equipoise import AuxLoss, Balancer, ExpertBias, StateError
 from hf._trainer import STEP_POLICIES, Text, ddp_step, model
 
 pytestmark = [
@@ -47,3 +47,28 @@ def test_two_ranks_of_ddp(ranks):
     expected = {n: p.grad.clone() for n, p in net.named_parameters()}
     for got in ranks.run(f"{ddp_step.__module__}:{ddp_step.__name__}", 8, tokens, size=2):
         assert_close(got, expected, 1e-5)
+
+
+def test_a_second_balancer_is_refused_and_a_later_one_takes_over():
+    """A bias of ours stays when its balancer goes: the model chooses with it, and the next balancer moves it on."""
+    net = model()
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()]
+    first = Balancer(net, [ExpertBias("proportional", rate=0.01)])
+    with pytest.raises(StateError, match="one balancer per model"):
+        Balancer(net, [AuxLoss("micro_batch", 0.1)])
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    net.train()
+    net(**batch(range(4))).loss.backward()
+    optimizer.step()
+    kept = [layer.router.expert_bias.clone() for layer in first._layers]
+    assert all(bias_E.abs().max() > 0 for bias_E in kept)
+    first.remove()
+    second = Balancer(net, [ExpertBias(rate=0.0)])
+    assert all(
+        torch.equal(layer.router.expert_bias, bias_E) for layer, bias_E in zip(second._layers, kept, strict=True)
+    )
+    second.remove()
+    plain = model()
+    third = Balancer(plain, [AuxLoss("micro_batch", 0.1)])
+    third.remove()
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in plain.modules()] == hooks, "no hook is left"

@@ -47,12 +47,14 @@ class BalanceCallback(TrainerCallback):
     def __init__(self, policies: Sequence[Policy], *, ranks: Ranks | None = None, **options: Any) -> None:
         self.policies, self.ranks, self.options = list(policies), ranks, options
         self.balancer: Balancer | None = None
+        self._ranks = Ranks()
         self._trainer: Trainer | None = None
         self._wrapped: list[str] = []
         self._micro_batches = 1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         trainer, model = _trainer_of(self), kwargs["model"]
+        self._release()  # a training that ended in an error said no goodbye
         if args.n_gpu > 1:
             raise StateError(
                 expected="one device per process",
@@ -70,6 +72,9 @@ class BalanceCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """The model keeps its biases and is balanced by nobody; ``balancer`` still tells of the last step."""
+        self._release()
+
+    def _release(self) -> None:
         for name in self._wrapped:
             delattr(self._trainer, name)
         self._wrapped = []

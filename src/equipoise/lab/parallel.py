@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -21,8 +21,8 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..collectives import ALONE, Group
-from ..errors import ConfigError, EquipoiseError, StateError
+from ..collectives import ALONE, Group, lost_ranks
+from ..errors import ConfigError, EquipoiseError
 from ..layers import shard_experts
 from .checkpoint import put_tensors, take_tensors
 from .config import ParallelConfig
@@ -184,23 +184,9 @@ class World:
         """Marks an error that every rank raises: one of them is enough to say it."""
         return error if self.rank == 0 else _noted(error)
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Turns what a backend says about a rank that is gone into words.
-
-        Raises StateError.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            if isinstance(error, EquipoiseError) or self.size == 1 or not _of_a_backend(error):
-                raise
-            raise StateError(
-                expected=f"all {self.size} ranks to take part in every step",
-                got=str(error).strip().splitlines()[0].partition(". This is")[0],
-                do="a rank ended or hangs: look at its output, then resume from the last checkpoint "
-                "(torchrun --max-restarts does both)",
-            ) from error
+    def watched(self) -> AbstractContextManager[None]:
+        """Around everything in which a rank may be missed; raises StateError then."""
+        return lost_ranks(self.size)
 
 
 @contextmanager
@@ -380,12 +366,6 @@ def _own_gpu() -> torch.device | None:
         return None
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
-
-
-def _of_a_backend(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(
-        word in str(error) for word in ("gloo", "Gloo", "NCCL", "nccl", "Connection closed", "Connection reset")
-    )
 
 
 def _noted(error: X) -> X:
