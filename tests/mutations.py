@@ -92,10 +92,10 @@ MUTATIONS = {
     ),
     "layers pooled before the product (B12)": Mutation(
         "balancer.py",
-        "        sharded = self._ranks.shards.size > 1\n",
+        "        summed = sum_tables(taken, self._ranks.shards)\n",
         "        if len({len(counts_E) for counts_E in counts}) == 1:\n"
         "            counts = [torch.stack(counts).sum(dim=0)] * len(counts)\n"
-        "        sharded = self._ranks.shards.size > 1\n",
+        "        summed = sum_tables(taken, self._ranks.shards)\n",
         "core/test_defects.py B12",
     ),
     "every sequence gets the micro-batch's load (B58, B59)": Mutation(

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock  # comes with torch
+
 from ..errors import OutputError
 
-__all__ = ["atomic_folder", "atomic_write", "cache_folder"]
+__all__ = ["atomic_folder", "atomic_write", "cache_folder", "one_builder"]
 
 
 def cache_folder() -> Path:
@@ -66,6 +68,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                     shutil.rmtree(retired, ignore_errors=True)
         finally:
             shutil.rmtree(building, ignore_errors=True)
+
+
+@contextmanager
+def one_builder(path: Path) -> Iterator[None]:
+    """While the block runs, other processes wait that want to build ``path`` too; a killed one lets go by itself.
+
+    Raises OutputError when the lock's file, ``.lock/`` beside the folder of ``path``, cannot be written.
+    """
+    lock = path.parent.parent / ".lock" / path.name
+    with _output_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError, OutputError, unknown_name
-from .cache import atomic_folder, atomic_write, cache_folder
+from .cache import atomic_folder, atomic_write, cache_folder, one_builder
 from .corpus import Corpus, Progress, check_domains, embedded_corpus, embedded_fingerprint
 from .domains import DOMAINS
 from .sources import MAX_BYTES, load_corpus, source_fingerprint
@@ -104,13 +104,14 @@ def prepare(
         corpus = load_corpus(data, domains, max_bytes=max_bytes, progress=progress)
     target = _packed_folder(folder, corpus.sha256, sizes)
     tokenizer_path = tokenizer_file(corpus.sha256, vocab_size, folder)
-    packed = _open(target, tokenizer_path)
-    if packed is None:
-        if progress:
-            progress("training the tokenizer", 0.0)
-        get_tokenizer(corpus, vocab_size, cache=folder)
-        _write(target, corpus, tokenizer_path, sizes, progress)
+    with one_builder(target):  # without it, a process may find the folder gone that another is just replacing
         packed = _open(target, tokenizer_path)
+        if packed is None:
+            if progress:
+                progress("training the tokenizer", 0.0)
+            get_tokenizer(corpus, vocab_size, cache=folder)
+            _write(target, corpus, tokenizer_path, sizes, progress)
+            packed = _open(target, tokenizer_path)
     if packed is None:
         raise OutputError(expected=f"the packed text in {target} to read back as written", got="other bytes",
                           do="check the disk, or set EQUIPOISE_CACHE to another folder")  # fmt: skip
