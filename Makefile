@@ -3,7 +3,7 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 BIN      = $(VENV)/bin
-EXTRAS   = lab,hf,report,dev
+EXTRAS   = lab,hf,lightning,report,dev
 TORCH   ?= 2.13.0
 ARGS    ?=
 

@@ -27,18 +27,20 @@ FLOORS = [
     {"functional", "collectives", "records", "kernels"},
     {"meter"},
     {"shards"},
-    {"layout", "policies", "readers", "report", "tie"},
+    {"layout", "plan", "policies", "readers", "report", "tie"},
     {"foreign", "layers", "pressure"},
     {"attach", "checks", "ledger", "readout", "tap", "watch"},
     {"balancer"},
     {"adapters"},
     {"lab"},
+    {"inspection"},
     {"cli"},
     {"__main__"},
 ]
-OPTIONAL = {"accelerate", "datasets", "lightning", "pandas", "plotly", "pyarrow", "rich", "safetensors", "tensorboard",
-            "tokenizers", "torchtitan", "transformers", "zstandard"}  # fmt: skip
-EDGE = {"adapters", "cli", "lab", "report"}  # the only parts that may use them
+OPTIONAL = {"accelerate", "datasets", "lightning", "mlflow", "pandas", "peft", "plotly", "pyarrow",
+            "rich", "safetensors", "tensorboard", "tokenizers", "torchtitan", "transformers", "trl", "wandb",
+            "zstandard"}  # fmt: skip
+EDGE = {"adapters", "cli", "inspection", "lab", "report"}  # the only parts that may use them
 DISTRIBUTED = {"collectives.py", "lab/parallel.py"}  # the only files that may name torch.distributed
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 LONGER = {"train": 120}  # the train loop is read from top to bottom
