@@ -1,9 +1,11 @@
-"""A real Trainer on a tiny Qwen3-MoE, in one process or as one rank of several: what test_trainer.py runs."""
+"""A real Trainer on a tiny MoE model, in one process or as one rank of several: what the tests of BalanceCallback run."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 
-from core._model import policy
+from core._model import policy as loss_policy
+from hf.families import build
 
 VOCABULARY, LENGTH, SAMPLES = 64, 10, 32
 
@@ -35,74 +38,159 @@ class Text(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(i)
-        ids = torch.randint(1, VOCABULARY, (LENGTH,), generator=generator)
+        ids = torch.randint(3, VOCABULARY, (LENGTH,), generator=generator)  # 0..2 are special in some families
         mask = (torch.arange(LENGTH) < 3 + i % 7).long()
         labels = ids.masked_fill((mask == 0) | (torch.arange(LENGTH) < i % 3), -100)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def train(
-    policies: list[dict], batch: int, accumulate: int, steps: int, folder: str | None = None, **arguments: Any
-) -> dict[str, Any]:
-    """Gradients that each optimizer step is given, loads, logs and the end's weights."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-    from transformers.utils import logging
+def policy(description: dict) -> Any:
+    from equipoise import ExpertBias
 
-    from equipoise.adapters.hf import BalanceCallback
+    if description["kind"] == "bias":
+        return ExpertBias(**{key: value for key, value in description.items() if key != "kind"})
+    return loss_policy(description)
+
+
+class Recorder:
+    """What a training gave: gradients and biases at each optimizer step, loads, logs, the end's weights."""
+
+    def __init__(self, policies: list[dict]) -> None:
+        from equipoise.adapters.hf import BalanceCallback
+        from transformers import TrainerCallback
+
+        self.balance = BalanceCallback([policy(p) for p in policies])
+        self.gradients: list[dict[str, Tensor]] = []
+        self.biases: list[dict[str, Tensor]] = []
+        self.loads: list[list[list[int]]] = []
+        recorder = self
+
+        class Record(TrainerCallback):
+            def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                named = kwargs["model"].named_parameters()
+                recorder.gradients.append({n: whole(p.grad).clone() for n, p in named if p.grad is not None})
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                named = kwargs["model"].state_dict().items()
+                recorder.biases.append(
+                    {n: whole(b).clone().view(-1) for n, b in named if n.endswith("correction_bias")}
+                )
+                recorder.loads.append([counts_E.tolist() for counts_E in recorder.balance.balancer.load()])
+
+        self.callbacks = [self.balance, Record()]
+
+    def result(self, trainer: Any) -> dict[str, Any]:
+        built = trainer.accelerator.unwrap_model(trainer.model)
+        return {
+            "gradients": self.gradients,
+            "biases": self.biases,
+            "steps": self.loads,
+            "loads": self.loads[-1],
+            "logs": trainer.state.log_history,
+            "weights": {n: whole(p).detach().clone() for n, p in built.named_parameters()},
+            "coefficient": getattr(built, "router_aux_loss_coef", None),
+            "own": [name for name in ("compute_loss", "log", "get_batch_samples") if name in vars(trainer)],
+            "sharded": any(hasattr(p, "full_tensor") for p in built.parameters()),
+        }
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[operator]
+
+
+def arguments_of(folder: str, batch: int, accumulate: int, steps: int, **more: Any) -> dict[str, Any]:
+    return {
+        "output_dir": folder, "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate,
+        "max_steps": steps, "max_grad_norm": 0, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
+        "logging_steps": 1, "save_strategy": "no", "use_cpu": True, "report_to": [], "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    } | more  # fmt: skip
+
+
+def quiet() -> None:
+    from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    gradients: list[dict[str, Tensor]] = []
 
-    class Grab(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            named = kwargs["model"].named_parameters()
-            gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+def trainer_class() -> Any:
+    from transformers import Trainer
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return SequentialSampler(self.train_dataset)
 
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate, "max_steps": steps,
-        "max_grad_norm": 0, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "logging_steps": 1,
-        "save_strategy": "no", "use_cpu": True, "report_to": [], "disable_tqdm": True, "dataloader_pin_memory": False,
-    }  # fmt: skip
-    resume = arguments.pop("resume", None)
-    built = model(**arguments.pop("config", {}))
+    return InOrder
+
+
+def train(
+    policies: list[dict], batch: int, accumulate: int, steps: int, folder: str | None = None, **arguments: Any
+) -> dict[str, Any]:
+    """One training; ``family``: of ``families.py`` instead of a Qwen3-MoE; ``trainer``: keywords of the Trainer."""
+    from transformers import TrainingArguments
+
+    quiet()
+    resume, family = arguments.pop("resume", None), arguments.pop("family", None)
+    config, sharded = arguments.pop("config", {}), arguments.pop("sharded", False)
+    options, prepare = arguments.pop("trainer", {}), arguments.pop("prepare", None)
+    built = build(family, **config) if family else model(**config)
+    if prepare is not None:
+        built = prepare(built) or built
+    recorder = Recorder(policies)
     with tempfile.TemporaryDirectory() as scratch:
-        args = TrainingArguments(folder or scratch, **(settings | arguments))
-        callback = BalanceCallback([policy(p) for p in policies])
-        trainer = InOrder(built, args, train_dataset=Text(), eval_dataset=Text(), callbacks=[callback, Grab()])
+        more = fsdp(built) if sharded else {}
+        args = TrainingArguments(**arguments_of(folder or scratch, batch, accumulate, steps, **more, **arguments))
+        if sharded:
+            let_accelerate_shard(args)
+        options = {"train_dataset": Text(), "eval_dataset": Text()} | options
+        trainer = trainer_class()(built, args, callbacks=recorder.callbacks, **options)
         trainer.train(resume_from_checkpoint=resume)
-    balancer = callback.balancer
-    assert balancer is not None
-    return {
-        "gradients": gradients,
-        "loads": [counts_E.tolist() for counts_E in balancer.load()],
-        "logs": trainer.state.log_history,
-        "weights": {n: p.detach().clone() for n, p in built.named_parameters()},
-        "coefficient": built.router_aux_loss_coef,
-        "own": [name for name in ("compute_loss", "log", "get_batch_samples") if name in vars(trainer)],
-    }
+        return recorder.result(trainer)
 
 
-def train_rank(policies: list[dict], batch: int, accumulate: int, steps: int, arguments: dict) -> dict[str, Any]:
-    """The same as one rank of the process group that runs."""
+def fsdp(built: Any) -> dict[str, Any]:
+    """FSDP2 in the words of TrainingArguments, one shard unit per layer."""
+    layers = {type(m).__name__ for n, m in built.named_modules() if n.rpartition(".")[2] in ("0", "1")}
+    layers = {name for name in layers if name.endswith("DecoderLayer")}
+    assert layers, "no decoder layer to shard"
+    return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": sorted(layers)}}
+
+
+def let_accelerate_shard(args: Any) -> None:
+    """accelerate 1.15 passes over ``fsdp`` on a CPU without a word; only its look at the device is changed here."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    assert args.device.type == "cpu"  # sets PartialState up
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+@contextlib.contextmanager
+def as_rank() -> Iterator[None]:
+    """accelerate finds the process group that runs."""
     from accelerate.state import AcceleratorState, PartialState
 
     rank = str(dist.get_rank())
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(dist.get_world_size()), "ACCELERATE_USE_CPU": "true"}
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # asked for, not used: the process group is there
+    before = dict(os.environ)
     os.environ |= names
     try:
-        return train(policies, batch, accumulate, steps, **arguments)
+        yield
     finally:
         AcceleratorState._reset_state(True)
         PartialState._reset_state()
-        for name in names:
-            os.environ.pop(name, None)
+        os.environ.clear()
+        os.environ |= before
+
+
+def train_rank(policies: list[dict], batch: int, accumulate: int, steps: int, arguments: dict) -> dict[str, Any]:
+    """The same as one rank of the process group that runs."""
+    with as_rank():
+        return train(policies, batch, accumulate, steps, **arguments)
 
 
 def checkpoint(folder: Path, step: int) -> str:

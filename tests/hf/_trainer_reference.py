@@ -1,0 +1,91 @@
+"""What a step of any Trainer has to give, in float64: cross entropy and the balance law written out, autograd on a twin.
+
+Nothing here imports equipoise. The language model's loss depends on how a Trainer weighs micro-batches and ranks, so
+it is told which rows share a mean; the balance loss does not: coef · E · <f, p_t>, a mean over all tokens of the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf._law import Twin, bias_of, law, naive_bias_step
+from hf._trainer import LENGTH, Text
+from hf.families import build
+
+__all__ = ["COEF", "POLICIES", "RATE", "Expected", "expected", "policies_for"]
+
+COEF, RATE = 0.3, 0.005
+POLICIES: list[dict] = [
+    {"kind": "aux", "scope": "sequence", "coef": COEF},
+    {"kind": "aux", "scope": "global_batch", "coef": COEF, "estimator": "previous"},
+]
+
+
+def policies_for(family: str) -> list[dict]:
+    """The two losses, and the bias where the model has one."""
+    return [*POLICIES, {"kind": "bias", "rate": RATE}] if bias_of(build(family)) else POLICIES
+
+
+@dataclass
+class Expected:
+    """Of each optimizer step, weights unchanged."""
+
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    loads: list[list[list[int]]] = field(default_factory=list)
+    biases: list[dict[str, Tensor]] = field(default_factory=list)
+    values: list[list[float]] = field(default_factory=list)  # of the two balance losses, a mean over layers
+
+
+def expected(
+    family: str, steps: int = 2, rows: int = 8, *, means: list[list[int]] | None = None, smoothing: float = 0.0
+) -> Expected:
+    """The policies of ``policies_for`` over ``rows`` rows of ``Text`` a step.
+
+    Args:
+        means: rows (by their place in the step) whose label tokens share a mean; the loss is the mean of those means.
+            Default: all label tokens of the step weigh the same.
+        smoothing: of the labels.
+    """
+    model = build(family).double().train()
+    model.set_experts_implementation("eager")  # grouped_mm knows no float64
+    twin, found = Twin(model, family), Expected()
+    previous: dict[str, list[int]] | None = None
+    for step in range(steps):
+        text = [Text()[step * rows + i] for i in range(rows)]
+        batch = {key: torch.stack([row[key] for row in text]) for key in ("input_ids", "attention_mask", "labels")}
+        labels = batch.pop("labels")
+        mask_T = batch["attention_mask"].bool().view(-1).tolist()
+        model.zero_grad()
+        logits = model(**batch).logits
+        parts = means or [list(range(rows))]
+        own = sum(_cross_entropy(logits[part], labels[part], smoothing) for part in parts) / len(parts)
+        of_sequences = law(twin, [t // LENGTH for t in range(rows * LENGTH)], mask_T, COEF)
+        of_before = law(twin, [0] * (rows * LENGTH), mask_T, COEF, previous) if previous else of_sequences * 0
+        (own + of_sequences + of_before).backward()
+        found.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        previous = twin.counts(mask_T)
+        found.loads.append(list(previous.values()))
+        found.values.append([float(v) / COEF / len(previous) for v in (of_sequences, of_before)])
+        moved = {}
+        for (name, bias_E), counts in zip(bias_of(model).items(), previous.values(), strict=False):
+            bias_E.copy_(torch.tensor(naive_bias_step(bias_E.tolist(), counts, RATE)))
+            moved[name] = bias_E.clone()
+        found.biases.append(moved)
+    return found
+
+
+def _cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, smoothing: float) -> Tensor:
+    """The mean over label tokens, each predicted from the position before it."""
+    total: Any = 0.0
+    count = 0
+    for b, row in enumerate(labels_BS.tolist()):
+        for t, label in enumerate(row[1:]):
+            if label != -100:
+                log_probs_V = logits_BSV[b, t].log_softmax(-1)
+                total = total - (1 - smoothing) * log_probs_V[label] - smoothing * log_probs_V.mean()
+                count += 1
+    return total / count
