@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .discover import find_foreign
 from .errors import ConfigError, StateError
-from .foreign import find_foreign
 from .meter import LocalTerm, Meter, Plan
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss, ZLoss
@@ -70,12 +70,15 @@ def attach(
             micro_sequences,
             measure_estimators,
             shards,
+            getattr(router, "idle", 0),
         )
         router.meter = Meter(plan, next(router.parameters()).device)
         layers.append(Layer(name, router, router.meter, part))
         layers[-1].forget_step()
-    if layers and not any(layer.trainable for layer in layers):
-        warnings.warn("every router of this model is frozen: loads are measured, nothing is pushed", stacklevel=3)
+    frozen = [layer.name for layer in layers if not layer.trainable]
+    if frozen:
+        which = "every router of this model is frozen" if len(frozen) == len(layers) else f"frozen: {', '.join(frozen)}"
+        warnings.warn(f"{which}; loads are measured, nothing is pushed and no bias moves", stacklevel=3)
     return layers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,19 +18,28 @@ class Layout:
 
     Understands ``input_ids`` or ``inputs_embeds`` (B, S, ...), a 2-D ``attention_mask`` (B, S) whose zeros are padding,
     and ``position_ids`` (B, S) that begin again at 0 with each document of a packed row. A mask of four dimensions says
-    who sees whom and not what is padding: it is passed over.
+    who sees whom and not what is padding: it is passed over. ``moe_mm_token_type_ids`` (B, S) says which tokens are of
+    a picture, for models that have routers for those alone.
+
+    Every forward in training mode with gradient between two taps belongs to the loss that is tapped, so a pair of
+    passes (chosen and rejected answers) counts as one micro-batch of both; each pass has its own layout. A pass for a
+    metric belongs in ``torch.no_grad()`` or ``model.eval()``: there it counts nothing.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.shape: tuple[int, int] | None = None  # (B, S)
         self.mask_BS: Tensor | None = None
         self.position_BS: Tensor | None = None
+        self.kind_BS: Tensor | None = None
+        self.before_each: list[Callable[[], None]] = []  # called before each forward
         self._hook = model.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        for call in self.before_each:
+            call()
         first = args[0] if args and isinstance(args[0], Tensor) else None
         tokens = next((kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), first)
-        self.shape = self.mask_BS = self.position_BS = None
+        self.shape = self.mask_BS = self.position_BS = self.kind_BS = None
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return
         self.shape = (tokens.shape[0], tokens.shape[1])
@@ -39,13 +49,30 @@ class Layout:
         positions = kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.shape[-1] == self.shape[1]:
             self.position_BS = positions.reshape(-1, *positions.shape[-2:])[0]  # of several axes, the first
+        kinds = kwargs.get("moe_mm_token_type_ids")
+        if isinstance(kinds, Tensor) and kinds.shape == self.shape:
+            self.kind_BS = kinds != 0
 
-    def batch(self, tokens: int) -> Batch:
-        """How ``tokens`` rows of a router lie; one sequence without padding where they are not all tokens."""
-        if self.shape is None or self.shape[0] * self.shape[1] != tokens:
-            return Batch()
+    def batch(self, tokens: int, pictures: bool | None = None) -> tuple[Batch, Tensor | None]:
+        """(how a router's tokens lie, which of the B * S tokens its rows are; None: all of them, in order).
+
+        Args:
+            tokens: rows of the router. One sequence without padding where they are not all tokens.
+            pictures: whether it sees the tokens of pictures only, or those of text only.
+        """
+        if self.shape is None:
+            return Batch(), None
         mask_T = None if self.mask_BS is None else self.mask_BS.reshape(-1)
-        return Batch(self.shape[0], mask_T, self._documents())
+        whole = self.shape[0] * self.shape[1]
+        if pictures is not None and self.kind_BS is not None:
+            here_T = self.kind_BS.reshape(-1) == pictures
+            all_T = torch.ones_like(here_T) if mask_T is None else mask_T
+            rows_T = here_T.nonzero().view(-1)
+            if len(rows_T) == tokens:
+                return Batch(self.shape[0], here_T & all_T, self._documents(), all_T), rows_T
+        if whole != tokens:
+            return Batch(), None
+        return Batch(self.shape[0], mask_T, self._documents()), None
 
     def _documents(self) -> Tensor | None:
         if self.position_BS is None or self.shape is None:

@@ -32,19 +32,31 @@ __all__ = [
     "shared_counts",
 ]
 
-SCALARS = ("tokens", "calls", "sequences", "topk_score", "lse_square", "maxvio_sequence", "maxvio_micro_batch", "rows")
+SCALARS = (
+    "tokens",  # valid ones of the micro-batch: what the step's losses are divided by
+    "reached",  # those that came to this router
+    "calls",
+    "sequences",
+    "topk_score",
+    "lse_square",
+    "maxvio_sequence",
+    "maxvio_micro_batch",
+    "rows",
+)
 
 
 class Batch(NamedTuple):
     """How the T tokens that reach a router lie: B sequences of T / B tokens, which are real, and where documents end.
 
     ``document_T`` numbers the documents of a pack inside the micro-batch: integers in [0, T), or in [0, T * shards)
-    where other ranks hold the rest of each sequence.
+    where other ranks hold the rest of each sequence. ``valid_T``: the tokens that are no padding, where a router gets
+    only some of them; ``token_mask_T`` then leaves out what goes to another router too.
     """
 
     num_sequences: int = 1
     token_mask_T: Tensor | None = None
     document_T: Tensor | None = None
+    valid_T: Tensor | None = None
 
 
 class LocalTerm(NamedTuple):
@@ -67,6 +79,7 @@ class Plan(NamedTuple):
     micro_sequences: int | None = None  # sequences of one micro-batch where several run as one pass
     gram: bool = False  # sum of J^T J over tokens: turns any difference in f into a difference of gradients
     shards: int = 1  # ranks that hold parts of the same sequences: the tap adds up their loads
+    idle: int = 0  # expert ids from num_experts on that may be chosen and do no work: they are no load
 
     @property
     def unbiased(self) -> bool:
@@ -296,20 +309,27 @@ def _scalars(
 ) -> Tensor:
     """The SCALARS, in order, as fp64."""
     counts_E = counts_BE.sum(dim=0)
-    tokens = counts_E.sum().double() / plan.top_k  # an int64 tensor over an int would be fp32
+    one = torch.ones((), dtype=torch.float64, device=logits_TE.device)
+    reached = counts_E.sum().double() / plan.top_k  # an int64 tensor over an int would be fp32
+    if plan.idle:  # where not every choice is a load
+        reached = one * len(logits_TE) if batch.token_mask_T is None else batch.token_mask_T.sum().double()
+    tokens = reached if batch.valid_T is None else batch.valid_T.sum().double()
     micro_BE = shared_counts(counts_BE, LocalTerm("sequences", plan.micro_sequences or 1))
     full_B = (counts_BE.sum(dim=-1) > 0).double()
-    one = torch.ones((), dtype=torch.float64, device=logits_TE.device)
     lse_square = torch.zeros_like(one)
     if plan.z_loss:
         lse_T = logits_TE.float().logsumexp(dim=-1).double().square()
         lse_square = (lse_T if batch.token_mask_T is None else lse_T * batch.token_mask_T).sum()
+    scores_TK = valid_TE.gather(-1, ids_TK.clamp(max=plan.num_experts - 1) if plan.idle else ids_TK)
+    if plan.idle:
+        scores_TK = scores_TK * (ids_TK < plan.num_experts)
     return torch.stack(
         [
             tokens,
+            reached,
             one,
             full_B.sum(),
-            valid_TE.gather(-1, ids_TK).sum(dtype=torch.float64),
+            scores_TK.sum(dtype=torch.float64),
             lse_square,
             maxvio(counts_BE).sum(),
             maxvio(counts_E) if plan.micro_sequences is None else maxvio(micro_BE).mean(),
@@ -341,12 +361,12 @@ def _document_counts(ids_TK: Tensor, plan: Plan, batch: Batch) -> Tensor:
             got="none",
             do="pass document_ids_BS to the MoE layer, or balance per sequence",
         )
-    tokens, top_k = ids_TK.shape
-    flat_TK = batch.document_T.unsqueeze(1) * plan.num_experts + ids_TK
+    (tokens, top_k), choices = ids_TK.shape, plan.num_experts + plan.idle
+    flat_TK = batch.document_T.unsqueeze(1) * choices + ids_TK
     one_T = torch.ones_like(batch.document_T) if batch.token_mask_T is None else batch.token_mask_T.long()
-    counts = torch.zeros(tokens * plan.shards * plan.num_experts, dtype=torch.int64, device=ids_TK.device)
+    counts = torch.zeros(tokens * plan.shards * choices, dtype=torch.int64, device=ids_TK.device)
     counts.scatter_add_(0, flat_TK.reshape(-1), one_T.unsqueeze(1).expand(-1, top_k).reshape(-1))
-    return counts.view(-1, plan.num_experts)
+    return counts.view(-1, choices)[:, : plan.num_experts]
 
 
 def _gram(valid_TE: Tensor, slope_TE: Tensor) -> Tensor:

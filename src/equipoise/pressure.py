@@ -252,7 +252,7 @@ def _shuffled(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:
         size = size * (plan.micro_sequences / taken[plan.at("rows")].clamp(min=plan.micro_sequences))
     drawn = torch.randperm(len(ids_NK), generator=generator)[: int(size)]
     counts_E = torch.bincount(ids_NK[drawn.to(ids_NK.device)].flatten(), minlength=plan.num_experts)
-    return load_fractions(counts_E)
+    return load_fractions(counts_E[: plan.num_experts])
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["SPECIAL", "Read", "Special", "read", "replace"]
+__all__ = ["SPECIAL", "Read", "Special", "read", "replace", "special_of"]
 
 
 class Read(NamedTuple):
-    """A router's output, taken apart."""
+    """A router's output, taken apart. Logits may have more columns than experts work: see ``Special.idle``."""
 
     logits_TE: Tensor
     weights_TK: Tensor
@@ -22,7 +22,11 @@ class Special(NamedTuple):
 
     gate: str = ""  # of its scores, where weights are more than scores
     scores: bool = False  # returns (scores of all experts, 0 for those not chosen; logits) and no choice
-    refuse: str = ""  # why it cannot be balanced
+    idle: bool = False  # columns from ``num_experts`` on stand for experts that do no work
+    skips: bool = False  # a choice of the idle expert is returned as expert 0 with weight 0
+    by_kind: bool = False  # one router for text and one for pictures, each with its own tokens
+    fixed: str = ""  # why nothing can move its choices; the model's other routers are balanced
+    refuse: str = ""  # why a model with it cannot be balanced: what it would have to return
 
 
 SPECIAL: dict[str, Special] = {
@@ -31,15 +35,27 @@ SPECIAL: dict[str, Special] = {
     "InklingTopkRouter": Special(gate="sigmoid"),  # weights are shared out with the shared experts
     "Gemma4TextRouter": Special(gate="softmax"),  # weights carry a learned scale per expert
     "DiffusionGemmaTextRouter": Special(gate="softmax"),
-    "DeepseekV4HashRouter": Special(refuse="its experts follow from token ids: nothing can move them"),
-    "DbrxRouter": Special(refuse="it returns logits only, and its block chooses"),
-    "JetMoeTopKGating": Special(refuse="it returns tokens sorted by expert"),
-    "SwitchTransformersTop1Router": Special(refuse="it drops tokens by capacity"),
-    "NllbMoeTop2Router": Special(refuse="it drops tokens by capacity"),
-    "DogeCDMoE": Special(refuse="it routes by product keys, without a router"),
-    "ZayaRouter": Special(refuse="its skip expert hides among the choices of expert 0"),
-    "LongcatFlashTopkRouter": Special(refuse="its zero experts do no work that a load could count"),
+    "LongcatFlashTopkRouter": Special(gate="softmax", idle=True),  # experts that hand their token back
+    "ZayaRouter": Special(gate="softmax", idle=True, skips=True),  # one that skips the layer
+    "Ernie4_5_VLMoeMoeTopKRouter": Special(by_kind=True),
+    "DeepseekV4HashRouter": Special(fixed="its experts follow from token ids"),
+    "DbrxRouter": Special(refuse="it returns logits only and its block chooses: weights and expert ids are missing"),
+    "JetMoeTopKGating": Special(
+        refuse="it returns choices sorted by expert: weights in the order of tokens are missing"
+    ),
+    "SwitchTransformersTop1Router": Special(
+        refuse="tokens beyond an expert's capacity are dropped, and it returns a mask: expert ids are missing"
+    ),
+    "NllbMoeTop2Router": Special(
+        refuse="tokens beyond an expert's capacity are dropped, and it returns a mask: expert ids are missing"
+    ),
+    "DogeCDMoE": Special(refuse="it looks experts up by product keys: logits over all experts are missing"),
 }
+
+
+def special_of(module: nn.Module) -> Special:
+    """The line of its class, also where FSDP2 made a class of its own of it."""
+    return next((SPECIAL[c.__name__] for c in type(module).__mro__ if c.__name__ in SPECIAL), Special())
 
 
 def read(module: nn.Module, output: Any) -> Read | None:
@@ -49,24 +65,34 @@ def read(module: nn.Module, output: Any) -> Read | None:
     """
     if not isinstance(output, tuple | list):
         return None
-    special = SPECIAL.get(type(module).__name__, Special())
+    special = special_of(module)
     if special.scores:
         scores_TE, logits_TE = output
         ids_TK = logits_TE.detach().topk(int(module.top_k), dim=-1).indices  # type: ignore[arg-type]
         return Read(logits_TE, scores_TE.gather(-1, ids_TK), ids_TK)
     places = _places(output)
-    return None if places is None else Read(*(output[i] for i in places))
+    if places is None:
+        return None
+    found = Read(*(output[i] for i in places))
+    if special.skips:
+        skipped_TK = (found.ids_TK == 0) & (found.weights_TK == 0)
+        found = found._replace(ids_TK=found.ids_TK.masked_fill(skipped_TK, found.logits_TE.shape[1] - 1))
+    return found
 
 
-def replace(module: nn.Module, output: Any, weights_TK: Tensor, ids_TK: Tensor) -> Any:
-    """The same output with other weights and choices."""
+def replace(module: nn.Module, output: Any, weights_TK: Tensor, ids_TK: Tensor | None = None) -> Any:
+    """The same output with other weights, and other choices where they are given."""
     changed = list(output)
-    if SPECIAL.get(type(module).__name__, Special()).scores:
+    if special_of(module).scores:
+        if ids_TK is None:
+            ids_TK = changed[1].detach().topk(int(module.top_k), dim=-1).indices  # type: ignore[arg-type]
         changed[0] = changed[0].new_zeros(changed[0].shape).scatter(-1, ids_TK, weights_TK.to(changed[0].dtype))
     else:
         places = _places(output)
         assert places is not None
-        changed[places[1]], changed[places[2]] = weights_TK, ids_TK
+        changed[places[1]] = weights_TK
+        if ids_TK is not None:
+            changed[places[2]] = ids_TK
     return type(output)(changed) if type(output) in (tuple, list) else tuple(changed)
 
 

@@ -59,7 +59,8 @@ def metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step: int, s
         stacked = torch.stack([values[key] for values in per_layer if key in values])  # not every layer has a bias
         named[key] = stacked.sum() if key in SUMMED else stacked.mean()
     named |= _policy_metrics(layers, timeline, step)
-    named["tokens"] = torch.stack([layer.of("tokens") for layer in layers]).min()  # one may run twice in each forward
+    tokens = torch.stack([layer.of("tokens") for layer in layers])  # one may run twice in each forward, or in none
+    named["tokens"] = torch.where(tokens > 0, tokens, tokens.max()).min()
     numbers = torch.stack([value.double() for value in named.values()]).tolist()  # the only wait for the device
     found = {f"balance/{key}": number for key, number in zip(named, numbers, strict=True)}
     # not known where autograd left the meter alone (``backward(inputs=...)``): left out rather than called 0
@@ -70,7 +71,7 @@ def metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step: int, s
 
 
 def _layer_metrics(layer: Committed) -> dict[str, Tensor]:
-    counts_E, tokens = layer.counts_E, layer.of("tokens").clamp(min=1)
+    counts_E, tokens = layer.counts_E, layer.of("reached").clamp(min=1)
     found = {
         "maxvio_global": maxvio(counts_E),
         "maxvio_micro_batch": layer.of("maxvio_micro_batch") / layer.of("calls").clamp(min=1),
@@ -99,7 +100,7 @@ def _policy_metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step
             continue
         values, squares = [], []
         for layer in layers:
-            plan, tokens = layer.plan, layer.of("tokens").clamp(min=1)
+            plan, tokens = layer.plan, layer.of("reached").clamp(min=1)
             if is_loss:
                 values.append((layer.statistics[plan.values_at + term] + layer.values[term]) / tokens)
             elif isinstance(timed.policy, ZLoss):

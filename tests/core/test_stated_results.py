@@ -81,7 +81,8 @@ def test_a_frozen_router_pushes_nothing_and_its_bias_stays():
     assert model.blocks[0].gate.expert_bias.abs().max() == 0
     assert model.blocks[1].gate.expert_bias.abs().max() > 0
     assert int(balancer.load()[0].sum()) == 20, "loads are still measured"
-    second = Balancer(free, [AuxLoss("micro_batch", 0.0), ExpertBias(rate=0.0)])
+    with pytest.warns(UserWarning, match=r"frozen: blocks\.0\.gate; loads are measured"):
+        second = Balancer(free, [AuxLoss("micro_batch", 0.0), ExpertBias(rate=0.0)])
     others = train_step(free, second, torch.optim.SGD(free.parameters(), lr=0.05), make_step(0))
     assert "blocks.0.gate.weight" not in grads
     # what reaches the first block's experts comes from the language model and from the second router only

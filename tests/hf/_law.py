@@ -23,7 +23,8 @@ SIGMOID = frozenset([
     "minimax_m3_vl", "muse_spark", "nemotron_h", "solar_open", "step3p7",
 ])
 # fmt: on
-ROUTER = re.compile(r"(Router|MoEV1Gate)$")
+ROUTER = re.compile(r"((?<!Hash)Router|MoEV1Gate)$")  # hash routers follow token ids
+IDLE = {"longcat_flash": 2, "zaya": 1}  # the last choices do no work
 
 
 def gate_of(family: str) -> str:
@@ -44,7 +45,7 @@ class Twin:
             if ROUTER.search(type(module).__name__):
                 module.register_forward_hook(self._logits(name))
                 block = self.model.get_submodule(name.rpartition(".")[0])
-                if self.family != "llama4":
+                if self.family not in ("llama4", "zaya"):
                     block.experts.register_forward_pre_hook(self._ids(name), with_kwargs=True)  # type: ignore[union-attr]
 
     def _logits(self, name: str) -> Any:
@@ -52,6 +53,9 @@ class Twin:
             self.logits[name] = output[1] if self.family == "llama4" else output[0]
             if self.family in ("gemma4", "diffusion_gemma"):
                 self.logits[name] = output[0].log()
+            if self.family == "zaya":  # its experts are told 0 where a token skips them
+                scores_TE = output[0].detach().softmax(dim=1) + _module.balancing_biases
+                self.ids[name] = scores_TE.topk(output[2].shape[1]).indices
             if self.family == "llama4":  # every expert gets every token, times a score that is 0 where not chosen
                 self.ids[name] = torch.stack([row.nonzero().view(-1) for row in output[0].detach()])
 
@@ -68,13 +72,18 @@ class Twin:
         """Tokens of each expert, padding left out."""
         out = {}
         for name, ids_TK in self.ids.items():
-            total = [0] * self.logits[name].shape[1]
+            total = [0] * self.working(name)
             for t, row in enumerate(ids_TK.tolist()):
                 if mask_T[t]:
                     for e in row:
-                        total[e] += 1
+                        if e < len(total):
+                            total[e] += 1
             out[name] = total
         return out
+
+    def working(self, name: str) -> int:
+        """How many of a router's choices are experts that work."""
+        return self.logits[name].shape[1] - IDLE.get(self.family, 0)
 
 
 def probs(logits_TE: Tensor, gate: str) -> Tensor:
@@ -95,14 +104,15 @@ def law(
     """coef * sum over layers of the mean over tokens of E <f, p>, with f of the token's group, or of ``previous``."""
     total = torch.zeros((), dtype=torch.float64)
     for name, logits_TE in twin.logits.items():
-        p_TE = probs(logits_TE, gate_of(twin.family))
-        size = p_TE.shape[1]
+        size = twin.working(name)
+        p_TE = probs(logits_TE[:, :size], gate_of(twin.family))
         loads: dict[int, list[int]] = {}
         for t, row in enumerate(twin.ids[name].tolist()):
             load = loads.setdefault(group_T[t], [0] * size)
             if mask_T[t]:
                 for e in row:
-                    load[e] += 1
+                    if e < size:
+                        load[e] += 1
         layer = torch.zeros((), dtype=torch.float64)
         for t in range(len(p_TE)):
             if mask_T[t]:

@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("transformers")
 
 from equipoise import AuxLoss, Balancer, ExpertBias
+from equipoise.discover import find_foreign
 from equipoise.errors import ConfigError
-from equipoise.foreign import find_foreign
 from equipoise.readers import SPECIAL
 from hf._cases import check_law, inputs, loss_of, policies_for, quiet
 from hf._law import Twin, bias_of, gate_of, law
@@ -51,11 +51,39 @@ def test_a_family_that_cannot_be_served_is_refused_by_name(family: str) -> None:
             Balancer(model, [AuxLoss()])
 
 
-def test_hash_layers_are_refused() -> None:
+def test_layers_that_nothing_can_move_are_named_and_the_others_balanced() -> None:
+    """The first layers of DeepSeek-V4 take their experts from token ids."""
+    with pytest.warns(UserWarning, match=r"token ids: model\.layers\.0\.mlp\.gate$"):
+        balancer = Balancer(build("deepseek_v4", mlp_layer_types=["hash_moe", "moe"]), [AuxLoss(), ExpertBias()])
+    assert [layer.name for layer in balancer._layers] == ["model.layers.1.mlp.gate"]
+    check_law("deepseek_v4", mlp_layer_types=["hash_moe", "moe"])
+    with quiet(), pytest.raises(ConfigError, match="token ids: nothing can move them"):
+        Balancer(build("deepseek_v4", mlp_layer_types=["hash_moe", "hash_moe"]), [AuxLoss()])
+
+
+@pytest.mark.parametrize("family", ["zaya", "longcat_flash"])
+def test_choices_of_experts_that_do_no_work_are_no_load(family: str) -> None:
+    """All tokens count, for what the losses are divided by; their idle choices do not."""
     with quiet():
-        model = build("deepseek_v4", mlp_layer_types=["hash_moe", "moe"])
-        with pytest.raises(ConfigError, match="token ids"):
-            Balancer(model, [AuxLoss()])
+        model = build(family)
+        balancer = Balancer(model, [AuxLoss("document", 0.3), ExpertBias(rate=0.0)])
+        twin, optimizer = Twin(build(family), family), torch.optim.SGD(model.parameters(), lr=0.0)
+        model.train(), twin.model.train()
+        given = inputs(batch=2, length=8, padded=False)
+        del given["attention_mask"]
+        given["position_ids"] = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0, 1, 0]])
+        balancer.tap(loss_of(model, given)).backward()
+        own = loss_of(twin.model, given)
+        (own.double() + law(twin, [0] * 3 + [1] * 5 + [2] * 5 + [3] * 2 + [4], [True] * 16, 0.3)).backward()
+        optimizer.step()
+        for (name, p), q in zip(model.named_parameters(), twin.model.parameters(), strict=True):
+            if q.grad is not None:
+                assert float((p.grad - q.grad).abs().max()) <= 1e-5 * max(1e-3, float(q.grad.abs().max())), name
+        counts = list(twin.counts([True] * 16).values())
+        assert [c.tolist() for c in balancer.load()] == counts
+        top_k = next(iter(twin.ids.values())).shape[1]
+        assert sum(map(sum, counts)) < 2 * 16 * top_k, "some choices were idle"
+        assert balancer.metrics()["balance/tokens"] == 16
 
 
 def test_every_family_of_the_installed_version_is_here() -> None:
