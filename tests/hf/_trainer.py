@@ -1,4 +1,4 @@
-"""A real Trainer on a tiny MoE model, in one process or as one rank of several: what the tests of BalanceCallback run."""
+"""A real Trainer on a tiny MoE model, in one process or as one rank of several: what test_trainer_*.py run."""
 
 from __future__ import annotations
 
@@ -56,8 +56,9 @@ class Recorder:
     """What a training gave: gradients and biases at each optimizer step, loads, logs, the end's weights."""
 
     def __init__(self, policies: list[dict]) -> None:
-        from equipoise.adapters.hf import BalanceCallback
         from transformers import TrainerCallback
+
+        from equipoise.adapters.hf import BalanceCallback
 
         self.balance = BalanceCallback([policy(p) for p in policies])
         self.gradients: list[dict[str, Tensor]] = []
@@ -116,37 +117,52 @@ def quiet() -> None:
     torch.set_num_threads(1)
 
 
-def trainer_class() -> Any:
+def in_order(kind: Any = None) -> Any:
+    """A Trainer that takes rows in their order."""
     from transformers import Trainer
 
-    class InOrder(Trainer):
+    class InOrder(kind or Trainer):  # type: ignore[misc]
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             return SequentialSampler(self.train_dataset)
 
     return InOrder
 
 
-def train(
-    policies: list[dict], batch: int, accumulate: int, steps: int, folder: str | None = None, **arguments: Any
-) -> dict[str, Any]:
-    """One training; ``family``: of ``families.py`` instead of a Qwen3-MoE; ``trainer``: keywords of the Trainer."""
+def make(
+    policies: list[dict], batch: int, accumulate: int, steps: int, folder: str, **arguments: Any
+) -> tuple[Any, Recorder]:
+    """A Trainer with BalanceCallback, and what records it.
+
+    Args:
+        arguments: of TrainingArguments, and ``family`` (of families.py; else a Qwen3-MoE), ``config`` (of the model),
+            ``model`` (used as it is), ``prepare`` (a function of it), ``sharded`` (FSDP2), ``trainer`` (keywords of
+            the Trainer), ``kind`` (a subclass of it).
+    """
     from transformers import TrainingArguments
 
     quiet()
-    resume, family = arguments.pop("resume", None), arguments.pop("family", None)
-    config, sharded = arguments.pop("config", {}), arguments.pop("sharded", False)
-    options, prepare = arguments.pop("trainer", {}), arguments.pop("prepare", None)
-    built = build(family, **config) if family else model(**config)
+    family, config, sharded = (arguments.pop(key, None) for key in ("family", "config", "sharded"))
+    options, prepare, kind = (arguments.pop(key, None) for key in ("trainer", "prepare", "kind"))
+    built = arguments.pop("model", None) or (build(family, **config or {}) if family else model(**config or {}))
     if prepare is not None:
         built = prepare(built) or built
+    more = fsdp(built) if sharded else {}
+    args = TrainingArguments(**arguments_of(folder, batch, accumulate, steps, **more | arguments))
+    if sharded:
+        let_accelerate_shard(args)
     recorder = Recorder(policies)
+    options = {"train_dataset": Text(), "eval_dataset": Text()} | (options or {})
+    options["callbacks"] = [*recorder.callbacks, *options.pop("callbacks", [])]
+    return in_order(kind)(built, args, **options), recorder
+
+
+def train(
+    policies: list[dict], batch: int, accumulate: int, steps: int, folder: str | None = None, **arguments: Any
+) -> dict[str, Any]:
+    """One training, from ``resume`` on; see ``make``."""
+    resume = arguments.pop("resume", None)
     with tempfile.TemporaryDirectory() as scratch:
-        more = fsdp(built) if sharded else {}
-        args = TrainingArguments(**arguments_of(folder or scratch, batch, accumulate, steps, **more, **arguments))
-        if sharded:
-            let_accelerate_shard(args)
-        options = {"train_dataset": Text(), "eval_dataset": Text()} | options
-        trainer = trainer_class()(built, args, callbacks=recorder.callbacks, **options)
+        trainer, recorder = make(policies, batch, accumulate, steps, folder or scratch, **arguments)
         trainer.train(resume_from_checkpoint=resume)
         return recorder.result(trainer)
 

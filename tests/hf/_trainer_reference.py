@@ -1,4 +1,4 @@
-"""What a step of any Trainer has to give, in float64: cross entropy and the balance law written out, autograd on a twin.
+"""What a step of any Trainer has to give, in float64: cross entropy and the balance law, autograd on a twin.
 
 Nothing here imports equipoise. The language model's loss depends on how a Trainer weighs micro-batches and ranks, so
 it is told which rows share a mean; the balance loss does not: coef · E · <f, p_t>, a mean over all tokens of the step.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from hf._law import Twin, bias_of, law, naive_bias_step
 from hf._trainer import LENGTH, Text
 from hf.families import build
 
-__all__ = ["COEF", "POLICIES", "RATE", "Expected", "expected", "policies_for"]
+__all__ = ["COEF", "POLICIES", "RATE", "Expected", "check", "expected", "policies_for", "same_gradients"]
 
 COEF, RATE = 0.3, 0.005
 POLICIES: list[dict] = [
@@ -41,9 +42,13 @@ class Expected:
 
 
 def expected(
-    family: str, steps: int = 2, rows: int = 8, *, means: list[list[int]] | None = None, smoothing: float = 0.0
+    family: str,
+    rows_of_steps: tuple[int, ...] = (8, 8),
+    *,
+    means: list[list[int]] | None = None,
+    smoothing: float = 0.0,
 ) -> Expected:
-    """The policies of ``policies_for`` over ``rows`` rows of ``Text`` a step.
+    """The policies of ``policies_for`` over the next so many rows of ``Text`` in each step.
 
     Args:
         means: rows (by their place in the step) whose label tokens share a mean; the loss is the mean of those means.
@@ -54,8 +59,8 @@ def expected(
     model.set_experts_implementation("eager")  # grouped_mm knows no float64
     twin, found = Twin(model, family), Expected()
     previous: dict[str, list[int]] | None = None
-    for step in range(steps):
-        text = [Text()[step * rows + i] for i in range(rows)]
+    for step, rows in enumerate(rows_of_steps):
+        text = [Text()[sum(rows_of_steps[:step]) + i] for i in range(rows)]
         batch = {key: torch.stack([row[key] for row in text]) for key in ("input_ids", "attention_mask", "labels")}
         labels = batch.pop("labels")
         mask_T = batch["attention_mask"].bool().view(-1).tolist()
@@ -89,3 +94,25 @@ def _cross_entropy(logits_BSV: Tensor, labels_BS: Tensor, smoothing: float) -> T
                 total = total - (1 - smoothing) * log_probs_V[label] - smoothing * log_probs_V.mean()
                 count += 1
     return total / count
+
+
+def check(got: dict[str, Any], want: Expected, tolerance: float = 1e-5) -> None:
+    assert got["steps"] == want.loads
+    logs = [entry for entry in got["logs"] if "loss" in entry]
+    for step, (found, gradients) in enumerate(zip(got["gradients"], want.gradients, strict=True)):
+        same_gradients(found, gradients, tolerance)
+        assert found.keys() == gradients.keys()
+        for name, bias_E in want.biases[step].items():
+            assert got["biases"][step][name].dtype == torch.float32
+            assert torch.allclose(got["biases"][step][name].double(), bias_E, rtol=0, atol=1e-7), name
+        for i, value in enumerate(want.values[step]):
+            assert logs[step][f"balance/policy_{i}/loss"] == pytest.approx(value, rel=1e-5, abs=1e-9)
+
+
+def same_gradients(found: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    """Relative to the largest entry of each tensor, and to a thousandth of the largest of all where one is tiny."""
+    largest = max(float(g.abs().max()) for g in want.values())
+    for name, gradient in want.items():
+        error = float((found[name].double() - gradient).abs().max())
+        size = max(float(gradient.abs().max()), 1e-3 * largest)
+        assert error <= tolerance * size, f"{name}: error {error:.3g} of {size:.3g}"

@@ -1,4 +1,4 @@
-"""BalanceCallback in the real Trainer: every way to cut a step gives coef · E · f / T, to 1e-5 of the plain loop."""
+"""The real Trainer's settings, one by one: whatever it divides its loss by, the balance gradient is the same."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import torch
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 pytest.importorskip("accelerate", reason="the hf extra is not installed")
 
-from core._model import assert_close, aux, policy
-from equipoise import Balancer, DataError, StateError
-from hf._trainer import Text, checkpoint, model, train, train_rank
+from hf._trainer import LENGTH, Text, train, train_rank
+from hf._trainer_reference import POLICIES, check, expected, policies_for
 
 pytestmark = [
     pytest.mark.xdist_group("ranks"),
@@ -20,98 +19,151 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-POLICIES = [aux("sequence"), aux("global_batch", estimator="previous"), {"kind": "z", "coef": 0.05}]
-STEP = 8  # sequences
-
-
-def plain_loop(steps: int) -> dict[str, Any]:
-    """One process, one micro-batch a step, no Trainer: losses are means over the labels of the step."""
-    net = model()
-    balancer = Balancer(net, [policy(p) for p in POLICIES])
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=0.0)
-    text, gradients = Text(), []
-    for step in range(steps):
-        rows = [text[i] for i in range(STEP * step, STEP * (step + 1))]
-        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-        net.train()
-        balancer.tap(net(**batch).loss).backward()
-        gradients.append({n: p.grad.clone() for n, p in net.named_parameters()})
-        optimizer.step()
-        optimizer.zero_grad()
-    return {"gradients": gradients, "loads": [counts_E.tolist() for counts_E in balancer.load()]}
+FAMILY = "qwen3_moe"
+STILL: dict[str, Any] = {"family": FAMILY, "learning_rate": 0.0, "optim": "sgd"}
+PAIRS = [[0, 1], [2, 3], [4, 5], [6, 7]]  # the rows of each micro-batch of 2
 
 
 @pytest.fixture(scope="module")
-def expected():
-    return plain_loop(2)
+def whole():
+    """All label tokens of the step weigh the same."""
+    return expected(FAMILY)
 
 
-def check(got: dict[str, Any], want: dict[str, Any]) -> None:
-    assert_close(got["gradients"][0], want["gradients"][0], 1e-5)
-    assert_close(got["gradients"][1], want["gradients"][1], 1e-4)  # of weights that AdamW has moved by rounding already
-    assert got["loads"] == want["loads"]
-
-
-@pytest.mark.parametrize(("batch", "accumulate"), [(8, 1), (4, 2), (2, 4), (1, 8)])
-def test_accumulation(expected, batch, accumulate):
-    """The Trainer's own sum of a coefficient would be `accumulate` times as strong: here it is the same."""
-    check(train(POLICIES, batch, accumulate, 2), expected)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(expected, reentrant):
-    kwargs = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-    check(train(POLICIES, 2, 4, 2, **kwargs), expected)
-
-
-@pytest.mark.parametrize("average", [True, False])
-def test_two_ranks(ranks, expected, average):
-    """B09: with average_tokens_across_devices the Trainer multiplies its loss by the number of ranks."""
+def on_two_ranks(ranks: Any, batch: int = 2, accumulate: int = 2, **arguments: Any) -> list[dict[str, Any]]:
     call = f"{train_rank.__module__}:{train_rank.__name__}"
-    got = ranks.run(call, POLICIES, 2, 2, 2, {"average_tokens_across_devices": average}, size=2, timeout=120)
-    if average:
-        for one in got:
-            check(one, expected)
-    else:  # the model's loss weighs labels by rank then; the routers' loads are the same all the same
-        assert got[0]["loads"] == got[1]["loads"]
-        assert_close(got[0]["gradients"][0], got[1]["gradients"][0], 1e-6)
+    return ranks.run(call, POLICIES, batch, accumulate, 2, STILL | arguments, size=2, timeout=120)
 
 
-def test_a_resumed_run_knows_the_load_of_the_step_before(tmp_path):
-    """The balancer's state comes back with the checkpoint; without it `previous` has nothing to push with (loss 0).
-
-    To 1e-3 only: transformers 5.23 saves the experts of a Qwen3-MoE one by one and does not find them when a Trainer
-    resumes (it says "missing keys" and goes on with random ones), with or without this callback.
-    """
-    whole = train(POLICIES, 4, 2, 4, save_strategy="steps", save_steps=2, folder=str(tmp_path))
-    again = train(POLICIES, 4, 2, 4, folder=str(tmp_path), resume=checkpoint(tmp_path, 2))
-    third, resumed = (
-        [e for e in run["logs"] if "balance/tokens" in e and e["step"] == 3][-1] for run in (whole, again)
-    )
-    assert resumed["balance/policy_1/loss"] == pytest.approx(third["balance/policy_1/loss"], rel=1e-3)
-    assert resumed["balance/policy_1/loss"] > 0.9
-    (tmp_path / "checkpoint-2" / "balancer.safetensors").unlink()
-    with pytest.raises(DataError, match="saved with BalanceCallback"):
-        train(POLICIES, 4, 2, 4, folder=str(tmp_path), resume=checkpoint(tmp_path, 2))
+def test_each_rank_weighs_its_own_label_tokens(ranks):
+    """B09: without average_tokens_across_devices the language model's loss is another, the balance loss is not."""
+    want = expected(FAMILY, means=[[0, 1, 4, 5], [2, 3, 6, 7]])  # micro-batches go to the ranks in turn
+    for got in on_two_ranks(ranks, average_tokens_across_devices=False):
+        check(got, want)
 
 
-def test_the_models_own_loss_is_off_and_logs_show_ours():
+def no_loss_arguments(model: Any) -> None:
+    """As a model whose forward takes no num_items_in_batch: the Trainer divides by the micro-batches itself."""
+    model.accepts_loss_kwargs = False
+
+
+def test_a_model_whose_loss_is_a_mean_per_micro_batch(ranks):
+    """B10: here the Trainer divides by accumulation steps, in the other mode by tokens."""
+    want = expected(FAMILY, means=PAIRS)
+    check(train(POLICIES, 2, 4, 2, **STILL, prepare=no_loss_arguments), want)
+    for got in on_two_ranks(ranks, prepare=no_loss_arguments):
+        check(got, want)
+
+
+def token_sum(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+    """A loss function of the user's."""
+    logits = outputs["logits"][:, :-1].flatten(0, 1)
+    summed = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return summed / num_items_in_batch
+
+
+def test_a_loss_function_of_the_users(ranks, whole):
+    """B75: it replaces the model's loss, and with it the one that a coefficient would have gone to."""
+    given = {"trainer": {"compute_loss_func": token_sum}}
+    check(train(POLICIES, 2, 4, 2, **STILL, **given), whole)
+    for got in on_two_ranks(ranks, **given):
+        check(got, whole)
+
+
+def test_label_smoothing():
+    """B75: the label smoother drops the model's loss as well."""
+    check(train(POLICIES, 4, 2, 2, **STILL, label_smoothing_factor=0.1), expected(FAMILY, smoothing=0.1))
+
+
+def own_mean(scaled: bool) -> type:
+    """A Trainer with a compute_loss of its own, called with positional arguments by its own training step."""
+    from transformers import Trainer
+
+    class Own(Trainer):
+        loss_is_scaled_for_ga = scaled
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            labels = inputs.pop("labels")
+            loss = token_sum(model(**inputs), labels, (labels[:, 1:] != -100).sum())
+            loss = loss / self.current_gradient_accumulation_steps if scaled else loss
+            return (loss, {}) if return_outputs else loss
+
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            normal = self.compute_loss
+            self.compute_loss = lambda model, inputs, num_items_in_batch: normal(
+                model, inputs, False, num_items_in_batch
+            )
+            try:
+                return super().training_step(model, inputs, num_items_in_batch)
+            finally:
+                self.compute_loss = normal
+
+    return Own
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_trainer_that_says_whether_its_loss_is_scaled(scaled):
+    check(train(POLICIES, 2, 4, 2, **STILL, kind=own_mean(scaled)), expected(FAMILY, means=PAIRS))
+
+
+def test_the_last_step_of_an_epoch_has_fewer_micro_batches():
+    """8 micro-batches in steps of 3, 3 and 2: B07, B60 with a number of them that changes."""
+    got = train(POLICIES, 4, 3, -1, **STILL, num_train_epochs=1)
+    check(got, expected(FAMILY, (12, 12, 8)))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", pytest.param("qwen3_moe", marks=pytest.mark.full)])
+def test_compiled_by_the_trainer(family):
+    given = STILL | {"family": family, "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    torch.compiler.reset()
+    check(train(policies_for(family), 4, 2, 2, **given), expected(family))
+
+
+@pytest.mark.full
+def test_compiled_by_inductor_and_recomputed():
+    given = {"torch_compile": True, "torch_compile_backend": "inductor", "gradient_checkpointing": True}
+    torch.compiler.reset()
+    check(train(POLICIES, 4, 2, 2, **STILL, **given), expected(FAMILY))
+
+
+def test_evaluation_between_steps_changes_nothing(whole):
+    """B25, B26, B27: also with label smoothing's and generation's ways of running the model."""
+    got = train(POLICIES, 4, 2, 2, **STILL, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    check(got, whole)
+    assert any("eval_loss" in entry for entry in got["logs"])
+
+
+def test_the_models_own_loss_is_off_and_logs_show_ours(whole):
     """B75, B18: nothing is balanced twice, and what balances is seen."""
-    got = train(POLICIES, 4, 2, 2, config={"output_router_logits": True, "router_aux_loss_coef": 0.1})
+    got = train(POLICIES, 4, 2, 2, **STILL, config={"output_router_logits": True, "router_aux_loss_coef": 0.1})
+    check(got, whole)
     assert got["coefficient"] == 0
-    logs = [entry for entry in got["logs"] if "loss" in entry]
-    assert all(entry["balance/policy_0/loss"] > 0.9 for entry in logs)
-    tokens = [sum(3 + i % 7 for i in range(STEP * step, STEP * (step + 1))) for step in range(2)]
-    assert [entry["balance/tokens"] for entry in logs] == tokens
+    tokens = [sum(min(LENGTH, 3 + i % 7) for i in range(8 * step, 8 * (step + 1))) for step in range(2)]
+    assert tokens == [int(sum(Text()[8 * s + i]["attention_mask"].sum() for i in range(8))) for s in range(2)]
+    assert [entry["balance/tokens"] for entry in got["logs"] if "loss" in entry] == tokens
     assert got["own"] == [], "the Trainer is left as it was"
 
 
-def test_evaluation_between_steps_changes_nothing(expected):
-    check(train(POLICIES, 4, 2, 2, eval_strategy="steps", eval_steps=1), expected)
+def test_weights_that_move(whole):
+    """Two real steps of AdamW: every cut ends at the same weights."""
+    moving = STILL | {"learning_rate": 1e-3, "optim": "adamw_torch"}
+    one, other = (train(POLICIES, batch, accumulate, 2, **moving) for batch, accumulate in ((8, 1), (1, 8)))
+    for name, weight in one["weights"].items():
+        assert torch.allclose(weight, other["weights"][name], rtol=0, atol=1e-4), name  # a step is 1e-3
+    assert one["loads"] == other["loads"]
 
 
-def test_a_callback_without_a_trainer_says_so():
-    from equipoise.adapters.hf import BalanceCallback
+def test_tensorboard_gets_the_metrics(tmp_path):
+    """Names are those of Balancer.metrics(), behind the Trainer's own prefix."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with pytest.raises(StateError, match=r"balancer\.tap"):
-        BalanceCallback([policy(POLICIES[0])]).on_train_begin(None, None, None, model=model())
+    train(POLICIES, 4, 2, 2, str(tmp_path), **STILL, report_to="tensorboard")
+    (file,) = tmp_path.rglob("events.out.tfevents*")
+    found = EventAccumulator(str(file))
+    found.Reload()
+    scalars = found.Tags()["scalars"]
+    assert {"train/balance/maxvio_global", "train/balance/policy_0/loss", "train/balance/tokens"} <= set(scalars)
+    assert len(found.Scalars("train/balance/maxvio_global")) == 2

@@ -7,9 +7,10 @@ Here the balance gradient is coef · E · f / T in all of them, T the router's t
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from transformers import Trainer, TrainerCallback
 
 from ..balancer import Balancer
 from ..collectives import Ranks
-from ..errors import DataError, StateError
-from ..policies import Policy
+from ..errors import ConfigError, DataError, StateError
+from ..policies import ExpertBias, Policy, Sequences
+from ..policies.switch import timeline
+from .files import FILE, read_state, write_state
 
-__all__ = ["BalanceCallback"]
+__all__ = ["BalanceCallback", "load_biases"]
 
-FILE = "balancer.safetensors"
+_ACTIVE: weakref.WeakSet[BalanceCallback] = weakref.WeakSet()  # in a training that has not ended
 
 
 class BalanceCallback(TrainerCallback):
@@ -36,8 +39,11 @@ class BalanceCallback(TrainerCallback):
         options: further keywords of ``Balancer``.
 
     The balancer lives from the beginning of training to its end; its metrics are in the Trainer's logs, its state in
-    each checkpoint (``balancer.safetensors``), from which a resumed run goes on. The model's own balance loss is
-    switched off.
+    each checkpoint (``balancer.safetensors``), from which a resumed run goes on; with ``load_best_model_at_end`` the
+    best one's comes back. The balance loss of the model, and the one that TRL adds, are switched off.
+
+    Raises, when training begins, ConfigError for a Trainer that is set up to run a model in a way that was never
+    tested here (DataParallel, DeepSpeed, context parallelism), DataError for a checkpoint without the balancer's state.
 
     >>> from equipoise import AuxLoss
     >>> BalanceCallback([AuxLoss("global_batch", coef=1e-2)]).balancer is None  # until training begins
@@ -48,42 +54,66 @@ class BalanceCallback(TrainerCallback):
         self.policies, self.ranks, self.options = list(policies), ranks, options
         self.balancer: Balancer | None = None
         self._ranks = Ranks()
-        self._trainer: Trainer | None = None
+        self._trainer: Any = None
+        self._trial: Any = None
         self._wrapped: list[str] = []
         self._micro_batches = 1
+        self._begun_at = 0  # steps of the balancer when this training began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        trainer, model = _trainer_of(self), kwargs["model"]
-        self._release()  # a training that ended in an error said no goodbye
-        if args.n_gpu > 1:
-            raise StateError(
-                expected="one device per process",
-                got=f"DataParallel over {args.n_gpu}",
-                do="start with torchrun or accelerate launch",
-            )
-        self._trainer = trainer
+        trainer, names = _calling(self)
+        self._release()
+        _end_what_failed(kwargs["model"])
+        _check(trainer)
+        self._trainer, self._trial = trainer, names.get("trial")
         self._ranks = self.ranks or Ranks.default()
+        if getattr(trainer, "aux_loss_enabled", False):  # TRL adds the model's loss itself; the balancer says that it
+            trainer.aux_loss_enabled = False  # is switched off, as TRL has set output_router_logits too
         optimizer = _inner(kwargs.get("optimizer"))
-        self.balancer = Balancer(model, self.policies, optimizer=optimizer, ranks=self._ranks, **self.options)
+        self.balancer = Balancer(kwargs["model"], self.policies, optimizer=optimizer, ranks=self._ranks, **self.options)
+        _ACTIVE.add(self)
         for name in ("get_batch_samples", "compute_loss", "log"):
             self._wrap(trainer, name)
+        self._warn_of_biases()
         if state.global_step:
-            self._load(Path(_folder(args, state)))
+            self._load(Path(names.get("resume_from_checkpoint") or self._folder(state)))
+        self._begun_at = self.balancer.step_count
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """A step that GradScaler skipped: on whole parameters the balancer sees it by itself, on sharded ones here."""
+        if self._trainer.is_fsdp_enabled and self._trainer.accelerator.optimizer_step_was_skipped:
+            self._balancer().discard()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """The model keeps its biases and is balanced by nobody; ``balancer`` still tells of the last step."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(Path(state.best_model_checkpoint))
         self._release()
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if self.balancer is not None and args.should_save:
+            self.save(self._folder(state))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes ``balancer.safetensors`` into an existing folder; ``load_biases`` reads it.
+
+        Raises StateError before a training, OutputError where the file cannot be written.
+        """
+        if self.balancer is None:
+            raise StateError(expected="a balancer", got="none before training begins", do="train first")
+        biases = {_plain_name(layer.name): layer.router.expert_bias for layer in self.balancer._layers}
+        whole = {name: bias_E for name, bias_E in biases.items() if type(bias_E) in (Tensor, nn.Parameter, nn.Buffer)}
+        write_state(self.balancer.state_dict() | {"biases": whole}, Path(folder) / FILE)
+
     def _release(self) -> None:
+        if self._trainer is None:
+            return
         for name in self._wrapped:
             delattr(self._trainer, name)
-        self._wrapped = []
+        self._wrapped, self._trainer = [], None
+        _ACTIVE.discard(self)
         if self.balancer is not None:
             self.balancer.remove()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        if self.balancer is not None and state.is_world_process_zero:
-            _save(self.balancer.state_dict(), Path(_folder(args, state)) / FILE)
 
     # ---------------------------------------------------------------- what the Trainer calls through us
 
@@ -101,6 +131,7 @@ class BalanceCallback(TrainerCallback):
             device = next(self._model().parameters()).device
             total = float(self._ranks.tokens.sum(tokens.to(device)))
             self._micro_batches = len(batches)
+            self._warn_of_packing(batches[0])
             self._balancer().begin_step(tokens=total, micro_batches=len(batches))
         return batches, items
 
@@ -109,57 +140,161 @@ class BalanceCallback(TrainerCallback):
         if not model.training:
             return result
         loss = result[0] if isinstance(result, tuple) else result
-        factor = self._micro_batches if self._is_normalised(kwargs.get("num_items_in_batch")) else 1
+        items = args[1] if len(args) > 1 else kwargs.get("num_items_in_batch")  # after return_outputs
+        factor = self._micro_batches if self._is_normalised(items) else 1
         # the balancer reckons with losses that are divided by M after the tap; here that is done already, or not at all
         loss = self._balancer().tap(loss * factor) / factor if factor > 1 else self._balancer().tap(loss)
         return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
     def _log(self, theirs: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         balancer = self._balancer()
-        if "loss" in logs and balancer.step_count:
+        if "loss" in logs and balancer.step_count > self._begun_at:
             logs = logs | balancer.metrics()
         return theirs(logs, *args, **kwargs)
 
     def _is_normalised(self, items: Any) -> bool:
         """Whether the Trainer will not divide this loss by the number of micro-batches; its own condition."""
-        trainer: Any = self._trainer
-        known = getattr(trainer, "loss_is_scaled_for_ga", None)
+        known = getattr(self._trainer, "loss_is_scaled_for_ga", None)
         if known is not None:
             return known
-        return (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+        return (self._trainer.model_accepts_loss_kwargs and items is not None) or bool(self._trainer.compute_loss_func)
+
+    # ---------------------------------------------------------------- small parts
 
     def _balancer(self) -> Balancer:
         assert self.balancer is not None
         return self.balancer
 
     def _model(self) -> nn.Module:
-        model = getattr(self._trainer, "model", None)
-        assert isinstance(model, nn.Module)
-        return model
+        return self._trainer.model
+
+    def _folder(self, state: Any) -> Path:
+        return Path(self._trainer._get_output_dir(self._trial)) / f"checkpoint-{state.global_step}"
 
     def _load(self, folder: Path) -> None:
-        if not (folder / FILE).exists():
-            raise DataError(
-                expected=f"the balancer's state in {folder}",
-                got="none",
-                do="resume from a checkpoint that was saved with BalanceCallback, or begin anew",
+        state = read_state(folder / FILE)
+        self._balancer().load_state_dict(state)
+        _put_biases(self._balancer(), state)
+
+    def _warn_of_biases(self) -> None:
+        """Of biases that move and are in no file that ``save_model`` writes."""
+        moves = any(isinstance(t.policy, ExpertBias) for t in timeline(self.policies))
+        layers = [layer for layer in self._balancer()._layers if layer.trainable]
+        adapter = hasattr(self._model(), "peft_config")
+        if moves and any(adapter or getattr(layer.router, "own_bias", None) is not None for layer in layers):
+            warnings.warn(
+                f"ExpertBias moves biases that the files of {'a LoRA adapter' if adapter else 'this model'} do not "
+                f"hold. Each checkpoint has them in {FILE} (BalanceCallback.save writes it elsewhere); put them back "
+                "with equipoise.adapters.hf.load_biases(model, folder)",
+                stacklevel=3,
             )
-        self._balancer().load_state_dict(_read(folder / FILE))
+
+    def _warn_of_packing(self, batch: Any) -> None:
+        """B58: a row of documents that follow each other without padding is no sequence."""
+        positions = batch.get("position_ids")
+        if not isinstance(positions, Tensor) or positions.dim() != 2 or self._balancer().step_count > self._begun_at:
+            return
+        scopes = [getattr(t.policy, "scope", None) for t in timeline(self.policies)]
+        if int((positions == 0).sum()) > len(positions) and any(
+            s == "sequence" or isinstance(s, Sequences) for s in scopes
+        ):
+            warnings.warn(
+                "rows are packed: scope 'sequence' takes all documents of a row for one sequence; "
+                "AuxLoss('document', ...) balances each for itself",
+                stacklevel=3,
+            )
 
 
-def _trainer_of(callback: BalanceCallback) -> Trainer:
-    """The Trainer that calls: callbacks are told of its model and optimizer, and not of itself."""
+def load_biases(model: nn.Module, folder: str | Path) -> None:
+    """Puts expert biases back that a model's own files do not hold: of LoRA adapters, and of families without one.
+
+    Args:
+        model: the model whose training wrote ``folder``, with its weights loaded; an adapter may be merged.
+        folder: with ``balancer.safetensors``: a checkpoint, or where ``BalanceCallback.save`` wrote it.
+
+    A model without a bias of its own chooses with it from now on, by hooks on its routers. Raises DataError for a file
+    that cannot be read or is of another model.
+
+    >>> load_biases(torch.nn.Linear(1, 1), "nowhere")
+    Traceback (most recent call last):
+    equipoise.errors.DataError: expected the balancer's state in nowhere
+      got: no balancer.safetensors
+      do:  pass a checkpoint that was saved with BalanceCallback
+    """
+    state = read_state(Path(folder) / FILE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="every router of this model is frozen")
+        balancer = Balancer(model, [ExpertBias(rate=0.0)])
+    try:
+        _put_biases(balancer, state, every=True)
+    finally:
+        balancer.remove()
+
+
+def _put_biases(balancer: Balancer, state: dict[str, Any], *, every: bool = False) -> None:
+    """Into the model's routers, by name; a bias that is sharded comes with the model's own checkpoint."""
+    biases = {name: bias_E for name, bias_E in state.get("biases", {}).items() if bias_E is not None}
+    routers = {_plain_name(layer.name): layer.router for layer in balancer._layers}
+    if every and (not biases or not biases.keys() <= routers.keys()):
+        raise DataError(
+            expected=f"expert biases of {', '.join(routers)}",
+            got=", ".join(biases) or "none",
+            do="load them into the model that they were trained with",
+        )
+    with torch.no_grad():
+        for name, bias_E in biases.items():
+            if name in routers and routers[name].expert_bias is not None:
+                routers[name].expert_bias.copy_(bias_E)
+
+
+def _plain_name(name: str) -> str:
+    """A router's name in the model below PEFT's wrappers."""
+    for part in (".base_layer", ".modules_to_save.default"):
+        name = name.removesuffix(part)
+    return name.removeprefix("base_model.model.")
+
+
+def _check(trainer: Any) -> None:
+    """Ways to run a model in which the gradient was never compared with the law."""
+    shards = max(trainer.get_cp_size(), trainer.get_sp_size())
+    for found, got, do in (
+        (trainer.args.n_gpu > 1, f"DataParallel over {trainer.args.n_gpu}", "start with torchrun or accelerate launch"),
+        (trainer.is_deepspeed_enabled, "DeepSpeed", "use FSDP2: fsdp=True, fsdp_config={'version': 2}"),
+        (shards > 1, f"sequences cut over {shards} ranks", "use Balancer(ranks=Ranks.of_mesh(...)) in your own loop"),
+    ):
+        if found:
+            raise ConfigError(expected="one process, DDP or FSDP with one device per process", got=got, do=do)
+
+
+def _calls() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Trainers that are running, innermost first, with the local names of each call."""
     frame = sys._getframe(1)
     while frame is not None:
         found = frame.f_locals.get("self")
-        if isinstance(found, Trainer) and callback in found.callback_handler.callbacks:
-            return found
+        if isinstance(found, Trainer):
+            yield found, frame.f_locals
         frame = frame.f_back
-    raise StateError(
-        expected="a transformers Trainer that begins to train",
-        got="a call from elsewhere",
-        do="pass BalanceCallback in Trainer(callbacks=[...]); in a loop of your own use Balancer and balancer.tap",
-    )
+
+
+def _calling(callback: BalanceCallback) -> tuple[Any, dict[str, Any]]:
+    """The Trainer that calls, and the names of its training loop: callbacks are told of the model only."""
+    calls = [(trainer, names) for trainer, names in _calls() if callback in trainer.callback_handler.callbacks]
+    if not calls:
+        raise StateError(
+            expected="a transformers Trainer that begins to train",
+            got="a call from elsewhere",
+            do="pass BalanceCallback in Trainer(callbacks=[...]); in a loop of your own use Balancer and balancer.tap",
+        )
+    trainer = calls[0][0]
+    return trainer, next((names for t, names in calls if t is trainer and "resume_from_checkpoint" in names), {})
+
+
+def _end_what_failed(model: nn.Module) -> None:
+    """A training of this model that ended in an error said no goodbye; one that still runs keeps its balancer."""
+    running = [trainer for trainer, _ in _calls()]
+    for other in list(_ACTIVE):
+        if other._model() is model and not any(other._trainer is trainer for trainer in running):
+            other._release()
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer | None:
@@ -176,39 +311,3 @@ def _tokens(batch: Any) -> int:
         return int((mask != 0).sum())
     ids = next(batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None)
     return ids.shape[0] * ids.shape[1]
-
-
-def _folder(args: Any, state: Any) -> str:
-    return f"{args.output_dir}/checkpoint-{state.global_step}"
-
-
-def _save(state: dict[str, Any], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    tensors: dict[str, Tensor] = {}
-
-    def take(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()
-            return {"$tensor": str(len(tensors) - 1)}
-        if isinstance(value, dict):
-            return {key: take(inner) for key, inner in value.items()}
-        return [take(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-    text = json.dumps(take(state))
-    save_file(tensors, path, metadata={"state": text})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        text = file.metadata()["state"]
-
-    def put(value: Any) -> Any:
-        if isinstance(value, dict):
-            return tensors[value["$tensor"]] if "$tensor" in value else {key: put(v) for key, v in value.items()}
-        return [put(inner) for inner in value] if isinstance(value, list) else value
-
-    return put(json.loads(text))
