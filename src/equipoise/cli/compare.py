@@ -25,6 +25,13 @@ examples:
   equipoise compare --strategies micro,global,loss-free@1e-2 --seeds 3 --out runs/three-seeds
   equipoise compare --strategies sequence,sequences:4,sequences:16,global --data my.jsonl
   equipoise compare --resume
+  equipoise compare --model FOLDER --set data.sequence_length=512 --steps 100
+
+--model goes on from a Hugging Face folder: any mixture-of-experts model that AutoModelForCausalLM loads and equipoise
+balances (docs/families.md), each strategy from the same weights. The text is cut with the folder's tokenizer. The gate
+is part of the model: where it is softmax, "loss-free" moves its bias in proportion, 0.1 / experts a step; a bias that
+the model chooses with stays as it is under a strategy without one. qwen3_moe and dots1 are computed by the lab's own
+model, which is faster and gives the same logits (--set model.through=transformers: not so).
 
 `equipoise train --help` lists the names of strategies. The same command again, or --resume, goes on with a comparison
 that was stopped; with --out, more strategies and seeds are added to those that are there.

@@ -12,9 +12,16 @@ from ..lab.config import CompareConfig, RunConfig, load_config, parse_set
 __all__ = ["add_settings", "read", "settings"]
 
 C = TypeVar("C", RunConfig, CompareConfig)
+GIVEN_LR = 3e-4  # of a model that was trained before: the rate of a new one would undo that
 
 # flag -> (setting, type, metavar, help)
 FLAGS: dict[str, tuple[str, type, str, str]] = {
+    "--model": (
+        "model.folder",
+        str,
+        "FOLDER",
+        "a Hugging Face MoE model to go on from, with its own tokenizer; --lr 3e-4",
+    ),
     "--data": (
         "data.data",
         str,
@@ -42,6 +49,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def settings(arguments: argparse.Namespace, presets: dict[str, Any] | None = None) -> dict[str, Any]:
     """{dotted name: value} of what the command line says: presets < flags < --set."""
     values = dict(presets or {})
+    if getattr(arguments, "model.folder") is not None and arguments.config is None:
+        values["train.lr"] = GIVEN_LR
     for setting, *_ in FLAGS.values():
         if getattr(arguments, setting) is not None:
             values[setting] = getattr(arguments, setting)
@@ -49,9 +58,16 @@ def settings(arguments: argparse.Namespace, presets: dict[str, Any] | None = Non
 
 
 def read(cls: type[C], arguments: argparse.Namespace, values: dict[str, Any]) -> C:
-    """The configuration; a path to data becomes absolute, so that a run can be resumed from any folder."""
+    """The configuration; paths become absolute, so that a run can be resumed from any folder."""
     config = load_config(cls, arguments.config, values)
-    if config.data.data is None:
+    if config.data.data is not None:
+        config = replace(config, data=replace(config.data, data=_absolute(config.data.data)))
+    if config.model.folder is None:
         return config
-    path = str(Path(config.data.data).expanduser().resolve())
-    return replace(config, data=replace(config.data, data=path))
+    from ..lab.pretrained import adopt
+
+    return adopt(replace(config, model=replace(config.model, folder=_absolute(config.model.folder))))
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "add_layout", "on_ranks", "run", "train_in"]
 
-RUN_FILES = ("record.jsonl", "checkpoints", "tensorboard")
+RUN_FILES = ("record.jsonl", "checkpoints", "tensorboard", "tokenizer.json")
 LEAVING_SECONDS = 60.0
 MOMENT = 2.0  # that the first rank has to say what is wrong: torchrun ends all ranks when one has ended
 STOPPED = 130  # what the command returns after Ctrl-C
@@ -38,6 +38,8 @@ micro->global:100 (change after 100 steps). A file can define its own, as [[stra
 examples:
   equipoise train --strategy global@0.02
   equipoise train run.toml --steps 1000 --set train.checkpoint_every=200 --out runs/long
+  equipoise train --model FOLDER --strategy global    goes on with a Hugging Face model (see `equipoise compare --help`)
+  equipoise export runs/long FOLDER                   makes one of a run
 
 several processes share a run under torchrun, each an equal part of every step's micro-batches: the loss curve is that
 of one process, and a run may go on with another number of them. On one machine:

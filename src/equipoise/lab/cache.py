@@ -15,6 +15,8 @@ from ..errors import OutputError
 
 __all__ = ["atomic_folder", "atomic_write", "cache_folder", "one_builder"]
 
+OTHER_CACHE = "free disk space, or set EQUIPOISE_CACHE to a folder you can write"
+
 
 def cache_folder() -> Path:
     """``$EQUIPOISE_CACHE``, or ``$XDG_CACHE_HOME/equipoise``, or ``~/.cache/equipoise``. It may not exist yet."""
@@ -24,12 +26,12 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "equipoise"
 
 
-def atomic_write(path: Path, content: bytes) -> None:
+def atomic_write(path: Path, content: bytes, *, do: str = OTHER_CACHE) -> None:
     """Writes beside ``path``, then renames: a reader sees the old file or the new one, never half of one.
 
-    Raises OutputError when the folder cannot be written or the disk is full.
+    Raises OutputError, with the advice ``do``, when the folder cannot be written or the disk is full.
     """
-    with _output_errors(path):
+    with _output_errors(path, do):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
         try:
@@ -44,13 +46,13 @@ def atomic_write(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, do: str = OTHER_CACHE) -> Iterator[Path]:
     """Yields an empty folder that becomes ``path`` when the block ends without an error; replaces what was there.
 
     Two processes may build the same folder at the same time: the last one wins, and both find a whole one.
-    Raises OutputError when the folder cannot be written or the disk is full.
+    Raises OutputError, with the advice ``do``, when the folder cannot be written or the disk is full.
     """
-    with _output_errors(path):
+    with _output_errors(path, do):
         path.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
         try:
@@ -88,11 +90,10 @@ def one_builder(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _output_errors(path: Path) -> Iterator[None]:
+def _output_errors(path: Path, do: str = OTHER_CACHE) -> Iterator[None]:
     try:
         yield
     except OutputError:
         raise
     except OSError as error:
-        raise OutputError(expected=f"to write {path}", got=error.strerror or str(error),
-                          do="free disk space, or set EQUIPOISE_CACHE to a folder you can write") from None  # fmt: skip
+        raise OutputError(expected=f"to write {path}", got=error.strerror or str(error), do=do) from None

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..errors import DataError, OutputError
 
-__all__ = ["load_latest", "put_tensors", "save", "take_tensors"]
+__all__ = ["FOLDER", "load", "load_latest", "put_tensors", "save", "steps", "take_tensors"]
 
+FOLDER = "checkpoints"  # inside a run's
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
 FORMAT = 1
 PLACE = "$tensor"  # marks where a tensor stood in the JSON part
@@ -87,6 +88,16 @@ def load_latest(folder: str | Path) -> tuple[int, dict[str, Any]] | None:
         raise DataError(expected=f"a whole checkpoint in {folder}", got="; ".join(problems),
                         do="train again into a new folder")  # fmt: skip
     return None
+
+
+def steps(folder: str | Path) -> list[int]:
+    """Of the checkpoints in a folder, the newest first; whether they are whole is not looked at."""
+    return [int(path.name[5:]) for path in _checkpoints(Path(folder))]
+
+
+def load(folder: str | Path, step: int) -> tuple[int, dict[str, Any]]:
+    """(step, state) of one checkpoint. Raises DataError when it is damaged or gone."""
+    return _load(Path(folder) / f"step_{step:06d}")
 
 
 def _load(path: Path) -> tuple[int, dict[str, Any]]:

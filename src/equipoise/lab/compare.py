@@ -187,6 +187,7 @@ def open_comparison(folder: Path, config: CompareConfig, *, overwrite: bool = Fa
 def prepare_all(comparison: Comparison, progress: Callable[[str, float], None]) -> None:
     """What all runs need, once: strategies that can be built, the packed text and its tokenizer in the cache."""
     from .data import prepare
+    from .pretrained import tokenizer_of
 
     for job in comparison.jobs:
         strategy_of(job.config).check(job.config)
@@ -197,6 +198,7 @@ def prepare_all(comparison: Comparison, progress: Callable[[str, float], None]) 
         sequence_length=data.sequence_length,
         domains=data.domains or None,
         max_train_tokens=data.max_train_tokens,
+        tokenizer=tokenizer_of(model),
         progress=progress,
     )
 

@@ -19,6 +19,7 @@ __all__ = ["CompareConfig", "DataConfig", "ModelConfig", "ParallelConfig", "RunC
 GATES = ("auto", "softmax", "sigmoid", "sqrt_softplus")
 CHECKPOINTING = ("none", "reentrant", "non_reentrant")
 MIXES = ("micro_batch", "sequence")
+THROUGH = ("auto", "lab", "transformers")
 PRECISIONS = ("fp32", "bf16")
 
 
@@ -53,11 +54,21 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     checkpointing: str = "none"  # recompute layers in backward: none, reentrant, non_reentrant
+    folder: str | None = None  # a Hugging Face model to go on from; it says all above but checkpointing
+    through: str = "auto"  # compute it as transformers does, or as the lab's own model where that is the same (auto)
+    family: str = ""  # its model_type: written when the folder was read
 
     def __post_init__(self) -> None:
         _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts"))
         _one_of("gate", self.gate, GATES)
         _one_of("kind of checkpointing", self.checkpointing, CHECKPOINTING)
+        _one_of("way through a model", self.through, THROUGH)
+        _require(
+            self.folder is not None or (self.through == "auto" and not self.family),
+            "model.through with model.folder",
+            f"through = {self.through}, family = {self.family!r} and no folder",
+            "name the folder, or leave them out",
+        )
         _require(
             self.heads % (self.kv_heads or self.heads) == 0,
             "model.heads divisible by model.kv_heads",
@@ -96,7 +107,7 @@ class ModelConfig:
             "raise top_groups or lower top_k",
         )
         _require(
-            257 <= self.vocab_size <= 65_536,
+            self.folder is not None or 257 <= self.vocab_size <= 65_536,
             "model.vocab_size of 257 (all bytes) to 65536 (16-bit tokens)",
             f"vocab_size = {self.vocab_size}",
             "choose a size in this range, a power of two is fastest",

@@ -19,7 +19,15 @@ from .cache import atomic_folder, atomic_write, cache_folder, one_builder
 from .corpus import Corpus, Progress, check_domains, embedded_corpus, embedded_fingerprint
 from .domains import DOMAINS
 from .sources import MAX_BYTES, load_corpus, source_fingerprint
-from .tokenizer import END_OF_TEXT, bytes_per_id, check_vocab_size, get_tokenizer, load_tokenizer, tokenizer_file
+from .tokenizer import (
+    END_ID,
+    GivenTokenizer,
+    bytes_per_id,
+    check_vocab_size,
+    get_tokenizer,
+    load_tokenizer,
+    tokenizer_file,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,10 +42,12 @@ SPLITS = ("train", "heldout")
 
 @dataclass(frozen=True)
 class PackedData:
-    """Token windows by domain, memory-mapped: (N, S + 1) uint16. A window's last token is the next one's first.
+    """Token windows by domain, memory-mapped: (N, S + 1) uint16, uint32 for more than 65536 tokens. A window's last
+    token is the next one's first.
 
     Held-out windows stand in a fixed random order, so the first n are a fair sample. ``heldout_bytes`` are the bytes of
-    text that the held-out *targets* (the last S tokens of each window) stand for; the end of text counts as none.
+    text that the held-out *targets* (the last S tokens of each window) stand for; the end of text counts as none. With
+    a given tokenizer they are the targets' share of the held-out text's bytes.
     """
 
     domains: list[str]
@@ -69,6 +79,7 @@ def prepare(
     max_train_tokens: int | None = None,
     max_heldout_tokens: int | None = MAX_HELDOUT_TOKENS,
     max_bytes: int | None = MAX_BYTES,
+    tokenizer: GivenTokenizer | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> PackedData:
@@ -76,11 +87,13 @@ def prepare(
 
     ``data`` is None for the text of this installation, else what ``load_corpus`` reads (then at most ``max_bytes`` of
     training text per domain). ``max_train_tokens`` and ``max_heldout_tokens`` are per domain; None is all.
-    ``domains`` empty or None is all. A cached result is checked against its checksums and built again if it is damaged.
+    ``domains`` empty or None is all. ``tokenizer`` is a given one, instead of one of ``vocab_size`` trained on this
+    text. A cached result is checked against its checksums and built again if it is damaged.
     Raises ConfigError for sizes that cannot work, DataError for text that cannot be read or a domain with less than one
     window, OutputError when the cache folder cannot be written.
     """
-    check_vocab_size(vocab_size)
+    if tokenizer is None:
+        check_vocab_size(vocab_size)
     _check_count("sequence_length", sequence_length)
     for name, value in (("max_train_tokens", max_train_tokens), ("max_heldout_tokens", max_heldout_tokens)):
         if value is not None:
@@ -88,6 +101,11 @@ def prepare(
     folder = cache or cache_folder()
     domains = list(domains) if domains and not isinstance(domains, str) else domains or None
     sizes = [vocab_size, sequence_length, max_train_tokens, max_heldout_tokens]
+    sizes = sizes if tokenizer is None else [tokenizer.size, *sizes[1:], tokenizer.sha256, tokenizer.end]
+
+    def tokenizer_path(corpus_sha256: str) -> Path:
+        return tokenizer_file(corpus_sha256, vocab_size, folder) if tokenizer is None else tokenizer.path
+
     if data is None:
         wanted = check_domains(domains, DOMAINS)
         source = f"embedded {embedded_fingerprint(wanted)} {domains is not None}"
@@ -95,7 +113,7 @@ def prepare(
         source = f"{source_fingerprint(data)} {domains} {max_bytes}"
     note = folder / "sources" / f"{_key(f'{FORMAT} {source}')}.json"
     if corpus_sha256 := _remembered(note):
-        packed = _open(_packed_folder(folder, corpus_sha256, sizes), tokenizer_file(corpus_sha256, vocab_size, folder))
+        packed = _open(_packed_folder(folder, corpus_sha256, sizes), tokenizer_path(corpus_sha256))
         if packed:
             return packed
     if data is None:
@@ -103,15 +121,16 @@ def prepare(
     else:
         corpus = load_corpus(data, domains, max_bytes=max_bytes, progress=progress)
     target = _packed_folder(folder, corpus.sha256, sizes)
-    tokenizer_path = tokenizer_file(corpus.sha256, vocab_size, folder)
+    path = tokenizer_path(corpus.sha256)
     with one_builder(target):  # without it, a process may find the folder gone that another is just replacing
-        packed = _open(target, tokenizer_path)
+        packed = _open(target, path)
         if packed is None:
-            if progress:
-                progress("training the tokenizer", 0.0)
-            get_tokenizer(corpus, vocab_size, cache=folder)
-            _write(target, corpus, tokenizer_path, sizes, progress)
-            packed = _open(target, tokenizer_path)
+            if tokenizer is None:
+                if progress:
+                    progress("training the tokenizer", 0.0)
+                get_tokenizer(corpus, vocab_size, cache=folder)
+            _write(target, corpus, path, sizes, progress, tokenizer)
+            packed = _open(target, path)
     if packed is None:
         raise OutputError(expected=f"the packed text in {target} to read back as written", got="other bytes",
                           do="check the disk, or set EQUIPOISE_CACHE to another folder")  # fmt: skip
@@ -146,41 +165,63 @@ def pack(
 
     Stops at the last window within ``max_tokens`` targets. N is 0 for too little text.
     """
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    return _cut(_encoded(documents, tokenizer, END_ID, np.uint16, max_tokens), sequence_length, max_tokens)
+
+
+def _encoded(
+    documents: Sequence[str], tokenizer: Tokenizer, end: int, dtype: type, max_tokens: int | None = None
+) -> np.ndarray:
+    """The tokens of all documents, or of the first that have more than ``max_tokens`` together."""
     stream: list[np.ndarray] = []
     count = 0
     for start in range(0, len(documents), 32):
         for encoding in tokenizer.encode_batch_fast(list(documents[start : start + 32]), add_special_tokens=False):
-            stream.append(np.array([*encoding.ids, end], np.uint16))
+            stream.append(np.array([*encoding.ids, end], dtype))
             count += len(stream[-1])
         if max_tokens is not None and count > max_tokens:
             break
-    tokens = np.concatenate(stream) if stream else np.empty(0, np.uint16)
+    return np.concatenate(stream) if stream else np.empty(0, dtype)
+
+
+def _cut(tokens: np.ndarray, sequence_length: int, max_tokens: int | None = None) -> np.ndarray:
     windows = max(0, len(tokens) - 1) // sequence_length
     if max_tokens is not None:
         windows = min(windows, max_tokens // sequence_length)
     if not windows:
-        return np.empty((0, sequence_length + 1), np.uint16)
+        return np.empty((0, sequence_length + 1), tokens.dtype)
     starts_N = np.arange(windows) * sequence_length
     return tokens[starts_N[:, None] + np.arange(sequence_length + 1)]
 
 
-def _write(target: Path, corpus: Corpus, tokenizer_path: Path, sizes: list, progress: Progress | None) -> None:
+def _write(
+    target: Path,
+    corpus: Corpus,
+    tokenizer_path: Path,
+    sizes: list,
+    progress: Progress | None,
+    given: GivenTokenizer | None,
+) -> None:
     """One .npy file per split and domain, and meta.json with their checksums, which is written last."""
-    _, sequence_length, max_train, max_heldout = sizes
-    tokenizer = load_tokenizer(tokenizer_path)
-    text_bytes = bytes_per_id(tokenizer)
+    vocab_size, sequence_length, max_train, max_heldout = sizes[:4]
+    tokenizer = load_tokenizer(tokenizer_path, given=given is not None)
+    end, dtype = END_ID if given is None else given.end, np.uint16 if vocab_size <= 65_536 else np.uint32
     files: dict[str, str] = {}
     heldout_bytes: dict[str, int] = {}
     with atomic_folder(target) as folder:
         for place, domain in enumerate(corpus.domains):
             if progress:
                 progress(f"packing {domain}", place / len(corpus.domains))
-            heldout = pack(corpus.heldout[domain], tokenizer, sequence_length)
+            tokens = _encoded(corpus.heldout[domain], tokenizer, end, dtype)
+            heldout = _cut(tokens, sequence_length)
             order = np.random.default_rng(0).permutation(len(heldout))
             heldout = heldout[order[: None if max_heldout is None else max_heldout // sequence_length]]
-            heldout_bytes[domain] = int(text_bytes[heldout[:, 1:]].sum())
-            train = pack(corpus.train[domain], tokenizer, sequence_length, max_train)
+            if given is None:
+                heldout_bytes[domain] = int(bytes_per_id(tokenizer)[heldout[:, 1:]].sum())
+            else:  # a token may be part of a letter, or a blank that no text has
+                per_token = corpus.bytes_of(domain, heldout=True) / max(len(tokens), 1)
+                heldout_bytes[domain] = round(per_token * heldout[:, 1:].size)
+            tokens = _encoded(corpus.train[domain], tokenizer, end, dtype, max_train)
+            train = _cut(tokens, sequence_length, max_train)
             for split, rows in (("train", train), ("heldout", heldout)):
                 if not len(rows):
                     raise DataError(expected=f"at least {sequence_length + 1} {split} tokens of the domain {domain!r}",

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..collectives import ALONE, Group
+from ..discover import find_foreign
 from ..errors import DataError
+from ..foreign import ForeignRouter
 from ..functional.metrics import dead_experts, maxvio, mutual_information
-from ..functional.routing import Routing, count_choices, gate_probs
+from ..functional.routing import count_choices, gate_probs
 from ..layers.router import Router
+from ..readers import read
 from ..records import Evaluation
 
 if TYPE_CHECKING:
     from .data import PackedData
     from .model import LanguageModel
+    from .pretrained import Pretrained
+
+    Model = LanguageModel | Pretrained
 
 __all__ = ["evaluate", "shuffled_mutual_information"]
 
@@ -28,7 +34,7 @@ SHUFFLES = 8  # of the domain labels; their mean is the floor of the mutual info
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel,
+    model: Model,
     data: PackedData,
     *,
     step: int,
@@ -89,9 +95,9 @@ def shuffled_mutual_information(counts_NLE: Tensor, labels_N: Tensor, *, seed: i
     return torch.stack(values).mean(dim=0).tolist()
 
 
-def _measured(model: LanguageModel, batches: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
+def _measured(model: Model, batches: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
     """Of every sequence: loss (N,), counts (N, L, E), score (N, L)."""
-    routers = [module for module in model.modules() if isinstance(module, Router)]
+    routers = _routers(model)
     device = next(model.parameters()).device
     results: list[tuple[Tensor, ...]] = []
     was_training = model.training
@@ -126,15 +132,51 @@ def _of_all(found: tuple[Tensor, ...], sizes: list[int], group: Group) -> tuple[
     return tuple(whole)
 
 
+class Watched(NamedTuple):
+    """A router that is looked at, ours or another library's."""
+
+    module: nn.Module
+    num_experts: int
+    gate: str
+    read: Callable[[Any], tuple[Tensor, Tensor]]  # from what it returns: logits (T, E + idle), choices (T, K)
+    idle: int = 0  # experts behind the others that do no work: choices of them are no load
+
+
+def _routers(model: Model) -> list[Watched]:
+    own = [module for module in model.modules() if isinstance(module, Router)]
+    if own:
+        return [Watched(one, one.num_experts, one.gate, lambda routing: (routing.logits_TE, routing.expert_ids_TK))
+                for one in own]  # fmt: skip
+    routers = [router for _, router in find_foreign(model.routed, None)]
+    for router in routers:
+        if router.meter is None:
+            router.layout.remove()  # nobody balances, so nobody asks how the tokens lie
+    return [Watched(one.module, one.num_experts, one.gate, _reader(one), one.idle) for one in routers]
+
+
+def _reader(router: ForeignRouter) -> Callable[[Any], tuple[Tensor, Tensor]]:
+    def taken(output: Any) -> tuple[Tensor, Tensor]:
+        found = read(router.module, output)
+        assert found is not None  # it is one because it was read
+        logits_TE = found.logits_TE.float()
+        return logits_TE.clamp(min=1e-30).log() if router.facts.probabilities else logits_TE, found.ids_TK
+
+    return taken
+
+
 @contextmanager
-def _watch(routers: Sequence[Router]) -> Iterator[dict[Router, Routing]]:
-    """Holds the last routing of each router while it is open."""
-    seen: dict[Router, Routing] = {}
+def _watch(routers: Sequence[Watched]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Holds (logits, choices) of the last routing of each router while it is open."""
+    seen: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(routers)
 
-    def note(router: nn.Module, _: Any, routing: Routing) -> None:
-        seen[cast(Router, router)] = routing
+    def noted(place: int) -> Callable[..., None]:
+        def note(_module: nn.Module, _arguments: Any, output: Any) -> None:
+            seen[place] = routers[place].read(output)
 
-    hooks = [router.register_forward_hook(note) for router in routers]
+        return note
+
+    # behind the hook of a balancer, which may have chosen again
+    hooks = [router.module.register_forward_hook(noted(place)) for place, router in enumerate(routers)]
     try:
         yield seen
     finally:
@@ -166,25 +208,27 @@ def _equal(labels_N: Tensor, num_domains: int) -> Tensor:
     return place_N < torch.bincount(labels_N, minlength=num_domains).min()
 
 
-def _sequence_losses(model: LanguageModel, tokens_BS: Tensor) -> Tensor:
+def _sequence_losses(model: Model, tokens_BS: Tensor) -> Tensor:
     """Mean nats per token of each sequence."""
     logits_BSV = model(tokens_BS[:, :-1])
     losses_BS = torch.nn.functional.cross_entropy(logits_BSV.transpose(1, 2), tokens_BS[:, 1:], reduction="none")
     return losses_BS.double().mean(dim=1)
 
 
-def _sequence_counts(seen: dict[Router, Routing], routers: Sequence[Router], num_sequences: int) -> Tensor:
+def _sequence_counts(seen: Sequence[tuple[Tensor, Tensor]], routers: Sequence[Watched], num_sequences: int) -> Tensor:
     """(sequences, layers, experts) choices."""
-    return torch.stack([count_choices(seen[router].expert_ids_TK, router.num_experts, num_sequences=num_sequences)
-                        for router in routers], dim=1)  # fmt: skip
+    counts = []
+    for (_, ids_TK), router in zip(seen, routers, strict=True):
+        choices = router.num_experts + router.idle
+        counts.append(count_choices(ids_TK, choices, num_sequences=num_sequences)[:, : router.num_experts])
+    return torch.stack(counts, dim=1)
 
 
-def _sequence_scores(seen: dict[Router, Routing], routers: Sequence[Router], num_sequences: int) -> Tensor:
+def _sequence_scores(seen: Sequence[tuple[Tensor, Tensor]], routers: Sequence[Watched], num_sequences: int) -> Tensor:
     """(sequences, layers) mean over tokens of the gate probability that the K chosen experts have together."""
     scores = []
-    for router in routers:
-        routing = seen[router]
-        chosen_TK = gate_probs(routing.logits_TE, router.gate).gather(-1, routing.expert_ids_TK)
+    for (logits_TE, ids_TK), router in zip(seen, routers, strict=True):
+        chosen_TK = gate_probs(logits_TE, router.gate).gather(-1, ids_TK)
         scores.append(chosen_TK.sum(dim=-1).view(num_sequences, -1).double().mean(dim=1))
     return torch.stack(scores, dim=1)
 

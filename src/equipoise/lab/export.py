@@ -3,24 +3,49 @@
 gate      selection bias   shared experts   architecture
 softmax   no               none             Qwen3MoeForCausalLM, key for key
 sigmoid   yes or no        any              Dots1ForCausalLM: DeepSeek-V3's router with the attention used here
+
+DeepseekV3ForCausalLM itself cannot hold the sigmoid models. Its keys come out of a latent vector, and the only norm is
+on that vector; here every query and key head is normed by itself, which no choice of its matrices computes.
+
+In memory the experts of a layer are one tensor, in files each has its own: `split_experts`, `join_experts`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .config import ModelConfig
 
-if TYPE_CHECKING:
-    from .config import ModelConfig
-
-__all__ = ["architecture", "from_hugging_face", "hugging_face_config", "to_hugging_face"]
+__all__ = ["architecture", "from_hugging_face", "hugging_face_config", "join_experts", "model_config",
+           "split_experts", "to_hugging_face"]  # fmt: skip
 
 BIAS, HF_BIAS = ".mlp.gate.expert_bias", ".mlp.gate.e_score_correction_bias"
 SHARED = ("gate_proj", "up_proj", "down_proj")
+FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+SINGLE = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+
+# field of ModelConfig -> name in config.json, of both classes and of each
+SIZES = {
+    "vocab_size": "vocab_size", "width": "hidden_size", "expert_hidden": "moe_intermediate_size",
+    "layers": "num_hidden_layers", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings",
+    "top_k": "num_experts_per_tok", "normalize_weights": "norm_topk_prob",
+}  # fmt: skip
+OF_SIGMOID = {
+    "experts": "n_routed_experts", "shared_experts": "n_shared_experts", "num_groups": "n_group",
+    "top_groups": "topk_group", "weight_scale": "routed_scaling_factor",
+}  # fmt: skip
+# What the lab's model computes in one way only; a file that leaves one out means this as well.
+FIXED = {
+    "hidden_act": ("silu",), "attention_bias": (False,), "attention_dropout": (0, None), "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None), "use_sliding_window": (False, None), "first_k_dense_replace": (0,),
+}  # fmt: skip
 
 
 def architecture(config: ModelConfig) -> str:
@@ -53,42 +78,61 @@ def hugging_face_config(config: ModelConfig, *, max_positions: int) -> dict[str,
     'dots1'
     """
     name = architecture(config)
-    common = {
+    common = {theirs: getattr(config, ours) for ours, theirs in SIZES.items()} | {
         "architectures": [name],
         "dtype": "float32",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.expert_hidden * config.top_k,  # of dense layers, which there are none of
-        "moe_intermediate_size": config.expert_hidden,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads or config.heads,
-        "head_dim": config.head_dim,
+        "intermediate_size": config.expert_hidden * config.top_k,  # of dense layers, which there are none of
         "hidden_act": "silu",
         "max_position_embeddings": max_positions,
-        "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "attention_bias": False,
-        "tie_word_embeddings": config.tie_embeddings,
-        "num_experts_per_tok": config.top_k,
-        "norm_topk_prob": config.normalize_weights,
     }
     if name == "Qwen3MoeForCausalLM":
         return common | {"model_type": "qwen3_moe", "num_experts": config.experts, "decoder_sparse_step": 1}
-    return common | {
-        "model_type": "dots1",
-        "n_routed_experts": config.experts,
-        "n_shared_experts": config.shared_experts,
-        "n_group": config.num_groups,
-        "topk_group": config.top_groups,
-        "routed_scaling_factor": config.weight_scale,
-        "first_k_dense_replace": 0,
-        "sliding_window": None,
-    }
+    own = {theirs: getattr(config, ours) for ours, theirs in OF_SIGMOID.items()}
+    return common | own | {"model_type": "dots1", "first_k_dense_replace": 0, "sliding_window": None}
+
+
+def model_config(settings: Mapping[str, Any]) -> ModelConfig:
+    """The inverse of ``hugging_face_config``, for the ``config.json`` of any folder.
+
+    Raises ConfigError, with the reason, for what the lab's model cannot compute: another class, or one of these two
+    with dense layers, sliding windows, scaled positions or biases.
+
+    >>> from equipoise.lab.config import ModelConfig
+    >>> model_config(hugging_face_config(ModelConfig(gate="softmax"), max_positions=256)).experts
+    16
+    >>> model_config({"model_type": "mixtral"})
+    Traceback (most recent call last):
+    equipoise.errors.ConfigError: expected a model that the lab's own holds: qwen3_moe or dots1 as it writes them
+      got: model_type = 'mixtral'
+      do:  leave model.through at auto: transformers computes it
+    """
+    if reasons := list(_differences(settings)):
+        raise ConfigError(
+            expected="a model that the lab's own holds: qwen3_moe or dots1 as it writes them",
+            got=", ".join(reasons),
+            do="leave model.through at auto: transformers computes it",
+        )
+    sigmoid = settings["model_type"] == "dots1"
+    found = {ours: settings[theirs] for ours, theirs in SIZES.items()}
+    found |= {ours: settings[theirs] for ours, theirs in OF_SIGMOID.items()} if sigmoid else {
+        "experts": _experts(settings)}  # fmt: skip
+    found["norm_eps"], found["shared_experts"] = float(found["norm_eps"]), int(found.get("shared_experts") or 0)
+    return ModelConfig(
+        **found,
+        gate="sigmoid" if sigmoid else "softmax",
+        selection_bias=sigmoid,
+        rope_theta=float(_rope(settings)["rope_theta"]),
+    )
 
 
 def to_hugging_face(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A state dict of ``LanguageModel`` with every key that its architecture expects, and no other."""
+    """A state dict of ``LanguageModel`` with every key that its architecture expects, and no other.
+
+    A bias that pushed the selection of a softmax gate has no place in the file: ``architecture`` refuses it.
+    """
     if architecture(config) == "Qwen3MoeForCausalLM":
         return dict(state)
     renamed = {key.replace(BIAS, HF_BIAS): value for key, value in state.items()}
@@ -118,3 +162,76 @@ def from_hugging_face(state: dict[str, Tensor], config: ModelConfig) -> dict[str
             continue
         renamed[key.replace(HF_BIAS, BIAS)] = value
     return renamed
+
+
+def split_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each expert's matrices under keys of their own, as every published checkpoint has them.
+
+    >>> sorted(split_experts({"a.mlp.experts.gate_up_proj": torch.ones(1, 4, 3)}))
+    ['a.mlp.experts.0.gate_proj.weight', 'a.mlp.experts.0.up_proj.weight']
+    """
+    single: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if (match := FUSED.fullmatch(key)) is None:
+            single[key] = value
+            continue
+        names = ("gate_proj", "up_proj") if match[2] == "gate_up_proj" else ("down_proj",)
+        for name, part in zip(names, value.chunk(len(names), dim=1), strict=True):
+            single |= {f"{match[1]}.{expert}.{name}.weight": matrix for expert, matrix in enumerate(part)}
+    return single
+
+
+def join_experts(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse; what is joined already stays."""
+    parts: dict[tuple[str, str], dict[int, Tensor]] = {}
+    joined: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if match := SINGLE.fullmatch(key):
+            parts.setdefault((match[1], match[3]), {})[int(match[2])] = value
+        else:
+            joined[key] = value
+    stacked = {key: torch.stack([by[expert] for expert in sorted(by)]) for key, by in parts.items()}
+    for (place, name), value in stacked.items():
+        if name == "gate_proj" and (place, "up_proj") in stacked:
+            joined[f"{place}.gate_up_proj"] = torch.cat([value, stacked[place, "up_proj"]], dim=1)
+        elif name == "down_proj":
+            joined[f"{place}.down_proj"] = value
+    return joined
+
+
+def _differences(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What in a config.json the lab's model does not compute."""
+    if (kind := settings.get("model_type")) not in ("qwen3_moe", "dots1"):
+        yield f"model_type = {kind!r}"
+        return
+    needed = [*SIZES.values(), *(OF_SIGMOID.values() if kind == "dots1" else ())]
+    yield from (f"no {name}" for name in needed if name not in settings)
+    if kind == "qwen3_moe" and _experts(settings) is None:
+        yield "no num_experts"
+    yield from (
+        f"{name} = {settings[name]!r}" for name, same in FIXED.items() if settings.get(name, same[0]) not in same
+    )
+    rope = _rope(settings)
+    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        yield f"rope_type = {rope.get('rope_type')!r}"
+    if "rope_theta" not in rope:
+        yield "no rope_theta"
+    if kind == "dots1" and "first_k_dense_replace" not in settings:
+        yield "no first_k_dense_replace"
+    if kind == "dots1" and settings.get("sliding_window") and "sliding_attention" in settings.get("layer_types", ()):
+        yield f"sliding_window = {settings['sliding_window']}"
+    if "quantization_config" in settings:
+        yield "quantized weights"
+
+
+def _experts(settings: Mapping[str, Any]) -> Any:
+    return settings.get("num_experts", settings.get("num_local_experts"))  # transformers 5.23 writes the latter
+
+
+def _rope(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Also of files before transformers 5, which had rope_theta beside rope_scaling."""
+    if rope := settings.get("rope_parameters"):
+        return dict(rope)
+    scaling = settings.get("rope_scaling") or {}
+    kind = {"rope_type": scaling.get("rope_type", scaling.get("type", "default"))}
+    return kind | ({"rope_theta": settings["rope_theta"]} if "rope_theta" in settings else {})

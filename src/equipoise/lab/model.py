@@ -20,6 +20,7 @@ from ..layers.moe import MoE
 
 if TYPE_CHECKING:
     from .config import ModelConfig
+    from .pretrained import Pretrained
 
 __all__ = ["LanguageModel", "active_parameters"]
 
@@ -50,6 +51,14 @@ class LanguageModel(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.reset_parameters(seed)
+
+    @property
+    def routed(self) -> nn.Module:
+        """What a balancer takes."""
+        return self
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        return [p for layer in self.model.layers for p in layer.mlp.experts.parameters()]  # type: ignore[union-attr]
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
@@ -204,10 +213,10 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def active_parameters(model: LanguageModel) -> int:
+def active_parameters(model: LanguageModel | Pretrained) -> int:
     """Parameters that one token uses: all but those of the E - K experts that a layer leaves out."""
     config = model.config
-    experts = sum(p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters())  # type: ignore
+    experts = sum(p.numel() for p in model.expert_parameters())
     return sum(p.numel() for p in model.parameters()) - experts * (config.experts - config.top_k) // config.experts
 
 

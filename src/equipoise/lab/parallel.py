@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..collectives import ALONE, Group, lost_ranks
 from ..errors import ConfigError, EquipoiseError
-from ..layers import shard_experts
+from ..layers import Experts, shard_experts
 from .checkpoint import put_tensors, take_tensors
 from .config import ParallelConfig
 from .meeting import meet
@@ -31,6 +31,7 @@ from .meeting import meet
 if TYPE_CHECKING:
     from .config import RunConfig
     from .model import LanguageModel
+    from .pretrained import Pretrained
 
 __all__ = ["Parts", "World", "join", "said_elsewhere"]
 
@@ -84,6 +85,14 @@ class World:
 
     def check(self, config: RunConfig) -> None:
         """Raises ConfigError for a run that these ranks cannot share evenly."""
+        if config.model.through == "transformers" and (self.layout.ep > 1 or self.layout.fsdp):
+            raise self.alike(
+                ConfigError(
+                    expected="data ranks alone (--dp): the experts of a class of transformers stay whole",
+                    got=str(self),
+                    do="leave out --ep and --fsdp, or --set model.through=lab where the lab's own model holds it",
+                )
+            )
         for name, count, parts in (
             ("train.micro_batches", config.train.micro_batches, self.size),
             ("model.experts", config.model.experts, self.layout.ep),
@@ -234,18 +243,19 @@ class Parts:
     weights of rank 0.
     """
 
-    def __init__(self, world: World, model: LanguageModel) -> None:
+    def __init__(self, world: World, model: LanguageModel | Pretrained) -> None:
         self.world, self.model, self.sharded = world, model.to(world.device), world.layout.fsdp
         if world.size > 1:
             with world.watched():
                 for tensor in model.state_dict().values():
                     dist.broadcast(tensor, src=0)
-        shared_out = shard_experts(model, world.experts)
+        has_own = any(isinstance(module, Experts) for module in model.modules())
+        shared_out = shard_experts(model, world.experts) if has_own else []
         if self.sharded:
             self._shard(shared_out)
         self.of_experts = [p for experts in shared_out for p in experts.parameters()]
         own = {id(p) for p in self.of_experts}
-        self.others = [p for p in model.parameters() if id(p) not in own]
+        self.others = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
         self.apart = self.of_experts if self.sharded else []  # in groups of their own: one fused step takes one mesh
 
     def _shard(self, experts: Sequence[nn.Module]) -> None:
@@ -255,7 +265,7 @@ class Parts:
         assert mesh is not None and grid is not None
         for module in experts:
             fully_shard(module, mesh=grid["replicas"])
-        for layer in self.model.model.layers:
+        for layer in self.model.model.layers:  # type: ignore[union-attr]
             fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         register_fsdp_forward_method(self.model, "hidden")  # of a counting pass

@@ -1,5 +1,7 @@
 """Strategies by name: what ``--strategy global+micro`` means, as plain data from which a worker builds its policies.
 
+A model that is given has its gate: `strategy_of` says what a strategy that would choose one does there.
+
     none                  no policy: what happens when nothing pushes
     micro                 the classic loss, f over one micro-batch (GShard, Switch)
     global                f over the whole step (arXiv 2501.11873)
@@ -34,6 +36,7 @@ if TYPE_CHECKING:  # parsing a name needs no torch, so the command line can refu
 __all__ = ["NAMES", "Schedule", "Strategy", "parse_strategy", "slug", "strategy_of"]
 
 COEFFICIENT = 0.02  # of the balance losses; 1e-2 in the papers, whose runs are 1000 times longer
+SOFTMAX_RATE = 0.1  # / E: of the proportional rule, on scores that are about 1/E
 MICRO_SHARE = 0.01  # of the global coefficient, for the micro-batch loss beside it
 BIAS_RATE = 1e-2  # decaying to 0: the papers' constant 1e-3 needs thousands of steps to arrive
 
@@ -157,13 +160,36 @@ def parse_strategy(text: str) -> Strategy:
 
 
 def strategy_of(config: RunConfig) -> Strategy:
-    """The strategy of a run: its own policy list if the configuration holds one, else what its short name means."""
+    """The strategy of a run: its own policy list if the configuration holds one, else what its short name means.
+
+    On a model that was given, "loss-free" without details moves the bias of a softmax gate in proportion, at 0.1 / E a
+    step (full-size steps never settle there), and a bias that the model chooses with is kept as it is by a strategy
+    without one of its own.
+    """
     if not config.policies:
-        return parse_strategy(config.strategy)
-    for spec in _flat(config.policies):
-        if spec.get("kind") not in KINDS:
-            raise unknown_name("kind of policy", spec.get("kind"), KINDS)
-    return Strategy(config.strategy, config.policies, _usual_gate(config.policies))
+        strategy = parse_strategy(config.strategy)
+    else:
+        for spec in _flat(config.policies):
+            if spec.get("kind") not in KINDS:
+                raise unknown_name("kind of policy", spec.get("kind"), KINDS)
+        strategy = Strategy(config.strategy, config.policies, _usual_gate(config.policies))
+    return _for_given(strategy, config.model) if config.model.family else strategy
+
+
+def _for_given(strategy: Strategy, model: ModelConfig) -> Strategy:
+    if strategy.gate not in (model.gate, None, _usual_gate(strategy.policies)):
+        raise ConfigError(
+            expected=f"the gate that this model has: {model.gate}",
+            got=f"{strategy.gate} in {strategy.name!r}",
+            do="leave the gate out: it is part of a model that is given",
+        )
+    policies = list(strategy.policies)
+    if model.gate == "softmax":
+        slow = {"rule": "proportional", "rate": SOFTMAX_RATE / model.experts}
+        policies = [spec | slow if spec == BIAS else spec for spec in policies]
+    if model.selection_bias and not strategy.selection_bias:
+        policies += [{"kind": "ExpertBias", "rate": 0.0}]
+    return replace(strategy, policies=tuple(policies), gate=model.gate)
 
 
 def slug(name: str) -> str:

@@ -1,9 +1,15 @@
-"""The byte-level BPE tokenizer: trained once per corpus on equally much text of each domain, then cached."""
+"""The byte-level BPE tokenizer: trained once per corpus on equally much text of each domain, then cached.
+
+A model that is given as a Hugging Face folder brings its own: `given_tokenizer`.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,9 +20,10 @@ from .corpus import Corpus
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["END_OF_TEXT", "bytes_per_id", "check_vocab_size", "get_tokenizer", "load_tokenizer", "tokenizer_file"]
+__all__ = ["END_ID", "END_OF_TEXT", "GivenTokenizer", "bytes_per_id", "check_vocab_size", "get_tokenizer",
+           "given_tokenizer", "load_tokenizer", "tokenizer_file"]  # fmt: skip
 
-END_OF_TEXT = "<|endoftext|>"  # id 0, after every document
+END_OF_TEXT, END_ID = "<|endoftext|>", 0  # after every document
 SAMPLE_BYTES = 1_000_000  # of each domain, or what the smallest one has
 LONGEST_TOKEN = 24  # bytes: keeps rulers of ===== and runs of blanks from taking up the vocabulary
 
@@ -38,15 +45,51 @@ def get_tokenizer(corpus: Corpus, vocab_size: int, *, cache: Path | None = None)
     return load_tokenizer(path)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer file that ``get_tokenizer`` wrote. Raises DataError when it is missing, damaged or another kind."""
+class GivenTokenizer(NamedTuple):
+    """A tokenizer of a Hugging Face folder, copied to the cache."""
+
+    path: Path
+    size: int  # one more than its largest id
+    end: int  # the id that ends a document
+    sha256: str
+
+
+def given_tokenizer(folder: str | Path, *, cache: Path | None = None) -> GivenTokenizer:
+    """The tokenizer in a Hugging Face folder, as text is packed with it: no padding, no truncation, no marks added.
+
+    Raises DataError for a folder without one that can be read, or without a mark that ends a document.
+    """
+    folder = Path(folder)
+    tokenizer = _of_folder(folder)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    text = tokenizer.to_str().encode()
+    sha256 = hashlib.sha256(text).hexdigest()
+    path = (cache or cache_folder()) / "tokenizers" / f"given-{sha256[:32]}.json"
+    if not (path.is_file() and path.read_bytes() == text):
+        atomic_write(path, text)
+    end = next(_ends(folder, tokenizer), None)
+    if end is None:
+        raise DataError(
+            expected=f"a token that ends a document: eos_token in {folder}/tokenizer_config.json, or eos_token_id",
+            got="none that the tokenizer has",
+            do="name one in tokenizer_config.json",
+        )
+    return GivenTokenizer(path, max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1, end, sha256)
+
+
+def load_tokenizer(path: str | Path, *, given: bool = False) -> Tokenizer:
+    """A tokenizer file that ``get_tokenizer`` (or ``given_tokenizer``) wrote.
+
+    Raises DataError when it is missing, damaged or another kind.
+    """
     library = _library()
     try:
         tokenizer = library.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises plain Exception
         raise DataError(expected=f"a tokenizer at {path}", got=str(error)[:120],
                         do="remove the file: it is built again") from None  # fmt: skip
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
+    if not given and tokenizer.token_to_id(END_OF_TEXT) is None:
         raise DataError(expected=f"a tokenizer with {END_OF_TEXT} at {path}", got="no such token", do="remove the file")
     tokenizer.encode_special_tokens = True  # a document that spells the mark out gets its letters, not the mark
     return tokenizer
@@ -70,6 +113,51 @@ def check_vocab_size(vocab_size: int) -> None:
     if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 257 <= vocab_size <= 65_536:
         raise ConfigError(expected="a vocabulary of 257 (256 bytes and the end of text) to 65536 (16 bits) tokens",
                           got=f"vocab_size={vocab_size!r}", do="choose a size in this range")  # fmt: skip
+
+
+def _of_folder(folder: Path) -> Tokenizer:
+    """From tokenizer.json, else as transformers makes it of an older folder's files."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        return load_tokenizer(path, given=True)
+    if any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "vocab.txt", "tiktoken.model")):
+        from transformers import AutoTokenizer
+
+        try:
+            made = AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
+        except Exception as error:  # of many kinds, by the file and the class
+            raise DataError(
+                expected=f"a tokenizer in {folder}",
+                got=str(error).partition("\n")[0][:200],
+                do="save it again with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+            ) from None
+        return made
+    raise DataError(
+        expected=f"a tokenizer beside the model: {path}",
+        got="none",
+        do="copy tokenizer.json and tokenizer_config.json there, from where the model is from; the text is cut with it",
+    )
+
+
+def _ends(folder: Path, tokenizer: Tokenizer) -> Iterator[int]:
+    """The ids that the folder names as the end, the tokenizer's own word first."""
+    token = _json(folder / "tokenizer_config.json").get("eos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, str) and (found := tokenizer.token_to_id(token)) is not None:
+        yield found
+    for name in ("generation_config.json", "config.json"):
+        ids = _json(folder / name).get("eos_token_id")
+        for one in ids if isinstance(ids, list) else [ids]:
+            if isinstance(one, int) and tokenizer.id_to_token(one) is not None:
+                yield one
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _train(corpus: Corpus, vocab_size: int) -> Tokenizer:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import __version__
 from ..balancer import Balancer
@@ -31,18 +31,20 @@ from ..policies import AuxLoss, Policy
 from ..policies.switch import timeline
 from ..records import RECORD_NAME, End, Fidelity, Header, Load, Record, RecordWriter, Step, read_run
 from . import checkpoint
-from .config import RunConfig, TrainConfig, to_dict
+from .cache import atomic_write
+from .config import RunConfig, TrainConfig, from_dict, to_dict
 from .data import Batches, prepare
 from .evaluate import evaluate
 from .events import Events
-from .model import LanguageModel, active_parameters
+from .model import active_parameters
 from .parallel import Parts, World, join
+from .pretrained import build, fingerprint, tokenizer_of
 from .process import keep_freed_memory, peak_memory, stop_signals, threads
 from .strategies import strategy_of
 
 __all__ = ["CHECKPOINTS", "TENSORBOARD", "learning_rate", "train"]
 
-CHECKPOINTS, TENSORBOARD = "checkpoints", "tensorboard"
+CHECKPOINTS, TENSORBOARD = checkpoint.FOLDER, "tensorboard"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -125,19 +127,20 @@ class _Run:
         train, text, self.strategy = config.train, config.data, strategy_of(config)
         self.data = world.in_turn(lambda: prepare(
             text.data, vocab_size=config.model.vocab_size, sequence_length=text.sequence_length,
-            domains=text.domains or None, max_train_tokens=text.max_train_tokens))  # fmt: skip
+            domains=text.domains or None, max_train_tokens=text.max_train_tokens,
+            tokenizer=tokenizer_of(config.model)))  # fmt: skip
         world.check_same("the same text on every machine", self.data.corpus_sha256)
         self.batches = Batches(self.data, seed=train.seed, sequences_per_micro_batch=train.sequences_per_micro_batch,
                                micro_batches=train.micro_batches, mix=text.mix)  # fmt: skip
         torch.manual_seed(train.seed)
-        self.model = LanguageModel(self.strategy.apply(config.model), seed=train.seed,
-                                   compute_dtype=DTYPES[train.precision])  # fmt: skip
+        self.fingerprint = fingerprint(config.model)
+        self.model = build(config, compute_dtype=DTYPES[train.precision])
         self.sizes = sum(p.numel() for p in self.model.parameters()), active_parameters(self.model)
         self.parts = Parts(world, self.model)
         self.optimizer = _optimizer(self.model, train, self.parts.apart)
         # A run without policies is measured all the same: a loss with coefficient 0 pushes nothing.
         self.policies: list[Policy] = self.strategy.build(train.steps) or [AuxLoss("global_batch", coef=0.0)]
-        self.balancer = Balancer(self.model, self.policies, optimizer=self.optimizer,
+        self.balancer = Balancer(self.model.routed, self.policies, optimizer=self.optimizer,
                                  sequences_per_micro_batch=train.sequences_per_micro_batch,
                                  measure_estimators=train.fidelity_every > 0)  # fmt: skip
         self.random_state = torch.get_rng_state()
@@ -151,6 +154,14 @@ class _Run:
                 raise self.world.alike(
                     DataError(expected="the text that the run began with", got="text with another checksum",
                               do="bring back the old files, or train into a new folder"))  # fmt: skip
+            if earlier.versions.get("model", "") != self.fingerprint:
+                raise self.world.alike(
+                    DataError(
+                        expected=f"{self.config.model.folder} as it was when the run began",
+                        got="other files",
+                        do="bring back the old folder, or train into a new one",
+                    )
+                )
             found = self.world.read(lambda: checkpoint.load_latest(self.folder / CHECKPOINTS))
             if found is not None:
                 self._restore(*found)
@@ -163,6 +174,9 @@ class _Run:
         except OSError as error:
             raise OutputError(expected=f"to make the folder {self.folder}", got=error.strerror or str(error),
                               do="choose another folder") from None  # fmt: skip
+        if self.config.model.folder is None:  # an export needs it when the cache is gone
+            atomic_write(self.folder / self.data.tokenizer_path.with_stem("tokenizer").name,
+                         self.data.tokenizer_path.read_bytes(), do="free disk space")  # fmt: skip
         self.writer = RecordWriter(self.folder, keep_until=self.step if self.step else -1)
         self.writer.write(self._header())
         if self.config.train.tensorboard:
@@ -294,6 +308,8 @@ class _Run:
         model, data, train = self.model.config, self.data, self.config.train
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                     "equipoise": __version__}  # fmt: skip
+        if self.fingerprint:
+            versions["model"] = self.fingerprint
         if self.world.size > 1:
             versions["layout"] = str(self.world)
         return Header(
@@ -326,9 +342,10 @@ def _earlier_run(config: RunConfig, folder: Path, resume: bool) -> tuple[Header 
         return None, False  # killed before its first line was whole: nothing was trained
     header = run.header
     wanted = json.loads(json.dumps(to_dict(config)))
-    if header.config != wanted:
+    before = json.loads(json.dumps(to_dict(from_dict(RunConfig, header.config))))  # settings that came later
+    if before != wanted:
         raise ConfigError(expected=f"the configuration that {folder} began with",
-                          got="another " + ", ".join(_differences(header.config, wanted)),
+                          got="another " + ", ".join(_differences(before, wanted)),
                           do="resume with the stored configuration, or train into a new folder")  # fmt: skip
     return header, run.status == "finished"
 
@@ -340,12 +357,12 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [path]
 
 
-def _optimizer(model: LanguageModel, train: TrainConfig, apart: Sequence[Tensor] = ()) -> torch.optim.AdamW:
+def _optimizer(model: nn.Module, train: TrainConfig, apart: Sequence[Tensor] = ()) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only. What is sharded over other ranks is in groups ``apart``."""
     own = {id(p) for p in apart}
     groups = []
     for separate in (False, True):
-        some = [p for p in model.parameters() if (id(p) in own) is separate]
+        some = [p for p in model.parameters() if (id(p) in own) is separate and p.requires_grad]
         matrices, vectors = [p for p in some if p.ndim >= 2], [p for p in some if p.ndim < 2]
         groups.append({"params": matrices, "weight_decay": train.weight_decay})
         groups.append({"params": vectors, "weight_decay": 0.0})
