@@ -155,6 +155,11 @@ def _floats(output: Any) -> Iterator[Tensor]:
             yield from _floats(part)
 
 
+def _kept(value: Any) -> Any:
+    """An argument for later: FSDP2 gives the memory of parameters free after the pass."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
 def _calls(probe: Probe, modules: dict[str, nn.Module]) -> tuple[dict[str, Read], dict[str, str]]:
     """(a call of every router, with well spread logits; what wraps each, by name: PEFT's modules, or itself)."""
     seen: dict[str, Call] = {}
@@ -162,7 +167,7 @@ def _calls(probe: Probe, modules: dict[str, nn.Module]) -> tuple[dict[str, Read]
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             if name not in seen and (found := read(module, output)) is not None:
-                seen[name] = Call(found, args, kwargs)
+                seen[name] = Call(found, tuple(map(_kept, args)), {key: _kept(value) for key, value in kwargs.items()})
 
         return hook
 

@@ -22,9 +22,9 @@ class NativeBias:
         self._exact: Tensor | None = None
 
     def view(self) -> Tensor:
-        """(E,), the very memory that the model chooses with; without the idle experts behind."""
+        """(E,), once taken over the very memory that the model chooses with; without the idle experts behind."""
         self.keep_exact()
-        tensor: Tensor = getattr(self.owner, self.name)  # looked up each time: a cast replaces buffers
+        tensor = _whole(getattr(self.owner, self.name))  # looked up each time: a cast replaces buffers
         if self._exact is not None:
             self._exact = tensor.detach().clone()  # the balancer reads it after each move
         return tensor.view(-1)[: self.num_experts]
@@ -39,7 +39,7 @@ class NativeBias:
         if hasattr(tensor, "full_tensor"):  # sharded: all ranks are here
             for group in self._managed:
                 group[:] = [one for one in group if one is not self._manager(one)]
-            tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+            tensor = _whole(tensor)
         if self.name in self.owner._parameters:
             del self.owner._parameters[self.name]
             self.owner.register_buffer(self.name, tensor.float().clone())
@@ -65,6 +65,11 @@ class NativeBias:
         exact = self._exact.to(tensor.device)
         same = torch.equal(exact.to(tensor.dtype), tensor)  # else other weights were loaded meanwhile
         tensor.data = exact.clone() if same else tensor.float()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered: a copy, and a matter for all ranks."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
 
 
 def find_native(router: nn.Module, block: nn.Module) -> tuple[nn.Module, str] | None:
