@@ -153,7 +153,7 @@ def make(
     recorder = Recorder(policies)
     options = {"train_dataset": Text(), "eval_dataset": Text()} | (options or {})
     options["callbacks"] = [*recorder.callbacks, *options.pop("callbacks", [])]
-    return in_order(kind)(built, args, **options), recorder
+    return in_order(kind)(None if "model_init" in options else built, args, **options), recorder
 
 
 def train(

@@ -74,7 +74,7 @@ def expected(
         found.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         previous = twin.counts(mask_T)
         found.loads.append(list(previous.values()))
-        found.values.append([float(v) / COEF / len(previous) for v in (of_sequences, of_before)])
+        found.values.append([float(v.detach()) / COEF / len(previous) for v in (of_sequences, of_before)])
         moved = {}
         for (name, bias_E), counts in zip(bias_of(model).items(), previous.values(), strict=False):
             bias_E.copy_(torch.tensor(naive_bias_step(bias_E.tolist(), counts, RATE)))
