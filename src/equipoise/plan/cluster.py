@@ -1,0 +1,198 @@
+"""The description of a cluster and of the model on it: one flat table of numbers, its units in the names."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError, unknown_name
+from .presets import GPUS, MODELS
+
+__all__ = ["Cluster", "describe", "parse_settings", "read_toml"]
+
+PLACEMENTS = ("contiguous", "strided", "packed")
+SYNCS = ("step", "micro_batch", "layer")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs, links and a model; the defaults are Qwen3-30B-A3B on 64 H100 with 8 ranks sharing out the experts.
+
+    Raises ConfigError where the numbers contradict each other.
+
+    >>> Cluster(ep=8).experts_per_rank, Cluster(ep=256, gpus=256, replicas=2).experts_per_rank
+    (16, 1)
+    """
+
+    # the machine
+    gpus: int = 64  # all of them
+    gpus_per_node: int = 8
+    tflops: float = 989.0  # peak of one GPU in the precision of the matrix products
+    efficiency: float = 0.4  # share of it that the products reach
+    intra_gb_s: float = 450.0  # one GPU to others of its node, one direction
+    inter_gb_s: float = 50.0  # one GPU to other nodes, one direction
+    link_efficiency: float = 0.8  # share of both that an exchange reaches
+    latency_us: float = 14.0  # to begin an exchange
+    hop_us: float = 8.5  # per hop of a sum's tree between nodes
+    # the model
+    layers: int = 48  # with experts
+    experts: int = 128
+    top_k: int = 8
+    width: int = 2048
+    expert_hidden: int = 768
+    dense_parameters: float = 1.23e9  # that every token uses beside routed experts; no input embedding
+    attention_width: int = 4096  # heads * head dimension
+    # the step
+    ep: int = 8  # ranks that share out the experts of a layer
+    replicas: int = 1  # copies of every expert among them; each takes an equal part of its tokens
+    placement: str = "contiguous"  # or strided, packed (largest first onto the emptiest rank)
+    tokens: int = 4096  # of one GPU's micro-batch
+    sequence: int = 4096  # tokens in a row that come from one source
+    micro_batches: int = 8  # per optimizer step
+    recompute: bool = False  # the forward pass a second time
+    overlap: float = 0.0  # share of the all-to-all that computation hides
+    overlap_gradients: float = 1.0  # the same of the sum of gradients
+    once_per_node: bool = False  # a token goes to another node once, however many of its experts are there
+    activation_bytes: int = 2
+    gradient_bytes: int = 4
+    dense_ms: float = 0.0  # of one micro-batch, forward and backward; 0: from dense_parameters
+    sync: str = "micro_batch"  # how often a global loss sums its counts: step, micro_batch, layer
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, _typed(f.name, str(f.type), getattr(self, f.name)))
+        _positive(self)
+        _fits(self)
+
+    @property
+    def experts_per_rank(self) -> int:
+        return self.experts * self.replicas // self.ep
+
+    @property
+    def groups(self) -> int:
+        """Groups of ``ep`` ranks; each holds all experts."""
+        return self.gpus // self.ep
+
+    @property
+    def parts(self) -> int:
+        """Different sets of experts among the ranks of a group; ranks with the same set share its tokens evenly."""
+        return self.ep // self.replicas
+
+    @property
+    def sources(self) -> int:
+        """Stretches of text of one source that a group routes together in one micro-batch."""
+        return self.ep * max(1, round(self.tokens / self.sequence))
+
+    @property
+    def pairs(self) -> int:
+        """(token, choice) pairs that a group routes in one micro-batch and layer."""
+        return self.ep * self.tokens * self.top_k
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of one routed expert in one layer: the three matrices of a gated network."""
+        return 3 * self.width * self.expert_hidden
+
+
+def describe(preset: str | None = None, gpu: str | None = None, settings: Mapping[str, Any] | None = None) -> Cluster:
+    """The cluster of a model's preset, a GPU's preset and single settings, later ones first.
+
+    Raises ConfigError for names that do not exist, and for what Cluster refuses.
+
+    >>> describe("deepseek-v3", "h800", {"ep": 64, "gpus": 2048}).experts_per_rank
+    4
+    """
+    known = [f.name for f in fields(Cluster)]
+    values: dict[str, Any] = {}
+    for kind, name, table in (("preset", preset, MODELS), ("GPU", gpu, GPUS)):
+        if name is not None:
+            if name not in table:
+                raise unknown_name(kind, name, table)
+            values |= table[name]
+    for name, value in (settings or {}).items():
+        if name not in known:
+            raise unknown_name("setting", name, known)
+        values[name] = value
+    if "tokens" not in values and "sequence" in values:
+        values["tokens"] = values["sequence"]
+    if "gpus" not in values and isinstance(ep := values.get("ep"), int):
+        values["gpus"] = max(Cluster.gpus, ep)
+    return replace(Cluster(), **values)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The settings in a file; ``preset`` and ``gpu`` may be among them. Raises DataError for what cannot be read."""
+    try:
+        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(expected=f"a TOML file at {path}", got=error.strerror or str(error),
+                        do="pass the file that describes the cluster, e.g. one line: ep = 16") from None  # fmt: skip
+    except ValueError as error:
+        raise DataError(expected=f"TOML in {path}", got=str(error), do="write lines such as: ep = 16") from None
+    for name, value in data.items():
+        if isinstance(value, dict | list):
+            raise ConfigError(expected=f"one value for {name!r} in {path}", got=type(value).__name__,
+                              do="write the settings one below the other, without tables")  # fmt: skip
+    return data
+
+
+def parse_settings(lines: list[str]) -> dict[str, Any]:
+    """``["ep=16", "sync=step"]`` as a dictionary; values are read as TOML, else as text."""
+    values: dict[str, Any] = {}
+    for line in lines:
+        name, sign, text = line.partition("=")
+        if not sign or not name.strip() or not text.strip():
+            raise ConfigError(expected="NAME=VALUE after --set", got=repr(line), do="write it as --set ep=16")
+        try:
+            values[name.strip()] = tomllib.loads(f"value = {text}")["value"]
+        except ValueError:
+            values[name.strip()] = text.strip()
+    return values
+
+
+def _typed(name: str, kind: str, value: Any) -> Any:
+    wanted = {"int": "a whole number", "float": "a number", "str": "a name", "bool": "true or false"}[kind]
+    if kind == "str" and isinstance(value, str):
+        return value
+    if kind == "bool" and isinstance(value, bool):
+        return value
+    plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if plain and (kind == "float" or (kind == "int" and value == int(value))):
+        return int(value) if kind == "int" else float(value)
+    raise ConfigError(expected=f"{wanted} for {name}", got=repr(value), do=f"set {name} to {wanted}")
+
+
+def _positive(c: Cluster) -> None:
+    may_be_zero = ("latency_us", "hop_us", "dense_parameters", "attention_width", "overlap", "overlap_gradients",
+                   "dense_ms")  # fmt: skip
+    for f in fields(c):
+        value = getattr(c, f.name)
+        if f.type in ("int", "float") and (value < 0 or (value == 0 and f.name not in may_be_zero)):
+            raise ConfigError(expected=f"{f.name} > 0", got=str(value), do=f"set {f.name} to a positive number")
+    for name in ("efficiency", "link_efficiency", "overlap", "overlap_gradients"):
+        if getattr(c, name) > 1:
+            raise ConfigError(expected=f"{name} between 0 and 1", got=str(getattr(c, name)), do="give it as a share")
+    for name, known in (("placement", PLACEMENTS), ("sync", SYNCS)):
+        if getattr(c, name) not in known:
+            raise unknown_name(name, getattr(c, name), known)
+
+
+def _fits(c: Cluster) -> None:
+    if c.top_k > c.experts:
+        raise ConfigError(expected="top_k <= experts", got=f"top_k={c.top_k}, experts={c.experts}", do="lower top_k")
+    if c.gpus % c.ep:
+        raise ConfigError(expected="ep divides gpus", got=f"ep={c.ep}, gpus={c.gpus}",
+                          do="choose gpus as a multiple of ep")  # fmt: skip
+    if c.ep % c.replicas:
+        raise ConfigError(expected="replicas divides ep: every copy of the experts has equally many ranks",
+                          got=f"replicas={c.replicas}, ep={c.ep}", do="choose another number of replicas")  # fmt: skip
+    if c.experts % c.parts:
+        enough = -(-c.ep // c.experts)
+        more = f", or replicas={enough} (several ranks per expert)" if c.ep % c.experts == 0 and enough > 1 else ""
+        raise ConfigError(expected="every rank holds equally many experts",
+                          got=f"{c.experts} experts on {c.parts} ranks",
+                          do=f"choose an ep that divides {c.experts}{more}")  # fmt: skip

@@ -1,0 +1,159 @@
+"""Seconds and bytes of one optimizer step: what every rank does, and what the slowest rank adds.
+
+One micro-batch and layer takes F * (expert products + four all-to-alls), F the straggler factor: all ranks of a group
+wait for its slowest one. Groups wait for each other where something is summed over all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .cluster import Cluster
+from .straggler import Straggler, expected_max
+
+__all__ = ["Memory", "StepTime", "Work", "memory", "step_time", "sum_seconds", "work"]
+
+FLOPS = 6.0  # per parameter and token: 2 forward, 4 backward
+STEP_BYTES, COUNT_BYTES = 17, 8  # per layer and expert: what a step's sum carries, and a micro-batch's
+INSIDE_US = 1.2  # a hop inside a node
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds of one micro-batch on a rank with the mean load: all layers, forward and backward."""
+
+    dense: float
+    experts: float
+    all_to_all: float
+
+    @property
+    def waited(self) -> float:
+        """The part that the slowest rank stretches."""
+        return self.experts + self.all_to_all
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step by what they go to; ``total`` is their sum."""
+
+    dense: float
+    experts: float  # with even load
+    all_to_all: float  # with even load
+    straggler: float  # ranks of a group wait for its slowest
+    groups: float  # groups wait for the slowest group
+    balance_sums: float  # the balancer's own
+    gradients: float  # the part of their sum that the backward pass does not hide
+
+    @property
+    def total(self) -> float:
+        return (self.dense + self.experts + self.all_to_all + self.straggler + self.groups + self.balance_sums
+                + self.gradients)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of activations of routed experts: on a rank with the mean load, and on the fullest rank of all."""
+
+    even: float
+    fullest: float
+
+
+def work(c: Cluster) -> Work:
+    """Products at the reached share of the peak; all-to-alls at the slower of the two links, which work side by side.
+
+    >>> one = work(Cluster())
+    >>> one.experts > 0 and work(Cluster(tflops=2 * 989.0)).experts == one.experts / 2
+    True
+    """
+    per_second = c.tflops * 1e12 * c.efficiency
+    passes = FLOPS * (4 / 3 if c.recompute else 1)
+    attention = c.layers * c.attention_width * c.sequence  # causal scores and values: as many products as parameters
+    dense = c.dense_ms / 1e3 or c.tokens * passes * (c.dense_parameters + attention) / per_second
+    experts = c.tokens * c.top_k * c.layers * passes * c.expert_parameters / per_second
+    exchanges = (4 + 2 * c.recompute) * c.layers * (1 - c.overlap)
+    return Work(dense, experts, exchanges * _all_to_all(c))
+
+
+def _all_to_all(c: Cluster) -> float:
+    """Seconds to send every pair's vector to a rank of its expert: of R ranks, R - n are on other nodes."""
+    near = min(c.ep, c.gpus_per_node)
+    nodes = -(-c.ep // c.gpus_per_node)
+    vector = c.tokens * c.width * c.activation_bytes / (c.link_efficiency * 1e9)
+    inside = vector * c.top_k * (near - 1) / c.ep / c.intra_gb_s
+    outside = vector * c.top_k * (c.ep - near) / c.ep / c.inter_gb_s
+    if c.once_per_node and nodes > 1:  # once to each node that top_k random choices reach; there on to each expert
+        outside = vector * (nodes - 1) * (1 - (1 - 1 / nodes) ** c.top_k) / c.inter_gb_s
+        inside = vector * c.top_k * (near - 1) / near / c.intra_gb_s
+    return max(inside, outside) + (c.latency_us * 1e-6 if c.ep > 1 else 0.0)
+
+
+def sum_seconds(c: Cluster, number: float, ranks: int) -> float:
+    """A sum of ``number`` bytes over ``ranks``: up a binary tree of nodes and down again, latency and bytes.
+
+    >>> sum_seconds(Cluster(), 1e6, 1), round(1e3 * sum_seconds(Cluster(), 1e6, 4096), 2)
+    (0.0, 0.23)
+    """
+    if ranks == 1:
+        return 0.0
+    nodes = max(1, -(-ranks // c.gpus_per_node))
+    inside = min(ranks, c.gpus_per_node) - 1
+    hops = 2 * (inside * INSIDE_US + math.ceil(math.log2(nodes)) * c.hop_us)
+    link = c.inter_gb_s if nodes > 1 else c.intra_gb_s
+    return (c.latency_us + hops) * 1e-6 + 2 * number / (link * 1e9 * c.link_efficiency)
+
+
+def step_time(c: Cluster, factor: Straggler, *, counts: bool) -> StepTime:
+    """One optimizer step; ``counts``: the strategy needs the loads of all ranks before a step ends (a global loss).
+
+    Then every such sum is also a point where all groups wait for the slowest: their waits of n layers and micro-batches
+    between two such points add up to a sum with standard deviation sqrt(n) * spread, of which the largest counts.
+    """
+    one, events = work(c), c.micro_batches * c.layers
+    per_layer = one.waited / c.layers
+    times = {"step": 0, "micro_batch": c.micro_batches, "layer": events}[c.sync] if counts else 0
+    # a loss that sums layer by layer needs f at the start of backward: groups meet once per micro-batch
+    meetings = max(1, min(times, c.micro_batches))
+    between = math.sqrt(events * meetings) * factor.spread * expected_max(c.groups)
+    small = COUNT_BYTES * c.experts * (1 if c.sync == "layer" else c.layers)
+    return StepTime(
+        dense=c.micro_batches * one.dense,
+        experts=c.micro_batches * one.experts,
+        all_to_all=c.micro_batches * one.all_to_all,
+        straggler=c.micro_batches * one.waited * (factor.mean - 1),
+        groups=per_layer * between,
+        balance_sums=times * sum_seconds(c, small, c.gpus) + sum_seconds(c, STEP_BYTES * c.experts * c.layers, c.gpus),
+        gradients=_gradients(c),
+    )
+
+
+def _gradients(c: Cluster) -> float:
+    """Rings: what all ranks hold is summed over all, an expert over the ranks that hold a copy of it.
+
+    A ring enters a node once for each of its ranks there, each over a link of its own.
+    """
+
+    def ring(parameters: float, ranks: int, apart: int) -> float:
+        link = c.intra_gb_s
+        if ranks * apart > c.gpus_per_node:
+            link = min(link, c.inter_gb_s * max(1, c.gpus_per_node // apart))
+        return 2 * (ranks - 1) / ranks * parameters * c.gradient_bytes / (link * 1e9 * c.link_efficiency)
+
+    held = c.layers * c.experts_per_rank * c.expert_parameters
+    seconds = ring(c.dense_parameters, c.gpus, 1) + ring(held, c.groups * c.replicas, c.parts)
+    return (1 - c.overlap_gradients) * seconds
+
+
+def memory(c: Cluster, factor: Straggler) -> Memory:
+    """Input, two halves, their product and the output of every pair; of all layers, or of one with ``recompute``.
+
+    The fullest rank: over all layers a rank is seldom the hot one in each; its surplus grows with sqrt(layers).
+    """
+    alive = 1 if c.recompute else c.layers
+    pair = c.activation_bytes * (2 * c.width + 3 * c.expert_hidden)
+    even = c.tokens * c.top_k * pair * alive
+    if c.recompute:  # the largest of all F of a step
+        most = factor.mean + factor.spread * expected_max(c.layers * c.micro_batches * c.groups)
+    else:
+        most = 1 + factor.rank_spread / math.sqrt(c.layers) * expected_max(c.gpus * c.micro_batches)
+    return Memory(even, even * max(1.0, most))

@@ -1,0 +1,204 @@
+"""Where the tokens go: a law of skewed shares that two measured MaxVio determine, or recorded counts as they are.
+
+The law: the text of all training uses expert e with share g_e; a source of text (a domain, a kind of document) uses it
+with share q_se, skewed about g so that the mean over all sources is g. A balance loss over the global batch makes g
+even and leaves q alone; one over a micro-batch makes q even too. Shares are a softmax of normal logits: ``Skew`` is
+their two standard deviations. A larger one raises every MaxVio, and it means the same for 16 experts as for 256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError, DataError
+
+__all__ = ["SOURCES", "Loads", "Recorded", "Skew", "expected_maxvio", "fit", "shares"]
+
+Array = NDArray[np.floating]
+SOURCES = 32  # kinds of text; a group of ranks draws from them
+MOST = 2_000_000  # numbers in one table: bounds the memory
+STEEPEST = 8.0  # standard deviation of logits beyond which one expert takes everything
+EVEN = 12  # rounds that make the shares' mean over sources g
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a group of ranks routes together in one layer and micro-batch, and where its experts are."""
+
+    experts: int
+    parts: int  # sets of experts, one per rank; ranks that hold copies of a set share its tokens evenly
+    ranks: int  # each with a micro-batch of its own
+    sources: int  # stretches of text in all of them
+    pairs: int  # (token, choice)
+    placement: str = "contiguous"
+
+
+class Loads(Protocol):
+    """Something that can say how the parts of a group are loaded."""
+
+    def draw(self, rng: np.random.Generator, size: tuple[int, int], batch: Batch) -> Array:
+        """Loads [layers, micro-batches, parts] of ``size`` = (layers, micro-batches); their sum is ``batch.pairs``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Skew:
+    """The law's two numbers: how unevenly all text, and a single source beyond that, uses the experts.
+
+    >>> Skew(0.0, 0.0)
+    Skew(corpus=0.0, source=0.0)
+    """
+
+    corpus: float = 0.0
+    source: float = 0.0
+
+    def draw(self, rng: np.random.Generator, size: tuple[int, int], batch: Batch) -> Array:
+        shares_LSR = _by_part(shares(self, batch.experts, size[0], rng), batch)
+        weights_LBS = rng.multinomial(batch.sources, np.full(SOURCES, 1 / SOURCES), size=size) / batch.sources
+        p_LBR = weights_LBS @ shares_LSR
+        return rng.multinomial(batch.pairs, p_LBR / p_LBR.sum(axis=-1, keepdims=True)).astype(float)
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """Counts [micro-batches, layers, experts], each micro-batch one rank's. A group's load is the sum of as many of
+    them, drawn again and again; nothing is added to the noise that they have. Raises DataError for what are no counts.
+
+    >>> Recorded(np.ones((4, 2, 8))).counts_MLE.shape
+    (4, 2, 8)
+    """
+
+    counts_MLE: Array
+
+    def __post_init__(self) -> None:
+        counts = np.asarray(self.counts_MLE, dtype=float)
+        fault = None
+        if counts.ndim != 3 or 0 in counts.shape:
+            fault = f"an array of shape {counts.shape}"
+        elif not np.isfinite(counts).all():
+            fault = "NaN or infinity"
+        elif (counts < 0).any():
+            fault = f"a negative count, {counts.min():g}"
+        elif (counts.sum(axis=-1) == 0).any():
+            fault = "a micro-batch and layer whose counts are all zero"
+        if fault:
+            raise DataError(expected="counts [micro-batches, layers, experts] of (token, choice) pairs", got=fault,
+                            do="save one row per micro-batch, layer and expert")  # fmt: skip
+        object.__setattr__(self, "counts_MLE", counts)
+
+    def draw(self, rng: np.random.Generator, size: tuple[int, int], batch: Batch) -> Array:
+        """The recorded micro-batches of as many ranks together; the layers take turns."""
+        total, layers, recorded = self.counts_MLE.shape
+        if recorded != batch.experts:
+            raise ConfigError(expected=f"experts={recorded}, as recorded", got=f"experts={batch.experts}",
+                              do=f"--set experts={recorded}, or give the record's MaxVio instead")  # fmt: skip
+        shares_MLE = self.counts_MLE / self.counts_MLE.sum(axis=-1, keepdims=True)
+        shares_LMR = _by_part(shares_MLE.transpose(1, 0, 2), batch)
+        times_LBM = rng.multinomial(batch.ranks, np.full(total, 1 / total), size=size) / batch.ranks
+        return batch.pairs * (times_LBM @ shares_LMR[np.arange(size[0]) % layers])
+
+
+def shares(skew: Skew, experts: int, layers: int, rng: np.random.Generator) -> Array:
+    """Shares q [layers, sources, experts] of one draw of the law: each sums to 1, their mean over sources is g.
+
+    >>> q_LSE = shares(Skew(0.0, 1.0), experts=4, layers=1, rng=np.random.default_rng(0))
+    >>> np.allclose(q_LSE.sum(-1), 1), bool(np.abs(q_LSE.mean(1) - 1 / 4).max() < 0.01)
+    (True, True)
+    """
+    z_LE = skew.corpus * rng.standard_normal((layers, experts))
+    g_LE = np.exp(z_LE - z_LE.max(axis=-1, keepdims=True))
+    g_LE /= g_LE.sum(axis=-1, keepdims=True)
+    z_LSE = skew.source * rng.standard_normal((layers, SOURCES, experts))
+    q_LSE = g_LE[:, None] * np.exp(z_LSE - z_LSE.max(axis=-1, keepdims=True))
+    for _ in range(EVEN if skew.source else 1):
+        q_LSE *= (g_LE / q_LSE.mean(axis=1))[:, None]
+        q_LSE /= q_LSE.sum(axis=-1, keepdims=True)
+    return q_LSE
+
+
+def expected_maxvio(skew: Skew, experts: int, sources: int, pairs: int, *, seed: int = 0) -> float:
+    """Mean MaxVio over ``pairs`` (token, choice) pairs of text from ``sources`` draws of a source.
+
+    The noise of uniform routing is in it: with no skew it is about sqrt(2 ln experts * experts / pairs).
+
+    >>> round(expected_maxvio(Skew(), experts=64, sources=1, pairs=64 * 2048), 2)
+    0.05
+    """
+    layers = int(np.clip(MOST // (4 * SOURCES * experts), 4, 48))
+    batch = Batch(experts, experts, 1, sources, pairs)
+    loads_LBE = skew.draw(np.random.default_rng(seed), (layers, 16), batch)
+    return float((loads_LBE.max(axis=-1) / loads_LBE.mean(axis=-1)).mean() - 1)
+
+
+def fit(batch: float, corpus: float, *, experts: int, sources: int, pairs: int, all_sources: int = 10_000,
+        all_pairs: int = 10**9, top_k: int = 1, seed: int = 0) -> Skew:  # fmt: skip
+    """The skew whose MaxVio is ``corpus`` over much text and ``batch`` over ``sources`` sources and ``pairs`` pairs.
+
+    What routing by chance alone would show counts as no skew. ``all_sources`` and ``all_pairs`` say over how much text
+    ``corpus`` was measured. Raises ConfigError for a MaxVio that cannot be: negative, or above experts / top_k - 1,
+    where every token picks the same expert.
+
+    >>> skew = fit(0.8, 0.1, experts=64, sources=1, pairs=32768)
+    >>> round(expected_maxvio(skew, experts=64, sources=1, pairs=32768), 1)
+    0.8
+    """
+    for value in (batch, corpus):
+        if not 0 <= value <= experts / top_k - 1:
+            raise ConfigError(expected=f"a MaxVio of 0 to {experts / top_k - 1:g} (every token picks one expert)",
+                              got=f"{value:g}",
+                              do="give max(counts) / mean(counts) - 1")  # fmt: skip
+    skew = Skew()
+    for _ in range(2):  # each number moves the other's MaxVio a little
+
+        def over_all(x: float, source: float = skew.source) -> float:
+            return expected_maxvio(Skew(x, source), experts, all_sources, all_pairs, seed=seed)
+
+        wide = _solve(over_all, corpus)
+
+        def over_batch(x: float, wide: float = wide) -> float:
+            return expected_maxvio(Skew(wide, x), experts, sources, pairs, seed=seed)
+
+        skew = Skew(wide, _solve(over_batch, batch))
+    return skew
+
+
+def _solve(f: Callable[[float], float], target: float) -> float:
+    """x in [0, STEEPEST] where the rising ``f`` reaches ``target``; 0 where it begins above."""
+    if f(0.0) >= target:
+        return 0.0
+    low, high = 0.0, 1.0
+    while f(high) < target and high < STEEPEST:
+        low, high = high, 2 * high
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (middle, high) if f(middle) < target else (low, middle)
+    return (low + high) / 2
+
+
+def _by_part(table_LXE: Array, batch: Batch) -> Array:
+    """Sums over the experts of each part, (L, X, parts)."""
+    each = batch.experts // batch.parts
+    if batch.placement == "strided":
+        order = np.arange(batch.experts).reshape(each, batch.parts).T.ravel()
+        table_LXE = table_LXE[..., order]
+    elif batch.placement == "packed":
+        order_LE = np.stack([_pack(load_E, batch.parts) for load_E in table_LXE.mean(axis=1)])
+        table_LXE = np.take_along_axis(table_LXE, order_LE[:, None], axis=-1)
+    return table_LXE.reshape(*table_LXE.shape[:-1], batch.parts, each).sum(axis=-1)
+
+
+def _pack(load_E: Array, parts: int) -> NDArray[np.integer]:
+    """Experts part by part: the largest first, each onto the emptiest part that has room."""
+    each = len(load_E) // parts
+    held: list[list[int]] = [[] for _ in range(parts)]
+    load_R = np.zeros(parts)
+    for expert in np.argsort(-load_E, kind="stable"):
+        part = int(np.argmin(load_R))
+        held[part].append(int(expert))
+        load_R[part] = load_R[part] + load_E[expert] if len(held[part]) < each else np.inf
+    return np.array(held).ravel()
