@@ -19,8 +19,8 @@ The folder then works offline and without code of ours:
   AutoModelForCausalLM.from_pretrained("my-model"), AutoTokenizer.from_pretrained("my-model"), model.generate(...)
 
 A run with a softmax gate becomes Qwen3MoeForCausalLM. One with a sigmoid gate (loss-free, deepseek-v3) becomes
-Dots1ForCausalLM: DeepSeek-V3's router, trained bias in fp32, with the attention that the lab uses. A run that began with
---model stays of that model's class. Logits are equal to 1e-5. The folder appears whole or not at all.
+Dots1ForCausalLM: DeepSeek-V3's router, trained bias in fp32, with the attention that the lab uses. A run that began
+with --model stays of that model's class. Logits are equal to 1e-5. The folder appears whole or not at all.
 """
 
 

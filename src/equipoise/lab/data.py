@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -106,12 +106,7 @@ def prepare(
     def tokenizer_path(corpus_sha256: str) -> Path:
         return tokenizer_file(corpus_sha256, vocab_size, folder) if tokenizer is None else tokenizer.path
 
-    if data is None:
-        wanted = check_domains(domains, DOMAINS)
-        source = f"embedded {embedded_fingerprint(wanted)} {domains is not None}"
-    else:
-        source = f"{source_fingerprint(data)} {domains} {max_bytes}"
-    note = folder / "sources" / f"{_key(f'{FORMAT} {source}')}.json"
+    note = folder / "sources" / f"{_key(f'{FORMAT} {_source(data, domains, max_bytes)}')}.json"
     if corpus_sha256 := _remembered(note):
         packed = _open(_packed_folder(folder, corpus_sha256, sizes), tokenizer_path(corpus_sha256))
         if packed:
@@ -120,22 +115,21 @@ def prepare(
         corpus = embedded_corpus(domains, progress=progress, cache=folder)
     else:
         corpus = load_corpus(data, domains, max_bytes=max_bytes, progress=progress)
+    if tokenizer is None:
+        if progress:
+            progress("training the tokenizer", 0.0)
+        get_tokenizer(corpus, vocab_size, cache=folder)
     target = _packed_folder(folder, corpus.sha256, sizes)
-    path = tokenizer_path(corpus.sha256)
-    with one_builder(target):  # without it, a process may find the folder gone that another is just replacing
-        packed = _open(target, path)
-        if packed is None:
-            if tokenizer is None:
-                if progress:
-                    progress("training the tokenizer", 0.0)
-                get_tokenizer(corpus, vocab_size, cache=folder)
-            _write(target, corpus, path, sizes, progress, tokenizer)
-            packed = _open(target, path)
-    if packed is None:
-        raise OutputError(expected=f"the packed text in {target} to read back as written", got="other bytes",
-                          do="check the disk, or set EQUIPOISE_CACHE to another folder")  # fmt: skip
+    packed = _packed(target, corpus, tokenizer_path(corpus.sha256), sizes, progress, tokenizer)
     atomic_write(note, json.dumps({"corpus_sha256": corpus.sha256}).encode())
     return packed
+
+
+def _source(data: str | Path | None, domains: Sequence[str] | None, max_bytes: int | None) -> str:
+    """Changes when the same call would find other text."""
+    if data is None:
+        return f"embedded {embedded_fingerprint(check_domains(domains, DOMAINS))} {domains is not None}"
+    return f"{source_fingerprint(data)} {domains} {max_bytes}"
 
 
 def describe(data: PackedData) -> str:
@@ -191,6 +185,19 @@ def _cut(tokens: np.ndarray, sequence_length: int, max_tokens: int | None = None
         return np.empty((0, sequence_length + 1), tokens.dtype)
     starts_N = np.arange(windows) * sequence_length
     return tokens[starts_N[:, None] + np.arange(sequence_length + 1)]
+
+
+def _packed(target: Path, corpus: Corpus, path: Path, *rest: Any) -> PackedData:
+    """What is packed already, else packs it."""
+    with one_builder(target):  # without it, a process may find the folder gone that another is just replacing
+        packed = _open(target, path)
+        if packed is None:
+            _write(target, corpus, path, *rest)
+            packed = _open(target, path)
+    if packed is None:
+        raise OutputError(expected=f"the packed text in {target} to read back as written", got="other bytes",
+                          do="check the disk, or set EQUIPOISE_CACHE to another folder")  # fmt: skip
+    return packed
 
 
 def _write(
