@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf._law import Twin, bias_of, law, naive_bias_step
-from hf._trainer import LENGTH, Text
+from hf._trainer import Text
 from hf.families import build
 
 __all__ = ["COEF", "POLICIES", "RATE", "Expected", "check", "expected", "policies_for", "same_gradients"]
@@ -41,16 +41,24 @@ class Expected:
     values: list[list[float]] = field(default_factory=list)  # of the two balance losses, a mean over layers
 
 
+def rows_of(first: int, count: int) -> dict[str, Tensor]:
+    """Some rows of ``Text``, stacked."""
+    text = [Text()[first + i] for i in range(count)]
+    return {key: torch.stack([row[key] for row in text]) for key in text[0]}
+
+
 def expected(
     family: str,
     rows_of_steps: tuple[int, ...] = (8, 8),
     *,
+    batches: list[dict[str, Tensor]] | None = None,
     means: list[list[int]] | None = None,
     smoothing: float = 0.0,
 ) -> Expected:
     """The policies of ``policies_for`` over the next so many rows of ``Text`` in each step.
 
     Args:
+        batches: other rows, a padded batch for each step.
         means: rows (by their place in the step) whose label tokens share a mean; the loss is the mean of those means.
             Default: all label tokens of the step weigh the same.
         smoothing: of the labels.
@@ -59,17 +67,17 @@ def expected(
     model.set_experts_implementation("eager")  # grouped_mm knows no float64
     twin, found = Twin(model, family), Expected()
     previous: dict[str, list[int]] | None = None
-    for step, rows in enumerate(rows_of_steps):
-        text = [Text()[sum(rows_of_steps[:step]) + i] for i in range(rows)]
-        batch = {key: torch.stack([row[key] for row in text]) for key in ("input_ids", "attention_mask", "labels")}
+    for given in batches or [rows_of(sum(rows_of_steps[:i]), n) for i, n in enumerate(rows_of_steps)]:
+        batch = dict(given)
         labels = batch.pop("labels")
+        rows, length = labels.shape
         mask_T = batch["attention_mask"].bool().view(-1).tolist()
         model.zero_grad()
         logits = model(**batch).logits
         parts = means or [list(range(rows))]
         own = sum(_cross_entropy(logits[part], labels[part], smoothing) for part in parts) / len(parts)
-        of_sequences = law(twin, [t // LENGTH for t in range(rows * LENGTH)], mask_T, COEF)
-        of_before = law(twin, [0] * (rows * LENGTH), mask_T, COEF, previous) if previous else of_sequences * 0
+        of_sequences = law(twin, [t // length for t in range(rows * length)], mask_T, COEF)
+        of_before = law(twin, [0] * (rows * length), mask_T, COEF, previous) if previous else of_sequences * 0
         (own + of_sequences + of_before).backward()
         found.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         previous = twin.counts(mask_T)

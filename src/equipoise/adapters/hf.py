@@ -264,6 +264,13 @@ def _check(trainer: Any) -> None:
     ):
         if found:
             raise ConfigError(expected="one process, DDP or FSDP with one device per process", got=got, do=do)
+    collator = trainer.data_collator
+    if getattr(collator, "padding_free", False) and getattr(collator, "pad_to_multiple_of", None):
+        raise ConfigError(
+            expected="packed rows without padding",
+            got=f"pad_to_multiple_of={collator.pad_to_multiple_of}, and no mask that says what is padding",
+            do="leave pad_to_multiple_of out, or padding_free and packing",
+        )
 
 
 def _calls() -> Iterator[tuple[Any, dict[str, Any]]]:
