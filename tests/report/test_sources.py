@@ -8,8 +8,10 @@ import pytest
 
 from equipoise.errors import DataError
 from equipoise.records import RECORD_NAME
-from equipoise.report import load_runs
+from equipoise.report import load, load_runs
+from equipoise.report.inspection import write_inspection
 from report.synthetic import header, write_run
+from report.synthetic_inspection import synthetic_inspection
 
 
 @pytest.fixture
@@ -55,17 +57,45 @@ def test_a_broken_run_in_a_comparison_costs_that_run_only(two):
     runs, problems = load_runs([two])
     assert names(runs) == ["global", "micro"]
     assert problems == ["c: left out, schema 99"]
+    assert names(load_runs([two / "c", two / "a"])[0]) == ["global"]  # one that was named costs itself only, too
     with pytest.raises(DataError, match="schema 99"):
         load_runs([two / "c"])
 
 
 def test_nothing_readable_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="a run in"):
+    with pytest.raises(DataError, match="a run or an inspection in"):
         load_runs([tmp_path])
     with pytest.raises(DataError, match="a run record at"):
         load_runs([tmp_path / "absent"])
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / RECORD_NAME).write_text("")
-    with pytest.raises(DataError, match="a readable run"):
+    with pytest.raises(DataError, match="something readable"):
         load_runs([tmp_path])
+
+
+def test_inspections_and_runs_in_any_mixture(two):
+    write_inspection(two / "look" / "one", synthetic_inspection(model="models/one"))
+    write_inspection(two / "a", synthetic_inspection(model="models/a"))  # beside the record of the run itself
+    runs, inspections, problems = load([two])
+    assert names(runs) == ["global", "micro"]
+    assert sorted(one.facts.model for one in inspections) == ["models/a", "models/one"]
+    assert problems == []
+    _, (only,), _ = load([two / "look" / "one" / "inspection.json"])
+    assert only.facts.model == "models/one"
+    with pytest.raises(DataError, match="inspections only"):
+        load_runs([two / "look" / "one"])
+
+
+def test_a_damaged_or_stopped_inspection_costs_itself_only(two):
+    for name in ("damaged", "stopped"):
+        write_inspection(two / name, synthetic_inspection())
+    (two / "damaged" / "arrays.npz").write_bytes(b"half")
+    (two / "stopped" / "inspection.json").unlink()
+    (two / "stopped" / "state").mkdir()
+    runs, inspections, problems = load([two / "a", two / "damaged", two / "stopped"])
+    assert (names(runs), inspections) == (["global"], [])
+    assert "damaged: left out, arrays.npz does not have the checksum" in problems[0]
+    assert problems[1] == "stopped: left out, one that was stopped"
+    with pytest.raises(DataError, match="goes on with it"):
+        load([two / "stopped"])

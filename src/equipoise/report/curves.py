@@ -11,14 +11,14 @@ import numpy as np
 from ..records import Run, Step
 from .observation import Observation, is_number, mean, usable
 
-__all__ = ["Charts", "Curve", "LoadMap", "charts", "training_metrics"]
+__all__ = ["Charts", "Curve", "LoadMap", "charts", "thin", "training_metrics"]
 
 MOST_POINTS = 120  # of a curve: a bend in every third pixel of a phone
-MOST_LOADS = 8  # moments of a run at which the load of its experts can be looked at
+MOST_LOADS = 60  # moments of a run at which the load of its experts can be looked at
 # What all strategies together may put on the page, so that it stays one that can be sent: beyond it, layers, moments
 # and rare metrics are left out.
-MOST_DOMAIN_CELLS = 200_000
-MOST_LOAD_CELLS = 100_000
+MOST_DOMAIN_CELLS = 800_000
+MOST_LOAD_CELLS = 600_000
 MOST_CURVES = 240
 
 
@@ -107,7 +107,7 @@ def join(seeds: Sequence[dict[int, float]]) -> Curve | None:
     if not seeds:
         return None
     common = set.intersection(*(set(one) for one in seeds)) or set.union(*(set(one) for one in seeds))
-    steps = _thin(sorted(common))
+    steps = thin(sorted(common))
     columns = [[one[step] for one in seeds if step in one] for step in steps]
     if len(seeds) == 1:
         return Curve(steps, [column[0] for column in columns])
@@ -137,7 +137,7 @@ def load_maps(seen: Observation, most_cells: int = MOST_LOAD_CELLS) -> list[Load
     moments = max(1, min(MOST_LOADS, most_cells // max(1, seen.header.num_layers * seen.header.num_experts)))
     if seen.loads:
         chosen = {one.step: one for one in seen.loads}
-        return [LoadMap(step, _over_mean(chosen[step].counts)) for step in _thin(sorted(chosen), moments)]
+        return [LoadMap(step, _over_mean(chosen[step].counts)) for step in thin(sorted(chosen), moments)]
     if seen.evaluation is None:
         return []
     return [LoadMap(0, _over_mean(np.asarray(seen.evaluation.counts).sum(axis=0)))]
@@ -148,7 +148,7 @@ def domain_share(seen: Observation, most_cells: int = MOST_DOMAIN_CELLS) -> tupl
     if seen.evaluation is None:
         return [], []
     counts_LDE = np.asarray(seen.evaluation.counts, dtype=np.float64).swapaxes(0, 1)
-    layers = _thin(list(range(len(counts_LDE))), max(1, most_cells // max(1, counts_LDE[0].size)))
+    layers = thin(list(range(len(counts_LDE))), max(1, most_cells // max(1, counts_LDE[0].size)))
     return layers, [_over_mean(counts_LDE[layer]) for layer in layers]
 
 
@@ -158,10 +158,10 @@ def _over_mean(counts_XE: object) -> list[list[float]]:
     return np.round(array / np.where(average > 0, average, 1.0), 2).tolist()
 
 
-def _thin(items: list[int], most: int = MOST_POINTS) -> list[int]:
+def thin(items: list[int], most: int = MOST_POINTS) -> list[int]:
     """At most ``most`` of them, evenly spaced, the first and the last kept.
 
-    >>> _thin(list(range(10)), 4)
+    >>> thin(list(range(10)), 4)
     [0, 3, 6, 9]
     """
     if len(items) <= most:

@@ -1,4 +1,4 @@
-"""The charts as plain Plotly specifications. Colours are names ("@s0") that the page fills in, light or dark.
+"""The curves as plain Plotly specifications. Colours are names ("@s0") that the page fills in, light or dark.
 
 A figure has views, of which a menu shows one; ``s`` on a trace is the strategy it belongs to.
 """
@@ -10,14 +10,20 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-import numpy as np
-
 from .curves import Curve
 from .summary import Comparison
 from .wording import clean, clip
 
-__all__ = ["Figure", "domain_maps", "estimator_curves", "layer_curves", "load_maps", "perplexity_curves",
-           "training_curves"]  # fmt: skip
+__all__ = [
+    "FLOORS",
+    "NAMES",
+    "Figure",
+    "by_layer",
+    "estimator_curves",
+    "layer_curves",
+    "perplexity_curves",
+    "training_curves",
+]
 
 Figure = dict[str, Any]  # {"views": [{"label", "data", "layout"}], "height": px}
 
@@ -92,6 +98,28 @@ def layer_curves(comparison: Comparison) -> Figure | None:
     return {"views": views, "height": 300} if views else None
 
 
+def by_layer(choices: Sequence[tuple[str, Sequence[tuple[str, int, list[float], list[float], str]]]]) -> Figure | None:
+    """Inspections over their layers. A choice: a menu's label; of each, (name, colour, values, floor, its name)."""
+    views = []
+    for label, curves in choices:
+        data = []
+        for name, colour, values, floor, chance in curves:
+            shown = escape(clip(clean(name), 24), quote=False)
+            if any(map(math.isfinite, values)):
+                own = _line(list(range(len(values))), values, None, color=f"@s{colour}", mode="lines+markers")
+                data.append(own | {"name": shown, "showlegend": len(curves) > 1})
+            if any(map(math.isfinite, values)) and any(map(math.isfinite, floor)):
+                line = _line(list(range(len(floor))), floor, None, color=f"@s{colour}")
+                line["line"] |= {"dash": "dot", "width": 1.5}
+                data.append(line | {"name": f"{shown}: {chance}" if len(curves) > 1 else chance, "showlegend": True})
+        if data:
+            deepest = max(len(trace["x"]) for trace in data)
+            axis = {"title": {"text": "MoE layer"}, "range": [-0.3, deepest - 0.7], "dtick": math.ceil(deepest / 12)}
+            layout = {"xaxis": axis, "yaxis": {"rangemode": "tozero"}, "showlegend": True, "hovermode": "x unified"}
+            views.append({"label": label, "data": data, "layout": layout})
+    return {"views": views, "height": 330} if views else None
+
+
 def estimator_curves(comparison: Comparison) -> Figure | None:
     """Relative error of each estimator's gradient over the run, one strategy at a time."""
     names = sorted({name for one in comparison.strategies for name in one.charts.relative_error})
@@ -109,85 +137,6 @@ def estimator_curves(comparison: Comparison) -> Figure | None:
             layout = _over_steps(None, "linear", ends) | {"showlegend": True}
             views.append({"label": clean(one.name), "data": data, "layout": layout})
     return {"views": views, "height": 330} if views else None
-
-
-def load_maps(comparison: Comparison) -> tuple[list[str], list[Figure | None], float]:
-    """Labels of the menu, layer × expert load of each strategy (one view a label), and the top of the common scale."""
-    steps = sorted({m.step for m in _longest([one.charts.loads for one in comparison.strategies])})
-    labels = [f"step {step}" if step else "held-out text" for step in steps]
-    top = _top([m.share for one in comparison.strategies for m in one.charts.loads[-1:]])
-    figures = []
-    for one in comparison.strategies:
-        views = []
-        for label, step in zip(labels, steps, strict=True):
-            nearest = min(one.charts.loads, key=lambda m: abs(m.step - step), default=None)
-            if nearest is not None:
-                rows = [str(layer) for layer in range(len(nearest.share))]
-                view = _heatmap(nearest.share, rows, None, top, "layer")
-                if nearest.step != step:  # this run stored its loads at other steps, or did not get that far
-                    view["layout"]["xaxis"]["title"]["text"] = f"expert, at step {nearest.step}"
-                views.append({"label": label} | view)
-        height = 74 + 20 * max(3, len(one.charts.loads[-1].share)) if views else 0
-        figures.append({"views": views, "height": min(height, 700)} if views else None)
-    return labels, figures, top
-
-
-def domain_maps(comparison: Comparison) -> tuple[list[str], list[Figure | None], float]:
-    """The same for expert × domain, one view a layer; experts in the order of the domain that they favour."""
-    layers = _longest([one.charts.layers for one in comparison.strategies])
-    labels = [f"layer {layer}" for layer in layers]
-    top = _top([share for one in comparison.strategies for share in one.charts.domain_share])
-    figures = []
-    for one in comparison.strategies:
-        rows = list(one.domain_perplexity)  # its own: other runs may be of other text
-        views = []
-        for layer, share in zip(one.charts.layers, one.charts.domain_share, strict=True):
-            array = np.asarray(share)
-            order = np.lexsort((-array.max(axis=0), array.argmax(axis=0)))
-            view = _heatmap(array[:, order].tolist(), rows, order.tolist(), top, "domain")
-            views.append({"label": f"layer {layer}"} | view)
-        figures.append({"views": views, "height": min(66 + 20 * len(rows), 900)} if views else None)
-    return labels, figures, top
-
-
-def _longest(lists: Sequence[list[Any]]) -> list[Any]:
-    return max(lists, key=len, default=[])
-
-
-def _top(maps: list[list[list[float]]]) -> float:
-    """Top of the colour scale: what 1 cell in 200 exceeds, so that one hot expert does not grey the rest."""
-    cells = np.concatenate([np.ravel(one) for one in maps]) if maps else np.array([2.0])
-    return max(2.0, math.ceil(float(np.quantile(cells, 0.995)) * 2) / 2)
-
-
-def _heatmap(
-    share: list[list[float]], rows: list[str], experts: list[int] | None, top: float, row_name: str
-) -> dict[str, Any]:
-    """``rows`` label the vertical axis; the page adds them and the expert's number to what a cell says."""
-    wide = len(share[0])
-    names = [clean(row) for row in rows]
-    every = max(1, math.ceil(len(rows) / 24))
-    trace = {
-        "type": "heatmap", "z": share, "zmin": 0, "zmax": top, "colorscale": "@share", "showscale": False,
-        "xgap": 1 if wide <= 64 else 0, "ygap": 1 if len(rows) <= 48 else 0,
-        "rows": [escape(name, quote=False) for name in names], "columns": experts or list(range(wide)),
-        "hovertemplate": row_name + " %{customdata[0]}, expert %{customdata[1]}<br>%{z:.2f} × even<extra></extra>",
-    }  # fmt: skip
-    layout = {
-        "yaxis": {
-            "tickvals": list(range(0, len(rows), every)),
-            "ticktext": [escape(clip(name, 14), quote=False) for name in names[::every]],
-            "autorange": "reversed", "showgrid": False, "zeroline": False, "ticks": "", "automargin": True,
-        },
-        "xaxis": {
-            "title": {"text": "experts, by the domain they favour" if experts else "expert"},
-            "showgrid": False, "zeroline": False,
-            "showticklabels": experts is None, "ticks": "", "dtick": max(1, math.ceil(wide / 8)),
-        },
-    }  # fmt: skip
-    if row_name == "layer":
-        layout["yaxis"]["title"] = {"text": "layer"}
-    return {"data": [trace], "layout": layout}
 
 
 def _lines(curves: Sequence[Curve | None]) -> list[dict[str, Any]]:

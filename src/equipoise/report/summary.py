@@ -17,7 +17,7 @@ from .observation import Observation, mean, observe, usable
 from .statistics import Difference, Estimate, estimate, paired_difference, random_maxvio
 from .wording import clean
 
-__all__ = ["Comparison", "EstimatorSummary", "RunFacts", "StrategySummary", "summarize", "to_json"]
+__all__ = ["Comparison", "EstimatorSummary", "RunFacts", "StrategySummary", "null", "summarize", "to_json"]
 
 PREFERRED_BASELINE = "micro"  # what everybody ran before: the differences read as what a change of it brings
 
@@ -138,14 +138,15 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     data = asdict(comparison)
     for strategy in data["strategies"]:
         del strategy["charts"]
-    return _null(data)
+    return null(data)
 
 
-def _null(value: Any) -> Any:
+def null(value: Any) -> Any:
+    """The same with NaN and infinity as None, which JSON can hold."""
     if isinstance(value, dict):
-        return {str(key): _null(one) for key, one in value.items()}
+        return {str(key): null(one) for key, one in value.items()}
     if isinstance(value, list):
-        return [_null(one) for one in value]
+        return [null(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,30 +1,20 @@
-"""The parts of the page that are text: cards, the table of all numbers, domains, estimators, runs, configuration."""
+"""The tables of a comparison as markup: cards, the table of all numbers, domains, estimators, runs, configuration."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
 from .measures import GROUPS, MEASURES, Measure
+from .parts import breakable, cell, dot, safe, table
 from .statistics import Difference, Estimate
 from .summary import Comparison, StrategySummary
-from .wording import bytes_text, clean, count, duration, fine_perplexity, number, percent, rough_perplexity, signed
+from .wording import bytes_text, count, duration, fine_perplexity, number, percent, rough_perplexity, signed
 
-__all__ = ["card", "config_list", "dot", "dots", "estimators_table", "numbers_table", "per_domain_table",
-           "policies_table", "runs_table", "safe"]  # fmt: skip
-
-
-def safe(text: object) -> str:
-    """Any text, made fit to stand anywhere in the page."""
-    return escape(clean(str(text)))
-
-
-def dot(index: int) -> str:
-    """The strategy's colour, set where it is used; beyond eight strategies all but the baseline's come again."""
-    return f'style="--c:var(--s{index if index < 8 else 1 + (index - 1) % 7})"'
+__all__ = ["card", "config_list", "estimators_table", "numbers_table", "per_domain_table", "policies_table",
+           "runs_table"]  # fmt: skip
 
 
 def dots(comparison: Comparison) -> str:
@@ -35,17 +25,17 @@ def dots(comparison: Comparison) -> str:
     )
 
 
-def breakable(name: str) -> str:
-    """A strategy's name that may be broken where its parts meet: global+ micro, global@ 0.02."""
-    return re.sub(r"([+@:])", r"\1<wbr>", safe(name))
+def _stacked(comparison: Comparison, name: str, first: str, rows: list[str], more: str = "") -> str:
+    """A table with the strategies in columns; on a phone each row becomes a heading over its values.
 
-
-def _stacked(comparison: Comparison, first: str, rows: list[str], more: str = "") -> str:
-    """A table with the strategies in columns; on a phone each row becomes a heading over its values."""
-    head = f'<tr><th scope="col">{first}</th>{dots(comparison)}{more}</tr>'
+    It sorts unless its rows are of different measures (``more``: what each of them means).
+    """
+    sorts = "" if more else ' data-sorts="yes"'
+    head = f'<tr><th scope="col">{first or "Measure"}</th>{dots(comparison)}{more}</tr>'
     n = len(comparison.strategies)
     return (
-        f'<div class="wide{" few" if n <= 4 else ""}"><table class="stack" style="--n:{n}">'
+        f'<div class="wide{" few" if n <= 4 else ""}"><table class="stack" data-table="{name}"{sorts} '
+        f'aria-label="{first or "all numbers"}" style="--n:{n}">'
         f"<thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -96,7 +86,7 @@ def numbers_table(comparison: Comparison) -> str:
         if members:
             rows.append(f'<tr class="group"><th colspan="{span}" scope="rowgroup">{group}</th></tr>')
         rows += [_measure_row(comparison, measure) for measure in members]
-    return _stacked(comparison, "", rows, '<th class="why" scope="col">What it means</th>')
+    return _stacked(comparison, "numbers", "", rows, '<th class="why" scope="col">What it means</th>')
 
 
 def _measure_row(comparison: Comparison, measure: Measure) -> str:
@@ -109,7 +99,9 @@ def _measure_row(comparison: Comparison, measure: Measure) -> str:
     for value, one in zip(values, comparison.strategies, strict=True):
         small = _small(one.differences.get(measure.key), measure)
         mark = ' class="best"' if value is not None and value.mean == best and one.compared else ""
-        cells.append(f'<td{mark}><span class="value">{_shown(one, measure.key)}</span>{small}</td>')
+        exact = value.mean if value is not None else ""
+        shown = f'<span class="value">{_shown(one, measure.key)}</span>{small}'
+        cells.append(f'<td{mark} data-value="{exact}">{shown}</td>')
     floor = comparison.noise_floor.get(measure.key)
     note = f'<span class="floor">uniform random: {number(floor, 2)}</span>' if floor is not None else ""
     unit = f", {measure.unit}" if measure.unit not in ("", "bytes") else ""
@@ -168,9 +160,10 @@ def per_domain_table(comparison: Comparison) -> str:
             small += f" <small>{number(bits.mean, 3)} b/B</small>" if bits else ""
             mark = ' class="best"' if value and one.compared and value.mean == best else ""
             shown = fine_perplexity(value.mean if value else None)
-            cells.append(f'<td{mark}><span class="value">{shown}</span>{small}</td>')
+            exact = value.mean if value else ""
+            cells.append(f'<td{mark} data-value="{exact}"><span class="value">{shown}</span>{small}</td>')
         rows.append(f'<tr><th scope="row" class="left">{safe(name)}</th>{"".join(cells)}</tr>')
-    return _stacked(comparison, "Domain", rows)
+    return _stacked(comparison, "domains", "Domain", rows)
 
 
 def estimators_table(comparison: Comparison) -> str:
@@ -181,15 +174,16 @@ def estimators_table(comparison: Comparison) -> str:
         for strategy in comparison.strategies:
             one = next((e for e in strategy.estimators if e.name == name), None)
             if one is None:
-                cells.append("<td>–</td>")
+                cells.append('<td data-value="">–</td>')
                 continue
             mark = ' class="best"' if one.in_use else ""
             used = "<small>in use</small> " if one.in_use else ""
             cosine = f"<small>cos {_minus(number(one.cosine, 3))}</small>"
             shown = number(one.relative_error, 3)
-            cells.append(f'<td{mark}><span class="value">{shown}</span>{used}{cosine}</td>')
+            exact = one.relative_error if math.isfinite(one.relative_error) else ""
+            cells.append(f'<td{mark} data-value="{exact}"><span class="value">{shown}</span>{used}{cosine}</td>')
         rows.append(f'<tr><th scope="row" class="left">{safe(name)}</th>{"".join(cells)}</tr>')
-    return _stacked(comparison, "Estimator", rows)
+    return _stacked(comparison, "estimators", "Estimator", rows)
 
 
 def runs_table(comparison: Comparison) -> str:
@@ -198,24 +192,22 @@ def runs_table(comparison: Comparison) -> str:
         for run in strategy.runs:
             steps = f"{run.step}" + (f" of {run.planned_steps}" if run.planned_steps not in (None, run.step) else "")
             rows.append(
-                f'<tr><td class="left"><i {dot(index)}></i>{safe(strategy.name)}</td><td>{run.seed}</td>'
-                f"<td>{safe(run.status)}</td><td>{steps}</td><td>{run.tokens / 1e6:.1f} M</td>"
-                f'<td>{duration(run.seconds)}</td><td class="left"><code>{safe(Path(run.path).name)}</code></td></tr>'
-            )
-    head = "".join(f'<th scope="col"{c}>{n}</th>' for n, c in (
-        ("Strategy", ""), ("Seed", ""), ("Status", ""), ("Steps", ""), ("Tokens", ""), ("Time", ""),
-        ("Folder", ' class="left"')))  # fmt: skip
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+                cell(f"<i {dot(index)}></i>{safe(strategy.name)}", left=True) + cell(str(run.seed), run.seed)
+                + cell(safe(run.status), left=True) + cell(steps, run.step)
+                + cell(f"{run.tokens / 1e6:.1f} M", run.tokens) + cell(duration(run.seconds), run.seconds)
+                + cell(f"<code>{safe(Path(run.path).name)}</code>", left=True)
+            )  # fmt: skip
+    heads = ["Strategy", "Seed", "Status", "Steps", "Tokens", "Time", "Folder"]
+    return table("runs", "runs", heads, rows, left=(0, 2, 6))
 
 
 def policies_table(comparison: Comparison) -> str:
     rows = [
-        f'<tr><th scope="row" class="left"><i {dot(index)}></i>{safe(one.name)}</th><td class="left">'
-        + "<br>".join(f"<code>{safe(policy)}</code>" for policy in one.policies or ["no balancing"])
-        + "</td></tr>"
+        cell(f"<i {dot(index)}></i>{safe(one.name)}", kind="th", left=True)
+        + cell("<br>".join(f"<code>{safe(policy)}</code>" for policy in one.policies or ["no balancing"]), left=True)
         for index, one in enumerate(comparison.strategies)
     ]
-    return f'<div class="wide"><table><tbody>{"".join(rows)}</tbody></table></div>'
+    return table("policies", "policies", ["Strategy", "Policies"], rows, left=(0, 1))
 
 
 def config_list(items: dict[str, object]) -> str:

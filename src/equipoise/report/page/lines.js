@@ -1,0 +1,82 @@
+// Draws the curves with Plotly from their specifications: fills in colours, follows menus and chips.
+const FREE_TEXT = new Set(["x", "y", "ticktext", "name", "text"]); // words and numbers of the records, never a colour
+
+function paint(value) {
+  if (typeof value === "string") return /^@[a-z0-9-]+(\/[\d.]+)?$/.test(value) ? color(value) : value;
+  if (Array.isArray(value)) return typeof value[0] === "number" ? value : value.map(paint);
+  if (value && typeof value === "object")
+    return Object.fromEntries(Object.entries(value).map(([key, one]) => [key, FREE_TEXT.has(key) ? one : paint(one)]));
+  return value;
+}
+
+function trace(spec) {
+  const made = paint(spec);
+  if (spec.s != null) {
+    made.name = report.strategies[spec.s];
+    if (made.line && spec.s >= 8) made.line.dash = ["dash", "dot", "dashdot"][(Math.floor(spec.s / 8) - 1) % 3];
+  }
+  delete made.s;
+  return made;
+}
+
+function axis(own) {
+  const base = {
+    gridcolor: color("@grid"), linecolor: color("@line"), zeroline: false, tickfont: { size: 12 }, fixedrange: coarse,
+    automargin: true, ticks: "outside", tickcolor: "rgba(0,0,0,0)", ticklen: 4,
+  };
+  const made = { ...base, ...paint(own || {}) };
+  if (made.title) made.title = { standoff: 8, font: { size: 12, color: color("@muted") }, ...made.title };
+  return made;
+}
+
+const viewOf = (div) => {
+  const views = report.figures[div.id].views;
+  return views[Math.min(chosen[div.dataset.menu] || 0, views.length - 1)];
+};
+
+function drawLines(div) {
+  if (!window.Plotly) return;
+  const figure = report.figures[div.id], view = viewOf(div);
+  const phone = innerWidth <= 760;
+  Plotly.react(div, view.data.filter((one) => one.s == null || !hidden.has(one.s)).map(trace), {
+    ...paint(view.layout),
+    xaxis: { showgrid: false, ...axis(view.layout.xaxis) },
+    yaxis: axis(view.layout.yaxis),
+    height: phone ? Math.min(figure.height, 290) : figure.height,
+    margin: { l: 44, r: 10, t: 8, b: 40 },
+    font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("@soft") },
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    dragmode: coarse ? false : "zoom",
+    hoverlabel: { bgcolor: color("@raised"), bordercolor: color("@line"), font: { color: color("@ink"), size: 12 }, namelength: 24 },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
+  }, { displayModeBar: false, responsive: true, scrollZoom: false });
+}
+
+// One row a point: strategy (or the curve's own name), x, y.
+function linesAsRows(div) {
+  const view = viewOf(div), title = view.layout.xaxis.title.text;
+  const rows = [["series", title, view.label]];
+  for (const one of view.data)
+    if (one.hovertemplate) one.x.forEach((x, at) => rows.push([one.s == null ? one.name : report.strategies[one.s], x, one.y[at]]));
+  return rows.map((row) => row.map((cell) => (typeof cell === "string" ? plain(cell) : cell)));
+}
+
+// Names in a chart are escaped, for Plotly reads a little HTML; what is copied is the name itself.
+const plain = (text) => text.replace(/&(lt|gt|amp);/g, (_, name) => ({ lt: "<", gt: ">", amp: "&" })[name]);
+
+const plots = [...document.querySelectorAll(".plot")];
+for (const div of plots) {
+  follow(div.dataset.menu, () => drawLines(div));
+  redraws.push(() => drawLines(div));
+}
+
+// Last of all: to read Plotly takes a browser longer than everything else together.
+async function loadPlotly() {
+  if (!plots.length) return;
+  const script = document.createElement("script");
+  script.textContent = await unpacked("report-plotly");
+  await new Promise((painted) => setTimeout(painted, 0));
+  document.head.append(script);
+  plots.forEach(drawLines);
+}
