@@ -71,6 +71,9 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> tuple[list[str], bool, list[str]
     if len({tuple(one) for one in seeds.values()}) > 1:
         text = "; ".join(f"{clean(label)} {', '.join(map(str, one))}" for label, one in seeds.items())
         warnings.append(f"Not every strategy ran the same seeds ({text}): differences use the shared ones only.")
+    made = sorted({run.header.versions.get("equipoise", "an unknown one") for group in runs.values() for run in group})
+    if len(made) > 1:
+        warnings.append(f"The records were written by different versions of equipoise: {clean(', '.join(made))}.")
     return warnings, not other_text, others
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from .wording import clean, clip, number
 
 __all__ = ["LAYER_MEASURES", "LayerMeasure", "Named", "headline_of", "inspections_json", "mean_of", "named",
            "render_inspections", "straggler"]  # fmt: skip
+
+WIDE = 80  # columns of a terminal
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def inspections_json(found: Sequence[Named]) -> list[dict[str, Any]]:
 
 def render_inspections(found: Sequence[Named]) -> str:
     """What a terminal shows: the headline, and a line per measure with one column per inspection, 80 wide."""
-    lines = [headline_of(found), ""]
+    lines = [*textwrap.wrap(headline_of(found), WIDE), ""]
     for group in (found[start : start + 3] for start in range(0, len(found), 3)):
         lines += ["Mean over layers (chance)".ljust(34) + "".join(clip(clean(one.name), 14).rjust(15) for one in group)]
         for measure in LAYER_MEASURES:
@@ -142,5 +145,6 @@ def render_inspections(found: Sequence[Named]) -> str:
             sums = [sum(len(getattr(layer, read)) for layer in one.inspection.layers) for one in group]
             lines.append(label.ljust(34) + "".join(str(total).rjust(15) for total in sums))
         lines.append("")
-    lines += [f"! {clean(one.name)}: {clean(problem)}" for one in found for problem in one.inspection.problems]
+    problems = [f"! {clean(one.name)}: {clean(problem)}" for one in found for problem in one.inspection.problems]
+    lines += [line for problem in problems for line in textwrap.wrap(problem, WIDE, subsequent_indent="  ")]
     return "\n".join(lines).rstrip("\n") + "\n"

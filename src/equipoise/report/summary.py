@@ -298,6 +298,8 @@ def _problems(runs: Sequence[Run]) -> list[str]:
         found += [f"{run.path.name}: {one}" for one in sentences[:10]]
         if len(sentences) > 10:
             found.append(f"{run.path.name}: and {len(sentences) - 10} more lines that cannot be read")
+        if not run.steps:
+            found.append(f"{run.path.name}: no step was recorded")
         if run.status == "failed":
             found.append(f"{run.path.name}: failed at step {_reached(run)}: {run.end.message if run.end else ''}")
     return found
