@@ -11,13 +11,21 @@ from collections.abc import Sequence
 from types import FrameType
 
 from ..errors import EquipoiseError
-from . import compare, export, plan, report, resume, train
+from . import compare, export, inspect, plan, report, resume, train
 
 __all__ = ["COMMANDS", "INTERRUPTED", "build_parser", "main"]
 
 # A command is a module with HELP (one sentence), add_arguments(parser) and run(arguments) -> exit code. torch and the
 # packages of the extras are imported inside run: `equipoise --help` and a wrong option answer at once.
-COMMANDS = {"compare": compare, "train": train, "resume": resume, "report": report, "export": export, "plan": plan}
+COMMANDS = {
+    "compare": compare,
+    "train": train,
+    "resume": resume,
+    "inspect": inspect,
+    "report": report,
+    "export": export,
+    "plan": plan,
+}
 INTERRUPTED = 130
 
 DESCRIPTION = """\

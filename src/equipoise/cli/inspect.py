@@ -1,0 +1,122 @@
+"""``equipoise inspect``: looks inside a model folder or a run, and writes what it sees into a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..inspection import Request
+    from ..report.inspection import Inspection
+
+__all__ = ["EPILOG", "HELP", "add_arguments", "run"]
+
+ROOT = Path("inspections")
+HELP = "run text through a model and show which of its experts see what"
+EPILOG = """\
+examples:
+  equipoise inspect runs/train-global-20260131-120000
+  equipoise inspect models/OLMoE-1B-7B --data val.jsonl --tokens 100000 --device cuda
+  equipoise inspect models/step-40000 --against models/step-80000 --layers 0,8-15,-1
+
+MODEL is a folder of transformers (config.json, weights, tokenizer) or a run of this lab. The text is what `equipoise
+train --data` reads, of a source with a held-out part that part; by default a run's own held-out text, or the text of
+this installation. The same command again goes on with an inspection that was stopped.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder of transformers, or a run")
+    parser.add_argument("--data", type=Path, metavar="PATH",
+                        help="text: .jsonl[.gz|.xz|.zst], parquet, a folder per domain, a data set")  # fmt: skip
+    parser.add_argument("--domains", metavar="A,B", help="only these domains")
+    parser.add_argument("--layers", metavar="0,2-4,-1", default="", help="only these routers, counted from 0")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: inspections/MODEL")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder with an inspection")
+    parser.add_argument("--against", type=Path, metavar="MODEL2",
+                        help="another checkpoint: how many choices are the same (router saturation)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON instead of a summary")
+    group = parser.add_argument_group("how")
+    group.add_argument("--tokens", metavar="N", default="32768", help="tokens per domain, or all (default 32768)")
+    group.add_argument("--length", type=int, metavar="N", help="tokens of a window (default 512, or the run's own)")
+    group.add_argument("--micro-batch", type=int, metavar="N", help="windows of a micro-batch (default 4)")
+    group.add_argument("--pass-tokens", type=int, metavar="N", default=4096,
+                       help="tokens that go through the model at a time (default 4096)")  # fmt: skip
+    group.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="where MODEL has none of its own")
+    group.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if any)")
+    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of shuffled labels and of examples")
+    group.add_argument("--save-every", type=float, default=30.0, metavar="SECONDS", help="(default 30)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..inspection import Request, inspect, summarize_inspection
+    from ..inspection.live import RoundsBar
+    from ..lab.live import Preparation, open_console
+
+    request = Request(
+        model=arguments.model,
+        data=arguments.data,
+        domains=tuple(name.strip() for name in (arguments.domains or "").split(",") if name.strip()),
+        layers=arguments.layers,
+        tokens=_tokens(arguments.tokens),
+        length=arguments.length,
+        micro_batch=arguments.micro_batch,
+        against=arguments.against,
+        tokenizer=arguments.tokenizer,
+        pass_tokens=arguments.pass_tokens,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        seed=arguments.seed,
+    )
+    out = arguments.out or ROOT / _slug(request)
+    console = open_console()
+    with RoundsBar(console) as bar, ExitStack() as preparing:
+        prepared = preparing.enter_context(Preparation(console))
+
+        def on_round(done: int, rounds: int, tokens: int) -> None:
+            preparing.close()
+            bar(done, rounds, tokens)
+
+        try:
+            found = inspect(request, out, overwrite=arguments.overwrite, save_every=arguments.save_every,
+                            on_text=prepared, on_round=on_round)  # fmt: skip
+        except KeyboardInterrupt:
+            print(f"saved in {out}; the same command goes on", file=sys.stderr)
+            raise
+    if arguments.json:
+        print(json.dumps(_plain(found), indent=2, allow_nan=False))
+        return 0
+    print(summarize_inspection(found))
+    print(f"\ninspection: {out}")
+    return 0
+
+
+def _tokens(text: str) -> int | None:
+    if text == "all":
+        return None
+    try:
+        return int(text.replace("_", "").replace(",", ""))
+    except ValueError:
+        raise ConfigError(expected="--tokens with a number, or all", got=repr(text), do="for example 100000") from None
+
+
+def _slug(request: Request) -> str:
+    return re.sub(r"[^A-Za-z0-9.+@-]", "_", request.model.resolve().name) or "model"
+
+
+def _plain(found: Inspection) -> dict[str, object]:
+    return {
+        "facts": asdict(found.facts),
+        "domains": [asdict(one) for one in found.domains],
+        "layers": [asdict(one) for one in found.layers],
+        "problems": found.problems,
+    }

@@ -1,0 +1,239 @@
+"""One inspection from a request to a folder; a finished one is read, one that was stopped goes on.
+
+What was summed up to the end of a round is saved in FOLDER/state. Killed at any moment, the same request goes on there,
+to the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError, OutputError
+from ..lab.cache import atomic_write
+from ..lab.workers import locked
+from ..report.inspection import (
+    ARRAYS_NAME,
+    INSPECTION_NAME,
+    Inspection,
+    is_inspection,
+    read_inspection,
+    write_inspection,
+)
+from .findings import conclude
+from .models import Subject, Words, describe_versions, fingerprint, is_run, open_subject, open_words, run_config
+from .rounds import Rounds
+from .tally import Sizes, Tally
+from .text import Windows, check_length, read_windows, source_files, user_text, windows_of_run, write_windows
+
+__all__ = ["REQUEST_NAME", "Request", "inspect", "layers_of"]
+
+REQUEST_NAME, STATE = "request.json", "state"
+LENGTH = 512
+SAVE_EVERY = 30.0  # seconds
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to inspect, and how. ``data`` None: a run's own held-out text, or the text of this installation."""
+
+    model: Path
+    data: Path | None = None
+    domains: tuple[str, ...] = ()
+    layers: str = ""  # "0,3-5,-1"; all
+    tokens: int | None = 32_768  # per domain; None = all
+    length: int | None = None  # of a window; None: a run's own, else 512 or what the model knows
+    micro_batch: int | None = None  # windows; None: a run's own, else 4
+    against: Path | None = None
+    tokenizer: Path | None = None
+    pass_tokens: int = 4096  # that go through the model at a time, at least one micro-batch
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "length", "micro_batch", "pass_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(expected=f"--{name.replace('_', '-')} of at least 1", got=str(value), do="raise it")
+
+    def key(self) -> dict[str, Any]:
+        """What an inspection has to share with one that is gone on with."""
+        plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        files = [fingerprint(path) for path in (self.model, self.against) if path is not None]
+        return json.loads(json.dumps(plain | {"files": files, "text": source_files(self.data)}))
+
+
+def inspect(
+    request: Request,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    save_every: float = SAVE_EVERY,
+    on_text: Progress | None = None,
+    on_round: Callable[[int, int, int], None] | None = None,
+) -> Inspection:
+    """Inspects a model into the folder ``out``, or goes on with what is there; a finished one is read.
+
+    Args:
+        overwrite: begin anew, whatever inspection ``out`` holds.
+        save_every: seconds between two savings.
+        on_text: called while text is read, with a phrase and the share that is done.
+        on_round: called after each round with (rounds done, rounds, tokens done).
+
+    Ctrl-C and SIGTERM end the round at hand, save and raise KeyboardInterrupt.
+
+    Raises:
+        DataError: no model, tokenizer or text there, or one that cannot be read.
+        ConfigError: a dense model, routers that cannot be read, settings that do not fit the model.
+        InputError: logits that are not finite.
+        OutputError: a folder that cannot be written, or that holds another inspection.
+    """
+    if not request.model.is_dir():
+        open_subject(request.model, torch.device("cpu"))  # says what is wrong
+    with locked(out):
+        if _open_folder(out, request.key(), overwrite):
+            return read_inspection(out)
+        device = _device(request.device)
+        subject = open_subject(request.model, device, request.dtype)
+        other = open_subject(request.against, device, request.dtype) if request.against else None
+        chosen = layers_of(request.layers, len(subject.routers))
+        words = open_words(request.tokenizer or request.model)
+        windows = _windows(out / STATE / "tokens", request, subject, words, on_text)
+        batch = request.micro_batch or _own_batch(request.model)
+        sizes = Sizes(len(windows.domains), windows.windows, windows.equal, windows.length, batch, request.seed)
+        tally = Tally([subject.routers[i] for i in chosen], sizes, windows.frequency(subject.vocab_size), device,
+                      against=other is not None)  # fmt: skip
+        others = [] if other is None else [_same_shape(other, subject).routers[i] for i in chosen]
+        at_a_time = batch * max(1, request.pass_tokens // (batch * windows.length))
+        rounds = Rounds(tally, windows, subject, other, others, words.begin, at_a_time)
+        seconds = rounds.run(out / STATE, save_every, on_round)
+        found = conclude(
+            subject.model, tally, windows, words.show, _problems(windows),
+            model=str(request.model), family=subject.family,
+            data=_data_name(request), against=str(request.against) if request.against else None,
+            device=_device_name(device), dtype=str(subject.dtype).removeprefix("torch."),
+            created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=seconds, versions=describe_versions(),
+        )  # fmt: skip
+        write_inspection(out, found)
+        shutil.rmtree(out / STATE, ignore_errors=True)
+    return found
+
+
+def layers_of(text: str, count: int) -> list[int]:
+    """The places that ``--layers`` names among the model's routers.
+
+    >>> layers_of("0,2-3,-1", 6), layers_of("", 2)
+    ([0, 2, 3, 5], [0, 1])
+    """
+    chosen: set[int] = set()
+    for part in text.replace(" ", "").split(",") if text else [f"0-{count - 1}"]:
+        first, dash, last = part[1:].partition("-") if part.startswith("-") else part.partition("-")
+        try:
+            start = int(first) * (-1 if part.startswith("-") else 1)
+            stop = int(last) if dash else start
+            places = range(start, stop + 1) if dash else [start]
+        except ValueError:
+            places = []
+        if not places or any(not -count <= place < count for place in places):
+            raise ConfigError(expected=f"--layers of 0 to {count - 1}: this model has {count} routers", got=repr(part),
+                              do="for example 0,2-4,-1")  # fmt: skip
+        chosen |= {place % count for place in places}
+    return sorted(chosen)
+
+
+def _open_folder(out: Path, key: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the folder holds this inspection, finished. Raises OutputError where it holds another one."""
+    path = out / REQUEST_NAME
+    if overwrite:
+        shutil.rmtree(out / STATE, ignore_errors=True)
+        for name in (INSPECTION_NAME, ARRAYS_NAME, REQUEST_NAME):
+            (out / name).unlink(missing_ok=True)
+    try:
+        earlier = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        earlier = None
+    except (OSError, ValueError):
+        earlier = {}
+    if earlier is not None and earlier != key:
+        names = [name for name in key if earlier.get(name) != key[name]]
+        raise OutputError(expected=f"a new folder, or one with this inspection: {out}",
+                          got=f"an inspection with another {', '.join(names)}",
+                          do="choose another --out, or begin anew with --overwrite")  # fmt: skip
+    if earlier is None and is_inspection(out):
+        raise OutputError(expected=f"a new folder: {out}", got="an inspection whose request is gone",
+                          do="choose another --out, or begin anew with --overwrite")  # fmt: skip
+    atomic_write(path, json.dumps(key, indent=1).encode())
+    return is_inspection(out)
+
+
+def _windows(folder: Path, request: Request, subject: Subject, words: Words, on_text: Progress | None) -> Windows:
+    """The tokens that are on the disk already, or those of the text that is asked for."""
+    own = is_run(request.model) and request.data is None and request.tokenizer is None and not request.domains
+    if own:
+        length, streams = windows_of_run(request.model, request.tokens)
+        if request.length not in (None, length):
+            raise ConfigError(expected=f"the windows of this run, {length} tokens", got=f"--length {request.length}",
+                              do="leave --length out, or pass text of your own with --data")  # fmt: skip
+    else:
+        room = None if subject.longest is None else subject.longest - (words.begin is not None)
+        length = request.length or min(LENGTH, room or LENGTH)
+        if is_run(request.model) and request.length is None:
+            length = run_config(request.model).data.sequence_length
+        check_length(length, room)
+        streams = user_text(request.data, words, length, request.tokens, request.domains, on_text)
+    found = read_windows(folder)
+    if found is not None and found.length == length:
+        return found
+    shutil.rmtree(folder, ignore_errors=True)
+    return write_windows(folder, streams, length)
+
+
+def _same_shape(other: Subject, subject: Subject) -> Subject:
+    """Raises ConfigError where the layers of two models cannot be compared."""
+    shapes = [[(one.num_experts, one.top_k) for one in each.routers] for each in (subject, other)]
+    if shapes[0] != shapes[1] or other.vocab_size != subject.vocab_size:
+        got = [f"{len(s)} routers, {s[0][0]} experts, top-{s[0][1]}" for s in shapes]
+        raise ConfigError(expected="--against another checkpoint of the same model", got=" and ".join(got),
+                          do="compare checkpoints of one run")  # fmt: skip
+    return other
+
+
+def _own_batch(model: Path) -> int:
+    return run_config(model).train.sequences_per_micro_batch if is_run(model) else 4
+
+
+def _problems(windows: Windows) -> list[str]:
+    if len(windows.domains) == 1:
+        return ["one domain: nothing can be said about what tells domains apart"]
+    return []
+
+
+def _data_name(request: Request) -> str:
+    if request.data is not None:
+        return str(request.data)
+    return "the run's own held-out text" if is_run(request.model) else "the text of this installation"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(expected="--device cpu, cuda or cuda:N that is there", got=f"{name}: {str(error)[:80]}",
+                          do="leave --device out") from None  # fmt: skip
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
