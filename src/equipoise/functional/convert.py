@@ -9,15 +9,16 @@ from ..errors import ConfigError, unknown_name
 __all__ = ["CONVENTIONS", "convert_coef"]
 
 # What a coefficient of 1 is there in ours, by top-k and the number of MoE layers. Ours is Megatron's: f sums to 1 over
-# the experts, and every layer's loss enters whole.
+# the experts, and every layer's loss enters whole. docs/coefficients.md has each formula, its version and its test.
 CONVENTIONS: dict[str, Callable[[int, int], float]] = {
     "automodel": lambda _top_k, _layers: 1.0,
-    "deepspeed": lambda _top_k, _layers: 1.0,  # with top_k >= 3; its top-2 gate counts first choices only
+    "deepspeed": lambda _top_k, _layers: 1.0,  # its top-2 gate counts first choices only
     "lm-engine": lambda _top_k, _layers: 1.0,
     "maxtext": lambda top_k, layers: top_k / layers,  # f sums to K, mean over layers
     "megablocks": lambda _top_k, layers: 1 / layers,  # mean over layers
     "megatron": lambda _top_k, _layers: 1.0,
-    "olmo-core": lambda _top_k, layers: 1 / layers,  # scale_loss_by_num_layers
+    "olmo-core": lambda _top_k, layers: 1 / layers,  # MoEBase, scale_loss_by_num_layers
+    "olmo-core-v2": lambda _top_k, _layers: 1.0,  # nn.moe.v2 does not divide by layers
     "transformers": lambda top_k, layers: top_k / layers,  # f sums to K, counts and probabilities pooled over layers
 }
 
@@ -31,8 +32,9 @@ def convert_coef(coef: float, source: str, *, top_k: int = 1, num_layers: int = 
         num_layers: MoE layers L of the model.
 
     For "transformers" it is equal where all layers are loaded alike; that loss pools layers before the product of f and
-    P, so that opposite imbalances cancel, which no coefficient reproduces. What a trainer multiplies on top
-    (transformers' Trainer: accumulation steps times ranks) is not in it. Raises ConfigError for an unknown library or a
+    P, so that opposite imbalances cancel, which no coefficient reproduces. For "deepspeed" with K = 2 it is equal where
+    first and second choices are spread alike. What a trainer multiplies on top (transformers' Trainer: accumulation
+    steps times ranks) is not in it; docs/coefficients.md says what is. Raises ConfigError for an unknown library or a
     size below 1.
 
     >>> convert_coef(1e-3, "transformers", top_k=8, num_layers=48)
