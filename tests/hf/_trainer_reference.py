@@ -54,6 +54,7 @@ def expected(
     batches: list[dict[str, Tensor]] | None = None,
     means: list[list[int]] | None = None,
     smoothing: float = 0.0,
+    prepare: Any = None,
 ) -> Expected:
     """The policies of ``policies_for`` over the next so many rows of ``Text`` in each step.
 
@@ -62,10 +63,12 @@ def expected(
         means: rows (by their place in the step) whose label tokens share a mean; the loss is the mean of those means.
             Default: all label tokens of the step weigh the same.
         smoothing: of the labels.
+        prepare: what a function makes of the model (PEFT).
     """
-    model = build(family).double().train()
+    twin, found = Twin(build(family), family), Expected()
+    model: Any = twin.model if prepare is None else prepare(twin.model)
+    model.double().train()
     model.set_experts_implementation("eager")  # grouped_mm knows no float64
-    twin, found = Twin(model, family), Expected()
     previous: dict[str, list[int]] | None = None
     for given in batches or [rows_of(sum(rows_of_steps[:i]), n) for i, n in enumerate(rows_of_steps)]:
         batch = dict(given)
@@ -84,7 +87,8 @@ def expected(
         found.loads.append(list(previous.values()))
         found.values.append([float(v.detach()) / COEF / len(previous) for v in (of_sequences, of_before)])
         moved = {}
-        for (name, bias_E), counts in zip(bias_of(model).items(), previous.values(), strict=False):
+        biases = {name: bias_E for name, bias_E in bias_of(model).items() if "original_module" not in name}
+        for (name, bias_E), counts in zip(biases.items(), previous.values(), strict=False):
             bias_E.copy_(torch.tensor(naive_bias_step(bias_E.tolist(), counts, RATE)))
             moved[name] = bias_E.clone()
         found.biases.append(moved)

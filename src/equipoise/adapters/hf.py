@@ -101,9 +101,9 @@ class BalanceCallback(TrainerCallback):
         """
         if self.balancer is None:
             raise StateError(expected="a balancer", got="none before training begins", do="train first")
-        biases = {_plain_name(layer.name): layer.router.expert_bias for layer in self.balancer._layers}
-        whole = {name: bias_E for name, bias_E in biases.items() if type(bias_E) in (Tensor, nn.Parameter, nn.Buffer)}
-        write_state(self.balancer.state_dict() | {"biases": whole}, Path(folder) / FILE)
+        layers = self.balancer._layers if self._moves_biases else []
+        biases = {_plain_name(layer.name): layer.router.expert_bias for layer in layers}
+        write_state(self.balancer.state_dict() | {"biases": biases}, Path(folder) / FILE)
 
     def _release(self) -> None:
         if self._trainer is None:
@@ -161,6 +161,10 @@ class BalanceCallback(TrainerCallback):
 
     # ---------------------------------------------------------------- small parts
 
+    @property
+    def _moves_biases(self) -> bool:
+        return any(isinstance(t.policy, ExpertBias) for t in timeline(self.policies))
+
     def _balancer(self) -> Balancer:
         assert self.balancer is not None
         return self.balancer
@@ -174,14 +178,16 @@ class BalanceCallback(TrainerCallback):
     def _load(self, folder: Path) -> None:
         state = read_state(folder / FILE)
         self._balancer().load_state_dict(state)
-        _put_biases(self._balancer(), state)
+        if self._moves_biases:
+            _put_biases(self._balancer(), state.get("biases", {}))
 
     def _warn_of_biases(self) -> None:
         """Of biases that move and are in no file that ``save_model`` writes."""
-        moves = any(isinstance(t.policy, ExpertBias) for t in timeline(self.policies))
-        layers = [layer for layer in self._balancer()._layers if layer.trainable]
-        adapter = hasattr(self._model(), "peft_config")
-        if moves and any(adapter or getattr(layer.router, "own_bias", None) is not None for layer in layers):
+        routers = [layer.router for layer in self._balancer()._layers if layer.trainable and self._moves_biases]
+        adapter = hasattr(self._model(), "peft_config")  # of which PEFT saves no buffer but those of modules_to_save
+        buffers = self._model().named_buffers()
+        saved = {b.data_ptr() for name, b in buffers if not adapter or "modules_to_save" in name}
+        if any(router.expert_bias.data_ptr() not in saved for router in routers):
             warnings.warn(
                 f"ExpertBias moves biases that the files of {'a LoRA adapter' if adapter else 'this model'} do not "
                 f"hold. Each checkpoint has them in {FILE} (BalanceCallback.save writes it elsewhere); put them back "
@@ -221,30 +227,29 @@ def load_biases(model: nn.Module, folder: str | Path) -> None:
       got: no balancer.safetensors
       do:  pass a checkpoint that was saved with BalanceCallback
     """
-    state = read_state(Path(folder) / FILE)
+    biases = read_state(Path(folder) / FILE).get("biases", {})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="every router of this model is frozen")
         balancer = Balancer(model, [ExpertBias(rate=0.0)])
     try:
-        _put_biases(balancer, state, every=True)
+        known = {_plain_name(layer.name) for layer in balancer._layers}
+        if not biases or not biases.keys() <= known:
+            raise DataError(
+                expected=f"expert biases of {', '.join(sorted(known))}",
+                got=", ".join(biases) or "none",
+                do="load them into the model that they were trained with",
+            )
+        _put_biases(balancer, biases)
     finally:
         balancer.remove()
 
 
-def _put_biases(balancer: Balancer, state: dict[str, Any], *, every: bool = False) -> None:
-    """Into the model's routers, by name; a bias that is sharded comes with the model's own checkpoint."""
-    biases = {name: bias_E for name, bias_E in state.get("biases", {}).items() if bias_E is not None}
-    routers = {_plain_name(layer.name): layer.router for layer in balancer._layers}
-    if every and (not biases or not biases.keys() <= routers.keys()):
-        raise DataError(
-            expected=f"expert biases of {', '.join(routers)}",
-            got=", ".join(biases) or "none",
-            do="load them into the model that they were trained with",
-        )
+def _put_biases(balancer: Balancer, biases: dict[str, Tensor]) -> None:
+    """Into the model's routers, by name."""
     with torch.no_grad():
-        for name, bias_E in biases.items():
-            if name in routers and routers[name].expert_bias is not None:
-                routers[name].expert_bias.copy_(bias_E)
+        for layer in balancer._layers:
+            if (bias_E := biases.get(_plain_name(layer.name))) is not None:
+                layer.router.expert_bias.copy_(bias_E)
 
 
 def _plain_name(name: str) -> str:
