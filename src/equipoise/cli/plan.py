@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
 HELP = "what imbalance costs on your cluster: seconds and memory of a step"
+MOST = 2**20
 EPILOG = """\
 examples:
   equipoise plan                       Qwen3-30B-A3B on 64 H100, five strategies
@@ -76,9 +77,9 @@ def run(args: argparse.Namespace) -> int:
     from .. import plan
 
     for name, least in (("seed", 0), ("up_to", 0), ("maxvio_over", 1)):
-        if getattr(args, name) < least:
-            raise ConfigError(expected=f"--{name.replace('_', '-')} >= {least}", got=str(getattr(args, name)),
-                              do="choose another number")  # fmt: skip
+        if not least <= getattr(args, name) <= MOST:
+            raise ConfigError(expected=f"--{name.replace('_', '-')} of {least} to {MOST:,}",
+                              got=str(getattr(args, name)), do="choose another number")  # fmt: skip
     if args.presets:
         print(plan.render_presets(), end="")
         return 0

@@ -110,7 +110,7 @@ def check(cluster: Cluster | None = None, *, seed: int = 0) -> Check:
 
 def _solve(f: Callable[[float], float], target: float, low: float, high: float) -> float:
     """Where the rising ``f`` reaches ``target``, by halving; an end of the interval where it never does."""
-    for _ in range(24):
+    for _ in range(15):
         middle = (low + high) / 2
         low, high = (middle, high) if f(middle) < target else (low, middle)
     return (low + high) / 2

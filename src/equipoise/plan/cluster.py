@@ -16,6 +16,7 @@ __all__ = ["Cluster", "describe", "parse_settings", "read_toml"]
 
 PLACEMENTS = ("contiguous", "strided", "packed")
 SYNCS = ("step", "micro_batch", "layer")
+MOST = {"experts": 2**16, "ep": 2**20, "tokens": 2**24, "top_k": 2**10}  # what the simulation has room for
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,9 @@ def _positive(c: Cluster) -> None:
 def _fits(c: Cluster) -> None:
     if c.top_k > c.experts:
         raise ConfigError(expected="top_k <= experts", got=f"top_k={c.top_k}, experts={c.experts}", do="lower top_k")
+    for name, most in MOST.items():
+        if getattr(c, name) > most:
+            raise ConfigError(expected=f"{name} <= {most:,}", got=f"{getattr(c, name):,}", do="plan for fewer")
     if c.gpus % c.ep:
         raise ConfigError(expected="ep divides gpus", got=f"ep={c.ep}, gpus={c.gpus}",
                           do="choose gpus as a multiple of ep")  # fmt: skip

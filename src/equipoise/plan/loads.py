@@ -8,6 +8,7 @@ their two standard deviations. A larger one raises every MaxVio, and it means th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,7 +42,7 @@ class Batch:
 class Loads(Protocol):
     """Something that can say how the parts of a group are loaded."""
 
-    def draw(self, rng: np.random.Generator, size: tuple[int, int], batch: Batch) -> Array:
+    def draw(self, seed: int, size: tuple[int, int], batch: Batch) -> Array:
         """Loads [layers, micro-batches, parts] of ``size`` = (layers, micro-batches); their sum is ``batch.pairs``."""
         ...
 
@@ -57,8 +58,9 @@ class Skew:
     corpus: float = 0.0
     source: float = 0.0
 
-    def draw(self, rng: np.random.Generator, size: tuple[int, int], batch: Batch) -> Array:
-        shares_LSR = _by_part(shares(self, batch.experts, size[0], rng), batch)
+    def draw(self, seed: int, size: tuple[int, int], batch: Batch) -> Array:
+        rng = np.random.default_rng((seed, 1))
+        shares_LSR = _by_part(_drawn(self, batch.experts, size[0], seed), batch)
         weights_LBS = rng.multinomial(batch.sources, np.full(SOURCES, 1 / SOURCES), size=size) / batch.sources
         p_LBR = weights_LBS @ shares_LSR
         return rng.multinomial(batch.pairs, p_LBR / p_LBR.sum(axis=-1, keepdims=True)).astype(float)
@@ -91,7 +93,7 @@ class Recorded:
                             do="save one row per micro-batch, layer and expert")  # fmt: skip
         object.__setattr__(self, "counts_MLE", counts)
 
-    def draw(self, rng: np.random.Generator, size: tuple[int, int], batch: Batch) -> Array:
+    def draw(self, seed: int, size: tuple[int, int], batch: Batch) -> Array:
         """The recorded micro-batches of as many ranks together; the layers take turns."""
         total, layers, recorded = self.counts_MLE.shape
         if recorded != batch.experts:
@@ -99,6 +101,7 @@ class Recorded:
                               do=f"--set experts={recorded}, or give the record's MaxVio instead")  # fmt: skip
         shares_MLE = self.counts_MLE / self.counts_MLE.sum(axis=-1, keepdims=True)
         shares_LMR = _by_part(shares_MLE.transpose(1, 0, 2), batch)
+        rng = np.random.default_rng((seed, 1))
         times_LBM = rng.multinomial(batch.ranks, np.full(total, 1 / total), size=size) / batch.ranks
         return batch.pairs * (times_LBM @ shares_LMR[np.arange(size[0]) % layers])
 
@@ -121,6 +124,12 @@ def shares(skew: Skew, experts: int, layers: int, rng: np.random.Generator) -> A
     return q_LSE
 
 
+@functools.lru_cache(maxsize=1)
+def _drawn(skew: Skew, experts: int, layers: int, seed: int) -> Array:
+    """The same shares for every number of ranks: read, never written."""
+    return shares(skew, experts, layers, np.random.default_rng((seed, 0)))
+
+
 def expected_maxvio(skew: Skew, experts: int, sources: int, pairs: int, *, seed: int = 0) -> float:
     """Mean MaxVio over ``pairs`` (token, choice) pairs of text from ``sources`` draws of a source.
 
@@ -129,9 +138,9 @@ def expected_maxvio(skew: Skew, experts: int, sources: int, pairs: int, *, seed:
     >>> round(expected_maxvio(Skew(), experts=64, sources=1, pairs=64 * 2048), 2)
     0.05
     """
-    layers = int(np.clip(MOST // (4 * SOURCES * experts), 4, 48))
+    layers = int(np.clip(MOST // (4 * SOURCES * experts), 4, 24))
     batch = Batch(experts, experts, 1, sources, pairs)
-    loads_LBE = skew.draw(np.random.default_rng(seed), (layers, 16), batch)
+    loads_LBE = skew.draw(seed, (layers, 16), batch)
     return float((loads_LBE.max(axis=-1) / loads_LBE.mean(axis=-1)).mean() - 1)
 
 

@@ -19,6 +19,7 @@ from .strategies import TYPICAL, Strategy, needs_counts
 __all__ = ["Observed", "observe"]
 
 TABLES = (".csv", ".npy", ".npz")
+MOST_COUNTS = 5e7  # that a .csv may speak of
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _read_csv(path: Path) -> Array:
     where = np.array([row[:3] for row in rows])
     if (where < 0).any():
         raise ValueError("a negative number of a micro-batch, layer or expert")
-    if np.prod(where.max(axis=0) + 1.0) > 1e9:
+    if np.prod(where.max(axis=0) + 1.0) > MOST_COUNTS:
         raise ValueError(f"numbers of micro-batches, layers, experts up to {where.max(axis=0)}")
     counts = np.zeros(where.max(axis=0) + 1)
     np.add.at(counts, tuple(where.T), [row[3] for row in rows])
@@ -137,6 +138,9 @@ def _measure(run: Run) -> _Measured:
         raise DataError(expected=f"a record in {run.path} that says how its micro-batches were cut",
                         got="a header without sequence_length, sequences_per_micro_batch or micro_batches",
                         do="give the MaxVio instead: --maxvio NAME=0.8")  # fmt: skip
+    if not 1 <= header.top_k <= header.num_experts:
+        raise DataError(expected=f"1 <= top_k <= experts in {run.path}",
+                        got=f"top_k={header.top_k}, experts={header.num_experts}", do="pass another run")  # fmt: skip
     batch = _mean(step.balance.get("balance/maxvio_micro_batch", math.nan) for step in end)
     corpus = _mean(step.balance.get("balance/maxvio_global", math.nan) for step in end)
     pairs = length * sequences * header.top_k
@@ -149,7 +153,8 @@ def _measure(run: Run) -> _Measured:
                             do="pass a run that was trained further, or give --maxvio NAME=0.8")  # fmt: skip
         last = run.evaluations[-1]
         batch, corpus = _mean(last.maxvio_micro_batch), _mean(last.maxvio_global)
-        over = max(1, sum(last.tokens.values()) // (length * sequences))
+        held_out = sum(n for n in last.tokens.values() if isinstance(n, int))
+        over = max(1, held_out // (length * sequences))
     scope = {"experts": header.num_experts, "sources": sources, "pairs": pairs, "all_sources": sources * over,
              "all_pairs": pairs * over, "top_k": header.top_k}  # fmt: skip
     return _Measured(header.strategy, batch, corpus, scope)
@@ -163,8 +168,9 @@ def _strategy(runs: list[_Measured]) -> Strategy:
     return Strategy(runs[0].name, loads, origin, counts=needs_counts(runs[0].name))
 
 
-def _mean(values: Iterable[float]) -> float:
-    known = [value for value in values if math.isfinite(value)]
+def _mean(values: Iterable[Any]) -> float:
+    """Of those that are numbers: a record may hold anything."""
+    known = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
     return sum(known) / len(known) if known else math.nan
 
 

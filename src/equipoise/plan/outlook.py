@@ -62,13 +62,17 @@ def outlook(cluster: Cluster, strategies: list[Strategy], *, up_to: int = 4096, 
     """
     if not strategies:
         raise ConfigError(expected="at least one strategy", got="none", do="name one: --strategies micro,global")
-    growth = []
-    for ep in growth_sizes(cluster.experts, up_to):
-        wider = replace(cluster, ep=ep, gpus=_multiple(cluster.gpus, ep), replicas=max(1, ep // cluster.experts))
-        rows = [_row(wider, one, seed) for one in strategies]
-        growth.append(Growth(ep, wider.gpus, wider.replicas, wider.experts_per_rank, rows))
-    rows = [_row(cluster, one, seed) for one in strategies]
-    return Outlook(cluster, work(cluster), _even(cluster), rows, growth, notes or [], seed)
+    wider = [
+        replace(cluster, ep=ep, gpus=_multiple(cluster.gpus, ep), replicas=max(1, ep // cluster.experts))
+        for ep in growth_sizes(cluster.experts, up_to)
+    ]
+    # strategy by strategy: one draw of its shares serves all numbers of ranks
+    table = [[_row(on, one, seed) for on in (cluster, *wider)] for one in strategies]
+    growth = [
+        Growth(on.ep, on.gpus, on.replicas, on.experts_per_rank, [rows[i] for rows in table])
+        for i, on in enumerate(wider, start=1)
+    ]
+    return Outlook(cluster, work(cluster), _even(cluster), [rows[0] for rows in table], growth, notes or [], seed)
 
 
 def growth_sizes(experts: int, up_to: int) -> list[int]:

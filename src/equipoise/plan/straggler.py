@@ -13,7 +13,7 @@ from .loads import Batch, Loads
 
 __all__ = ["Straggler", "batch_of", "expected_max", "straggler"]
 
-CELLS = 2_000_000  # loads in one simulation: bounds time and memory
+CELLS = 400_000  # loads in one simulation: bounds time and memory
 SOURCE_CELLS = 4_000_000  # the same for the shares of all sources
 LAYERS, BATCHES = 64, 32  # at most; fewer where there are very many ranks, whose largest load varies less
 
@@ -49,7 +49,7 @@ def straggler(loads: Loads, cluster: Cluster, *, seed: int = 0) -> Straggler:
     batch = batch_of(cluster)
     layers = int(np.clip(SOURCE_CELLS // (32 * batch.experts), 8, LAYERS))
     batches = int(np.clip(CELLS // (layers * batch.parts), 4, BATCHES))
-    loads_LBR = loads.draw(np.random.default_rng(seed), (layers, batches), batch)
+    loads_LBR = loads.draw(seed, (layers, batches), batch)
     relative_LBR = loads_LBR / loads_LBR.mean(axis=-1, keepdims=True)
     factor_LB = relative_LBR.max(axis=-1)
     by_layer = factor_LB.mean(axis=1)

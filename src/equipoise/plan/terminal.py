@@ -22,7 +22,7 @@ def render_outlook(plan: Outlook) -> str:
     """The whole plan."""
     blocks = [
         _wrap(headline(plan)),
-        "\n".join(_wrap(f"! {note}", "  ") for note in plan.notes[:12]),
+        "\n".join(_wrap(f"! {clean(note)}", "  ") for note in plan.notes[:12]),
         _strategies(plan),
         _time(plan),
         *_growth(plan),
@@ -88,7 +88,7 @@ def _growth(plan: Outlook) -> Iterator[str]:
     for start in range(0, len(names) if plan.growth else 0, AT_ONCE):
         chosen = slice(start, start + AT_ONCE)
         head = ["EP", "GPUs", "each", *(clip(clean(name), 10) for name in names[chosen])]
-        lines = [[f"{g.ep:,}", f"{g.gpus:,}", _held(g), *map(_grown, g.rows[chosen])] for g in plan.growth]
+        lines = [[_ranks(g.ep), _ranks(g.gpus), _held(g), *map(_grown, g.rows[chosen])] for g in plan.growth]
         note = (
             "slowest/mean load and the step's time over even load. each: experts per rank; 1/n where n ranks hold "
             "copies of one and share its tokens. GPUs grow with EP, so does the text that a group routes together."
@@ -99,6 +99,10 @@ def _growth(plan: Outlook) -> Iterator[str]:
 def _grown(row: Row) -> str:
     factor = f"{row.straggler.mean:.2f}" if row.straggler.mean < 10 else f"{row.straggler.mean:.1f}"
     return f"{factor} {_percent(row.cost, sign=True, short=True) if row.cost < 2 else f'{1 + row.cost:.1f}x'}"
+
+
+def _ranks(number: int) -> str:
+    return str(number) if number < 10_000 else f"{number / 1000:.0f}k"
 
 
 def _held(one: Growth) -> str:
