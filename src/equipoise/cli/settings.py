@@ -32,6 +32,7 @@ FLAGS: dict[str, tuple[str, type, str, str]] = {
     "--steps": ("train.steps", int, "N", "optimizer steps"),
     "--lr": ("train.lr", float, "X", "peak learning rate"),
     "--seed": ("train.seed", int, "N", "of the weights and of the order of the data"),
+    "--log": ("train.log", str, "A,B", "wandb, mlflow: the curves go there too, under the same names"),
     "--experts": ("model.experts", int, "N", "experts per layer"),
     "--top-k": ("model.top_k", int, "N", "experts per token"),
 }

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "add_layout", "on_ranks", "run", "train_in"]
 
-RUN_FILES = ("record.jsonl", "checkpoints", "tensorboard", "tokenizer.json")
+RUN_FILES = ("record.jsonl", "checkpoints", "tensorboard", "tracking.json", "tokenizer.json")
 LEAVING_SECONDS = 60.0
 MOMENT = 2.0  # that the first rank has to say what is wrong: torchrun ends all ranks when one has ended
 STOPPED = 130  # what the command returns after Ctrl-C

@@ -21,6 +21,7 @@ CHECKPOINTING = ("none", "reentrant", "non_reentrant")
 MIXES = ("micro_batch", "sequence")
 THROUGH = ("auto", "lab", "transformers")
 PRECISIONS = ("fp32", "bf16")
+LOGGERS = ("wandb", "mlflow")  # see `lab.events`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +160,7 @@ class TrainConfig:
     load_every: int = 5  # steps between stored loads; 0 = never
     fidelity_every: int = 20  # steps between comparisons of the estimators with ``exact``; 0 = never
     tensorboard: bool = True
+    log: tuple[str, ...] = ()  # wandb, mlflow: beside TensorBoard, where they are installed
     threads: int = 1
     seed: int = 0
 
@@ -167,6 +169,8 @@ class TrainConfig:
                 "load_every", "fidelity_every", "seed")  # fmt: skip
         _check_numbers(self, "train.", may_be_zero=zero)
         _one_of("precision", self.precision, PRECISIONS)
+        for name in self.log:
+            _one_of("place to log to", name, LOGGERS)
         _require(
             self.min_lr_ratio <= 1,
             "train.min_lr_ratio <= 1",

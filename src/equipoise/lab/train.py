@@ -35,16 +35,16 @@ from .cache import atomic_write
 from .config import RunConfig, TrainConfig, from_dict, to_dict
 from .data import Batches, prepare
 from .evaluate import evaluate
-from .events import Events
+from .events import Events, require
 from .model import active_parameters
 from .parallel import Parts, World, join
 from .pretrained import build, fingerprint, tokenizer_of
 from .process import keep_freed_memory, peak_memory, stop_signals, threads
 from .strategies import strategy_of
 
-__all__ = ["CHECKPOINTS", "TENSORBOARD", "learning_rate", "train"]
+__all__ = ["CHECKPOINTS", "learning_rate", "train"]
 
-CHECKPOINTS, TENSORBOARD = checkpoint.FOLDER, "tensorboard"
+CHECKPOINTS = checkpoint.FOLDER
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -177,10 +177,13 @@ class _Run:
         if self.config.model.folder is None:  # an export needs it when the cache is gone
             atomic_write(self.folder / self.data.tokenizer_path.with_stem("tokenizer").name,
                          self.data.tokenizer_path.read_bytes(), do="free disk space")  # fmt: skip
+        require(self.config.train.log)
         self.writer = RecordWriter(self.folder, keep_until=self.step if self.step else -1)
         self.writer.write(self._header())
-        if self.config.train.tensorboard:
-            self.events = Events(self.folder / TENSORBOARD, purge_step=self.step + 1 if self.step else None)
+        train = self.config.train
+        if train.tensorboard or train.log:
+            self.events = Events(self.folder, tensorboard=train.tensorboard, log=train.log,
+                                 config=to_dict(self.config), step=self.step)  # fmt: skip
 
     def train_step(self) -> Step:
         """One optimizer step over all its micro-batches, and its record."""

@@ -12,7 +12,7 @@ __all__ = ["Settings", "common_step", "fingerprint", "judge"]
 
 # Settings that change nothing of what is learned or measured, or that say which strategy and seed a run is
 FREE = {"strategy", "policies", "train.seed", "train.eval_every", "train.checkpoint_every", "train.load_every",
-        "train.fidelity_every", "train.tensorboard", "train.threads"}  # fmt: skip
+        "train.fidelity_every", "train.log", "train.tensorboard", "train.threads"}  # fmt: skip
 BY_STRATEGY = {"model.gate", "model.selection_bias"}  # a strategy may bring its gate with it
 SAME_TEXT = {"corpus", "domains", "data.domains", "data.sequence_length", "model.vocab_size", "train.eval_sequences"}
 MOST_SHOWN = 6
