@@ -94,16 +94,16 @@ def hugging_face_config(config: ModelConfig, *, max_positions: int) -> dict[str,
     return common | own | {"model_type": "dots1", "first_k_dense_replace": 0, "sliding_window": None}
 
 
-def model_config(settings: Mapping[str, Any]) -> ModelConfig:
+def model_config(settings: Mapping[str, Any], folder: str) -> ModelConfig:
     """The inverse of ``hugging_face_config``, for the ``config.json`` of any folder.
 
     Raises ConfigError, with the reason, for what the lab's model cannot compute: another class, or one of these two
     with dense layers, sliding windows, scaled positions or biases.
 
     >>> from equipoise.lab.config import ModelConfig
-    >>> model_config(hugging_face_config(ModelConfig(gate="softmax"), max_positions=256)).experts
+    >>> model_config(hugging_face_config(ModelConfig(gate="softmax"), max_positions=256), "my-model").experts
     16
-    >>> model_config({"model_type": "mixtral"})
+    >>> model_config({"model_type": "mixtral"}, "my-model")
     Traceback (most recent call last):
     equipoise.errors.ConfigError: expected a model that the lab's own holds: qwen3_moe or dots1 as it writes them
       got: model_type = 'mixtral'
@@ -116,6 +116,7 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
             do="leave model.through at auto: transformers computes it",
         )
     sigmoid = settings["model_type"] == "dots1"
+    settings = {"head_dim": _head_dim(settings), **settings}
     found = {ours: settings[theirs] for ours, theirs in SIZES.items()}
     found |= {ours: settings[theirs] for ours, theirs in OF_SIGMOID.items()} if sigmoid else {
         "experts": _experts(settings)}  # fmt: skip
@@ -125,6 +126,9 @@ def model_config(settings: Mapping[str, Any]) -> ModelConfig:
         gate="sigmoid" if sigmoid else "softmax",
         selection_bias=sigmoid,
         rope_theta=float(_rope(settings)["rope_theta"]),
+        folder=folder,
+        through="lab",
+        family=settings["model_type"],
     )
 
 
@@ -204,8 +208,8 @@ def _differences(settings: Mapping[str, Any]) -> Iterator[str]:
     if (kind := settings.get("model_type")) not in ("qwen3_moe", "dots1"):
         yield f"model_type = {kind!r}"
         return
-    needed = [*SIZES.values(), *(OF_SIGMOID.values() if kind == "dots1" else ())]
-    yield from (f"no {name}" for name in needed if name not in settings)
+    needed = {*SIZES.values(), *(OF_SIGMOID.values() if kind == "dots1" else ())} - {"head_dim"}
+    yield from (f"no {name}" for name in sorted(needed) if settings.get(name) is None)
     if kind == "qwen3_moe" and _experts(settings) is None:
         yield "no num_experts"
     yield from (
@@ -222,6 +226,11 @@ def _differences(settings: Mapping[str, Any]) -> Iterator[str]:
         yield f"sliding_window = {settings['sliding_window']}"
     if "quantization_config" in settings:
         yield "quantized weights"
+
+
+def _head_dim(settings: Mapping[str, Any]) -> int:
+    """Where a file leaves it out, the classes share the width among the heads."""
+    return settings["hidden_size"] // settings["num_attention_heads"]
 
 
 def _experts(settings: Mapping[str, Any]) -> Any:

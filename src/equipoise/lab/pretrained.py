@@ -56,8 +56,9 @@ class Pretrained(nn.Module):
                  "selection_bias": found[0].expert_bias is not None}  # fmt: skip
         self.sizes = replace(config, **sizes)
         if config.checkpointing != "none":
-            how = {"use_reentrant": config.checkpointing == "reentrant"}
-            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # type: ignore[operator]
+            now = "activation_checkpointing_enable"  # since 5.23
+            enable: Any = getattr(network, now if hasattr(network, now) else "gradient_checkpointing_enable")
+            enable({"use_reentrant": config.checkpointing == "reentrant"})
 
     @property
     def routed(self) -> nn.Module:
@@ -189,11 +190,10 @@ def save_pretrained(config: RunConfig, state: dict[str, Any], folder: Path) -> s
 def _adopted(model: ModelConfig, settings: dict[str, Any]) -> tuple[ModelConfig, int | None]:
     """(the model as its folder says, how many positions it has)."""
     family = str(settings.get("model_type"))
-    own = {name: getattr(model, name) for name in ("folder", "checkpointing")}
     if model.through != "transformers":
         try:
-            found = model_config(settings)
-            return replace(found, **own, through="lab", family=family), settings.get("max_position_embeddings")
+            found = model_config(settings, str(model.folder))
+            return replace(found, checkpointing=model.checkpointing), settings.get("max_position_embeddings")
         except ConfigError:
             if model.through == "lab":
                 raise
@@ -272,15 +272,17 @@ def _changed(folder: str | None) -> ConfigError:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """No progress bars of transformers, and no warning about the width of 0 that an absent shared expert has."""
+    """No progress bars and load reports, and no warning about the width of 0 that an absent shared expert has."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, loud = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Initializing zero-element tensors")
             yield
     finally:
+        logging.set_verbosity(loud)
         if shown:
             logging.enable_progress_bar()
