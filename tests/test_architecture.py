@@ -28,7 +28,7 @@ FLOORS = [
     {"meter"},
     {"shards"},
     {"layout", "native", "plan", "policies", "readers", "report", "tie"},
-    {"foreign", "layers", "pressure"},
+    {"foreign", "layers", "plot", "pressure"},
     {"discover"},
     {"attach", "checks", "ledger", "readout", "tap", "watch"},
     {"balancer"},

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-MODULES = ["equipoise", "equipoise.functional", "equipoise.layers", "equipoise.policies"]
+MODULES = ["equipoise", "equipoise.functional", "equipoise.layers", "equipoise.plot", "equipoise.policies"]
 NO_EXAMPLE = (  # what these are is shown by those that use them
     "ConfigError", "DataError", "InputError", "OutputError", "StateError",  # the root of the tree has the example
     "Routing",  # what `route` returns

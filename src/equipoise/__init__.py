@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 from .balancer import Balancer
 from .collectives import Ranks
 from .errors import ConfigError, DataError, EquipoiseError, InputError, OutputError, StateError
@@ -33,3 +36,10 @@ __all__ = [
     "convert_coef",
     "shard_experts",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """``equipoise.plot`` is loaded when it is first named: who trains does not pay for it."""
+    if name == "plot":
+        return importlib.import_module("equipoise.plot")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,7 @@
+"""Figures for a notebook: curves, MaxVio, loads over time, experts by domain. Needs plotly once one is drawn."""
+
+from __future__ import annotations
+
+from .report.plot import curves, domains, load_over_time, loads, maxvio
+
+__all__ = ["curves", "domains", "load_over_time", "loads", "maxvio"]
