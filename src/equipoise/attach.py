@@ -55,6 +55,7 @@ def attach(
         )
     _check_routers(routers, timed)
     terms = tuple(_term(t.policy, micro_sequences) for t in timed if isinstance(t.policy, AuxLoss))
+    gradient_norms = gradient_norms and all(getattr(router, "measures_norms", True) for _, _, router in routers)
     layers = []
     for part, name, router in routers:
         if any(isinstance(t.policy, ExpertBias) for t in timed):
@@ -66,10 +67,11 @@ def attach(
             router.gate,
             terms,
             has_z_loss,
-            gradient_norms and getattr(router, "measures_norms", True),
+            gradient_norms,
             micro_sequences,
             measure_estimators,
             shards,
+            getattr(router, "weights", None),
             getattr(router, "idle", 0),
         )
         router.meter = Meter(plan, next(router.parameters()).device)

@@ -306,7 +306,7 @@ def _facts(module: nn.Module, name: str, seen: Read) -> Facts:
     probabilities = _are_probabilities(seen.logits_TE)
     if special.gate:
         why = "its weights hold more than scores"
-        return Facts(experts, top_k, special.gate, probabilities, False, 1.0, why, width - experts, pictures)
+        return Facts(experts, top_k, special.gate, probabilities, False, 1.0, False, why, width - experts, pictures)
     total_T1 = weights_TK.sum(dim=-1, keepdim=True)
     scale = float(total_T1.mean())
     normalized = bool(((total_T1 - scale).abs() < CLOSE * abs(scale)).all())
@@ -320,7 +320,7 @@ def _facts(module: nn.Module, name: str, seen: Read) -> Facts:
         else:
             scale = float((weights_TK / chosen_TK).median())
             expected_TK = scale * chosen_TK
-        facts = Facts(experts, top_k, gate, probabilities, normalized, scale, why, 0, pictures)
+        facts = Facts(experts, top_k, gate, probabilities, normalized, scale, True, why, 0, pictures)
         fits.append((_distance(weights_TK, expected_TK), facts))
     distance, facts = min(fits, key=lambda fit: fit[0])  # the first of equals, as with K = 1
     if distance <= CLOSE:

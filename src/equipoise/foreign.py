@@ -28,6 +28,7 @@ class Facts(NamedTuple):
     probabilities: bool  # it returns probabilities where others return logits
     normalize: bool  # its weights are scores that were divided by their sum
     scale: float
+    exact: bool  # its weights are those scores, and nothing more
     no_bias: str = ""  # why weights cannot be made for another choice than its own
     idle: int = 0  # experts behind the others that may be chosen and do no work
     pictures: bool | None = None  # it gets only the tokens of pictures, or only those of text
@@ -44,14 +45,14 @@ class ForeignRouter:
     left to the model; their biases keep their distance from the mean of the others.
     """
 
-    measures_norms = False  # the gradient at the logits does not pass through our hands
-
     def __init__(
         self, module: nn.Module, shell: nn.Module, facts: Facts, layout: Layout, native: NativeBias | None
     ) -> None:
         """``shell`` is what wraps the router and trains it (PEFT), or the router itself."""
         self.module, self.shell, self.facts, self.layout = module, shell, facts, layout
         self.num_experts, self.top_k, self.gate, self.idle = facts.num_experts, facts.top_k, facts.gate, facts.idle
+        # the language model's gradient at the logits passes inside the router: it is reckoned from that at the weights
+        self.weights, self.measures_norms = (facts.normalize, facts.scale), facts.exact
         self.own_bias: Tensor | None = None
         self._native = native
         self._meter: Meter | None = None

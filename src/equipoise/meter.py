@@ -79,6 +79,9 @@ class Plan(NamedTuple):
     micro_sequences: int | None = None  # sequences of one micro-batch where several run as one pass
     gram: bool = False  # sum of J^T J over tokens: turns any difference in f into a difference of gradients
     shards: int = 1  # ranks that hold parts of the same sequences: the tap adds up their loads
+    weights: tuple[bool, float] | None = (
+        None  # (normalized, scale) of scores: the norm behind them, if no probe can stand
+    )
     idle: int = 0  # expert ids from num_experts on that may be chosen and do no work: they are no load
 
     @property

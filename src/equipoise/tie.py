@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional.routing import gate_slope
+from .functional.routing import gate_log_scores, gate_scores, gate_slope
 from .meter import Batch, Measured, Meter, Plan, measure
 from .shards import late_fractions, propose
 
@@ -46,6 +46,7 @@ def tie(
         weights_TK,
         logits_TE,
         meter.leaf,
+        ids_TK if meter.plan.norms and meter.plan.weights is not None else None,
         measured.probs_TE,
         measured.statistics,
         measured.fraction_NBE,
@@ -87,22 +88,34 @@ def _propose(meter: Meter, measured: Measured, ids_TK: Tensor, batch: Batch) -> 
 class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, weights_TK, logits_TE, _leaf, probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, pressure, plan, key
+        ctx,
+        weights_TK,
+        logits_TE,
+        _leaf,
+        ids_TK,
+        probs_TE,
+        statistics,
+        fraction_NBE,
+        fraction_NTE,
+        mask_T,
+        pressure,
+        plan,
+        key,
     ):
         # softmax needs only its probabilities in backward; other gates and the z-loss need the logits too, and without
         # a loss there is nothing to push: a bias keeps nothing of the tokens
         pushes = bool(plan.terms) or plan.z_loss
         logits_TE_or_none = logits_TE if pushes and (plan.z_loss or plan.gate != "softmax") else None
-        probs_TE = probs_TE if pushes else None
-        in_graph = _keep_pressure(ctx, pressure)
-        ctx.save_for_backward(probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE_or_none, *in_graph)
+        probs_TE, ids_TK = (probs_TE, ids_TK) if pushes else (None, None)
+        kept = (probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE_or_none, ids_TK)
+        ctx.save_for_backward(*kept, *_keep_pressure(ctx, pressure))
         ctx.plan, ctx.key, ctx.logits_dtype = plan, key, logits_TE.dtype
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad_weights_TK,) = grad_outputs
-        probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE, *in_graph = ctx.saved_tensors
+        probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE, ids_TK, *in_graph = ctx.saved_tensors
         plan, pressure = ctx.plan, _late(in_graph, ctx, grad_weights_TK)
         if plan.shards > 1:
             probs_E = statistics[plan.num_experts : 2 * plan.num_experts]
@@ -111,9 +124,11 @@ class _Tie(torch.autograd.Function):
         if probs_TE is not None:
             push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)
             push_TE = push_TE.to(ctx.logits_dtype)
-        zero = torch.zeros(1, dtype=torch.float64, device=pressure.device)  # the language model's norm: see _Probe
-        counted = torch.cat([statistics, zero, squares]) * pressure[-1]
-        return grad_weights_TK, push_TE, counted, None, None, None, None, None, None, None, None
+        language = torch.zeros(1, dtype=torch.float64, device=pressure.device)  # see _Probe
+        if ids_TK is not None and probs_TE is not None:
+            language = _square_behind(plan, grad_weights_TK, ids_TK, probs_TE, logits_TE).unsqueeze(0)
+        counted = torch.cat([statistics, language, squares]) * pressure[-1]
+        return grad_weights_TK, push_TE, counted, *[None] * 9
 
 
 class _Probe(torch.autograd.Function):
@@ -236,6 +251,33 @@ def _z_push(factor: Tensor, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
     lse_T1 = z_TE.logsumexp(dim=-1, keepdim=True)
     push_TE = (2 * factor).to(z_TE.dtype) * lse_T1 * (z_TE - lse_T1).exp()
     return push_TE if mask_T is None else push_TE * mask_T.to(z_TE.dtype).unsqueeze(-1)
+
+
+def _square_behind(plan: Plan, grad_TK: Tensor, ids_TK: Tensor, probs_TE: Tensor, logits_TE: Tensor | None) -> Tensor:
+    """Squared norm of the gradient at the logits that the gradient at the weights causes, where no probe can stand.
+
+    w = s g(z) / sum over the chosen of g:  dz = g'/g * w (grad - <w / s, grad>), and without the sum g'/g * w grad.
+    Softmax has all experts in its sum: then dz = s p (grad - <p, grad>), where grad is 0 for those not chosen.
+    """
+    assert plan.weights is not None
+    normalize, scale = plan.weights
+    grad_TK = grad_TK.to(probs_TE.dtype) * scale
+    if plan.gate == "softmax" and not normalize:
+        p_TK = probs_TE.gather(-1, ids_TK)
+        mean_T1 = (p_TK * grad_TK).sum(dim=-1, keepdim=True)
+        others_T1 = probs_TE.square().sum(dim=-1, keepdim=True) - p_TK.square().sum(dim=-1, keepdim=True)
+        dz_TK = torch.cat([p_TK * (grad_TK - mean_T1), mean_T1 * others_T1.clamp(min=0).sqrt()], dim=-1)
+    elif plan.gate == "softmax":
+        p_TK = probs_TE.gather(-1, ids_TK)
+        share_TK = p_TK / p_TK.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(p_TK.dtype).tiny)
+        dz_TK = share_TK * (grad_TK - (share_TK * grad_TK).sum(dim=-1, keepdim=True))
+    else:
+        assert logits_TE is not None
+        z_TK = logits_TE.gather(-1, ids_TK)
+        share_TK = gate_log_scores(z_TK, plan.gate).softmax(dim=-1) if normalize else gate_scores(z_TK, plan.gate)
+        mean_T1 = (share_TK * grad_TK).sum(dim=-1, keepdim=True) if normalize else 0.0
+        dz_TK = gate_slope(z_TK, plan.gate) * share_TK * (grad_TK - mean_T1)
+    return _opaque_square_norm(dz_TK)[1] if torch.compiler.is_compiling() else _square_norm(dz_TK)
 
 
 def _square_norm(x: Tensor) -> Tensor:

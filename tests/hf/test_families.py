@@ -14,7 +14,7 @@ from equipoise import AuxLoss, Balancer, ExpertBias
 from equipoise.discover import find_foreign
 from equipoise.errors import ConfigError
 from equipoise.readers import SPECIAL
-from hf._cases import check_law, inputs, loss_of, policies_for, quiet
+from hf._cases import check_gradient_ratio, check_law, inputs, loss_of, policies_for, quiet
 from hf._law import Twin, bias_of, gate_of, law
 from hf.families import FAMILIES, NOT_BUILT, REFUSED, SERVED, build
 
@@ -31,6 +31,12 @@ def one_thread():
 def test_gradients_counts_and_biases_are_those_of_the_law(family: str) -> None:
     """Gradients within 1e-5 of a float64 loop, counts exact and without padding, biases by the rule."""
     check_law(family)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_gradient_ratio_is_that_of_autograd(family: str) -> None:
+    """No hook can stand between a router's logits and its weights: the norm is reckoned from the gate's closed form."""
+    check_gradient_ratio(family)
 
 
 @pytest.mark.parametrize("family", SERVED)
