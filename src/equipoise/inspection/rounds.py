@@ -94,7 +94,12 @@ class Rounds:
 
     def _restore(self, state: Path) -> tuple[int, float]:
         """(rounds done, their seconds) of the last saving; the sums go on from there."""
-        found = checkpoint.load_latest(state) if state.is_dir() else None
+        try:
+            found = checkpoint.load_latest(state) if state.is_dir() else None
+        except DataError as error:
+            raise DataError(
+                expected=f"whole sums in {state}", got=error.got, do="begin anew with --overwrite"
+            ) from None
         if found is None:
             return 0, 0.0
         sums = found[1]["sums"]

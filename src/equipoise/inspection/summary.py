@@ -6,6 +6,7 @@ import math
 import textwrap
 
 from ..report.inspection import Inspection, Layer
+from ..report.wording import clean
 
 __all__ = ["summarize_inspection"]
 
@@ -110,4 +111,4 @@ def _sizes(found: Inspection) -> str:
 
 
 def _wrap(text: str, indent: str = "") -> str:
-    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False)
+    return textwrap.fill(clean(text), WIDTH, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False)
