@@ -78,7 +78,8 @@ class Recorder:
                 )
                 recorder.loads.append([counts_E.tolist() for counts_E in recorder.balance.balancer.load()])
 
-        self.callbacks = [self.balance, Record()]
+        self.record = Record()
+        self.callbacks = [self.balance, self.record]
 
     def result(self, trainer: Any) -> dict[str, Any]:
         built = trainer.accelerator.unwrap_model(trainer.model)

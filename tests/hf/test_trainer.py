@@ -108,6 +108,30 @@ def test_a_trainer_that_says_whether_its_loss_is_scaled(scaled):
     check(train(POLICIES, 2, 4, 2, **STILL, kind=own_mean(scaled)), expected(FAMILY, means=PAIRS))
 
 
+class Unlabelled(Text):
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(i)
+        return row | {"targets": row.pop("labels")}
+
+
+def without_labels() -> type:
+    """A Trainer whose batches have no labels to count: it divides by the micro-batches then."""
+    from transformers import Trainer
+
+    class Own(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            targets = inputs.pop("targets")
+            return token_sum(model(**inputs), targets, (targets[:, 1:] != -100).sum())
+
+    return Own
+
+
+def test_batches_without_labels():
+    """B10: the same model and Trainer, and another scale: only num_items_in_batch tells."""
+    given = {"kind": without_labels(), "trainer": {"train_dataset": Unlabelled()}, "remove_unused_columns": False}
+    check(train(POLICIES, 2, 4, 2, **STILL, **given), expected(FAMILY, means=PAIRS))
+
+
 def test_the_last_step_of_an_epoch_has_fewer_micro_batches():
     """8 micro-batches in steps of 3, 3 and 2: B07, B60 with a number of them that changes."""
     got = train(POLICIES, 4, 3, -1, **STILL, num_train_epochs=1)

@@ -15,10 +15,11 @@ pytest.importorskip("transformers", reason="the hf extra is not installed")
 pytest.importorskip("accelerate", reason="the hf extra is not installed")
 
 from equipoise import DataError, OutputError
-from hf._trainer import checkpoint, make, train
+from hf._trainer import as_rank, checkpoint, make, train
 from hf.families import build
 
 pytestmark = [
+    pytest.mark.xdist_group("ranks"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
@@ -70,6 +71,27 @@ def test_a_bias_that_transformers_does_not_find_again(tmp_path, family):
     trainer.train(resume_from_checkpoint=checkpoint(tmp_path, 2))
     for layer, bias_E in zip(recorder.balance.balancer._layers, want, strict=True):
         assert bias_E.any() and torch.equal(layer.router.expert_bias, bias_E)
+
+
+def resumed_rank(folder: str, sharded: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A run of three steps, and its third step again from the second's checkpoint."""
+    given = {"family": "deepseek_v3" if sharded else "gpt_oss", "sharded": sharded}
+    with as_rank():
+        whole = train([*LOSSES, BIAS], 2, 2, 3, folder, **given, **SAVES)
+        resume = {"resume": checkpoint(Path(folder), 2)}
+        return whole, train([*LOSSES, BIAS], 2, 2, 3, folder + "/new", **given, **resume)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_ranks_resume(ranks, tmp_path, sharded):
+    """B35, B40, B55: one rank writes what all of them read; FSDP2's own files hold the experts whole."""
+    call = f"{resumed_rank.__module__}:{resumed_rank.__name__}"
+    for whole, again in ranks.run(call, str(tmp_path), sharded, size=2, timeout=120):
+        assert again["sharded"] == sharded
+        assert again["steps"] == whole["steps"][2:]
+        assert all(torch.equal(again["gradients"][0][n], g) for n, g in whole["gradients"][2].items())
+        assert all(torch.equal(again["biases"][0][n], b) for n, b in whole["biases"][2].items())
+        assert steps_of(again, 3) == steps_of(whole, 3)
 
 
 def test_a_run_begun_without_the_state_is_another(tmp_path):

@@ -53,7 +53,7 @@ def test_frozen_routers(tmp_path, family):
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     plain, other = make([], 4, 2, 1, str(tmp_path), **STILL, family=family, prepare=ATTENTION)
     plain.remove_callback(other.balance)
-    plain.remove_callback(other.callbacks[1])
+    plain.remove_callback(other.record)
     gradients: list[dict[str, torch.Tensor]] = []
     plain.add_callback(last_gradients(gradients))
     plain.train()

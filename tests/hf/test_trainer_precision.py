@@ -13,7 +13,7 @@ pytest.importorskip("accelerate", reason="the hf extra is not installed")
 from transformers import TrainerCallback
 
 from hf import _trainer_reference as reference
-from hf._trainer import as_rank, make, train
+from hf._trainer import as_rank, checkpoint, make, train
 from hf._trainer_reference import check, expected, policies_for
 
 pytestmark = [
@@ -28,15 +28,15 @@ SCALE = 4096.0
 
 
 class Overflow(TrainerCallback):
-    """Gradients of the second step are infinite, as fp16 makes them now and then."""
+    """Gradients of one step are infinite, as fp16 makes them now and then."""
 
-    def __init__(self) -> None:
-        self.steps = 0
+    def __init__(self, at: int = 2) -> None:
+        self.steps, self.at = 0, at
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps += 1
         for parameter in kwargs["model"].parameters():
-            if self.steps == 2 and parameter.grad is not None:
+            if self.steps == self.at and parameter.grad is not None:
                 parameter.grad.mul_(float("inf"))
 
 
@@ -85,6 +85,20 @@ def test_a_gradscaler_and_a_step_that_it_skips(tmp_path, wants):
     got = scaled(str(tmp_path), "deepseek_v3", 2, 4)
     check(without_second(got), wants["deepseek_v3"])
     assert got["logs"][2]["balance/skipped_steps"] == 1
+
+
+def test_the_first_step_after_a_resume_is_skipped(tmp_path):
+    """There is no committed step to tell of then, and no reason to stop."""
+    given = {**STILL, "family": "gpt_oss"}
+    train(policies_for("gpt_oss"), 4, 2, 2, str(tmp_path), **given, save_strategy="steps", save_steps=2)
+    overflow = {"trainer": {"callbacks": [Overflow(at=1)]}}
+    trainer, recorder = make(policies_for("gpt_oss"), 4, 2, 4, str(tmp_path), **given, **overflow)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=SCALE)
+    trainer.remove_callback(recorder.record)
+    trainer.train(resume_from_checkpoint=checkpoint(tmp_path, 2))
+    third, fourth = [entry for entry in trainer.state.log_history if "loss" in entry and entry["step"] > 2]
+    assert "balance/tokens" not in third
+    assert fourth["balance/skipped_steps"] == 1 and fourth["balance/policy_1/loss"] > 0.9
 
 
 @pytest.mark.parametrize("sharded", [False, True])
