@@ -9,6 +9,8 @@ import pytest
 
 from equipoise.cli import main
 from equipoise.plan import render_presets
+from equipoise.report.inspection import write_inspection
+from report.synthetic_inspection import synthetic_inspection
 
 
 def plan(capsys, *arguments: str) -> dict:
@@ -48,12 +50,29 @@ def test_counts_of_a_users_own(here, capsys):
     assert [len(g["rows"]) for g in data["growth"]] == [1] * len(data["growth"])
 
 
+def test_what_inspect_found(here, capsys):
+    from dataclasses import replace
+
+    inspection = synthetic_inspection()
+    layers = [replace(one, maxvio_micro_batch=1.2, maxvio_global=0.4) for one in inspection.layers]
+    write_inspection(here / "looked", replace(inspection, layers=layers))
+    data = plan(capsys, "looked", "--up-to", "0")
+    assert "MaxVio 1.20 per micro-batch, 0.40 over all" in data["strategies"][0]["origin"]
+    (here / "looked" / "arrays.npz").write_bytes(b"half")
+    assert main(["plan", "looked"]) == 4
+
+
 def test_a_file_describes_the_cluster_and_options_come_after_it(here, capsys):
     (here / "ours.toml").write_text('preset = "olmoe-1b-7b"\ngpu = "a100"\nep = 16\ngpus = 32\ntokens = 2048\n')
     cluster = plan(capsys, "--cluster", "ours.toml", "--ep", "32", "--set", "tokens=1024", "--up-to", "0")["cluster"]
     assert (cluster["experts"], cluster["tflops"], cluster["ep"], cluster["gpus"], cluster["tokens"]) == (
         64, 312.0, 32, 32, 1024
     )  # fmt: skip
+
+
+def test_gpus_that_were_not_given_fit_the_ranks(capsys):
+    assert plan(capsys, "--set", "experts=96", "--ep", "24", "--up-to", "0")["cluster"]["gpus"] == 72
+    assert plan(capsys, "--preset", "deepseek-v3", "--up-to", "0")["cluster"]["gpus"] == 2048
 
 
 def test_more_maxvio_costs_more(capsys):

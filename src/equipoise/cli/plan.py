@@ -7,7 +7,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, unknown_name
+from ..errors import ConfigError, DataError, unknown_name
 
 if TYPE_CHECKING:
     from ..plan import Cluster, Strategy
@@ -53,7 +53,12 @@ docs/plan.md says what each means, and has the equations.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("loads", nargs="*", metavar="LOADS", help="run folders, folders of runs, .npy or .csv of counts (else typical)")
+    add(
+        "loads",
+        nargs="*",
+        metavar="LOADS",
+        help="runs, folders of runs, inspections, .npy or .csv of counts (else typical)",
+    )
     add("--maxvio", action="append", default=[], metavar="[NAME=]X[,Y]",
         help="loads by MaxVio: X over one GPU's micro-batch, Y over all text (default 0.1); repeatable")  # fmt: skip
     add("--maxvio-over", type=int, default=1, metavar="N", help="X is over the micro-batches of N GPUs together")
@@ -86,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         print(_check(args), end="")
         return 0
-    observed = plan.observe(args.loads)
+    observed = _observe(args.loads)
     cluster, notes = _cluster(args, observed)
     strategies = [*observed.strategies, *(_by_maxvio(text, cluster, args.maxvio_over) for text in args.maxvio)]
     chosen = _chosen(strategies or plan.typical(), args.strategies)
@@ -105,6 +110,47 @@ def _check(args: argparse.Namespace) -> str:
 
     found = plan.check(seed=args.seed)
     return json.dumps(asdict(found), indent=2) + "\n" if args.json else plan.render_check(found)
+
+
+def _observe(paths: list[str]) -> Observed:
+    """Records and files of counts, and folders of `equipoise inspect`."""
+    from dataclasses import replace
+
+    from .. import plan
+    from ..report.inspection import is_inspection
+
+    folders = [path for path in paths if is_inspection(path)]
+    found = plan.observe(path for path in paths if path not in folders)
+    inspected = [_inspected(path) for path in folders]
+    return replace(
+        found,
+        strategies=[*found.strategies, *(one for one, _ in inspected)],
+        experts=sorted({*found.experts, *(experts for _, experts in inspected)}),
+    )
+
+
+def _inspected(folder: str) -> tuple[Strategy, int]:
+    """The law with the MaxVio of an inspection's layers, those of the most common shape; and their experts."""
+    from collections import Counter
+    from pathlib import Path
+
+    from .. import plan
+    from ..report.inspection import read_inspection
+
+    inspection = read_inspection(folder)
+    if not inspection.layers:
+        raise DataError(expected=f"an inspection of MoE layers in {folder}", got="none", do="inspect another model")
+    shapes = Counter((one.num_experts, one.top_k) for one in inspection.layers)
+    (experts, top_k), number = shapes.most_common(1)[0]
+    layers = [one for one in inspection.layers if (one.num_experts, one.top_k) == (experts, top_k)]
+    batch, corpus = (sum(getattr(one, f"maxvio_{scope}") for one in layers) / number
+                     for scope in ("micro_batch", "global"))  # fmt: skip
+    pairs = inspection.facts.sequence_length * top_k
+    windows = max(1, inspection.facts.equal_windows) * max(1, len(inspection.domains))
+    skew = plan.fit(batch, corpus, experts=experts, sources=1, pairs=pairs * inspection.facts.micro_batch,
+                    all_sources=windows, all_pairs=windows * pairs, top_k=top_k)  # fmt: skip
+    origin = f"inspected {inspection.facts.model}: MaxVio {batch:.2f} per micro-batch, {corpus:.2f} over all"
+    return plan.Strategy(Path(folder).resolve().name, skew, origin), experts
 
 
 def _cluster(args: argparse.Namespace, observed: Observed) -> tuple[Cluster, list[str]]:

@@ -102,6 +102,8 @@ class Cluster:
 def describe(preset: str | None = None, gpu: str | None = None, settings: Mapping[str, Any] | None = None) -> Cluster:
     """The cluster of a model's preset, a GPU's preset and single settings, later ones first.
 
+    GPUs that nobody asked for are raised to a multiple of ``ep``.
+
     Raises ConfigError for names that do not exist, and for what Cluster refuses.
 
     >>> describe("deepseek-v3", "h800", {"ep": 64, "gpus": 2048}).experts_per_rank
@@ -120,8 +122,8 @@ def describe(preset: str | None = None, gpu: str | None = None, settings: Mappin
         values[name] = value
     if "tokens" not in values and "sequence" in values:
         values["tokens"] = values["sequence"]
-    if "gpus" not in values and isinstance(ep := values.get("ep"), int):
-        values["gpus"] = max(Cluster.gpus, ep)
+    if "gpus" not in (settings or {}) and isinstance(ep := values.get("ep"), int) and ep > 0:
+        values["gpus"] = math.ceil(values.get("gpus", Cluster.gpus) / ep) * ep
     return replace(Cluster(), **values)
 
 
@@ -190,7 +192,7 @@ def _fits(c: Cluster) -> None:
             raise ConfigError(expected=f"{name} <= {most:,}", got=f"{getattr(c, name):,}", do="plan for fewer")
     if c.gpus % c.ep:
         raise ConfigError(expected="ep divides gpus", got=f"ep={c.ep}, gpus={c.gpus}",
-                          do="choose gpus as a multiple of ep")  # fmt: skip
+                          do="choose gpus as a multiple of ep, or another ep")  # fmt: skip
     if c.ep % c.replicas:
         raise ConfigError(expected="replicas divides ep: every copy of the experts has equally many ranks",
                           got=f"replicas={c.replicas}, ep={c.ep}", do="choose another number of replicas")  # fmt: skip
