@@ -24,7 +24,7 @@ from hf._cases import (
     quiet,
 )
 from hf._law import Twin, bias_of, law, naive_bias_step
-from hf.families import NATIVE, OWN, build
+from hf.families import NATIVE, OWN, SERVED, build
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,9 @@ def test_recompute_changes_nothing(family: str, kind: str) -> None:
     check_law(family, prepare=RECOMPUTED[kind])
 
 
-@pytest.mark.parametrize("family", USUAL)
+@pytest.mark.parametrize(
+    "family", [*USUAL, *(pytest.param(f, marks=pytest.mark.full) for f in SERVED if f not in USUAL)]
+)
 def test_compile_changes_nothing(family: str) -> None:
     torch.compiler.reset()
     check_law(family, wrap=COMPILED)
@@ -95,6 +97,39 @@ def test_accumulated_micro_batches_are_one_step(family: str) -> None:
 @pytest.mark.parametrize("family", NATIVE)
 def test_the_models_own_bias_is_moved_in_fp32_where_its_checkpoint_has_it(family: str) -> None:
     check_native_bias(family)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe", "zaya"])
+def test_a_bias_stays_exact_when_the_model_is_cast_later(family: str) -> None:
+    """``model.to(torch.bfloat16)`` takes buffers along; what fp32 held comes back before anything is chosen with it."""
+    with quiet():
+        model = build(family)
+        balancer = Balancer(model, [AuxLoss("sequence", 0.3), ExpertBias(rate=1e-4)])
+        model.train()
+        for seed in range(2):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            balancer.tap(loss_of(model, inputs(seed))).backward()
+            optimizer.step()
+            held = {name: bias.clone() for name, bias in bias_of(model).items()}
+            optimizer.zero_grad()
+            model.to(torch.bfloat16)
+            assert seed or any(not torch.equal(bias.float(), held[name]) for name, bias in bias_of(model).items())
+            loss_of(model, inputs(7))
+            assert all(torch.equal(bias, held[name]) for name, bias in bias_of(model).items())
+            balancer.discard()
+
+
+def test_a_model_that_begins_in_bf16_gets_an_fp32_bias() -> None:
+    """Only from_pretrained keeps these tensors in fp32; from_config does not."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet():
+        model = AutoModelForCausalLM.from_config(build("deepseek_v3").config, dtype=torch.bfloat16)
+        before = {name: value.dtype for name, value in bias_of(model).items()}
+        Balancer(model, [ExpertBias()])
+    assert set(before.values()) == {torch.bfloat16}
+    assert {value.dtype for value in bias_of(model).values()} == {torch.float32}
+    assert list(bias_of(model)) == list(before)
 
 
 @pytest.mark.parametrize("family", OWN)
