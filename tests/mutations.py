@@ -50,8 +50,8 @@ MUTATIONS = {
     ),
     "the count flag ignored: two backwards count twice": Mutation(
         "tie.py",
-        "counted = torch.cat([statistics, zero, squares]) * pressure[-1]",
-        "counted = torch.cat([statistics, zero, squares])",
+        "counted = torch.cat([statistics, language, squares]) * pressure[-1]",
+        "counted = torch.cat([statistics, language, squares])",
         "core/test_stated_results.py two_backwards",
     ),
     "evaluation counted and pushed (B26, B28)": Mutation(
