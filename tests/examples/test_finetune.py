@@ -1,0 +1,71 @@
+"""The end-to-end example: pretrained by the lab, exported, fine-tuned by transformers with and without us, reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from equipoise.records import read_run
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "finetune_two_domains.py"
+WORDS = {"low": "a b c d e f g h", "digits": "0 1 2 3 4 5 6 7 8 9", "signs": "+ - * / = ( ) [ ] ;"}
+TINY = {
+    "model.layers": 2, "model.width": 16, "model.heads": 2, "model.head_dim": 8, "model.experts": 8,
+    "model.expert_hidden": 8, "model.vocab_size": 300, "data.sequence_length": 32, "train.warmup": 2,
+    "train.eval_every": 0, "train.micro_batches": 4, "train.tensorboard": "false",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """(what it printed, where it wrote)."""
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("example")
+    draw = random.Random(0)
+    with open(root / "text.jsonl", "w", encoding="utf-8") as file:
+        for number in range(80):
+            for domain, words in WORDS.items():
+                text = f"{' '.join(draw.choices(words.split(), k=150))} {number}"
+                file.write(json.dumps({"text": text, "domain": domain}) + "\n")
+    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+             "EQUIPOISE_CACHE": str(root / "cache")}  # fmt: skip
+    settings = [f"--set={name}={value}" for name, value in TINY.items()]
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--data", "text.jsonl", "--domains", "low,digits", "--steps", "4",
+         "--pretrain-steps", "4", "--out", "out", *settings],
+        env=os.environ | quiet, cwd=root, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "switched off" not in done.stderr.partition("own balance loss")[0]
+    return done.stdout, root / "out"
+
+
+def test_both_ways_are_measured_on_the_same_text(shown):
+    out, folder = shown
+    own, ours = (read_run(folder / name) for name in ("own-loss", "global-batch"))
+    for run in (own, ours):
+        assert run.status == "finished" and not run.problems
+        assert [step.step for step in run.steps] == [1, 2, 3, 4]
+        assert [one.step for one in run.evaluations] == [1, 2, 3, 4]
+        assert set(run.evaluations[-1].loss) == {"low", "digits"}
+        assert run.evaluations[-1].mean_loss < run.evaluations[0].mean_loss
+    assert ours.steps[0].balance["balance/maxvio_global"] > 0 and not own.steps[0].balance
+    # the same batch and weights: the first losses agree but for the balance loss that the model adds to its own
+    assert own.steps[0].loss == pytest.approx(ours.steps[0].loss, abs=0.05)
+    assert own.steps[0].loss > ours.steps[0].loss
+    assert own.evaluations[-1].loss != ours.evaluations[-1].loss
+    assert "global batch" in out and "Held-out text after 4 steps" in out and "the fine-tuned model says:" in out
+    assert (folder / "report.html").read_text(encoding="utf-8").lower().startswith("<!doctype html")
+
+
+def test_what_was_fine_tuned_is_a_model_again(shown):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(shown[1] / "global-batch" / "model")
+    assert type(model).__name__ == "Qwen3MoeForCausalLM"
