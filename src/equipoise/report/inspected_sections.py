@@ -19,7 +19,7 @@ from .wording import clean, duration, number
 __all__ = ["inspection_cards", "inspection_origin", "inspection_sections"]
 
 # What all inspections together may put on the page; beyond it layers are left out, evenly.
-MOST_DOMAIN_CELLS, MOST_PAIR_CELLS, MOST_SHARED_CELLS = 800_000, 400_000, 100_000
+MOST_DOMAIN_CELLS, MOST_PAIR_CELLS, MOST_SHARED_CELLS = 800_000, 800_000, 100_000
 MOST_ALIKE = 200  # rows
 
 
@@ -29,7 +29,7 @@ def inspection_cards(found: Sequence[Named]) -> str:
         facts, layers = one.inspection.facts, one.inspection.layers
         information, chance = (mean_of(one.inspection, LAYER_MEASURES[3], floor=floor) for floor in (False, True))
         about = (
-            f"shuffled domains give {number(chance)}" if math.isfinite(chance) else "one domain: nothing to tell apart"
+            f"domain information; shuffled {number(chance)}" if math.isfinite(chance) else "one domain: nothing to tell apart"
         )
         rows = (
             ("Busiest / mean", f"{number(straggler(one.inspection))} ×"),
@@ -39,7 +39,7 @@ def inspection_cards(found: Sequence[Named]) -> str:
         listed = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
         cards.append(f"""<article class="card" {dot(one.colour)}>
 <h3>{breakable(one.name)}</h3>
-<p class="big">{number(information)} <small>nats of domain</small></p>
+<p class="big">{number(information)} <small>nats</small></p>
 <p class="delta">{about}<br>{safe(facts.family)}, {len(layers)} layers of {layers[0].num_experts if layers else 0}</p>
 <dl>{listed}</dl>
 </article>""")

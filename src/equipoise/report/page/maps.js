@@ -71,9 +71,10 @@ class HeatMap {
   axes(context, rows, count, left, high, step) {
     context.fillStyle = color("@soft");
     context.textAlign = "right";
-    const every = Math.ceil(14 / high);
-    rows.forEach((label, y) => { if (y % every === 0) context.fillText(clipped(context, label, left - 8), left - 8, (y + 0.5) * high); });
+    const every = [1, 2, 4, 8, 16, 32].find((n) => n * high >= 14) || rows.length;
+    rows.forEach((label, y) => { if (y % every === 0) context.fillText(clipped(context, label, left - 8), left - 8, Math.max(7, (y + 0.5) * high)); });
     context.fillStyle = color("@muted");
+    context.fillText(this.spec.row, left - 8, rows.length * high + 10);
     context.textAlign = "center";
     const bottom = rows.length * high + 10;
     if (!this.view.columns) {
