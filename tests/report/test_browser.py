@@ -17,6 +17,13 @@ SPOKEN = "document.getElementById('spoken').textContent"
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>%{x}"
 
 
+@pytest.fixture(scope="module")
+def desk(browser, page_of_all):
+    """One page for the tests that leave each other alone: to draw one takes seconds."""
+    with opened(browser, page_of_all, permissions=["clipboard-read", "clipboard-write"]) as page:
+        yield page
+
+
 @pytest.mark.parametrize(("wide", "scheme"), [(1200, "light"), (1200, "dark"), (390, "light"), (390, "dark")])
 def test_everything_is_drawn_and_nothing_is_asked_for(browser, page_of_all, wide, scheme):
     with opened(browser, page_of_all, wide=wide, scheme=scheme, has_touch=wide < 500) as page:
@@ -50,76 +57,77 @@ def test_chips_and_schemes_change_what_is_drawn(browser, page_of_all):
         assert page.locator(".copies >> visible=true").count() == 0
 
 
-def test_the_slider_goes_through_time_and_arrow_keys_through_cells(browser, page_of_all, comparison):
-    with opened(browser, page_of_all) as page:
-        loads = comparison["global"].charts.loads
-        page.focus("input[data-menu=loads]")
-        page.keyboard.press("Home")
-        assert page.get_attribute("input[data-menu=loads]", "aria-valuetext") == f"step {loads[0].step}"
-        page.keyboard.press("ArrowRight")
-        page.focus("#map-loads-1")
-        for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowDown", "ArrowDown"):
-            page.keyboard.press(key)
-        said = float(f"{loads[1].share[2][2]:.3g}")
-        until(page, SPOKEN, f"layer 2, expert 2: {said:g} × even")
-        assert page.inner_text(".tip") == page.evaluate(SPOKEN)
-        page.keyboard.press("End")
-        page.keyboard.press("PageUp")
-        until(page, f"{SPOKEN}.startsWith('layer 0, expert 15: ')", True)
-        page.keyboard.press("Escape")
-        assert page.is_hidden(".tip")
+def test_the_slider_goes_through_time_and_arrow_keys_through_cells(desk, comparison):
+    page = desk
+    loads = comparison["global"].charts.loads
+    page.focus("input[data-menu=loads]")
+    page.keyboard.press("Home")
+    assert page.get_attribute("input[data-menu=loads]", "aria-valuetext") == f"step {loads[0].step}"
+    page.keyboard.press("ArrowRight")
+    page.focus("#map-loads-1")
+    for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowDown", "ArrowDown"):
+        page.keyboard.press(key)
+    said = float(f"{loads[1].share[2][2]:.3g}")
+    until(page, SPOKEN, f"layer 2, expert 2: {said:g} × even")
+    assert page.inner_text(".tip") == page.evaluate(SPOKEN)
+    page.keyboard.press("End")
+    page.keyboard.press("PageUp")
+    until(page, f"{SPOKEN}.startsWith('layer 0, expert 15: ')", True)
+    page.keyboard.press("Escape")
+    assert page.is_hidden(".tip")
 
 
-def test_tables_sort_and_copy(browser, page_of_all, comparison):
-    with opened(browser, page_of_all) as page:
-        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-        table = "table[data-table=domains]"
-        first = f"{table} tbody tr:first-child th"
-        page.focus(f"{table} thead th:nth-child(3) button")
-        page.keyboard.press("Enter")  # by the perplexity of global, the highest first
-        values = {name: one.mean for name, one in comparison["global"].domain_perplexity.items()}
-        assert page.inner_text(first) == max(values, key=lambda name: values[name])
-        assert page.get_attribute(f"{table} thead th:nth-child(3)", "aria-sort") == "descending"
-        page.keyboard.press("Enter")
-        assert page.inner_text(first) == min(values, key=lambda name: values[name])
-        page.click(f"{table} thead th:first-child button")
-        assert page.locator(f"{table} [aria-sort=ascending]").count() == 1
-        assert page.locator(f"{table} tbody th").all_inner_texts() == sorted(values)
-        page.click(f".wide:has({table}) + .copies button >> nth=0")
-        until(page, f"{SPOKEN}.startsWith('Copied 6 rows as CSV')", True)
-        rows = list(csv.reader(io.StringIO(page.evaluate("navigator.clipboard.readText()"))))
-        assert rows[0] == ["Domain", *(one.name for one in comparison.strategies)]
-        assert {row[0]: float(row[2]) for row in rows[1:]} == values  # every digit of them
-        page.click(f".wide:has({table}) + .copies button >> nth=1")
-        until(page, f"{SPOKEN}.startsWith('Copied 6 rows as Markdown')", True)
-        lines = page.evaluate("navigator.clipboard.readText()").splitlines()
-        assert lines[1] == "|---|---|---|---|---|"
-        assert len(lines) == 8
-        page.click("#map-loads-1 + .copies button")
-        until(page, f"{SPOKEN}.startsWith('Copied the map')", True)
-        rows = list(csv.reader(io.StringIO(page.evaluate("navigator.clipboard.readText()"))))
-        assert [float(cell) for cell in rows[1][1:]] == comparison["global"].charts.loads[-1].share[0]
+def test_tables_sort_and_copy(desk, comparison):
+    page = desk
+    table = "table[data-table=domains]"
+    first = f"{table} tbody tr:first-child th"
+    page.focus(f"{table} thead th:nth-child(3) button")
+    page.keyboard.press("Enter")  # by the perplexity of global, the highest first
+    values = {name: one.mean for name, one in comparison["global"].domain_perplexity.items()}
+    assert page.inner_text(first) == max(values, key=lambda name: values[name])
+    assert page.get_attribute(f"{table} thead th:nth-child(3)", "aria-sort") == "descending"
+    page.keyboard.press("Enter")
+    assert page.inner_text(first) == min(values, key=lambda name: values[name])
+    page.click(f"{table} thead th:first-child button")
+    assert page.locator(f"{table} [aria-sort=ascending]").count() == 1
+    assert page.locator(f"{table} tbody th").all_inner_texts() == sorted(values)
+    page.click(f".wide:has({table}) + .copies button >> nth=0")
+    until(page, f"{SPOKEN}.startsWith('Copied 6 rows as CSV')", True)
+    rows = list(csv.reader(io.StringIO(page.evaluate("navigator.clipboard.readText()"))))
+    assert rows[0] == ["Domain", *(one.name for one in comparison.strategies)]
+    assert {row[0]: float(row[2]) for row in rows[1:]} == values  # every digit of them
+    page.click(f".wide:has({table}) + .copies button >> nth=1")
+    until(page, f"{SPOKEN}.startsWith('Copied 6 rows as Markdown')", True)
+    lines = page.evaluate("navigator.clipboard.readText()").splitlines()
+    assert lines[1] == "|---|---|---|---|---|"
+    assert len(lines) == 8
+    page.focus("input[data-menu=loads]")
+    page.keyboard.press("End")
+    page.click("#map-loads-1 + .copies button")
+    until(page, f"{SPOKEN}.startsWith('Copied the map')", True)
+    rows = list(csv.reader(io.StringIO(page.evaluate("navigator.clipboard.readText()"))))
+    assert [float(cell) for cell in rows[1][1:]] == comparison["global"].charts.loads[-1].share[0]
 
 
-def test_a_screen_reader_finds_its_way(browser, page_of_all):
-    with opened(browser, page_of_all) as page:
-        nameless = """[...document.querySelectorAll('button, select, input, [tabindex="0"]')].filter((one) =>
-            !(one.textContent.trim() || one.getAttribute('aria-label') || one.closest('label')?.textContent)).length"""
-        assert page.evaluate(nameless) == 0
-        ids = page.evaluate("[...document.querySelectorAll('[id]')].map((one) => one.id)")
-        assert len(set(ids)) == len(ids)
-        assert page.locator("main, nav, footer, h1").count() == 4
-        assert page.locator("section:not([aria-labelledby])").count() == 0
-        heads = page.locator("nav a").all_inner_texts()
-        assert len(heads) == page.locator("main h2").count() > 12
-        assert page.locator("th:not([scope])").count() == 0
-        page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.className") == "skip"
-        page.keyboard.press("Enter")
-        assert page.evaluate("document.activeElement.id") == "content"
-        page.focus("nav a >> nth=0")
-        outline = "getComputedStyle(document.activeElement).outlineStyle"
-        assert page.evaluate(outline) != "none"
+def test_a_screen_reader_finds_its_way(desk):
+    page = desk
+    nameless = """[...document.querySelectorAll('button, select, input, [tabindex="0"]')].filter((one) =>
+        !(one.textContent.trim() || one.getAttribute('aria-label') || one.closest('label')?.textContent)).length"""
+    assert page.evaluate(nameless) == 0
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map((one) => one.id)")
+    assert len(set(ids)) == len(ids)
+    assert page.locator("main, nav, footer, h1").count() == 4
+    assert page.locator("section:not([aria-labelledby])").count() == 0
+    heads = page.locator("nav a").all_inner_texts()
+    assert len(heads) == page.locator("main h2").count() > 12
+    assert page.locator("th:not([scope])").count() == 0
+    page.evaluate("document.activeElement.blur(); getSelection().removeAllRanges(); scrollTo(0, 0)")
+    page.focus(".skip")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "content"
+    page.focus("nav a >> nth=0")
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
+    assert page.evaluate(outline) != "none"
 
 
 def test_names_that_attack_are_text(browser, tmp_path):

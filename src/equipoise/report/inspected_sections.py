@@ -265,7 +265,7 @@ class _Sections:
         if len(labels) < deepest:
             lead += f" {len(labels)} of {deepest} layers are shown."
         panels = [(breakable(one.name), one.colour, figure) for one, figure in zip(self.found, figures, strict=True)]
-        tools = f'<div class="tools">{self.parts.slider(menu, labels, "Layer")}{self.parts.ramp(menu)}</div>'
+        tools = f'<div class="tools">{self.parts.slider(menu, labels, "Show")}{self.parts.ramp(menu)}</div>'
         return section(title, lead, tools + self.parts.panels(menu, title, panels))
 
 

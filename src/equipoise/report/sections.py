@@ -70,7 +70,7 @@ class _Sections:
     def domains_of_experts(self) -> str:
         labels, found = maps.domain_maps(self.comparison)
         return self._maps(
-            "domains", "What the experts specialize in", self.parts.slider("domains", labels, "Layer"), found,
+            "domains", "What the experts specialize in", self.parts.slider("domains", labels, "Show"), found,
             "Each column is an expert, each row a domain of the held-out text: how often the domain chooses the "
             "expert, over the even share. Rows that look alike mean experts that do not tell the domains apart.",
         )  # fmt: skip
@@ -78,7 +78,7 @@ class _Sections:
     def loads(self) -> str:
         labels, found = maps.load_maps(self.comparison)
         return self._maps(
-            "loads", "Load of every expert", self.parts.slider("loads", labels, "Time"), found,
+            "loads", "Load of every expert", self.parts.slider("loads", labels, "Show"), found,
             "How many tokens of one global batch each expert got, over the mean of its layer. In a balanced "
             "layer all cells have the colour of 1. The slider moves through the run.",
         )  # fmt: skip

@@ -55,7 +55,7 @@ class Passages {
     this.box.replaceChildren(
       make("div", { class: "tools" }, picker("Model", this.models.map((one) => one.name), at.model, again("model")),
         picker("Passage", names, at.passage, again("passage")),
-        ranger("Layer", model.layers.map((layer) => `layer ${layer}`), at.layer, (layer) => { this.keep({ layer }); this.color(); })),
+        ranger("Show", model.layers.map((layer) => `layer ${layer}`), at.layer, (layer) => { this.keep({ layer }); this.color(); })),
       this.told, this.list);
     const passage = model.passages[at.passage];
     if (!passage) return;
@@ -185,7 +185,7 @@ class Vocabulary {
     this.table = make("table", { class: "reads" }, make("thead", {}, make("tr", {}, ...heads)), this.rows);
     this.box.replaceChildren(
       make("div", { class: "tools" }, picker("Model", this.models.map((one) => one.name), at.model, (index) => { this.keep({ model: index }); this.build(); }),
-        ranger("Layer", model.layers.map((layer) => `layer ${layer}`), at.layer, (layer) => { this.keep({ layer }); show(); }),
+        ranger("Show", model.layers.map((layer) => `layer ${layer}`), at.layer, (layer) => { this.keep({ layer }); show(); }),
         make("label", { class: "menu" }, "Expert ", number)),
       make("div", { class: "wide" }, this.table),
       make("div", { class: "copies" }, button("Copy CSV", () => copy(csv(cellsOf(this.table, true)), "the table as CSV"))));
