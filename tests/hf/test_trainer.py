@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 pytest.importorskip("accelerate", reason="the hf extra is not installed")
 
+from hf import _trainer_reference as reference
 from hf._trainer import LENGTH, Text, train, train_rank
 from hf._trainer_reference import POLICIES, check, expected, policies_for
 
@@ -152,20 +153,50 @@ def test_compiled_by_inductor_and_recomputed():
     check(train(POLICIES, 4, 2, 2, **STILL, **given), expected(FAMILY))
 
 
+def generating() -> Any:
+    """After each step some text, with a cache and padding on the left."""
+    from transformers import TrainerCallback
+
+    class Generate(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            net = kwargs["model"].eval()
+            ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+            net.generate(
+                input_ids=ids, attention_mask=(ids > 0).long(), max_new_tokens=3, do_sample=False, use_cache=True
+            )
+
+    return Generate()
+
+
 def test_evaluation_between_steps_changes_nothing(whole):
-    """B25, B26, B27: also with label smoothing's and generation's ways of running the model."""
-    got = train(POLICIES, 4, 2, 2, **STILL, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+    """B25, B26, B27; B64: nor does generation, where the mask is longer than the tokens of a call."""
+    given = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "trainer": {"callbacks": [generating()]}}
+    got = train(POLICIES, 4, 2, 2, **STILL, **given)
     check(got, whole)
     assert any("eval_loss" in entry for entry in got["logs"])
 
 
+class FourDimensions(Text):
+    """A mask that says who sees whom, as packing brings it; nothing in it is padding."""
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return super().__getitem__(i) | {"attention_mask": torch.ones(1, LENGTH, LENGTH, dtype=torch.bool).tril()}
+
+
+def test_a_mask_of_four_dimensions():
+    """B63: it crashes the model's own loss; here every token counts."""
+    got = train(POLICIES, 2, 4, 2, **STILL, trainer={"train_dataset": FourDimensions()})
+    rows = [reference.rows_of(8 * step, 8) for step in range(2)]
+    check(got, expected(FAMILY, batches=[row | {"attention_mask": torch.ones_like(row["input_ids"])} for row in rows]))
+
+
 def test_the_models_own_loss_is_off_and_logs_show_ours(whole):
-    """B75, B18: nothing is balanced twice, and what balances is seen."""
+    """B75, B17, B18: whatever the configuration says, nothing is balanced twice or not at all, and it is seen."""
+    check(train(POLICIES, 4, 2, 2, **STILL, config={"router_aux_loss_coef": 0.0}), whole)
     got = train(POLICIES, 4, 2, 2, **STILL, config={"output_router_logits": True, "router_aux_loss_coef": 0.1})
     check(got, whole)
     assert got["coefficient"] == 0
-    tokens = [sum(min(LENGTH, 3 + i % 7) for i in range(8 * step, 8 * (step + 1))) for step in range(2)]
-    assert tokens == [int(sum(Text()[8 * s + i]["attention_mask"].sum() for i in range(8))) for s in range(2)]
+    tokens = [int(reference.rows_of(8 * step, 8)["attention_mask"].sum()) for step in range(2)]
     assert [entry["balance/tokens"] for entry in got["logs"] if "loss" in entry] == tokens
     assert got["own"] == [], "the Trainer is left as it was"
 

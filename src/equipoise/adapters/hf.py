@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +187,8 @@ class BalanceCallback(TrainerCallback):
         adapter = hasattr(self._model(), "peft_config")  # of which PEFT saves no buffer but those of modules_to_save
         buffers = self._model().named_buffers()
         saved = {b.data_ptr() for name, b in buffers if not adapter or "modules_to_save" in name}
-        if any(router.expert_bias.data_ptr() not in saved for router in routers):
+        lost = any(router.expert_bias.data_ptr() not in saved for router in routers)
+        if lost and self._trainer.is_world_process_zero():
             warnings.warn(
                 f"ExpertBias moves biases that the files of {'a LoRA adapter' if adapter else 'this model'} do not "
                 f"hold. Each checkpoint has them in {FILE} (BalanceCallback.save writes it elsewhere); put them back "
@@ -318,8 +319,15 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer | None:
 
 def _tokens(batch: Any) -> int:
     """Router tokens of a micro-batch: those that are not padding."""
-    mask = batch.get("attention_mask")
+    known = batch if isinstance(batch, Mapping) else {}
+    mask = known.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return int((mask != 0).sum())
-    ids = next(batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None)
+    ids = next((known[key] for key in ("input_ids", "inputs_embeds") if known.get(key) is not None), None)
+    if ids is None:
+        raise StateError(
+            expected="batches with input_ids: the step's tokens are counted before it begins",
+            got=f"a {type(batch).__name__} of {', '.join(map(str, known)) or type(next(iter(batch), None)).__name__}",
+            do="of a Trainer that makes its tokens itself (GRPO), call balancer.tap in a subclass's compute_loss",
+        )
     return ids.shape[0] * ids.shape[1]
