@@ -156,6 +156,13 @@ def test_data_parallel_is_refused(tmp_path):
         trainer.train()
 
 
+def test_batches_whose_tokens_cannot_be_counted_are_refused(tmp_path):
+    """As those of trainers that make their tokens themselves."""
+    trainer, _ = make(POLICIES, 4, 2, 1, str(tmp_path), **STILL, trainer={"data_collator": list})
+    with pytest.raises(StateError, match="batches with input_ids"):
+        trainer.train()
+
+
 def test_a_dense_model_is_refused(tmp_path):
     """B19: a balancer that would do nothing says so."""
     from transformers import LlamaConfig, LlamaForCausalLM

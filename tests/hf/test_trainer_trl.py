@@ -9,12 +9,13 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from equipoise import ConfigError
-from hf._trainer import Recorder, arguments_of, in_order, quiet
-from hf._trainer_reference import COEF, POLICIES, check, expected
+from equipoise import ConfigError, StateError
+from hf._trainer import Recorder, arguments_of, as_rank, in_order, quiet
+from hf._trainer_reference import COEF, POLICIES, check, expected, same_gradients
 from hf.families import build
 
 pytestmark = [
+    pytest.mark.xdist_group("ranks"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
@@ -26,12 +27,16 @@ DOCUMENTS = [{"kind": "aux", "scope": "document", "coef": COEF}, POLICIES[1]]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """64 words, one token each."""
+    return words()
+
+
+def words() -> Any:
+    """A tokenizer of 64 words, one token each."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 64)}
-    rust = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    known = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 64)}
+    rust = Tokenizer(models.WordLevel(known, unk_token="<pad>"))
     rust.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=rust, pad_token="<pad>", eos_token="<eos>")
 
@@ -127,6 +132,70 @@ def test_padding_that_nothing_names_is_refused(tmp_path, tokenizer):
     flat = {"padding_free": True, "max_length": None, "pad_to_multiple_of": 16}
     with pytest.raises(ConfigError, match="pad_to_multiple_of"):
         sft(tmp_path, tokenizer, DOCUMENTS, batch=4, accumulate=2, **flat)
+
+
+def sft_rank(folder: str) -> dict[str, Any]:
+    with as_rank():
+        return sft(folder, words(), POLICIES, batch=2, accumulate=2)
+
+
+@pytest.mark.full
+def test_two_ranks(ranks, tmp_path, want):
+    """B09: TRL, too, multiplies its loss by the number of ranks."""
+    call = f"{sft_rank.__module__}:{sft_rank.__name__}"
+    for got in ranks.run(call, str(tmp_path), size=2, timeout=120):
+        check(got, want)
+
+
+@pytest.mark.full
+def test_preferences(tmp_path, tokenizer):
+    """DPO runs the model and a reference over pairs: tokens are those of both answers, and of the model only."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    quiet()
+    pairs = Dataset.from_list(
+        [{"prompt": f"w{3 + i} w9", "chosen": " w7 w8", "rejected": f" w{10 + i}"} for i in range(8)]
+    )
+    runs = []
+    for batch, accumulate in ((4, 1), (2, 2)):
+        recorder = Recorder(POLICIES)
+        still = {"learning_rate": 0.0, "optim": "sgd", "bf16": False}
+        args = DPOConfig(**arguments_of(str(tmp_path), batch, accumulate, 2, **still))
+        trainer = in_order(DPOTrainer)(
+            build(FAMILY),
+            build(FAMILY),
+            args,
+            train_dataset=pairs,
+            processing_class=tokenizer,
+            callbacks=recorder.callbacks,
+        )
+        trainer.train()
+        runs.append(recorder.result(trainer))
+    assert runs[0]["steps"] == runs[1]["steps"]
+    for one, other in zip(runs[0]["gradients"], runs[1]["gradients"], strict=True):
+        same_gradients(one, other, 1e-5)
+    (first, _) = [entry for entry in runs[0]["logs"] if "loss" in entry]
+    assert sum(runs[0]["steps"][0][0]) == 2 * int(first["balance/tokens"])  # top-2
+    assert int(first["balance/tokens"]) == 4 * (2 + 2 + 1) + 4 * (2 + 1 + 1)  # each answer ends with a token of its own
+
+
+@pytest.mark.full
+def test_a_trainer_that_makes_its_tokens_itself_is_refused(tmp_path, tokenizer):
+    """GRPO's batches are prompts: what the routers will see is not known when the step begins."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    quiet()
+    recorder = Recorder(POLICIES)
+    more = {"num_generations": 2, "max_completion_length": 3, "bf16": False}
+    args = GRPOConfig(**arguments_of(str(tmp_path), 2, 1, 1, **more))
+    trainer = GRPOTrainer(
+        build(FAMILY), lambda completions, **_: [0.0 for _ in completions], args, callbacks=recorder.callbacks,
+        train_dataset=Dataset.from_list([{"prompt": "w5 w6"}] * 4), processing_class=tokenizer,
+    )  # fmt: skip
+    with pytest.raises(StateError, match="GRPO"):
+        trainer.train()
 
 
 def test_label_smoothing_runs_the_model_twice(tmp_path, tokenizer):
