@@ -1,0 +1,130 @@
+"""What `equipoise inspect` adds to the bare forward pass.
+
+    python benchmarks/inspect_cost.py                       # two models of random weights, about three minutes
+    python benchmarks/inspect_cost.py --model FOLDER --device cuda
+
+Each round times both in turn on the same windows, and the ratio is of each round's pair, so that a busy machine hurts
+both alike: "bare" runs the model's body in evaluation and inference mode; "inspect" is what a round of an inspection
+does, reading windows from the disk and all sums included. Saving, loading and concluding are not part of it. It is CPU
+time on a CPU, wall time on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from equipoise.inspection.models import Subject, open_subject
+from equipoise.inspection.rounds import Rounds
+from equipoise.inspection.routers import find_routers, reading
+from equipoise.inspection.tally import Sizes, Tally
+from equipoise.inspection.text import write_windows
+
+VOCAB, LENGTH, BATCH = 4096, 512, 4
+
+
+def lab_model(device: torch.device) -> Subject:
+    """The lab's default: 3 layers, width 128, 16 experts, top-2, bf16."""
+    from equipoise.lab.config import ModelConfig
+    from equipoise.lab.model import LanguageModel
+
+    model: Any = LanguageModel(ModelConfig(vocab_size=VOCAB), compute_dtype=torch.bfloat16).to(device).eval()
+    routers = find_routers(model, lambda: None)
+    return Subject("lab", model, routers, model.hidden, device, torch.bfloat16, VOCAB, None)
+
+
+def qwen(device: torch.device) -> Subject:
+    """Qwen3-MoE with 2 layers of width 256, 64 experts, top-8: much narrower than any that is published, so dearer."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=256, moe_intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_experts=64, num_experts_per_tok=8, max_position_embeddings=LENGTH,
+        use_cache=False, norm_topk_prob=True,
+    )  # fmt: skip
+    model: Any = Qwen3MoeForCausalLM(config)
+    model.to(device, torch.bfloat16).eval()
+    body: Any = model.base_model
+    routers = find_routers(model, lambda: body(input_ids=torch.arange(32, device=device).view(1, 32)))
+    return Subject("qwen3_moe", model, routers, lambda ids: body(input_ids=ids), device, torch.bfloat16, VOCAB, LENGTH)
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def compare(name: str, subject: Subject, rounds: int, at_a_time: int, folder: Path) -> None:
+    """Prints medians, quartiles and the median of the paired ratios."""
+    draw = np.random.default_rng(0)
+    domains = 2
+    length = LENGTH
+    zipf = 1 / np.arange(1, subject.vocab_size + 1)
+    ids = draw.choice(subject.vocab_size, (domains, (rounds + 2) * at_a_time * length), p=zipf / zipf.sum())
+    windows = write_windows(folder, lambda: iter([(f"domain{d}", ids[d]) for d in range(domains)]), length)
+    sizes = Sizes(domains, windows.windows, windows.equal, length, BATCH, 0)
+    tally = Tally(subject.routers, sizes, windows.frequency(subject.vocab_size), subject.device)
+    made = Rounds(tally, windows, subject, None, [], None, at_a_time)
+
+    def bare(number: int) -> None:
+        for domain in range(domains):
+            given = windows.read(domain, number * at_a_time, (number + 1) * at_a_time)
+            subject.forward(torch.from_numpy(given).to(subject.device))
+
+    def inspected(number: int) -> None:
+        with reading(subject.routers) as seen:
+            made._round(number, seen, {})
+
+    times: dict[str, list[float]] = {"bare": [], "inspect": []}
+    with torch.inference_mode():
+        for number in range(rounds + 2):
+            pair = [("bare", bare), ("inspect", inspected)]
+            for label, work in pair if number % 2 else reversed(pair):
+                took = seconds(lambda work=work, number=number: work(number), subject.device)
+                if number >= 2:  # warm
+                    times[label].append(took)
+    ratios = [b / a for a, b in zip(times["bare"], times["inspect"], strict=True)]
+    tokens = domains * at_a_time * length
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    plain, full = (statistics.median(times[label]) for label in ("bare", "inspect"))
+    print(f"{name:<42}{tokens / plain:>10,.0f}{tokens / full:>10,.0f}{middle:>7.3f}  {low:.3f}-{high:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a model folder or a run instead of the two models")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--pass-tokens", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    device = torch.device(arguments.device)
+    at_a_time = BATCH * max(1, arguments.pass_tokens // (BATCH * LENGTH))
+    print(f"{'tokens/s, median of pairs':<42}{'bare':>10}{'inspect':>10}{'ratio':>7}  quartiles")
+    made = {"lab, 3 x 16 experts top-2, width 128, bf16": lab_model, "qwen3_moe, 2 x 64 top-8, width 256, bf16": qwen}
+    if arguments.model:
+        made = {arguments.model.name: lambda device: open_subject(arguments.model, device)}
+    for name, make in made.items():
+        with tempfile.TemporaryDirectory() as folder:
+            compare(name, make(device), arguments.rounds, at_a_time, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
