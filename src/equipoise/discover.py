@@ -41,6 +41,7 @@ class Probe:
     def __init__(self, model: nn.Module, example: Mapping[str, Any]) -> None:
         self.model, self.innermost = model, _unwrapped(model)[-1]
         device = next(model.parameters()).device
+        self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
         self.inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
 
     def __call__(self, hooks: Mapping[nn.Module, Callable[..., Any]], *, gradient: bool = False) -> list[Tensor]:
@@ -49,8 +50,8 @@ class Probe:
         training = {module: module.training for module in self.model.modules()}
         try:
             self.model.eval()
-            with torch.random.fork_rng(), torch.set_grad_enabled(gradient):
-                torch.manual_seed(0)
+            eager = torch.compiler.set_stance("force_eager")  # hooks come and go: a compiler would begin anew each time
+            with eager, torch.random.fork_rng(self.devices), torch.set_grad_enabled(gradient):
                 return list(_floats(self.innermost(**self.inputs)))
         finally:
             for handle in handles:
