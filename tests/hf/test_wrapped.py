@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 
@@ -34,6 +35,18 @@ def gradients(net: Any, wrapped: Any) -> dict[str, torch.Tensor]:
 def test_a_compiled_model():
     net, plain = model(), model()
     assert_close(gradients(net, torch.compile(net, backend="eager")), gradients(plain, plain), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at inputs
+def test_a_model_compiled_in_place():
+    """``model.compile()`` and compiled layers: what finds the routers runs eagerly, and training is compiled."""
+    net, plain, compiler = model(), model(), CompileCounter()
+    for layer in net.model.layers:
+        layer.compile(backend=compiler)
+    Balancer(net, [AuxLoss(**p) for p in STEP_POLICIES]).remove()
+    assert compiler.frame_count == 0
+    assert_close(gradients(net, net), gradients(plain, plain), 1e-5)
+    assert compiler.frame_count > 0
 
 
 def test_two_ranks_of_ddp(ranks):
