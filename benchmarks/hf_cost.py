@@ -1,4 +1,4 @@
-"""What a balancer costs in a training step of a transformers model, on one CPU thread.
+"""What a balancer costs in a training step of a transformers model, on a CPU.
 
     python benchmarks/hf_cost.py                        # all, about ten minutes
     python benchmarks/hf_cost.py calls

@@ -21,16 +21,14 @@ def run(*arguments: str) -> str:
 
 
 def test_a_layer_costs_a_bounded_number_of_operations():
-    found = {
-        name: (int(each), int(once))
-        for name, each, once in re.findall(r"(\w+)  (\d+) a layer, (\d+) once", run("calls"))
-    }
+    lines = re.findall(r"(\w+)  (\d+) a layer, (\d+) once", run("calls"))
+    found = {name: (int(each), int(once)) for name, each, once in lines}
     assert 0 < found["ours"][0] <= 240
     assert found["bias"][0] <= found["ours"][0]
     assert found["ours"][1] <= 40
 
 
 def test_help_teaches_on_80_columns():
-    text = (FILE.read_text(encoding="utf-8")).split('"""')[1]
+    text = FILE.read_text(encoding="utf-8").split('"""')[1]
     assert "output_router_logits" in text and "hidden,E,K,L,T" in text
     assert max(map(len, text.splitlines())) <= 80
