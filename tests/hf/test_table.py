@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf._cases import UNMEASURED
 from hf.families import FAMILIES, NATIVE, NO_BIAS, OWN, REFUSED, SERVED
 
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -14,7 +15,9 @@ def test_the_table_is_that_of_the_tests() -> None:
     rows = {cells[0]: cells[1:] for line in lines if (cells := [cell.strip() for cell in line.strip("|").split("|")])}
     assert list(rows) == sorted(FAMILIES)
     assert {name for name, row in rows.items() if row[:2] == ["yes", "yes"]} == set(SERVED)
-    assert {name for name, row in rows.items() if row[5]} == set(REFUSED)
+    assert {name for name, row in rows.items() if row[6]} == set(REFUSED)
+    assert {name for name, row in rows.items() if row[4] == "yes"} == set(SERVED), "compile"
+    assert {name for name, row in rows.items() if row[5] == "yes"} == set(SERVED) - set(UNMEASURED), "gradient ratio"
     bias = {"native": NATIVE, "ours": OWN, "no": [*NO_BIAS, *REFUSED]}
     for kind, families in bias.items():
         assert {name for name, row in rows.items() if row[2] == kind} == set(families), kind
