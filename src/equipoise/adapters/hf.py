@@ -86,9 +86,11 @@ class BalanceCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """The model keeps its biases and is balanced by nobody; ``balancer`` still tells of the last step."""
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self._load(Path(state.best_model_checkpoint))
-        self._release()
+        try:
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self._load(Path(state.best_model_checkpoint))
+        finally:
+            self._release()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if self.balancer is not None and args.should_save:
