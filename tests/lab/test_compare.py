@@ -107,6 +107,20 @@ def test_results_of_another_version_are_not_mixed(tmp_path):
         open_comparison(tmp_path / "c", TWO)
 
 
+def test_settings_that_came_later_stop_no_comparison(tmp_path):
+    saved(tmp_path / "compare-1", states=("finished", "waiting"))
+    path = tmp_path / "compare-1" / MANIFEST_NAME
+    manifest = json.loads(path.read_text())
+    for name in ("folder", "through", "family"):
+        del manifest["config"]["model"][name]
+    path.write_text(json.dumps(manifest))
+    assert find_unfinished(tmp_path, TWO) == tmp_path / "compare-1"
+    assert len(open_comparison(tmp_path / "compare-1", TWO).jobs) == 2
+    manifest["config"]["model"]["heads_of_old"] = 3
+    path.write_text(json.dumps(manifest))
+    assert find_unfinished(tmp_path, TWO) is None
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}', "\x00"])
 def test_a_broken_manifest_is_not_taken_for_none(tmp_path, text):
     (tmp_path / MANIFEST_NAME).write_text(text)

@@ -147,8 +147,12 @@ def find_unfinished(root: Path, config: CompareConfig | None = None) -> Path | N
     if manifest is None or manifest["status"] == "finished" or _is_locked(folder):
         return None
     if config is not None:
-        here = to_dict(config) | {"workers": manifest["config"].get("workers")}
-        return folder if manifest["config"] == here and manifest["versions"] == versions() else None
+        try:
+            there = from_dict(CompareConfig, manifest["config"])
+        except ConfigError:  # of another version, which had other settings
+            return None
+        same = replace(config, workers=there.workers) == there and manifest["versions"] == versions()
+        return folder if same else None
     return folder
 
 
@@ -247,7 +251,8 @@ def versions() -> dict[str, str]:
 
 def _merged(folder: Path, manifest: dict[str, Any], config: CompareConfig) -> CompareConfig:
     """The earlier configuration with the strategies and seeds of both; everything else has to be equal."""
-    there, here = _flat(manifest["config"]), _flat(to_dict(config))
+    earlier = from_dict(CompareConfig, manifest["config"])  # settings that came later have their defaults
+    there, here = _flat(to_dict(earlier)), _flat(to_dict(config))
     there |= {f"version of {name}": version for name, version in manifest["versions"].items()}
     here |= {f"version of {name}": version for name, version in versions().items()}
     for key in sorted(there.keys() | here.keys()):
@@ -257,7 +262,6 @@ def _merged(folder: Path, manifest: dict[str, Any], config: CompareConfig) -> Co
                 got=f"{key} = {here.get(key)}",
                 do="choose another --out, or --overwrite to remove its runs",
             )
-    earlier = from_dict(CompareConfig, manifest["config"])
     own = {one.name: one for one in earlier.strategy}
     for one in config.strategy:
         if own.setdefault(one.name, one) != one:
