@@ -123,6 +123,14 @@ def test_png_without_playwright_says_what_to_install(folder, tmp_path, capsys, m
     assert "pip install playwright" in capsys.readouterr().err
 
 
+def test_png_without_a_browser_says_what_to_install(folder, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("playwright", reason="needs playwright")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("PLAYWRIGHT_BROWSERS_PATH", str(tmp_path))
+    assert main(["report", str(folder), "--png", str(tmp_path / "pictures")]) == 2
+    assert "playwright install chromium" in capsys.readouterr().err
+
+
 def test_baseline_may_be_chosen(folder, capsys):
     assert main(["report", str(folder), "--baseline", "global", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["baseline"] == "global"

@@ -20,6 +20,7 @@ from equipoise.records import read_run
 from equipoise.report import Comparison, html, load_runs, summarize, write_html
 from equipoise.report.html import render_html
 from report.synthetic import header, write_run
+from report.synthetic_inspection import synthetic_inspection
 
 EVIL = "<script>alert(1)</script><img src=http://example.org/x>\"'&%{x}</title>\u2028\u202e"
 VOID = {"meta", "br", "img", "link", "wbr", "input"}
@@ -181,8 +182,11 @@ def test_the_largest_comparison_stays_under_8_megabytes(tmp_path):
         steps = [replace(step, balance=step.balance | balance) for step in run.steps]
         run = replace(run, steps=steps, evaluations=run.evaluations[-2:], loads=run.loads[-9:])
         runs += [replace(run, header=replace(head, strategy=f"sequences:{number}")) for number in range(10)]
-    path = write_html(summarize(runs), tmp_path / "report.html")
+    comparison = summarize(runs)
+    path = write_html(comparison, tmp_path / "report.html")
     assert 3e6 < path.stat().st_size < 8e6
+    whole = synthetic_inspection(domains=12, layers=48, experts=128, top_k=8, passages=2, passage_length=128)
+    assert len(render_html(comparison, [whole, whole]).encode()) < 8e6
 
 
 @pytest.mark.parametrize("end", ["", "failed", "interrupted"])

@@ -29,7 +29,9 @@ def inspection_cards(found: Sequence[Named]) -> str:
         facts, layers = one.inspection.facts, one.inspection.layers
         information, chance = (mean_of(one.inspection, LAYER_MEASURES[3], floor=floor) for floor in (False, True))
         about = (
-            f"domain information; shuffled {number(chance)}" if math.isfinite(chance) else "one domain: nothing to tell apart"
+            f"domain information; shuffled {number(chance)}"
+            if math.isfinite(chance)
+            else "one domain: nothing to tell apart"
         )
         rows = (
             ("Busiest / mean", f"{number(straggler(one.inspection))} ×"),
@@ -120,11 +122,12 @@ class _Sections:
 
     def _layer_table(self, index: int, one: Named) -> str:
         rows = []
+        measures = [m for m in LAYER_MEASURES if any(m.read(layer) is not None for layer in one.inspection.layers)]
         for number_, layer in enumerate(one.inspection.layers):
             cells = [
                 cell(f'{number_} <small title="{safe(layer.name)}">{safe(layer.name)}</small>', number_, "th", True)
             ]
-            for measure in LAYER_MEASURES:
+            for measure in measures:
                 value, floor = measure.read(layer), measure.floor(layer) if measure.floor else None
                 small = (
                     f" <small>{number(floor, measure.places)}</small>"
@@ -139,7 +142,7 @@ class _Sections:
                 )
             cells += [cell(str(len(layer.dead)), len(layer.dead)), cell(str(len(layer.idle)), len(layer.idle))]
             rows.append("".join(cells))
-        heads = ["Layer", *(m.label for m in LAYER_MEASURES), "Dead", "Idle"]
+        heads = ["Layer", *(m.label for m in measures), "Dead", "Idle"]
         listed = table(f"layers-{index}", f"layers of {one.name}", heads, rows)
         shown = " open" if len(self.found) == 1 and len(rows) <= 12 else ""
         return (

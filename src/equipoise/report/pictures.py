@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,16 @@ def write_pictures(page: str, path: str | Path, *, wide: int = 1200, scheme: str
     Raises ConfigError when Playwright or a browser is missing, OutputError when a picture cannot be written.
     """
     try:
-        from playwright.sync_api import Error, sync_playwright
+        import playwright.sync_api  # noqa: F401
     except ImportError:
         raise _missing("Playwright, which steers the browser that draws the pictures") from None
-    path, made = Path(path), []
+    with ThreadPoolExecutor(1) as thread:  # of its own: a notebook's has an event loop, which Playwright would refuse
+        return thread.submit(_draw, page, Path(path), wide, scheme).result()
+
+
+def _draw(page: str, path: Path, wide: int, scheme: str) -> list[Path]:
+    from playwright.sync_api import Error, sync_playwright
+
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         source = write_file(Path(folder) / "page.html", page)
         try:
@@ -45,15 +52,16 @@ def write_pictures(page: str, path: str | Path, *, wide: int = 1200, scheme: str
             opened.add_style_tag(content=".copies, .skip, nav, .live { display: none !important }")
             if path.suffix.lower() == ".png":
                 return [_save(path, opened.screenshot(full_page=True))]
+            made = []
             for number, part in enumerate(opened.query_selector_all("main section"), start=1):
                 name = re.sub(r"[^a-z0-9-]", "", part.get_attribute("aria-labelledby") or "section")
                 made.append(_save(path / f"{number:02d}-{name}.png", _picture(part)))
+            return made
         except Error as error:
             raise OutputError(expected=f"pictures in {path}", got=str(error).partition("\n")[0],
                               do="ask for the page with --out instead") from None  # fmt: skip
         finally:
             browser.close()
-    return made
 
 
 def _picture(part: Any) -> bytes:
