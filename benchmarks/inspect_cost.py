@@ -27,6 +27,7 @@ from equipoise.inspection.rounds import Rounds
 from equipoise.inspection.routers import find_routers, reading
 from equipoise.inspection.tally import Sizes, Tally
 from equipoise.inspection.text import write_windows
+from equipoise.lab.process import keep_freed_memory
 
 VOCAB, LENGTH, BATCH = 4096, 512, 4
 
@@ -115,6 +116,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    keep_freed_memory()  # as an inspection does
     device = torch.device(arguments.device)
     at_a_time = BATCH * max(1, arguments.pass_tokens // (BATCH * LENGTH))
     print(f"{'tokens/s, median of pairs':<42}{'bare':>10}{'inspect':>10}{'ratio':>7}  quartiles")

@@ -88,6 +88,22 @@ def test_a_run_is_measured_as_it_measured_itself(tiny, here, capsys):
     assert "checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.full
+def test_a_run_of_a_given_model_chooses_with_its_bias(here, tmp_path, capsys):
+    """Mixtral has no place for a bias: it is in the run's balancer, and the run chose with it."""
+    folder, data = written("mixtral", tmp_path / "model"), tmp_path / "words.jsonl"
+    write_text(data, documents=60, uneven=False)
+    sizes = ["--set=data.sequence_length=24", "--set=train.eval_sequences=4", "--set=model.through=transformers"]
+    strategy = ["--strategy", "loss-free:proportional", "--steps", "3"]
+    assert (
+        main(["train", "--model", str(folder), "--data", str(data), *strategy, *sizes, "--plain", "--out", "run"]) == 0
+    )
+    assert main(["inspect", "run", "--tokens", "96"]) == 0
+    run, found = read_run("run"), read_inspection("inspections/run")
+    last = run.evaluations[-1]
+    assert found.arrays.counts_DLE.tolist() == [last.counts[run.header.domains.index(d.name)] for d in found.domains]
+
+
 def test_json_and_a_second_call(qwen, words, capsys, here):
     assert main(["inspect", str(qwen), *small(words), "--json"]) == 0
     first = json.loads(capsys.readouterr().out)

@@ -10,25 +10,16 @@ from torch import Tensor
 
 from .routing import gate_log_scores
 
-__all__ = ["chosen", "coactivation", "information_bias", "log_probs", "overlap", "similarity", "token_entropy"]
+__all__ = ["chosen", "coactivation", "information_bias", "log_probs", "overlap", "similarity"]
 
 
 def log_probs(logits_TE: Tensor, gate: str) -> Tensor:
-    """Logarithm of the gate probabilities, (T, E), in fp32 or wider; exact where a probability underflows.
+    """Logarithm of the gate probabilities, (T, E), in fp32 or wider; at least -1e4, so that p ln p is never 0 · -inf.
 
     >>> log_probs(torch.zeros(1, 4), "sigmoid").exp()
     tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
-    return gate_log_scores(logits_TE, gate).log_softmax(dim=-1)
-
-
-def token_entropy(log_probs_TE: Tensor) -> Tensor:
-    """Entropy of each token's gate probabilities in nats, (T,): 0 for one sure expert, ln E for none.
-
-    >>> token_entropy(torch.zeros(1, 4).log_softmax(-1)), token_entropy(torch.tensor([[0.0, -200.0]]))
-    (tensor([1.3863]), tensor([0.]))
-    """
-    return (log_probs_TE.exp() * -log_probs_TE.clamp(min=-1e4)).sum(dim=-1).abs()  # 0 · -inf would be nan
+    return gate_log_scores(logits_TE, gate).log_softmax(dim=-1).clamp_(min=-1e4)
 
 
 def chosen(ids_TK: Tensor, num_experts: int) -> Tensor:

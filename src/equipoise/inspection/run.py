@@ -18,6 +18,7 @@ import torch
 
 from ..errors import ConfigError, OutputError
 from ..lab.cache import atomic_write
+from ..lab.process import keep_freed_memory
 from ..lab.workers import locked
 from ..report.inspection import (
     ARRAYS_NAME,
@@ -102,6 +103,7 @@ def inspect(
     with locked(out):
         if _open_folder(out, request.key(), overwrite):
             return read_inspection(out)
+        keep_freed_memory()
         device = _device(request.device)
         subject = open_subject(request.model, device, request.dtype)
         other = open_subject(request.against, device, request.dtype) if request.against else None

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..functional.metrics import maxvio
 from ..functional.routing import count_choices
-from ..functional.specialization import chosen, coactivation, log_probs, overlap, token_entropy
+from ..functional.specialization import chosen, coactivation, log_probs, overlap
 from .routers import Found, Seen
 
 __all__ = ["Sizes", "Tally"]
@@ -100,7 +100,7 @@ class Tally:
             ids_TK, experts = ids_TK.long(), one.num_experts
             logs_TE = log_probs(logits_TE, one.gate)
             probs_TE = logs_TE.exp()
-            entropies.append(token_entropy(logs_TE).sum())
+            entropies.append((probs_TE * logs_TE).sum().neg())  # of all tokens together
             scores.append(probs_TE.gather(-1, ids_TK).sum())
             state["probs_DLE"][domain, layer, :experts] += probs_TE.sum(dim=0)
             state["products_LEE"][layer, :experts, :experts] += probs_TE.T @ probs_TE
