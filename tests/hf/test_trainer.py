@@ -201,6 +201,7 @@ def test_the_models_own_loss_is_off_and_logs_show_ours(whole):
     assert got["own"] == [], "the Trainer is left as it was"
 
 
+@pytest.mark.full
 def test_weights_that_move(whole):
     """Two real steps of AdamW: every cut ends at the same weights."""
     moving = STILL | {"learning_rate": 1e-3, "optim": "adamw_torch"}

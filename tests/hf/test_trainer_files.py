@@ -82,7 +82,7 @@ def resumed_rank(folder: str, sharded: bool) -> tuple[dict[str, Any], dict[str, 
         return whole, train([*LOSSES, BIAS], 2, 2, 3, folder + "/new", **given, **resume)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.full), True])
 def test_two_ranks_resume(ranks, tmp_path, sharded):
     """B35, B40, B55: one rank writes what all of them read; FSDP2's own files hold the experts whole."""
     call = f"{resumed_rank.__module__}:{resumed_rank.__name__}"

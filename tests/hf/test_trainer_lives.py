@@ -102,6 +102,7 @@ def test_a_training_inside_a_training_of_the_same_model_is_refused(tmp_path):
         outer.train()
 
 
+@pytest.mark.full
 def test_a_batch_that_does_not_fit_is_tried_again_with_fewer_rows(tmp_path, want):
     """auto_find_batch_size begins the training anew inside one call of train()."""
     from transformers import Trainer

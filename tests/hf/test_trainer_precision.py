@@ -101,7 +101,7 @@ def test_the_first_step_after_a_resume_is_skipped(tmp_path):
     assert fourth["balance/skipped_steps"] == 1 and fourth["balance/policy_1/loss"] > 0.9
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("sharded", [pytest.param(False, marks=pytest.mark.full), True])
 def test_on_two_ranks(ranks, tmp_path, wants, sharded):
     """FSDP2's parameters tell nothing of gradients that were dropped: the callback asks accelerate."""
     call = f"{scaled_rank.__module__}:{scaled_rank.__name__}"
@@ -111,7 +111,7 @@ def test_on_two_ranks(ranks, tmp_path, wants, sharded):
         check(without_second(got), wants["mixtral"])
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["deepseek_v3", pytest.param("qwen3_moe", marks=pytest.mark.full)])
 def test_bf16_autocast(family):
     """The balance gradient alone (with a coefficient less without) in bf16, against float64: the same size."""
     policies = policies_for(family)
