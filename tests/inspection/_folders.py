@@ -16,6 +16,8 @@ WORDS = {
     "digits": "0 1 2 3 4 5 6 7 8 9",
     "signs": "+ - * / = ( ) [ ] ; : < > &",
 }
+RARE = "x y"  # three times in all
+VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", *" ".join([*WORDS.values(), RARE]).split()]
 
 
 def write_text(path, *, documents: int = 40, words: int = 60, uneven: bool = True) -> None:
@@ -25,7 +27,7 @@ def write_text(path, *, documents: int = 40, words: int = 60, uneven: bool = Tru
         for number in range(documents):
             for place, (domain, known) in enumerate(WORDS.items()):
                 if not (uneven and place == 1 and number % 6):
-                    text = " ".join(rng.choices(known.split(), k=words))
+                    text = " ".join(rng.choices(known.split(), k=words)) + f" {RARE}" * (number == 0)
                     file.write(json.dumps({"text": text, "domain": domain}) + "\n")
 
 
@@ -34,8 +36,7 @@ def write_tokenizer(folder) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", *" ".join(WORDS.values()).split()]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
@@ -90,9 +91,8 @@ def take(kind, model, output):
 
 def windows_of(text, length):
     """Ids by domain, from the tokenizer's words: the file's documents one after the other, each with its end."""
-    words = ["<pad>", "<s>", "</s>", "<unk>", *" ".join(WORDS.values()).split()]
     stream: dict[str, list[int]] = {}
     for line in text.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        stream.setdefault(row["domain"], []).extend([words.index(w) for w in row["text"].split()] + [2])
+        stream.setdefault(row["domain"], []).extend([VOCABULARY.index(w) for w in row["text"].split()] + [2])
     return [[ids[i : i + length] for i in range(0, len(ids) - length + 1, length)] for _, ids in sorted(stream.items())]
