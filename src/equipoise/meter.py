@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -167,7 +168,7 @@ class Meter:
         # whole model run without gradient (a reference model, an evaluation) must not mix with either: three slots.
         self.forward_pass = ForwardPass()
         square = (plan.num_experts, plan.num_experts) if plan.gram else (0, 0)
-        self.slots = [torch.zeros(plan.forward_size, dtype=torch.float64, device=device) for _ in range(3)]
+        self.slots = torch.zeros(3, plan.forward_size, dtype=torch.float64, device=device)
         self.grams = [torch.zeros(square, dtype=torch.float64, device=device) for _ in range(3)]
         self.tables: list[list[Tables]] = [[], [], []]
         self.late: list = []  # per call, what the tap made of its tables: see `equipoise.shards`
@@ -182,13 +183,13 @@ class Meter:
 
     def take(self) -> Taken:
         """The micro-batch that just went forward; empties the slots."""
-        calls = self.plan.at("calls")
-        taken, gram = self.slots[2], self.grams[2]
-        for which in (1, 0):  # the first that saw anything
-            ran = self.slots[which][calls] > 0
-            taken, gram = torch.where(ran, self.slots[which], taken), torch.where(ran, self.grams[which], gram)
-        tables = next((tables for tables in self.tables if tables), [])
-        taken = Taken(taken.clone(), gram.clone(), tables)
+        ran = (self.slots[:, self.plan.at("calls")] > 0).unbind()
+
+        def first_that_ran(of: Sequence[Tensor]) -> Tensor:
+            return torch.where(ran[0], of[0], torch.where(ran[1], of[1], of[2]))
+
+        gram_EE = first_that_ran(self.grams) if self.plan.gram else self.grams[2].clone()
+        taken = Taken(first_that_ran(self.slots.unbind()), gram_EE, next((tables for tables in self.tables if tables), []))
         self.clear_slots()
         return taken
 
@@ -198,8 +199,9 @@ class Meter:
         return 0 if torch.is_grad_enabled() else 2 if self.forward_pass.without_grad else 1
 
     def clear_slots(self, first: int = 0) -> None:
-        for slot in (*self.slots[first:], *self.grams[first:]):
-            slot.data.zero_()
+        self.slots[first:].data.zero_()
+        for gram_EE in self.grams[first:] if self.plan.gram else ():
+            gram_EE.data.zero_()
         self.tables[first:] = [[] for _ in self.tables[first:]]
 
     def move(self, device: torch.device) -> None:
@@ -213,7 +215,7 @@ class Meter:
         self.leaf = self.leaf.detach().to(device).requires_grad_()
         self.leaf.grad = None if grad is None else grad.to(device)
         self.pressure = self.pressure.to(device)
-        self.slots, self.grams = [s.to(device) for s in self.slots], [g.to(device) for g in self.grams]
+        self.slots, self.grams = self.slots.to(device), [g.to(device) for g in self.grams]
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copied model (an EMA, a teacher) is not balanced by anybody: its routers get no meter."""

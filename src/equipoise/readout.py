@@ -141,5 +141,5 @@ def fidelity(names: Sequence[str], sums: Tensor) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {"relative_error": {}, "cosine": {}}
     for name, error, cross, own in zip(names, rest[::3], rest[1::3], rest[2::3], strict=True):
         found["relative_error"][name] = (max(error, 0.0) / exact) ** 0.5
-        found["cosine"][name] = cross / max((exact * own) ** 0.5, 1e-300)
+        found["cosine"][name] = cross / max((exact * max(own, 0.0)) ** 0.5, 1e-300)  # rounding may fall below 0
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -71,8 +72,10 @@ class Watch:
             weakref.finalize(self, listener.remove)
 
     def _find_witness(self) -> nn.Parameter | None:
-        candidates = [p for layer in self._layers for p in layer.router.parameters()]
-        candidates += [p for part in self._parts for p in part.parameters()]
+        candidates = itertools.chain(  # lazily: a whole model's parameters are many
+            (p for layer in self._layers for p in layer.router.parameters()),
+            (p for part in self._parts for p in part.parameters()),
+        )
         found = next((p for p in candidates if p.requires_grad), None)
         if found is not self._witness:
             self._unhook()

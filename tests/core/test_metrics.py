@@ -11,6 +11,7 @@ import torch
 from core._model import aux, loss_of, make_step, net, new_history, policy, train_step, twin
 from core._reference import naive_maxvio, naive_scores, reference_step
 from equipoise import Balancer, ExpertBias
+from equipoise.readout import fidelity
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
 POLICIES = [
@@ -117,3 +118,9 @@ def test_metrics_are_of_the_whole_step_and_not_of_its_last_micro_batch():
     train_step(model, balancer, optimizer, step)
     assert torch.equal(balancer.load()[0], torch.stack(loads).sum(0))
     assert balancer.metrics()["balance/tokens"] == 40
+
+
+def test_a_fidelity_whose_square_was_rounded_below_zero_is_a_number():
+    """f of an even load has a push of zero: what is left of its square is rounding, of either sign."""
+    found = fidelity(["ema"], torch.tensor([1e-4, 1e-4, 0.0, -1e-19], dtype=torch.float64))
+    assert found == {"relative_error": {"ema": 1.0}, "cosine": {"ema": 0.0}}
