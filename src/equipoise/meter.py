@@ -189,7 +189,9 @@ class Meter:
             return torch.where(ran[0], of[0], torch.where(ran[1], of[1], of[2]))
 
         gram_EE = first_that_ran(self.grams) if self.plan.gram else self.grams[2].clone()
-        taken = Taken(first_that_ran(self.slots.unbind()), gram_EE, next((tables for tables in self.tables if tables), []))
+        taken = Taken(
+            first_that_ran(self.slots.unbind()), gram_EE, next((tables for tables in self.tables if tables), [])
+        )
         self.clear_slots()
         return taken
 
