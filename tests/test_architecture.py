@@ -122,12 +122,12 @@ def test_one_door_to_other_processes(path):
         assert not named
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if part_of(f) == "report"], ids=name_of)
-def test_the_report_needs_no_torch(path):
+@pytest.mark.parametrize("path", [f for f in FILES if part_of(f) in ("plan", "plot", "report")], ids=name_of)
+def test_reports_and_plans_need_no_torch(path):
     for module in imports(path):
         assert module.partition(".")[0] != "torch"
         if module.startswith("equipoise."):
-            assert module.split(".")[1] in ("errors", "records", "report")  # the rest of the library loads torch
+            assert module.split(".")[1] in ("errors", "plan", "records", "report")  # the rest of the library loads torch
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -31,7 +31,8 @@ INTERRUPTED = 130
 DESCRIPTION = """\
 Keeps the experts of a mixture-of-experts model evenly loaded, and shows what each way of doing so costs.
 
-This is the lab: it trains small language models on real text with different balancing strategies and compares them.
+The lab trains small language models on real text with different balancing strategies and compares them; `inspect`,
+`report` and `plan` take any model or run apart.
 The library itself is two lines in a training loop of yours: see `python -c "import equipoise; help(equipoise)"`.
 """
 EPILOG = """\
@@ -40,6 +41,8 @@ begin with:
   equipoise compare --data my.jsonl --strategies micro,global,loss-free --seeds 3
   equipoise train --strategy global@0.01+micro --set model.experts=32 --print-config > run.toml
   equipoise train run.toml                        one run; Ctrl-C saves it, `equipoise resume RUN` goes on
+  equipoise inspect MODEL --data val.jsonl        which expert reads what, of any MoE model of transformers
+  equipoise plan                                  what imbalance costs on your cluster
 
 exit codes:
   0  done                                         3  calls in an order that would train something else
