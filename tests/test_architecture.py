@@ -127,7 +127,7 @@ def test_reports_and_plans_need_no_torch(path):
     for module in imports(path):
         assert module.partition(".")[0] != "torch"
         if module.startswith("equipoise."):
-            assert module.split(".")[1] in ("errors", "plan", "records", "report")  # the rest of the library loads torch
+            assert module.split(".")[1] in ("errors", "plan", "records", "report")  # the rest loads torch
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: path.relative_to(ROOT).as_posix())

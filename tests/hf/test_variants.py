@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from equipoise import AuxLoss, Balancer, ExpertBias
 from hf._cases import (
     COMPILED,
+    NOT_COMPILED,
     RECOMPUTED,
     USUAL,
     check_law,
@@ -42,11 +43,20 @@ def test_recompute_changes_nothing(family: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "family", [*USUAL, *(pytest.param(f, marks=pytest.mark.full) for f in SERVED if f not in USUAL)]
+    "family",
+    [*USUAL, *(pytest.param(f, marks=pytest.mark.full) for f in SERVED if f not in [*USUAL, *NOT_COMPILED])],
 )
 def test_compile_changes_nothing(family: str) -> None:
     torch.compiler.reset()
     check_law(family, wrap=COMPILED)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", NOT_COMPILED)
+def test_what_torch_does_not_compile_without_a_balancer_either(family: str) -> None:
+    torch.compiler.reset()
+    with quiet(), pytest.raises(RuntimeError, match="view size"):
+        loss_of(COMPILED(build(family).train()), inputs()).backward()
 
 
 @pytest.mark.parametrize("family", USUAL)
