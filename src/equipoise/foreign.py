@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, StateError
 from .functional.routing import choose, count_choices
 from .layout import Layout
-from .meter import Meter
+from .meter import Meter, Placed
 from .native import NativeBias
 from .readers import read, replace
 from .tie import tie
@@ -128,12 +128,46 @@ class ForeignRouter:
         return replace(module, output, weights_TK, again_TK)
 
     def _tie(self, meter: Meter, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        batch, rows_T = self.layout.batch(len(ids_TK), self.facts.pictures)
+        _, batch, rows_T = self._placed(meter, len(ids_TK))
         if rows_T is not None:  # back to where the tokens lie in their sequences; the others are masked
             assert batch.valid_T is not None
             whole = len(batch.valid_T)
-            logits_TE = logits_TE.new_zeros(whole, logits_TE.shape[1]).index_copy(0, rows_T, logits_TE)
-            ids_TK = ids_TK.new_zeros(whole, self.top_k).index_copy(0, rows_T, ids_TK)
+            weights_TK, logits_TE, ids_TK = (
+                x.new_zeros(whole, x.shape[1]).index_copy(0, rows_T, x) for x in (weights_TK, logits_TE, ids_TK)
+            )
         choices = self.num_experts + self.idle
         counts_BE = count_choices(ids_TK, choices, batch.token_mask_T, batch.num_sequences)[:, : self.num_experts]
-        return tie(meter, weights_TK, logits_TE, ids_TK, counts_BE, batch, training=self.module.training)
+        tied_TK = tie(meter, weights_TK, logits_TE, ids_TK, counts_BE, batch, training=self.module.training)
+        return tied_TK if rows_T is None else tied_TK[rows_T]
+
+    def _placed(self, meter: Meter, tokens: int) -> Placed:
+        """How the tokens of this call lie; in a recompute, as they lay in forward: the model may have run since.
+
+        Raises StateError where a loss was made of several passes and nothing tells which of them runs again.
+        """
+        if torch.compiler.is_compiling():
+            return self.layout.place(tokens, self.facts.pictures)
+        forward = torch._C._current_graph_task_id() == self.layout.noted_in  # or all of the model runs again
+        known = [] if forward else [placed for placed in meter.placed_late if placed.tokens == tokens]
+        if not known:
+            placed = self.layout.place(tokens, self.facts.pictures)
+            if forward and self.training and meter.which_slot < 2:
+                meter.placed.append(placed)
+            return placed
+        if not all(_same(known[0], other) for other in known[1:]):
+            raise StateError(
+                expected="gradient checkpointing of one pass per loss, or of passes whose padding and documents agree",
+                got=f"{len(known)} passes of {tokens} tokens that differ in them; a recompute does not tell which",
+                do="send them through the model as one batch, or call gradient_checkpointing_disable()",
+            )
+        return known[0]
+
+
+def _same(one: Placed, other: Placed) -> bool:
+    """Waits for the device where they are two objects: passes of one loss that were not given the same mask."""
+    if one is other:
+        return True
+    pairs = zip((*one.batch[1:], one.rows_T), (*other.batch[1:], other.rows_T), strict=True)
+    return one.batch.num_sequences == other.batch.num_sequences and all(
+        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
+    )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .meter import Batch
+from .meter import Batch, Placed
 
 __all__ = ["Layout"]
 
@@ -23,7 +23,8 @@ class Layout:
 
     Every forward in training mode with gradient between two taps belongs to the loss that is tapped, so a pair of
     passes (chosen and rejected answers) counts as one micro-batch of both; each pass has its own layout. A pass for a
-    metric belongs in ``torch.no_grad()`` or ``model.eval()``: there it counts nothing.
+    metric belongs in ``torch.no_grad()`` or ``model.eval()``: there it counts nothing. What runs again in backward is
+    placed as it was in forward (``Meter.placed``), for the model may have run on other tokens since.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,6 +33,8 @@ class Layout:
         self.position_BS: Tensor | None = None
         self.kind_BS: Tensor | None = None
         self.before_each: list[Callable[[], None]] = []  # called before each forward
+        self.noted_in = -1  # the backward whose recompute called the model; -1 in forward
+        self._placed: dict[tuple[int, bool | None], Placed] = {}  # of this forward, for all of its layers
         self._hook = model.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -40,6 +43,8 @@ class Layout:
         first = args[0] if args and isinstance(args[0], Tensor) else None
         tokens = next((kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), first)
         self.shape = self.mask_BS = self.position_BS = self.kind_BS = None
+        if not torch.compiler.is_compiling():
+            self.noted_in, self._placed = torch._C._current_graph_task_id(), {}
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return
         self.shape = (tokens.shape[0], tokens.shape[1])
@@ -53,15 +58,22 @@ class Layout:
         if isinstance(kinds, Tensor) and kinds.shape == self.shape:
             self.kind_BS = kinds != 0
 
-    def batch(self, tokens: int, pictures: bool | None = None) -> tuple[Batch, Tensor | None]:
-        """(how a router's tokens lie, which of the B * S tokens its rows are; None: all of them, in order).
+    def place(self, tokens: int, pictures: bool | None = None) -> Placed:
+        """How a router's tokens lie in the forward that runs.
 
         Args:
             tokens: rows of the router. One sequence without padding where they are not all tokens.
             pictures: whether it sees the tokens of pictures only, or those of text only.
         """
+        if torch.compiler.is_compiling():
+            return self._place(tokens, pictures)
+        if (tokens, pictures) not in self._placed:
+            self._placed[tokens, pictures] = self._place(tokens, pictures)
+        return self._placed[tokens, pictures]
+
+    def _place(self, tokens: int, pictures: bool | None) -> Placed:
         if self.shape is None:
-            return Batch(), None
+            return Placed(tokens, Batch())
         mask_T = None if self.mask_BS is None else self.mask_BS.reshape(-1)
         whole = self.shape[0] * self.shape[1]
         if pictures is not None and self.kind_BS is not None:
@@ -69,10 +81,10 @@ class Layout:
             all_T = torch.ones_like(here_T) if mask_T is None else mask_T
             rows_T = here_T.nonzero().view(-1)
             if len(rows_T) == tokens:
-                return Batch(self.shape[0], here_T & all_T, self._documents(), all_T), rows_T
+                return Placed(tokens, Batch(self.shape[0], here_T & all_T, self._documents(), all_T), rows_T)
         if whole != tokens:
-            return Batch(), None
-        return Batch(self.shape[0], mask_T, self._documents()), None
+            return Placed(tokens, Batch())
+        return Placed(tokens, Batch(self.shape[0], mask_T, self._documents()))
 
     def _documents(self) -> Tensor | None:
         if self.position_BS is None or self.shape is None:

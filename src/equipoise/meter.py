@@ -26,6 +26,7 @@ __all__ = [
     "LocalTerm",
     "Measured",
     "Meter",
+    "Placed",
     "Plan",
     "Tables",
     "Taken",
@@ -60,6 +61,14 @@ class Batch(NamedTuple):
     valid_T: Tensor | None = None
 
 
+class Placed(NamedTuple):
+    """How the tokens of one call of another library's router lie, read beside the call and not from its arguments."""
+
+    tokens: int  # rows of the call
+    batch: Batch
+    rows_T: Tensor | None = None  # which tokens of the batch its rows are; None: all of them, in order
+
+
 class LocalTerm(NamedTuple):
     """Over which tokens a loss term measures f; ``late``: only the tap knows (other micro-batches, other ranks)."""
 
@@ -80,9 +89,7 @@ class Plan(NamedTuple):
     micro_sequences: int | None = None  # sequences of one micro-batch where several run as one pass
     gram: bool = False  # sum of J^T J over tokens: turns any difference in f into a difference of gradients
     shards: int = 1  # ranks that hold parts of the same sequences: the tap adds up their loads
-    weights: tuple[bool, float] | None = (
-        None  # (normalized, scale) of scores: the norm behind them, if no probe can stand
-    )
+    weights: tuple[bool, float] | None = None  # (normalized, scale) of scores: the norm behind, if no probe can stand
     idle: int = 0  # expert ids from num_experts on that may be chosen and do no work: they are no load
 
     @property
@@ -146,6 +153,7 @@ class Taken(NamedTuple):
     statistics: Tensor  # (plan.forward_size,), added up over the calls of the router
     gram_EE: Tensor
     tables: list[Tables]  # one per call
+    placed: list[Placed]  # one per call with gradient, of another library's router
 
 
 class ForwardPass:
@@ -171,7 +179,9 @@ class Meter:
         self.slots = torch.zeros(3, plan.forward_size, dtype=torch.float64, device=device)
         self.grams = [torch.zeros(square, dtype=torch.float64, device=device) for _ in range(3)]
         self.tables: list[list[Tables]] = [[], [], []]
+        self.placed: list[Placed] = []  # calls since the last tap, for their recompute
         self.late: list = []  # per call, what the tap made of its tables: see `equipoise.shards`
+        self.placed_late: list[Placed] = []  # the calls that the running backward may recompute
         self.key = _METERS.enter(self)
         self.pool: list[Tensor] | None = None  # expert ids of a counting pass, kept for the shuffle control only
         self.owner: object = None  # the balancer: it has to live as long as the model it balances
@@ -190,7 +200,10 @@ class Meter:
 
         gram_EE = first_that_ran(self.grams) if self.plan.gram else self.grams[2].clone()
         taken = Taken(
-            first_that_ran(self.slots.unbind()), gram_EE, next((tables for tables in self.tables if tables), [])
+            first_that_ran(self.slots.unbind()),
+            gram_EE,
+            next((tables for tables in self.tables if tables), []),
+            self.placed,
         )
         self.clear_slots()
         return taken
@@ -205,6 +218,7 @@ class Meter:
         for gram_EE in self.grams[first:] if self.plan.gram else ():
             gram_EE.data.zero_()
         self.tables[first:] = [[] for _ in self.tables[first:]]
+        self.placed = self.placed if first else []
 
     def move(self, device: torch.device) -> None:
         """Follows the model to another device, statistics included."""
@@ -378,8 +392,8 @@ def _document_counts(ids_TK: Tensor, plan: Plan, batch: Batch) -> Tensor:
 
 def _gram(valid_TE: Tensor, slope_TE: Tensor) -> Tensor:
     """Sum over tokens of J^T J, where J f = h (f - <p, f>) is the gradient at the logits that a fraction f causes."""
-    h_TE = slope_TE * valid_TE
-    square_TE = h_TE.square()
-    cross_EE = square_TE.T @ valid_TE
-    outer_EE = valid_TE.T @ (square_TE.sum(dim=-1, keepdim=True) * valid_TE)
+    square_TE = (slope_TE * valid_TE).square()
+    with torch.autocast(valid_TE.device.type, enabled=False):  # products of matrices would be bf16
+        cross_EE = square_TE.T @ valid_TE
+        outer_EE = valid_TE.T @ (square_TE.sum(dim=-1, keepdim=True) * valid_TE)
     return (torch.diag(square_TE.sum(dim=0)) - cross_EE - cross_EE.T + outer_EE).double()

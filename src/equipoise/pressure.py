@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .functional.losses import load_fractions
-from .meter import Meter, Plan, Tables, Taken
+from .meter import Meter, Placed, Plan, Tables, Taken
 from .policies.estimators import ESTIMATORS, LoadHistory
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss, ZLoss, coefficient
@@ -27,6 +27,7 @@ class Bound(NamedTuple):
 
     push: Tensor  # pressure per unit of the loss's scale
     late: list[Late]  # where sequences are sharded
+    placed: list[Placed]  # of another library's router: how the tokens lay, for a recompute
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Layer:
     def press(self, bound: Bound, scale: Tensor, *, count: bool) -> None:
         """Writes what ``bind`` gave, for this scale of the loss; ``count=False``: push again, count nothing."""
         push = bound.push * scale.to(device=bound.push.device, dtype=torch.float64).reshape(())
-        self.meter.late = bound.late
+        self.meter.late, self.meter.placed_late = bound.late, bound.placed
         # .data: a late write that keeps the address and does not trip autograd's version counter
         self.meter.pressure.data.copy_(torch.cat([push, push.new_full((1,), float(count))]))
 
@@ -100,7 +101,7 @@ class Layer:
     def release(self) -> None:
         """No push and no counting until the next tap: another backward over the same graph adds nothing."""
         self.meter.pressure.data.zero_()
-        self.meter.late = []
+        self.meter.late, self.meter.placed_late = [], []
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def bind(
         known = {name: _fraction(layer, name, 0.9, micro.number) for name in estimators}
         weight = unit * scale.to(device=taken.device, dtype=torch.float64).reshape(())
         layer.step_fidelity.append((known, proposed.gram_EE * weight.square()))
-    return Bound(torch.cat([rows.flatten(), factors]), late)
+    return Bound(torch.cat([rows.flatten(), factors]), late, proposed.placed)
 
 
 def _unit(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from equipoise import AuxLoss, Balancer, ExpertBias, StateError
-from hf._cases import inputs, loss_of, quiet
+from hf._cases import RECOMPUTED, inputs, loss_of, quiet
 from hf._law import Twin, bias_of, law
 from hf.families import build
 
@@ -106,6 +106,49 @@ def test_all_passes_with_gradient_before_a_tap_are_its_micro_batch() -> None:
     assert [c.tolist() for c in balancer.load()] == [
         [a + b for a, b in zip(*two, strict=True)] for two in zip(*counts, strict=True)
     ]
+
+
+@pytest.mark.parametrize("kind", list(RECOMPUTED))
+@pytest.mark.parametrize("between", ["no_grad", "eval", "two losses"])
+def test_recompute_finds_the_padding_of_its_own_pass(kind: str, between: str) -> None:
+    """The model runs on other tokens between a forward and its backward: what runs again is masked as it was."""
+    found = []
+    for recompute in (lambda _model: None, RECOMPUTED[kind]):
+        with quiet():
+            model = build("qwen3_moe").train()
+            recompute(model)
+            balancer = Balancer(model, [AuxLoss("sequence", 0.3)])
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            losses = [balancer.tap(loss_of(model, inputs(0)))]
+            if between == "two losses":
+                losses.append(balancer.tap(loss_of(model, inputs(1, padded=False))))
+            else:
+                with torch.set_grad_enabled(between == "eval"):
+                    loss_of(model.train(between == "no_grad"), inputs(1, padded=False))
+                model.train()
+            for loss in losses:
+                (loss / len(losses)).backward()
+            optimizer.step()
+        gates = [p.grad for name, p in model.named_parameters() if name.endswith("gate.weight")]
+        found.append((torch.cat(gates), [c.tolist() for c in balancer.load()], balancer.metrics()))
+    (want, loads, metrics), (got, again, other) = found
+    assert float((got - want).abs().max()) <= 1e-6 * float(want.abs().max())
+    assert again == loads
+    assert other["balance/recompute_flips"] == 0 and other["balance/tokens"] == metrics["balance/tokens"]
+
+
+@pytest.mark.parametrize("kind", list(RECOMPUTED))
+def test_a_pair_of_passes_that_recompute_cannot_tell_apart_is_refused(kind: str) -> None:
+    """Which of the two runs again is not known; where their padding agrees it is all the same."""
+    with quiet():
+        model = build("qwen3_moe").train()
+        RECOMPUTED[kind](model)
+        balancer = Balancer(model, [AuxLoss("sequence", 0.3)])
+        balancer.tap(loss_of(model, inputs(0)) + loss_of(model, inputs(1))).backward()
+        balancer.discard()
+        loss = balancer.tap(loss_of(model, inputs(0)) + loss_of(model, inputs(1, padded=False)))
+        with pytest.raises(StateError, match="2 passes of 18 tokens"):
+            loss.backward()
 
 
 @pytest.mark.parametrize("how", ["no_grad", "eval"])
