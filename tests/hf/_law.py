@@ -50,7 +50,10 @@ class Twin:
 
     def _logits(self, name: str) -> Any:
         def note(_module: nn.Module, _args: tuple, output: tuple) -> None:
-            self.logits[name] = output[1] if self.family == "llama4" else output[0]
+            place = 1 if self.family == "llama4" else 0
+            if self.family == "granitemoe" and not output[0].is_floating_point():  # ids first, until transformers 5.20
+                place = 2
+            self.logits[name] = output[place]
             if self.family in ("gemma4", "diffusion_gemma"):
                 self.logits[name] = output[0].log()
             if self.family == "zaya":  # its experts are told 0 where a token skips them
