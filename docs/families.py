@@ -40,9 +40,9 @@ layers on a CPU. A "yes" is a check that passed.
 - ratio: `gradient_ratio` in the metrics equals autograd's; "-": left out, because weights hold more than scores.
 
 Routers have returned logits, weights and expert ids in one tuple since transformers 5.15, which is asked for. Every
-family is tested with {transformers}; the first check also passed with 5.15.0 and 5.20.0 on qwen3_moe, qwen3_next, mixtral,
-olmoe, deepseek_v3, gpt_oss, glm4_moe, granitemoe, llama4, minimax_m2 and ernie4_5_moe. In older versions many blocks
-choose by themselves: the balancer finds no router there, and says so.
+family is tested with {transformers}; the first check also passed with 5.15.0 and 5.20.0 on qwen3_moe, qwen3_next,
+mixtral, olmoe, deepseek_v3, gpt_oss, glm4_moe, granitemoe, llama4, minimax_m2 and ernie4_5_moe. In older versions many
+blocks choose by themselves: the balancer finds no router there, and says so.
 
 Of LongCat-Flash and Zaya, choices of experts that do no work (they hand a token back, or skip the layer) are no load:
 f, P and the bias are of the experts that work, and how many choices go to the others is left to the model. The first
