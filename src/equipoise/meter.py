@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import InputError
 from .functional.losses import load_fractions
 from .functional.metrics import maxvio
-from .functional.routing import count_choices, gate_probs, gate_slope
+from .functional.routing import count_choices, gate_probs, gate_slope, without_autocast
 
 __all__ = [
     "Batch",
@@ -393,7 +393,7 @@ def _document_counts(ids_TK: Tensor, plan: Plan, batch: Batch) -> Tensor:
 def _gram(valid_TE: Tensor, slope_TE: Tensor) -> Tensor:
     """Sum over tokens of J^T J, where J f = h (f - <p, f>) is the gradient at the logits that a fraction f causes."""
     square_TE = (slope_TE * valid_TE).square()
-    with torch.autocast(valid_TE.device.type, enabled=False):  # products of matrices would be bf16
+    with without_autocast(valid_TE):
         cross_EE = square_TE.T @ valid_TE
         outer_EE = valid_TE.T @ (square_TE.sum(dim=-1, keepdim=True) * valid_TE)
     return (torch.diag(square_TE.sum(dim=0)) - cross_EE - cross_EE.T + outer_EE).double()

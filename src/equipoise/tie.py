@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional.routing import gate_log_scores, gate_scores, gate_slope
+from .functional.routing import gate_log_scores, gate_scores, gate_slope, without_autocast
 from .meter import Batch, Measured, Meter, Plan, measure
 from .shards import late_fractions, propose
 
@@ -122,7 +122,8 @@ class _Tie(torch.autograd.Function):
             fraction_NBE, fraction_NTE = late_fractions(ctx.key, grad_weights_TK, probs_E, fraction_NBE, fraction_NTE)
         push_TE, squares = None, torch.zeros(1, dtype=torch.float64, device=pressure.device)
         if probs_TE is not None:
-            push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)
+            with without_autocast(probs_TE):  # q and <p, q> are nearly equal
+                push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)
             push_TE = push_TE.to(ctx.logits_dtype)
         language = torch.zeros(1, dtype=torch.float64, device=pressure.device)  # see _Probe
         if ids_TK is not None and probs_TE is not None:

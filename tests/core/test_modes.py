@@ -23,6 +23,9 @@ from core._model import (
     train_step,
 )
 from equipoise import Balancer, ExpertBias
+from equipoise.functional.routing import count_choices
+from equipoise.meter import Batch, LocalTerm, Meter, Plan
+from equipoise.tie import tie
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # reentrant under no_grad
 
@@ -226,6 +229,34 @@ def test_bf16_autocast_leaves_router_and_counts_alone():
     assert loads[0] == loads[1] == loads[2]
     assert_close(grads[1], grads[0], 2e-2)
     assert all(torch.equal(grads[2][n], grads[1][n]) for n in grads[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("mode", ["backward inside", "compiled"])
+def test_autocast_does_not_reach_the_push(mode):
+    """Near balance q and <p, q> differ in the third digit, which bf16 does not have."""
+    pushes = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        logits_TE = torch.randn(64, 16).requires_grad_()
+        meter = Meter(Plan(16, 2, "softmax", (LocalTerm("late"),), gram=True))
+
+        def tied(meter, logits_TE):
+            weights_TK, ids_TK = logits_TE.softmax(dim=-1).topk(2)
+            counts_BE = count_choices(ids_TK, 16, num_sequences=4)
+            return tie(meter, weights_TK, logits_TE, ids_TK, counts_BE, Batch(4), training=True)
+
+        run = torch.compile(tied, backend="aot_eager") if mode == "compiled" else tied
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = run(meter, logits_TE).sum() * 0
+            meter.pressure.data[:16] = 1 + 0.03 * torch.randn(16, dtype=torch.float64)
+            if mode != "compiled":
+                loss.backward()
+        if mode == "compiled":
+            loss.backward()
+        pushes.append((logits_TE.grad, meter.grams[0]))
+    for got, want in zip(pushes[1], pushes[0], strict=True):
+        assert float((got - want).norm()) <= 1e-6 * float(want.norm())
 
 
 def test_dropout_is_replayed_by_the_counting_pass():

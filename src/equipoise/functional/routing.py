@@ -5,6 +5,7 @@ Shapes: T tokens, E experts, K experts per token, G groups of E/G experts.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "gate_slope",
     "route",
     "select_experts",
+    "without_autocast",
 ]
 
 GATES = ("softmax", "sigmoid", "sqrt_softplus")
@@ -217,6 +219,19 @@ def choose(
         ids_TK = select_experts(chosen_by_TE, top_k, num_groups, top_groups)
     weights_TK = _weights(logits_TE, ids_TK, gate, normalize)
     return (weights_TK * scale if scale != 1.0 else weights_TK), ids_TK
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Around products of matrices that bf16 would spoil.
+
+    A compiler runs backward under forward's autocast, and so does who calls ``backward`` inside it.
+
+    >>> with torch.autocast("cpu", torch.bfloat16), without_autocast(x := torch.ones(1, 1)):
+    ...     (x @ x).dtype
+    torch.float32
+    """
+    known = torch.amp.is_autocast_available(x.device.type)  # not of tensors without memory
+    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
 
 
 def check_routing(num_experts: int, top_k: int, gate: str, num_groups: int = 1, top_groups: int = 1) -> None:
