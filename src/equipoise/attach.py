@@ -53,13 +53,19 @@ def attach(
             got=f"{' and '.join(type(part).__name__ for part in parts)} without a router",
             do="build it from equipoise.MoE, or pass a model of transformers; of others, pass example= as well",
         )
-    _check_routers(routers, timed)
+    try:
+        _check_routers(routers, timed)
+        for _, _, router in routers:
+            if any(isinstance(t.policy, ExpertBias) for t in timed):
+                router.enable_selection_bias()
+    except ConfigError:  # the model is free again
+        for layout in {id(at): at for _, _, router in routers if (at := getattr(router, "layout", None))}.values():
+            layout.remove()
+        raise
     terms = tuple(_term(t.policy, micro_sequences) for t in timed if isinstance(t.policy, AuxLoss))
     gradient_norms = gradient_norms and all(getattr(router, "measures_norms", True) for _, _, router in routers)
     layers = []
     for part, name, router in routers:
-        if any(isinstance(t.policy, ExpertBias) for t in timed):
-            router.enable_selection_bias()
         has_z_loss = any(isinstance(t.policy, ZLoss) for t in timed)
         plan = Plan(
             router.num_experts,
@@ -91,6 +97,7 @@ def detach(layers: Sequence[Layer]) -> None:
 
 def _check_routers(routers: Sequence[tuple[int, str, Any]], timed: Sequence[Timed]) -> None:
     biases = [t.policy for t in timed if isinstance(t.policy, ExpertBias)]
+    has_z_loss = any(isinstance(t.policy, ZLoss) for t in timed)
     for _, name, router in routers:
         if router.meter is not None:
             raise StateError(
@@ -100,6 +107,12 @@ def _check_routers(routers: Sequence[tuple[int, str, Any]], timed: Sequence[Time
             )
         for policy in biases:
             policy.check_gate(router.gate, router.num_experts)
+        if has_z_loss and not getattr(router, "returns_logits", True):
+            raise ConfigError(
+                expected="router logits for ZLoss",
+                got=f"router {name!r}, which returns probabilities: the logsumexp of their logarithms is always 0",
+                do="leave ZLoss out for this model",
+            )
         if router.expert_bias is not None and not biases and any(p.requires_grad for p in router.parameters()):
             raise ConfigError(
                 expected="a policy for the expert bias that this model chooses with",

@@ -53,6 +53,7 @@ class ForeignRouter:
         self.num_experts, self.top_k, self.gate, self.idle = facts.num_experts, facts.top_k, facts.gate, facts.idle
         # the language model's gradient at the logits passes inside the router: it is reckoned from that at the weights
         self.weights, self.measures_norms = (facts.normalize, facts.scale), facts.exact
+        self.returns_logits = not facts.probabilities
         self.own_bias: Tensor | None = None
         self._native = native
         self._meter: Meter | None = None

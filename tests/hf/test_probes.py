@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias
+from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, ZLoss
 from hf._cases import quiet
 from hf.families import build
 
@@ -108,3 +108,21 @@ def test_probing_leaves_no_trace(mode: bool) -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules() if type(module).__name__.endswith("Router"))
+
+
+@pytest.mark.parametrize(
+    ("family", "policies", "message"),
+    [
+        ("gemma4", [ZLoss(1e-3)], "returns probabilities"),
+        ("diffusion_gemma", [AuxLoss("sequence", 0.1), ZLoss(1e-3)], "returns probabilities"),
+        ("gemma4", [ExpertBias("proportional", rate=1e-3)], "weights hold more than scores"),
+        ("deepseek_v3", [AuxLoss("sequence", 0.1)], "a bias in router"),
+    ],
+)
+def test_what_is_refused_leaves_no_hook(family: str, policies: list, message: str) -> None:
+    """The z-loss of probabilities is 0 whatever the router does: a policy without a gradient."""
+    with quiet():
+        model = build(family)
+        with pytest.raises(ConfigError, match=message):
+            Balancer(model, policies)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
