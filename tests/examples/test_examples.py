@@ -6,9 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from examples._fresh import QUIET
+from examples._fresh import run as fresh
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples"
 NEEDS = {
@@ -19,14 +22,11 @@ NEEDS = {
 }
 
 
-def run(name: str, *arguments: str, launcher: tuple[str, ...] = ()) -> str:
+def run(name: str, *arguments: str, size: int = 1) -> str:
     for package in NEEDS[name]:
-        pytest.importorskip(package, reason=f"{package} is not installed")
-    offline = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "80"}
-    command = [sys.executable, *launcher, str(FOLDER / f"{name}.py"), *arguments]
-    done = subprocess.run(command, env=os.environ | offline, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    return fresh(FOLDER / f"{name}.py", *arguments, size=size)[0]
 
 
 def maxvio(output: str) -> dict[int, list[float]]:
@@ -51,9 +51,7 @@ def test_the_plain_loop_balances_what_grows_uneven_without():
 
 def test_accelerate_sees_the_same_load_on_two_processes():
     """Both draw the same rows and share them: the load of the global batch is that of one process."""
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    launch += ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
-    alone, two = (maxvio(run("accelerate_loop", "--steps", "3", launcher=by)) for by in ((), launch))
+    alone, two = (maxvio(run("accelerate_loop", "--steps", "3", size=size)) for size in (1, 2))
     assert sorted(two) == [1, 3]
     assert alone[1] == two[1]
 
@@ -63,3 +61,21 @@ def test_a_trainer_with_the_callback(name):
     seen = maxvio(run(name, "--steps", "3"))
     assert sorted(seen) == [1, 3]
     assert all(len(layers) == 2 and min(layers) > 0 for layers in seen.values())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "launcher"),
+    [
+        (
+            "accelerate_loop",
+            ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"),
+        ),
+        ("hf_trainer", ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")),
+    ],
+)
+def test_the_launcher_that_an_example_names(name, launcher):
+    command = [sys.executable, "-m", *launcher, str(FOLDER / f"{name}.py"), "--steps", "3"]
+    done = subprocess.run(command, env=os.environ | QUIET, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert sorted(maxvio(done.stdout)) == [1, 3]

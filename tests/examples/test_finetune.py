@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import subprocess
-import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from examples._fresh import run
 
 from equipoise.records import read_run
 
@@ -25,8 +24,9 @@ TINY = {
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
     """(what it printed, where it wrote)."""
-    pytest.importorskip("accelerate")
-    pytest.importorskip("transformers")
+    for package in ("accelerate", "transformers"):
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     root = tmp_path_factory.mktemp("example")
     draw = random.Random(0)
     with open(root / "text.jsonl", "w", encoding="utf-8") as file:
@@ -34,17 +34,11 @@ def shown(tmp_path_factory):
             for domain, words in WORDS.items():
                 text = f"{' '.join(draw.choices(words.split(), k=150))} {number}"
                 file.write(json.dumps({"text": text, "domain": domain}) + "\n")
-    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-             "EQUIPOISE_CACHE": str(root / "cache")}  # fmt: skip
     settings = [f"--set={name}={value}" for name, value in TINY.items()]
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--data", "text.jsonl", "--domains", "low,digits", "--steps", "4",
-         "--pretrain-steps", "4", "--out", "out", *settings],
-        env=os.environ | quiet, cwd=root, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "switched off" not in done.stderr.partition("own balance loss")[0]
-    return done.stdout, root / "out"
+    out, errors = run(EXAMPLE, "--data", "text.jsonl", "--domains", "low,digits", "--steps", "4", "--pretrain-steps", "4",
+                      "--out", "out", *settings, cwd=root, EQUIPOISE_CACHE=str(root / "cache"))  # fmt: skip
+    assert "switched off" not in errors.partition("own balance loss")[0]
+    return out, root / "out"
 
 
 def test_both_ways_are_measured_on_the_same_text(shown):
