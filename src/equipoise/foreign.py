@@ -113,11 +113,13 @@ class ForeignRouter:
         if self.facts.probabilities:
             logits_TE = logits_TE.clamp(min=torch.finfo(logits_TE.dtype).tiny).log()
         if self.own_bias is not None:
+            if self.own_bias.device != logits_TE.device:  # the model moved
+                self.own_bias = self.own_bias.to(logits_TE.device)
             made_TK, ids_TK = choose(
                 logits_TE,
                 self.top_k,
                 gate=self.gate,
-                selection_bias_E=self.own_bias.to(logits_TE.device),
+                selection_bias_E=self.own_bias,
                 num_groups=1,
                 top_groups=1,
                 normalize=self.facts.normalize,
