@@ -172,7 +172,14 @@ def _calls(probe: Probe, modules: dict[str, nn.Module]) -> tuple[dict[str, Read]
 
         return hook
 
-    probe({module: note(name) for name, module in modules.items() if name})
+    try:
+        probe({module: note(name) for name, module in modules.items() if name})
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:  # top-k of fewer experts, arguments that lack
+        raise ConfigError(
+            expected="a model that runs on its example, in evaluation",
+            got=f"{type(error).__name__}: {error}",
+            do="correct the model's configuration, or pass example= with the arguments that its forward takes",
+        ) from error
     shells = {n: min((o for o in seen if f"{n}.".startswith(f"{o}.")), key=len) for n in seen}
     shells = {n: shell for n, shell in shells.items() if not any(other.startswith(f"{n}.") for other in seen)}
     # experts for pictures never meet a text, but their routers are of a class that was seen

@@ -126,3 +126,8 @@ def test_what_is_refused_leaves_no_hook(family: str, policies: list, message: st
         with pytest.raises(ConfigError, match=message):
             Balancer(model, policies)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_that_cannot_run_is_refused_in_words() -> None:
+    with pytest.raises(ConfigError, match="a model that runs on its example"):
+        Balancer(build("qwen3_moe", num_experts_per_tok=99), [AuxLoss("global_batch", coef=1e-2)])
