@@ -138,3 +138,18 @@ def test_what_cannot_be_converted_is_refused():
         convert_coef(1.0, "transformer")
     with pytest.raises(ConfigError, match="at least 1"):
         convert_coef(1.0, "megatron", top_k=0)
+
+
+@pytest.mark.parametrize(
+    ("source", "sizes"),
+    [
+        ("transformers", {}),
+        ("transformers", {"top_k": 8}),
+        ("maxtext", {"num_layers": 4}),
+        ("megablocks", {"top_k": 8}),
+    ],
+)
+def test_a_size_that_the_source_depends_on_has_no_default(source, sizes):
+    with pytest.raises(ConfigError, match="which this source depends on"):
+        convert_coef(1.0, source, **sizes)
+    assert convert_coef(1.0, "megatron") == convert_coef(1.0, "megablocks", num_layers=1) == 1.0

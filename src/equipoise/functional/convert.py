@@ -23,29 +23,32 @@ CONVENTIONS: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def convert_coef(coef: float, source: str, *, top_k: int = 1, num_layers: int = 1) -> float:
+def convert_coef(coef: float, source: str, *, top_k: int | None = None, num_layers: int | None = None) -> float:
     """``AuxLoss("micro_batch", coef=...)`` whose gradient is that of ``coef`` in another library.
 
     Args:
         source: one of ``CONVENTIONS``.
-        top_k: experts per token K.
-        num_layers: MoE layers L of the model.
+        top_k: experts per token K; needed where that library does not divide f by it.
+        num_layers: MoE layers L of the model; needed where that library takes a mean over them.
 
     For "transformers" it is equal where all layers are loaded alike; that loss pools layers before the product of f and
     P, so that opposite imbalances cancel, which no coefficient reproduces. For "deepspeed" with K = 2 it is equal where
     first and second choices are spread alike. What a trainer multiplies on top (transformers' Trainer: accumulation
-    steps times ranks) is not in it; docs/coefficients.md says what is. Raises ConfigError for an unknown library or a
-    size below 1.
+    steps times ranks) is not in it; docs/coefficients.md says what is. Raises ConfigError for an unknown library, a
+    size that is needed and missing, or one below 1.
 
     >>> convert_coef(1e-3, "transformers", top_k=8, num_layers=48)
     0.00016666666666666666
     """
     if source not in CONVENTIONS:
         raise unknown_name("source", source, CONVENTIONS)
-    if top_k < 1 or num_layers < 1:
+    factor = CONVENTIONS[source]
+    missing = (top_k is None and factor(2, 1) != factor(1, 1)) or (num_layers is None and factor(1, 2) != factor(1, 1))
+    sizes = [1 if size is None else size for size in (top_k, num_layers)]
+    if missing or min(sizes) < 1:
         raise ConfigError(
-            expected="top_k and num_layers of at least 1",
+            expected=f"top_k and num_layers of at least 1{', which this source depends on' if missing else ''}",
             got=f"top_k={top_k}, num_layers={num_layers}",
             do="take both from the model's configuration",
         )
-    return coef * CONVENTIONS[source](top_k, num_layers)
+    return coef * factor(*sizes)
