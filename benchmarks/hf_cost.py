@@ -88,7 +88,6 @@ def stepper(variant: str, size: tuple[int, ...]) -> Callable[[], float]:
     optimizer, batch = torch.optim.SGD(model.parameters(), lr=1e-4), text(tokens)
 
     def step() -> float:
-        gc.collect()
         start = time.process_time()
         loss = model(**batch).loss
         (balancer.tap(loss) if balancer else loss).backward()
@@ -115,6 +114,7 @@ def show_step(arguments: argparse.Namespace) -> None:
         times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
         for index in range(arguments.rounds + 2):
             for variant in random.sample(VARIANTS, len(VARIANTS)):
+                gc.collect()
                 took = steps[variant]()
                 if index >= 2:
                     times[variant].append(took)
@@ -148,25 +148,21 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def added_calls(variant: str) -> tuple[float, float]:
-    """(per layer, once) operations of a training step beyond plain."""
-    found = {}
-    for layers in (2, 4):
-        for one in ("plain", variant):
-            step, calls = stepper(one, (64, 8, 2, layers, 64)), Calls()
-            step()
-            with calls:
-                step()
-            found[one, layers] = calls.number
-    few, more = (found[variant, layers] - found["plain", layers] for layers in (2, 4))
-    return (more - few) / 2, 2 * few - more
+def calls_of(variant: str, layers: int) -> int:
+    """Torch operations of a training step."""
+    step, calls = stepper(variant, (64, 8, 2, layers, 64)), Calls()
+    step()
+    with calls:
+        step()
+    return calls.number
 
 
 def show_calls(_arguments: argparse.Namespace) -> None:
     print("Torch operations of a step beyond plain\n")
+    plain = [calls_of("plain", layers) for layers in (2, 4)]
     for variant in VARIANTS[1:]:
-        each, once = added_calls(variant)
-        print(f"{variant:>10}  {each:.0f} a layer, {once:.0f} once")
+        few, more = (calls_of(variant, layers) - without for layers, without in zip((2, 4), plain, strict=True))
+        print(f"{variant:>10}  {(more - few) / 2:.0f} a layer, {2 * few - more:.0f} once")
     print()
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers", reason="the hf extra is not installed")
+pytestmark = pytest.mark.skipif(find_spec("transformers") is None, reason="the hf extra is not installed")
 
 FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "hf_cost.py"
 
