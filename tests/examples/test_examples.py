@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
 from examples._fresh import QUIET
 from examples._fresh import run as fresh
 

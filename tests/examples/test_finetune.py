@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from examples._fresh import run
 
 from equipoise.records import read_run
+from examples._fresh import run
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "finetune_two_domains.py"
 WORDS = {"low": "a b c d e f g h", "digits": "0 1 2 3 4 5 6 7 8 9", "signs": "+ - * / = ( ) [ ] ;"}
@@ -35,8 +35,8 @@ def shown(tmp_path_factory):
                 text = f"{' '.join(draw.choices(words.split(), k=150))} {number}"
                 file.write(json.dumps({"text": text, "domain": domain}) + "\n")
     settings = [f"--set={name}={value}" for name, value in TINY.items()]
-    out, errors = run(EXAMPLE, "--data", "text.jsonl", "--domains", "low,digits", "--steps", "4", "--pretrain-steps", "4",
-                      "--out", "out", *settings, cwd=root, EQUIPOISE_CACHE=str(root / "cache"))  # fmt: skip
+    settings += ["--data=text.jsonl", "--domains=low,digits", "--steps=4", "--pretrain-steps=4", "--out=out"]
+    out, errors = run(EXAMPLE, *settings, cwd=root, EQUIPOISE_CACHE=str(root / "cache"))
     assert "switched off" not in errors.partition("own balance loss")[0]
     return out, root / "out"
 
@@ -44,12 +44,12 @@ def shown(tmp_path_factory):
 def test_both_ways_are_measured_on_the_same_text(shown):
     out, folder = shown
     own, ours = (read_run(folder / name) for name in ("own-loss", "global-batch"))
-    for run in (own, ours):
-        assert run.status == "finished" and not run.problems
-        assert [step.step for step in run.steps] == [1, 2, 3, 4]
-        assert [one.step for one in run.evaluations] == [1, 2, 3, 4]
-        assert set(run.evaluations[-1].loss) == {"low", "digits"}
-        assert run.evaluations[-1].mean_loss < run.evaluations[0].mean_loss
+    for one in (own, ours):
+        assert one.status == "finished" and not one.problems
+        assert [step.step for step in one.steps] == [1, 2, 3, 4]
+        assert [said.step for said in one.evaluations] == [1, 2, 3, 4]
+        assert set(one.evaluations[-1].loss) == {"low", "digits"}
+        assert one.evaluations[-1].mean_loss < one.evaluations[0].mean_loss
     assert ours.steps[0].balance["balance/maxvio_global"] > 0 and not own.steps[0].balance
     # the same batch and weights: the first losses agree but for the balance loss that the model adds to its own
     assert own.steps[0].loss == pytest.approx(ours.steps[0].loss, abs=0.05)
