@@ -127,7 +127,7 @@ def test_ctrl_c_saves(start, qwen, words, here):
     assert process.returncode == 130, said
     assert "the same command goes on" in said
     assert not (here / "out" / "inspection.json").exists()
-    assert main(command) == 0
+    assert main(command[:-2]) == 0
     assert main([*command[:-4], "--out", "whole"]) == 0
     one, other = read_inspection("out"), read_inspection("whole")
     assert one.layers == other.layers
@@ -140,6 +140,19 @@ def test_one_domain_shows_what_can_be_shown(qwen, tmp_path, capsys):
     assert "one domain" in capsys.readouterr().out
     found = read_inspection(tmp_path / "out")
     assert found.layers[0].information is None and found.layers[0].maxvio_global >= 0
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_text_that_names_no_domain_is_of_its_file(kind, qwen, tmp_path, capsys):
+    path = tmp_path / f"poems.{kind}"
+    rows = [{"text": "a b c d e f g h " * 9}] * 4
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        arrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist(rows), path)
+    assert main(["inspect", str(qwen), *small(path), "--out", str(tmp_path / "out")]) == 0
+    assert [domain.name for domain in read_inspection(tmp_path / "out").domains] == ["poems"]
 
 
 def test_a_short_domain_is_left_out_by_name(qwen, words, tmp_path, capsys):

@@ -18,6 +18,7 @@ import torch
 from equipoise.errors import ConfigError, DataError, OutputError
 from equipoise.inspection import Request, inspect
 from equipoise.inspection.run import REQUEST_NAME, layers_of
+from equipoise.inspection.similar import weight_similarity
 from equipoise.report.inspection import Arrays, read_inspection
 from hf._cases import quiet
 from inspection._folders import hooked, windows_of
@@ -93,6 +94,16 @@ def test_a_folder_holds_one_inspection(asked, tmp_path):
     assert other.facts.equal_windows == 5
     (tmp_path / REQUEST_NAME).unlink()
     with pytest.raises(OutputError, match="request is gone"):
+        inspect(asked(), tmp_path)
+
+
+def test_one_that_failed_before_it_counted_does_not_hold_its_folder(asked, tmp_path):
+    with pytest.raises(ConfigError, match="windows of"):
+        inspect(asked(length=100_000), tmp_path)
+    with pytest.raises(DataError, match="none of nowhere"):
+        inspect(asked(domains=("nowhere",)), tmp_path)
+    assert inspect(asked(tokens=120), tmp_path).facts.equal_windows == 5
+    with pytest.raises(OutputError, match="another tokens"):
         inspect(asked(), tmp_path)
 
 
@@ -173,6 +184,26 @@ def test_expert_weights_are_compared(folder_of, asked, tmp_path):
         for j in range(8):
             want = float(flat[i] @ flat[j] / (flat[i].norm() * flat[j].norm()))
             assert found.arrays.weight_similarity_LEE[1, i, j] == pytest.approx(want, abs=1e-5)
+
+
+def test_experts_that_lie_one_below_the_other_are_compared(folder_of):
+    """DBRX: (E · H, D) matrices."""
+    from transformers import AutoModel
+
+    with quiet():
+        model = AutoModel.from_pretrained(folder_of("dbrx"))
+    name, block = next((n, m) for n, m in model.named_modules() if type(m).__name__ == "DbrxFFN")
+    mlp = block.experts.mlp
+    experts, rows = mlp.moe_num_experts, mlp.ffn_hidden_size
+    with torch.no_grad():
+        for weight in (mlp.w1, mlp.v1, mlp.w2):
+            weight[rows : 2 * rows] = weight[:rows]  # expert 1 is expert 0
+    found = weight_similarity(model, f"{name}.router", experts)
+    flat = [torch.cat([w[e * rows : (e + 1) * rows].detach().double().reshape(-1) for w in (mlp.w1, mlp.v1, mlp.w2)])
+            for e in range(experts)]  # fmt: skip
+    want = [[float(a @ b / (a.norm() * b.norm())) for b in flat] for a in flat]
+    np.testing.assert_allclose(found.numpy(), want, atol=1e-5)
+    assert found[0, 1] == pytest.approx(1, abs=1e-6)
 
 
 def test_a_token_that_begins_a_text_is_read_and_not_counted(folder_of, text, tmp_path):

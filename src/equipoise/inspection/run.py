@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, OutputError
+from ..lab import checkpoint
 from ..lab.cache import atomic_write
 from ..lab.process import keep_freed_memory
 from ..lab.workers import locked
@@ -165,6 +166,9 @@ def _open_folder(out: Path, key: dict[str, Any], overwrite: bool) -> bool:
         earlier = None
     except (OSError, ValueError):
         earlier = {}
+    if earlier is not None and earlier != key and not is_inspection(out) and not checkpoint.steps(out / STATE):
+        shutil.rmtree(out / STATE, ignore_errors=True)  # it ended before anything was counted: nothing to protect
+        earlier = key
     if earlier is not None and earlier != key:
         names = [name for name in key if earlier.get(name) != key[name]]
         raise OutputError(expected=f"a new folder, or one with this inspection: {out}",

@@ -36,6 +36,9 @@ def _stacks(block: nn.Module, router: nn.Module, num_experts: int) -> list[list[
     """Each one matrix of every expert: (E, ...), or a list of E of one shape."""
     own = {id(p) for p in router.parameters()}
     whole = [p for p in block.parameters() if p.dim() >= 3 and len(p) == num_experts and id(p) not in own]
+    for child in block.modules():
+        if type(child).__name__ == "DbrxExpertGLU":  # its matrices hold the experts one below the other
+            whole += [p.view(num_experts, -1, p.shape[-1]) for p in child.parameters()]
     if whole:
         return [p for p in whole if p.is_floating_point()]
     for child in block.modules():

@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import ConfigError, DataError, OutputError
 from ..lab.cache import atomic_write
 from ..lab.corpus import LONGEST_DOCUMENT, embedded_corpus
-from ..lab.sources import Part, _find, _pieces
+from ..lab.sources import Part, find_parts, text_pieces
 from .models import Words, held_out, run_config
 
 __all__ = ["Windows", "check_length", "read_windows", "source_files", "user_text", "windows_of_run", "write_windows"]
@@ -187,7 +187,9 @@ def source_files(data: Path | None) -> str:
     """Changes when the text does; reads no content."""
     if data is None:
         return "the text of this installation"
-    return " ".join(f"{part.path} {part.path.stat().st_size} {part.path.stat().st_mtime_ns}" for part in _find(data))
+    return " ".join(
+        f"{part.path} {part.path.stat().st_size} {part.path.stat().st_mtime_ns}" for part in find_parts(data)
+    )
 
 
 def _own_documents(domains: Sequence[str] | None, progress: Progress | None) -> Iterator[Document]:
@@ -201,25 +203,28 @@ def _own_documents(domains: Sequence[str] | None, progress: Progress | None) -> 
 
 def _documents(data: Path, wanted: _Wanted, progress: Progress | None) -> Iterator[Document]:
     """Of a source with a held-out part, that part; of any other, all of it."""
-    parts = _find(data)
+    parts = find_parts(data)
     held = [part for part in parts if part.heldout]
     parts = held or parts
     sizes = [part.path.stat().st_size for part in parts]
     for i, part in enumerate(parts):
         if progress:
-            progress(f"reading {part.path.name}", sum(sizes[:i]) / max(1, sum(sizes)))
+            progress(f"reading {part.path.name if part.rows else part.domain}", sum(sizes[:i]) / max(1, sum(sizes)))
         if wanted.full():
             return
         yield from _part(part, wanted)
 
 
 def _part(part: Part, wanted: _Wanted) -> Iterator[Document]:
-    """One file; it is left early when it is named after its domain and that one is full."""
+    """One file; it is left early when it is named after its domain and that one is full.
+
+    Records that name no domain are of the one that the file is named after.
+    """
     if part.domain is not None and not wanted.wants(part.domain):
         return
     own = part.domain or part.path.name.split(".")[0]
     only_own = True
-    for domain, text, _ in part.rows(part.path) if part.rows else _pieces(part):
+    for domain, text, _ in part.rows(part.path, own) if part.rows else text_pieces(part):
         only_own = only_own and domain == own
         if wanted.wants(domain):
             for start in range(0, len(text), LONGEST_DOCUMENT):

@@ -24,7 +24,7 @@ from ..errors import ConfigError, DataError
 from .corpus import HELDOUT_FRACTION, LONGEST_DOCUMENT, Corpus, Progress, check_domains, hash_fraction
 from .streams import arrow_rows, json_rows, parquet_rows, read_text
 
-__all__ = ["load_corpus", "source_fingerprint"]
+__all__ = ["Part", "find_parts", "load_corpus", "source_fingerprint", "text_pieces"]
 
 MAX_BYTES = 5_000_000  # of training text per domain
 HELDOUT_SHARE = 5  # held-out text is read up to a fifth of that
@@ -42,7 +42,7 @@ class Part:
     """One file of a corpus."""
 
     path: Path
-    rows: Callable[[Path], Iterator[Row]] | None  # None: a plain text file
+    rows: Callable[..., Iterator[Row]] | None  # None: a plain text file
     heldout: bool | None  # None: nothing says so
     domain: str | None = None  # known before reading: the folder's name
 
@@ -59,7 +59,7 @@ def load_corpus(path: str | Path, domains: Sequence[str] | None = None, *, max_b
     path = Path(path)
     if domains is not None:
         domains = check_domains(domains, domains)  # a list of at least two, each once; whether they exist comes later
-    parts = _find(path)
+    parts = find_parts(path)
     collected = _Collector(domains, max_bytes)
     sizes = [part.path.stat().st_size for part in parts]
     for i, part in enumerate(parts):
@@ -76,7 +76,7 @@ def load_corpus(path: str | Path, domains: Sequence[str] | None = None, *, max_b
 def source_fingerprint(path: str | Path) -> str:
     """Changes when a file is added, removed or written again (name, size, time of change). Reads no content."""
     digest = hashlib.sha256(str(Path(path).resolve()).encode())
-    for part in _find(Path(path)):
+    for part in find_parts(Path(path)):
         state = part.path.stat()
         digest.update(f"\n{part.path} {state.st_size} {state.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]
@@ -102,7 +102,7 @@ class _Collector:
                 return
         own_name = re.split(r"\.", part.path.name)[0]
         only_own = True
-        for domain, text, place in part.rows(part.path) if part.rows else _pieces(part):
+        for domain, text, place in part.rows(part.path) if part.rows else text_pieces(part):
             self.known.add(domain)
             only_own = only_own and domain == own_name
             if self._wants(domain, held):
@@ -162,7 +162,7 @@ def _hashed_out(texts: list[str]) -> list[str]:
     return [text for text in texts if text in chosen]
 
 
-def _pieces(part: Part) -> Iterator[Row]:
+def text_pieces(part: Part) -> Iterator[Row]:
     """A text file as documents of at most 20,000 characters, cut at line ends: one book can fill a domain."""
     text = read_text(part.path)
     start = 0
@@ -177,7 +177,7 @@ def _pieces(part: Part) -> Iterator[Row]:
 # ------------------------------------------------------------------------------------------------- finding files
 
 
-def _find(path: Path) -> list[Part]:
+def find_parts(path: Path) -> list[Part]:
     """The files of a corpus, in a fixed order. Raises DataError where there is nothing that can be read."""
     if not path.exists():
         raise DataError(expected=f"text at {path}", got="no such file or folder", do=f"pass {ACCEPTED}")

@@ -21,8 +21,11 @@ FIELDS = ("text", "domain")
 Row = tuple[str, str, str]  # domain, text, the place it stands in ("file:line")
 
 
-def json_rows(path: Path) -> Iterator[Row]:
-    """The records of a file with one JSON object a line. Blank lines are skipped."""
+def json_rows(path: Path, domain: str | None = None) -> Iterator[Row]:
+    """The records of a file with one JSON object a line. Blank lines are skipped.
+
+    ``domain``, here and below: that of records which name none; None: each has to.
+    """
     found = False
     for number, line, whole in _lines(path):
         if not line.strip():
@@ -39,28 +42,28 @@ def json_rows(path: Path) -> Iterator[Row]:
         if not isinstance(record, dict):
             raise DataError(expected=f'an object with "text" and "domain" at {place}', got=f"a {type(record).__name__}",
                             do='write {"text": "...", "domain": "..."} on each line')  # fmt: skip
-        yield _row(record, place)
+        yield _row(record, place, domain)
     if not found:
         raise _empty(path)
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
+def parquet_rows(path: Path, domain: str | None = None) -> Iterator[Row]:
     """The rows of a parquet file with the columns text and domain."""
     _not_empty(path)
     parquet = _pyarrow("pyarrow.parquet", path)
     with _arrow_errors(path), parquet.ParquetFile(path) as file:
         schema = file.schema_arrow
-        _check_columns(schema, path)
-        yield from _batches(file.iter_batches(batch_size=256, columns=list(FIELDS)), schema, path)
+        names = _columns(schema, path, domain)
+        yield from _batches(file.iter_batches(batch_size=256, columns=names), schema, path, domain)
 
 
-def arrow_rows(path: Path) -> Iterator[Row]:
+def arrow_rows(path: Path, domain: str | None = None) -> Iterator[Row]:
     """The rows of one data file of a saved Hugging Face dataset (an arrow stream)."""
     _not_empty(path)
     arrow = _pyarrow("pyarrow", path)
     with _arrow_errors(path), arrow.memory_map(str(path)) as source, arrow.ipc.open_stream(source) as stream:
-        _check_columns(stream.schema, path)
-        yield from _batches(stream, stream.schema, path)
+        _columns(stream.schema, path, domain)
+        yield from _batches(stream, stream.schema, path, domain)
 
 
 def read_text(path: Path) -> str:
@@ -149,7 +152,9 @@ def _decode(content: bytes, place: str) -> str:
 # ------------------------------------------------------------------------------------------------- records
 
 
-def _row(record: dict[str, Any], place: str) -> Row:
+def _row(record: dict[str, Any], place: str, domain: str | None = None) -> Row:
+    if domain is not None and "domain" not in record:
+        record = record | {"domain": domain}
     for name in FIELDS:
         value = record.get(name)
         if not isinstance(value, str) or (name == "domain" and not value.strip()):
@@ -159,11 +164,13 @@ def _row(record: dict[str, Any], place: str) -> Row:
     return record["domain"], record["text"], place
 
 
-def _batches(batches: Any, schema: Any, path: Path) -> Iterator[Row]:
+def _batches(batches: Any, schema: Any, path: Path, own: str | None = None) -> Iterator[Row]:
     labels = _label_names(schema)
     number = 0
     for batch in batches:
-        for text, domain in zip(batch.column("text").to_pylist(), batch.column("domain").to_pylist(), strict=True):
+        texts = batch.column("text").to_pylist()
+        domains = batch.column("domain").to_pylist() if "domain" in schema.names else [own] * len(texts)
+        for text, domain in zip(texts, domains, strict=True):
             number += 1
             if isinstance(domain, int) and 0 <= domain < len(labels):
                 domain = labels[domain]
@@ -180,11 +187,13 @@ def _label_names(schema: Any) -> list[str]:
         return []
 
 
-def _check_columns(schema: Any, path: Path) -> None:
-    for name in FIELDS:
+def _columns(schema: Any, path: Path, domain: str | None) -> list[str]:
+    """Those of text and domain that are there. Raises DataError for one that is missing and needed."""
+    for name in FIELDS if domain is None else FIELDS[:1]:
         if name not in schema.names:
             raise DataError(expected=f"the columns text and domain in {path}", got=f"columns {', '.join(schema.names)}",
                             do=f"add or rename a column to {name!r}")  # fmt: skip
+    return [name for name in FIELDS if name in schema.names]
 
 
 @contextmanager
