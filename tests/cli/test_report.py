@@ -13,6 +13,7 @@ import pytest
 from equipoise.cli import main
 from equipoise.records import RecordWriter, read_run
 from equipoise.report.inspection import write_inspection
+from equipoise.report.watching import goes_on
 from report._browser import CHROMIUM
 from report.synthetic import header, write_comparison, write_run
 from report.synthetic_inspection import synthetic_inspection
@@ -189,6 +190,16 @@ def test_watch_follows_a_run_from_before_its_first_line_to_its_end(tmp_path, sta
     last = page.read_text()
     assert 'id="live"' not in last and last.rstrip().endswith("</html>")
     assert [path.name for path in run.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_an_inspection_that_goes_on_is_waited_for(folder, tmp_path):
+    run = read_run(write_run(tmp_path / "run", header("micro", 0, steps=20)))
+    ended = write_inspection(tmp_path / "all" / "one", synthetic_inspection(experts=4)).parent
+    assert not goes_on([tmp_path / "run", ended], [run])
+    (ended / "other" / "state").mkdir(parents=True)
+    assert goes_on([tmp_path / "run", ended / "other"], [run]) and goes_on([ended], [])
+    write_inspection(ended / "other", synthetic_inspection(experts=4))
+    assert not goes_on([ended], [])
 
 
 def test_ctrl_c_ends_watching_with_a_page_that_stays(tmp_path, start):

@@ -151,7 +151,8 @@ def _lines(curves: Sequence[Curve | None]) -> list[dict[str, Any]]:
             })  # fmt: skip
     for index, curve in enumerate(curves):
         if curve is not None:
-            data.append(_line(curve.steps, curve.mean, index))
+            mode = "lines" if len(curve.steps) > 1 else "lines+markers"  # a line through one point is not seen
+            data.append(_line(curve.steps, curve.mean, index, mode=mode))
     return data
 
 

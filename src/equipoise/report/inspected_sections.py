@@ -13,7 +13,7 @@ from .inspected import LAYER_MEASURES, LayerMeasure, Named, mean_of, straggler
 from .inspection import Inspection
 from .maps import Map, by_domain, heat_map, top_of, view
 from .parts import Parts, breakable, cell, dot, safe, section, table
-from .texts import passages_of, vocabulary_of
+from .texts import left_out, passages_of, vocabulary_of
 from .wording import clean, duration, number
 
 __all__ = ["inspection_cards", "inspection_origin", "inspection_sections"]
@@ -236,6 +236,7 @@ class _Sections:
         lead = (
             "Each token in the colour, and with the number, of its first expert in this layer. Point at a token, or go "
             "through the text with the arrow keys, to see all its experts; a click or Enter keeps one expert lit."
+            + left_out(self.found, self.parts.texts["passages"])
         )
         return section(
             "The text, coloured by expert", lead, '<div id="passages"><p class="empty">Needs scripts.</p></div>'
@@ -277,8 +278,10 @@ def inspection_origin(found: Sequence[Named]) -> str:
     for one in found:
         f = one.inspection.facts
         tokens = sum(domain.tokens for domain in one.inspection.domains)
+        numbered = f" #{one.name.rpartition(' #')[2]}" if " #" in one.name else ""
         rows.append(
-            cell(f"<i {dot(one.colour)}></i>{safe(f.model)}", kind="th", left=True) + cell(safe(f.data), left=True)
+            cell(f"<i {dot(one.colour)}></i>{safe(f.model)}{safe(numbered)}", kind="th", left=True)
+            + cell(safe(f.data), left=True)
             + cell(safe(f.against or "–"), left=True) + cell(f"{tokens / 1e6:.2f} M", tokens)
             + cell(str(f.sequence_length), f.sequence_length) + cell(safe(f"{f.device}, {f.dtype}"), left=True)
             + cell(duration(f.seconds), f.seconds) + cell(safe(f.created), left=True)

@@ -224,7 +224,7 @@ def read_inspection(folder: str | Path) -> Inspection:
         stopped = (Path(folder) / "state").is_dir()
         raise DataError(
             expected=f"an inspection in {folder}",
-            got="one that was stopped" if stopped else f"no {INSPECTION_NAME}",
+            got="one that is not finished" if stopped else f"no {INSPECTION_NAME}",
             do="the same `equipoise inspect` again goes on with it"
             if stopped
             else f"make one with `equipoise inspect MODEL --out {folder}`",

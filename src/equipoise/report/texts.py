@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from .inspected import Named
 from .inspection import Inspection
 from .wording import clean
 
-__all__ = ["passages_of", "vocabulary_of"]
+__all__ = ["left_out", "passages_of", "vocabulary_of"]
 
 # What all inspections together may put on the page; beyond it, contexts, passages and layers are left out.
 MOST_EXPERT_IDS = 1_500_000  # of passages: tokens × layers × K
@@ -47,6 +48,22 @@ def passages_of(one: Named, inspections: int) -> dict[str, Any]:
         "name": clean(one.name), "layers": shown, "top_k": top_k, "passages": passages,
         "strings": _strings(one.inspection, used),
     }  # fmt: skip
+
+
+def left_out(found: Sequence[Named], shown: Sequence[dict[str, Any]]) -> str:
+    """What of the recorded passages is not on the page, in a sentence after a space; empty where all of it is."""
+    said = []
+    for one, page in zip(found, shown, strict=True):
+        passages, length, layers, _ = one.inspection.arrays.passage_experts_NSLK.shape
+        kept = len(page["passages"])
+        cuts = (
+            (kept, passages, "passages"),
+            (len(page["passages"][0]["ids"]) if kept else length, length, "tokens of each"),
+            (len(page["layers"]) if kept else layers, layers, "layers"),
+        )
+        parts = [f"{few} of {many} {what}" for few, many, what in cuts if few < many]
+        said += [f"{', '.join(parts)} of {one.name}"] if parts else []
+    return f" To keep the page small it has {'; '.join(said)}: the inspection's folder has all." if said else ""
 
 
 def vocabulary_of(one: Named, inspections: int) -> dict[str, Any]:

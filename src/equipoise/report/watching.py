@@ -1,4 +1,4 @@
-"""Whether what a report shows still changes: which files stand behind it, and whether a run of them goes on."""
+"""Whether what a report shows still changes: which files stand behind it, and whether something of it goes on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..records import RECORD_NAME, Run
-from .inspection import INSPECTION_NAME
+from .inspection import INSPECTION_NAME, is_inspection
 
 __all__ = ["goes_on", "signature"]
 
@@ -34,8 +34,14 @@ def signature(paths: Sequence[str | Path]) -> tuple[tuple[str, int, int, int], .
 
 
 def goes_on(paths: Sequence[str | Path], runs: Sequence[Run]) -> bool:
-    """Whether a run among them has not ended, or a comparison still has runs to start."""
-    return any(run.end is None for run in runs) or any(_has_more(Path(path)) for path in paths)
+    """Whether a run or an inspection among them has not ended, or a comparison still has runs to start."""
+    return any(run.end is None for run in runs) or any(_has_more(path) or _inspects(path) for path in map(Path, paths))
+
+
+def _inspects(path: Path) -> bool:
+    """Whether sums of an inspection lie there, at most two folders down, whose numbers are still to come."""
+    folders = [place.parent for depth in ("", "*/", "*/*/") for place in path.glob(depth + "state")]
+    return any(not is_inspection(folder) for folder in folders)
 
 
 def _has_more(folder: Path) -> bool:
