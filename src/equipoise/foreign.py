@@ -153,6 +153,12 @@ class ForeignRouter:
         forward = torch._C._current_graph_task_id() == self.layout.noted_in  # or all of the model runs again
         known = [] if forward else [placed for placed in meter.placed_late if placed.tokens == tokens]
         if not known:
+            if forward and self.training and meter.which_slot == 0 and not self.layout.runs:
+                raise StateError(
+                    expected="a forward of the model that Balancer was given: its arguments tell padding and sequences",
+                    got=f"a {type(self.module).__name__} that runs in a call of a part of it",
+                    do="call the whole model, or make the Balancer of the part that you call",
+                )
             placed = self.layout.place(tokens, self.facts.pictures)
             if forward and self.training and meter.which_slot < 2:
                 meter.placed.append(placed)

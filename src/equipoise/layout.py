@@ -35,9 +35,14 @@ class Layout:
         self.before_each: list[Callable[[], None]] = []  # called before each forward
         self.noted_in = -1  # the backward whose recompute called the model; -1 in forward
         self._placed: dict[tuple[int, bool | None], Placed] = {}  # of this forward, for all of its layers
-        self._hook = model.register_forward_pre_hook(self._note, with_kwargs=True)
+        self.runs = False
+        self._hooks = [
+            model.register_forward_pre_hook(self._note, with_kwargs=True),
+            model.register_forward_hook(self._end),
+        ]
 
     def _note(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.runs = True
         for call in self.before_each:
             call()
         first = args[0] if args and isinstance(args[0], Tensor) else None
@@ -57,6 +62,9 @@ class Layout:
         kinds = kwargs.get("moe_mm_token_type_ids")
         if isinstance(kinds, Tensor) and kinds.shape == self.shape:
             self.kind_BS = kinds != 0
+
+    def _end(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
+        self.runs = False
 
     def place(self, tokens: int, pictures: bool | None = None) -> Placed:
         """How a router's tokens lie in the forward that runs.
@@ -96,4 +104,5 @@ class Layout:
         return (number_BS + start_B1).reshape(-1)
 
     def remove(self) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
