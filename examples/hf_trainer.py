@@ -64,6 +64,7 @@ def main() -> None:
             save_strategy="no",
             report_to=[],
             use_cpu=True,
+            ddp_find_unused_parameters=False,
             disable_tqdm=True,
             log_level="error",
             dataloader_pin_memory=False,
