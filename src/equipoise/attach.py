@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .discover import find_foreign
+from .discover import find_foreign, switch_off_own_loss
 from .errors import ConfigError, StateError
 from .meter import LocalTerm, Meter, Plan
 from .policies.expert_bias import ExpertBias
@@ -62,6 +62,8 @@ def attach(
         for layout in {id(at): at for _, _, router in routers if (at := getattr(router, "layout", None))}.values():
             layout.remove()
         raise
+    for part in {part for part, _, router in routers if hasattr(router, "layout")}:
+        switch_off_own_loss(parts[part])  # not before all is checked: a refused balancer changes nothing
     terms = tuple(_term(t.policy, micro_sequences) for t in timed if isinstance(t.policy, AuxLoss))
     gradient_norms = gradient_norms and all(getattr(router, "measures_norms", True) for _, _, router in routers)
     layers = []

@@ -21,7 +21,7 @@ from .layout import Layout
 from .native import NativeBias, find_native, managed_by_fsdp
 from .readers import Read, read, replace, special_of
 
-__all__ = ["find_foreign"]
+__all__ = ["find_foreign", "switch_off_own_loss"]
 
 CLOSE = 2e-2  # weights may be bf16
 SPREAD = 2.0  # of the logits that tell the gates apart
@@ -107,7 +107,6 @@ def find_foreign(model: nn.Module, example: Mapping[str, Any] | None) -> list[tu
     facts = {name: _facts(modules[name], name, call) for name, call in calls.items()}
     if fixed:
         warnings.warn(f"not balanced, because {special_of(modules[fixed[0]]).fixed}: {', '.join(fixed)}", stacklevel=4)
-    _switch_off_own_loss(model)
     layout, managed = Layout(model), list(managed_by_fsdp(model))
     found = []
     for name, known_facts in facts.items():
@@ -344,7 +343,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return float(((one - other).abs() / (other.abs() + 1e-4)).max())
 
 
-def _switch_off_own_loss(model: nn.Module) -> None:
+def switch_off_own_loss(model: nn.Module) -> None:
     """So that nothing is balanced twice (B09, B11, B12: that loss is pooled over layers and scaled by the engine)."""
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     on = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
@@ -356,5 +355,5 @@ def _switch_off_own_loss(model: nn.Module) -> None:
     if on:
         warnings.warn(
             "this model's own balance loss (output_router_logits) is switched off: the balancer's policies replace it",
-            stacklevel=5,
+            stacklevel=4,
         )

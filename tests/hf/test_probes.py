@@ -131,3 +131,11 @@ def test_what_is_refused_leaves_no_hook(family: str, policies: list, message: st
 def test_a_model_that_cannot_run_is_refused_in_words() -> None:
     with pytest.raises(ConfigError, match="a model that runs on its example"):
         Balancer(build("qwen3_moe", num_experts_per_tok=99), [AuxLoss("global_batch", coef=1e-2)])
+
+
+def test_a_refused_balancer_leaves_the_models_own_loss_on() -> None:
+    with quiet():
+        model = build("qwen3_moe", output_router_logits=True)
+        with pytest.raises(ConfigError, match="softmax"):
+            Balancer(model, [ExpertBias("sign", rate=0.5)])
+    assert model.config.output_router_logits and model.router_aux_loss_coef > 0
