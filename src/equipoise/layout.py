@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,22 @@ from torch import Tensor, nn
 
 from .meter import Batch, Placed
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "router_tokens"]
+
+
+def router_tokens(batch: Any) -> Tensor | int | None:
+    """Tokens of a batch that are not padding, on its device; None where it holds neither ids nor embeddings.
+
+    >>> int(router_tokens({"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}))
+    3
+    """
+    if not isinstance(batch, Mapping):
+        return None
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return (mask != 0).sum()
+    ids = next((batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None), None)
+    return None if ids is None else ids.shape[0] * ids.shape[1]
 
 
 class Layout:

@@ -21,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 from ..balancer import Balancer
 from ..collectives import Ranks
 from ..errors import ConfigError, DataError, StateError
+from ..layout import router_tokens
 from ..policies import ExpertBias, Policy, Sequences
 from ..policies.switch import timeline
 from .files import FILE, read_state, write_state
@@ -129,9 +130,9 @@ class BalanceCallback(TrainerCallback):
         """All micro-batches of the step: the only place where its tokens can be counted before it begins."""
         batches, items = theirs(*args, **kwargs)
         if batches:
-            tokens = torch.tensor([sum(_tokens(batch) for batch in batches)], dtype=torch.float64)
             device = next(self._model().parameters()).device
-            total = float(self._ranks.tokens.sum(tokens.to(device)))
+            counts = [torch.as_tensor(_tokens(batch), dtype=torch.float64, device=device) for batch in batches]
+            total = float(self._ranks.tokens.sum(torch.stack(counts).sum(dim=0, keepdim=True)))  # waits once a step
             self._micro_batches = len(batches)
             self._warn_of_packing(batches[0])
             self._balancer().begin_step(tokens=total, micro_batches=len(batches))
@@ -319,17 +320,13 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer | None:
     return optimizer
 
 
-def _tokens(batch: Any) -> int:
-    """Router tokens of a micro-batch: those that are not padding."""
-    known = batch if isinstance(batch, Mapping) else {}
-    mask = known.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return int((mask != 0).sum())
-    ids = next((known[key] for key in ("input_ids", "inputs_embeds") if known.get(key) is not None), None)
-    if ids is None:
+def _tokens(batch: Any) -> Tensor | int:
+    """Router tokens of a micro-batch. Raises StateError where they cannot be counted."""
+    if (tokens := router_tokens(batch)) is None:
+        keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(next(iter(batch), None)).__name__
         raise StateError(
             expected="batches with input_ids: the step's tokens are counted before it begins",
-            got=f"a {type(batch).__name__} of {', '.join(map(str, known)) or type(next(iter(batch), None)).__name__}",
+            got=f"a {type(batch).__name__} of {keys}",
             do="of a Trainer that makes its tokens itself (GRPO), call balancer.tap in a subclass's compute_loss",
         )
-    return ids.shape[0] * ids.shape[1]
+    return tokens

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..balancer import Balancer
 from ..collectives import Ranks
 from ..errors import ConfigError, DataError
+from ..layout import router_tokens
 from ..policies import Policy
 
 if TYPE_CHECKING:
@@ -62,11 +63,11 @@ class BalanceCallback(Callback):
         *,
         ranks: Ranks | None = None,
         module: str | None = None,
-        tokens: Callable[[Any], int | None] | None = None,
+        tokens: Callable[[Any], Tensor | int | None] | None = None,
         **options: Any,
     ) -> None:
         self.policies, self.ranks, self.options = list(policies), ranks, options
-        self.module, self.tokens = module, tokens or _tokens
+        self.module, self.tokens = module, tokens or router_tokens
         self.balancer: Balancer | None = None
         self._ranks = Ranks()
         self._strategy: Any = None
@@ -104,10 +105,11 @@ class BalanceCallback(Callback):
             return
         following = _ahead(trainer, trainer.accumulate_grad_batches - 1)
         counts = [None] if following is None else [self.tokens(one) for one in (batch, *following)]
-        known = [count for count in counts if count is not None]
+        on = {"dtype": torch.float64, "device": pl_module.device}
+        known = [torch.as_tensor(count, **on) for count in counts if count is not None]
         if len(known) == len(counts):
-            total = torch.tensor([sum(known)], dtype=torch.float64, device=pl_module.device)
-            self._declared = float(self._ranks.tokens.sum(total)), len(known)
+            total = torch.stack(known).sum(dim=0, keepdim=True)
+            self._declared = float(self._ranks.tokens.sum(total)), len(known)  # waits for the device once a step
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:  # noqa: ARG002
         """Lightning drops the gradients of the step before only now; had GradScaler skipped it, they tell of it."""
@@ -162,17 +164,6 @@ def _balanced(pl_module: nn.Module, name: str | None) -> nn.Module:
             do=f"name it: BalanceCallback(..., module={next(iter(found))!r})",
         )
     return next(iter(found.values()), pl_module)
-
-
-def _tokens(batch: Any) -> int | None:
-    """Router tokens of a micro-batch, those that are not padding; None: only the model knows."""
-    if not isinstance(batch, Mapping):
-        return None
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return int((mask != 0).sum())
-    ids = next((batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None), None)
-    return None if ids is None else ids.shape[0] * ids.shape[1]
 
 
 class _Peeked:
