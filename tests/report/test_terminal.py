@@ -6,7 +6,7 @@ import unicodedata
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from equipoise.records import read_run
@@ -79,6 +79,7 @@ def test_remarks_are_shown(tmp_path):
 
 
 @given(st.text(), st.integers(1, 40))
+@example("中文", 2)  # one wide character is wider than what is left beside the ellipsis
 def test_clip_is_never_too_wide_and_keeps_what_fits(text, columns):
     text = clean(text)
     found = clip(text, columns)

@@ -43,8 +43,8 @@ def clip(text: str, columns: int) -> str:
             head += text[len(head)]
         else:
             tail = text[-len(tail) - 1] + tail
-    while width(head) + width(tail) > columns - 1:
-        tail = tail[1:]
+    while width(head) + width(tail) > columns - 1:  # the last character was a wide one
+        head, tail = (head, tail[1:]) if tail else (head[:-1], "")
     return f"{head}…{tail}"
 
 
