@@ -85,11 +85,15 @@ def attach(
         router.meter = Meter(plan, next(router.parameters()).device)
         layers.append(Layer(name, router, router.meter, part))
         layers[-1].forget_step()
+    _warn_of_frozen(layers)
+    return layers
+
+
+def _warn_of_frozen(layers: Sequence[Layer]) -> None:
     frozen = [layer.name for layer in layers if not layer.trainable]
     if frozen:
         which = "every router of this model is frozen" if len(frozen) == len(layers) else f"frozen: {', '.join(frozen)}"
-        warnings.warn(f"{which}; loads are measured, nothing is pushed and no bias moves", stacklevel=3)
-    return layers
+        warnings.warn(f"{which}; loads are measured, nothing is pushed and no bias moves", stacklevel=4)
 
 
 def detach(layers: Sequence[Layer]) -> None:

@@ -96,6 +96,6 @@ def test_a_damaged_or_stopped_inspection_costs_itself_only(two):
     runs, inspections, problems = load([two / "a", two / "damaged", two / "stopped"])
     assert (names(runs), inspections) == (["global"], [])
     assert "damaged: left out, arrays.npz does not have the checksum" in problems[0]
-    assert problems[1] == "stopped: left out, one that was stopped"
+    assert problems[1] == "stopped: left out, one that is not finished"
     with pytest.raises(DataError, match="goes on with it"):
         load([two / "stopped"])
