@@ -27,7 +27,6 @@ from hf._cases import (
 from hf._law import Twin, bias_of, law, naive_bias_step
 from hf.families import NATIVE, OWN, SERVED, build
 
-
 COMPILED_ALWAYS = ["qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"]
 
 
