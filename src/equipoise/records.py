@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from .errors import DataError, OutputError
 
 __all__ = ["RECORD_NAME", "SCHEMA_VERSION", "End", "Evaluation", "Fidelity", "Header", "Load", "Record", "RecordWriter",
-           "Run", "Step", "read_run"]  # fmt: skip
+           "Run", "Step", "read_run", "write_whole"]  # fmt: skip
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "record.jsonl"
@@ -268,7 +269,7 @@ def _ends_inside_a_line(path: Path) -> bool:
 
 
 def _truncate(path: Path, keep_until: int) -> None:
-    """Rewrites the file without the records of steps after ``keep_until``: a kill leaves the old file or the new."""
+    """Rewrites the file without the records of steps after ``keep_until``."""
     kept = []
     for line in path.read_bytes().split(b"\n"):
         try:
@@ -277,15 +278,23 @@ def _truncate(path: Path, keep_until: int) -> None:
                 kept.append(line + b"\n")
         except (ValueError, TypeError, AttributeError):
             continue  # the half-written last line of a killed run
-    temporary = path.with_suffix(".tmp")
+    write_whole(path, b"".join(kept))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes beside ``path``, then renames: a reader finds the old file or the new one, never half of one.
+
+    Raises OSError; the old file is there still then, and nothing else.
+    """
+    writing = path.with_name(f".writing-{os.getpid()}-{threading.get_ident()}")
     try:
-        with open(temporary, "wb") as file:
-            file.writelines(kept)
+        with open(writing, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(writing, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        writing.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

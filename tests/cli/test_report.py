@@ -189,7 +189,7 @@ def test_watch_follows_a_run_from_before_its_first_line_to_its_end(tmp_path, sta
     assert "1 running, step" in err
     last = page.read_text()
     assert 'id="live"' not in last and last.rstrip().endswith("</html>")
-    assert [path.name for path in run.iterdir() if path.suffix == ".tmp"] == []
+    assert [path.name for path in run.iterdir() if path.name.startswith(".writing")] == []
 
 
 def test_an_inspection_that_goes_on_is_waited_for(folder, tmp_path):

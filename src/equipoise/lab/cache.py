@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock  # comes with torch
 
 from ..errors import OutputError
+from ..records import write_whole
 
 __all__ = ["atomic_folder", "atomic_write", "cache_folder", "one_builder"]
 
@@ -27,22 +28,13 @@ def cache_folder() -> Path:
 
 
 def atomic_write(path: Path, content: bytes, *, do: str = OTHER_CACHE) -> None:
-    """Writes beside ``path``, then renames: a reader sees the old file or the new one, never half of one.
+    """``write_whole`` in a folder that may not exist yet.
 
     Raises OutputError, with the advice ``do``, when the folder cannot be written or the disk is full.
     """
     with _output_errors(path, do):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(path, content)
 
 
 @contextmanager

@@ -6,15 +6,14 @@ import base64
 import functools
 import gzip
 import json
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 
 from ..errors import ConfigError, OutputError
+from ..records import write_whole
 from .inspected import Named, headline_of, named
 from .inspected_sections import inspection_cards, inspection_origin, inspection_sections
 from .inspection import Inspection
@@ -44,19 +43,12 @@ def write_html(
 
 
 def write_file(path: str | Path, text: str) -> Path:
-    """Writes ``path`` by way of a file beside it: a reader sees the old text or the new one."""
+    """``write_whole`` for a file that the user named, in a folder that may not exist yet."""
     path = Path(path)
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(text)
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        write_whole(path, text.encode())
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise OutputError(expected=f"to write {path}", got=error.strerror or str(error),
                           do="free disk space or choose another file with --out") from None  # fmt: skip
     return path
@@ -168,9 +160,3 @@ def _plotly() -> str:
         raise ConfigError(expected="plotly, which draws the charts of the page", got="it is not installed",
                           do="pip install 'equipoise[report]', or ask for --json") from None  # fmt: skip
     return _packed(get_plotlyjs())
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

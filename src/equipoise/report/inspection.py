@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import types
 import typing
 import zipfile
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, OutputError
+from ..records import write_whole
 
 __all__ = ["ARRAYS_NAME", "INSPECTION_NAME", "SCHEMA", "Arrays", "DomainText", "Facts", "Inspection", "Layer", "Pair",
            "is_inspection", "read_inspection", "write_inspection"]  # fmt: skip
@@ -201,9 +201,9 @@ def write_inspection(folder: str | Path, inspection: Inspection) -> Path:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / ARRAYS_NAME, buffer.getvalue())
+        write_whole(folder / ARRAYS_NAME, buffer.getvalue())
         text = json.dumps(head, ensure_ascii=False, allow_nan=False, indent=1)
-        _replace(folder / INSPECTION_NAME, text.encode("utf-8", "surrogatepass"))
+        write_whole(folder / INSPECTION_NAME, text.encode("utf-8", "surrogatepass"))
     except OSError as error:
         raise OutputError(expected=f"to write the inspection into {folder}", got=error.strerror or str(error),
                           do="free disk space, or choose another --out") from None  # fmt: skip
@@ -278,16 +278,3 @@ def _value(hint: Any, value: Any, name: str) -> Any:
 
 def _damaged(path: Path, got: str) -> DataError:
     return DataError(expected=f"an inspection at {path}", got=got, do="inspect the model again, with --overwrite")
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """The old file or the new one, never half of one."""
-    writing = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(writing, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(writing, path)
-    finally:
-        writing.unlink(missing_ok=True)
