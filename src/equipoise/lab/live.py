@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -20,7 +20,7 @@ from .follow import MAXVIO, duration
 if TYPE_CHECKING:
     from .workers import Job
 
-__all__ = ["Preparation", "RunBar", "RunTable", "open_console"]
+__all__ = ["Bar", "Preparation", "RunBar", "RunTable", "open_console"]
 
 PLAIN_EVERY = 30.0  # seconds between the lines of a run where there is no terminal
 COLORS = {"failed": "red", "finished": "green", "interrupted": "yellow", "waiting": "dim"}
@@ -105,20 +105,17 @@ class RunTable:
         return max(longest, remaining * sum(paces) / len(paces) / len(running))
 
 
-class RunBar:
-    """The bar of one run: step, loss, MaxVio, tokens/s, time left; call it with every Step. A context manager."""
+class Bar:
+    """A bar with a text on a terminal, from the first text on; elsewhere a line now and then. A context manager."""
 
-    def __init__(self, steps: int, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self.steps, self.console, self._clock = steps, console, clock
-        self._first: tuple[float, int] | None = None
+    def __init__(self, text: str, total: int | None, console: Console, clock: Callable[[], float]) -> None:
+        self.console, self.clock = console, clock
         self._said = -math.inf
         columns = (SpinnerColumn(), BarColumn(bar_width=24), TextColumn("{task.description}"))
         self._bar = Progress(*columns, console=console) if console.is_terminal else None
-        self._task = self._bar.add_task("starting", total=steps) if self._bar else None
+        self._task = self._bar.add_task(text, total=total) if self._bar else None
 
-    def __enter__(self) -> RunBar:
-        if self._bar:
-            self._bar.start()
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -127,8 +124,28 @@ class RunBar:
         if self._bar:
             self._bar.stop()
 
+    def show(self, done: int, total: int, text: str, unit: str = "") -> None:
+        now = self.clock()
+        if self._bar is not None and self._task is not None:
+            self._bar.start()
+            self._bar.update(self._task, completed=done, total=total, description=text)
+        elif now - self._said > PLAIN_EVERY or done == total:
+            self._said = now
+            self.console.print(f"{unit}{text}", markup=False, soft_wrap=True)
+
+
+class RunBar(Bar):
+    """The bar of one run: step, loss, MaxVio, tokens/s, time left; call it with every Step."""
+
+    def __init__(self, steps: int, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__("starting", steps, console, clock)
+        self.steps = steps
+        self._first: tuple[float, int] | None = None
+        if self._bar:
+            self._bar.start()
+
     def __call__(self, step: Step) -> None:
-        now = self._clock()
+        now = self.clock()
         if self._first is None:
             self._first = (now, step.step)
         took = step.step - self._first[1]
@@ -138,11 +155,7 @@ class RunBar:
             text += f"  MaxVio {step.balance[MAXVIO]:.2f}"
         text += f"  {step.tokens / step.seconds:,.0f} tokens/s" if step.seconds > 0 else ""
         text += f"  {duration(left)} left" if left is not None else ""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step.step, description=text)
-        elif now - self._said > PLAIN_EVERY or step.step == self.steps:
-            self._said = now
-            self.console.print(f"step {text}", markup=False, soft_wrap=True)
+        self.show(step.step, self.steps, text, unit="step ")
 
 
 class Preparation:
