@@ -69,8 +69,7 @@ def find_foreign(model: nn.Module, example: Mapping[str, Any] | None) -> list[tu
     Args:
         example: arguments of the model's forward; default: what a transformers model calls its ``dummy_inputs``.
 
-    A balance loss of the model's own is switched off, with a warning. Raises ConfigError for a router of a kind that
-    cannot be balanced, by name and with what is missing.
+    Raises ConfigError for a router of a kind that cannot be balanced, by name and with what is missing.
     """
     if known := _known(model):  # tied by a balancer, or still choosing with the bias that an earlier one left
         if all(router.meter is None for _, router in known):
@@ -208,7 +207,7 @@ def _check_weights_are_used(probe: Probe, modules: dict[str, nn.Module], kinds: 
             if (found := read(module, output)) is None:
                 return None
             leaves[name] = found.weights_TK.detach().clone().requires_grad_()
-            return replace(module, output, leaves[name])
+            return replace(module, output, leaves[name], found.ids_TK)
 
         return hook
 
@@ -240,11 +239,12 @@ def _ignoring_ids(probe: Probe, modules: dict[str, nn.Module], kinds: list[list[
     def turn(module: nn.Module, _args: tuple, _kwargs: dict[str, Any], output: Any) -> Any:
         if (found := read(module, output)) is None:
             return None
-        return replace(module, output, found.weights_TK, (found.ids_TK + 1) % found.logits_TE.shape[1])
+        turned_TK = (found.ids_TK + 1) % found.logits_TE.shape[1]
+        return replace(module, output, found.weights_TK, turned_TK, chosen_again=True)
 
     def dim(module: nn.Module, _args: tuple, _kwargs: dict[str, Any], output: Any) -> Any:
         found = read(module, output)
-        return None if found is None else replace(module, output, found.weights_TK / 2)
+        return None if found is None else replace(module, output, found.weights_TK / 2, found.ids_TK)
 
     plain, deaf = (probe({}) if kinds else []), set()
     for names in kinds:

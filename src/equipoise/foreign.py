@@ -109,13 +109,13 @@ class ForeignRouter:
         found = read(module, output)
         if found is None:
             return None
-        (logits_TE, weights_TK, ids_TK), again_TK = found, None
+        logits_TE, weights_TK, ids_TK = found
         if self.facts.probabilities:
             logits_TE = logits_TE.clamp(min=torch.finfo(logits_TE.dtype).tiny).log()
         if self.own_bias is not None:
             if self.own_bias.device != logits_TE.device:  # the model moved
                 self.own_bias = self.own_bias.to(logits_TE.device)
-            made_TK, ids_TK = choose(
+            again_TK, ids_TK = choose(
                 logits_TE,
                 self.top_k,
                 gate=self.gate,
@@ -125,10 +125,10 @@ class ForeignRouter:
                 normalize=self.facts.normalize,
                 scale=self.facts.scale,
             )
-            weights_TK, again_TK = made_TK.to(weights_TK.dtype), ids_TK
+            weights_TK = again_TK.to(weights_TK.dtype)
         if self._meter is not None:
             weights_TK = self._tie(self._meter, weights_TK, logits_TE[:, : self.num_experts], ids_TK)
-        return replace(module, output, weights_TK, again_TK)
+        return replace(module, output, weights_TK, ids_TK, chosen_again=self.own_bias is not None)
 
     def _tie(self, meter: Meter, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
         _, batch, rows_T = self._placed(meter, len(ids_TK))

@@ -80,18 +80,16 @@ def read(module: nn.Module, output: Any) -> Read | None:
     return found
 
 
-def replace(module: nn.Module, output: Any, weights_TK: Tensor, ids_TK: Tensor | None = None) -> Any:
-    """The same output with other weights, and other choices where they are given."""
+def replace(module: nn.Module, output: Any, weights_TK: Tensor, ids_TK: Tensor, *, chosen_again: bool = False) -> Any:
+    """The same output with other weights of the choices ``ids_TK``, and with those choices if they are new ones."""
     changed = list(output)
     if special_of(module).scores:
-        if ids_TK is None:
-            ids_TK = changed[1].detach().topk(int(module.top_k), dim=-1).indices  # type: ignore[arg-type]
         changed[0] = changed[0].new_zeros(changed[0].shape).scatter(-1, ids_TK, weights_TK.to(changed[0].dtype))
     else:
         places = _places(output)
         assert places is not None
         changed[places[1]] = weights_TK
-        if ids_TK is not None:
+        if chosen_again:
             changed[places[2]] = ids_TK
     return type(output)(changed) if type(output) in (tuple, list) else tuple(changed)
 
