@@ -38,24 +38,22 @@ class NativeBias:
         tensor: Tensor = getattr(self.owner, self.name).detach()
         if hasattr(tensor, "full_tensor"):  # sharded: all ranks are here
             for group in self._managed:
-                group[:] = [one for one in group if one is not self._manager(one)]
+                group[:] = [one for one in group if not self._is_of(one)]
             tensor = _whole(tensor)
         if self.name in self.owner._parameters:
             del self.owner._parameters[self.name]
             self.owner.register_buffer(self.name, tensor.float().clone())
         elif tensor.dtype != torch.float32:
             getattr(self.owner, self.name).data = tensor.float()
-        with (
-            torch.no_grad()
-        ):  # what is added to all changes no choice; idle experts keep their distance from the others
-            bias: Tensor = getattr(self.owner, self.name)
-            if bias.numel() > self.num_experts:
+        bias: Tensor = getattr(self.owner, self.name)
+        with torch.no_grad():
+            if bias.numel() > self.num_experts:  # added to all it changes no choice; idle ones keep their distance
                 bias -= bias.view(-1)[: self.num_experts].mean()
         self._exact = bias.detach().clone()
 
-    def _manager(self, one: Any) -> Any:
-        info = one._module_info
-        return one if info.module is self.owner and info.param_name == self.name else None
+    def _is_of(self, managed: Any) -> bool:
+        info = managed._module_info
+        return info.module is self.owner and info.param_name == self.name
 
     def keep_exact(self) -> None:
         """``model.to(torch.bfloat16)`` takes its buffers along: back to fp32, with the value from before."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .collectives import Group
 from .functional.losses import load_fractions
@@ -35,7 +35,7 @@ def propose(meter: Meter, which: int, tables: Tables) -> None:
     _propose(meter.slots[which], meter.key, which, *tables)
 
 
-@torch.library.custom_op("equipoise::propose", mutates_args=("slot",))
+@library.custom_op("equipoise::propose", mutates_args=("slot",))
 def _propose(
     slot: torch.Tensor,  # noqa: ARG001, said to change, or a compiler would drop a call without a result
     key: int,
@@ -172,7 +172,7 @@ def late_fractions(
     return sequences, None if fraction_NTE is None else documents
 
 
-@torch.library.custom_op("equipoise::late_fractions", mutates_args=())
+@library.custom_op("equipoise::late_fractions", mutates_args=())
 def _late_fractions(
     grad: torch.Tensor,  # noqa: ARG001, a compiler may not move this before it
     probs_E: torch.Tensor,

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from .functional.routing import gate_log_scores, gate_scores, gate_slope, without_autocast
 from .meter import Batch, Measured, Meter, Plan, measure
@@ -173,7 +173,7 @@ def _late(in_graph: Sequence[Tensor], ctx, grad: Tensor) -> Tensor:
     return _read_late(in_graph[0], grad) if in_graph else ctx.pressure
 
 
-@torch.library.custom_op("equipoise::read_late", mutates_args=())
+@library.custom_op("equipoise::read_late", mutates_args=())
 def _read_late(pressure: Tensor, grad: Tensor) -> Tensor:  # noqa: ARG001, the point is to depend on it
     return pressure.clone()
 
@@ -285,7 +285,7 @@ def _square_norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x if x.dtype == torch.float64 else x.float()).double().square()
 
 
-@torch.library.custom_op("equipoise::square_norm", mutates_args=())
+@library.custom_op("equipoise::square_norm", mutates_args=())
 def _opaque_square_norm(grad_TE: Tensor) -> tuple[Tensor, Tensor]:
     """(copy of grad_TE, squared norm), where inductor may not look: on CPU (torch 2.13) it orders the scatter of
     top-k's backward after its readers once other sums share their loop, and the model's gradient is lost."""

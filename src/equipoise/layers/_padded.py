@@ -21,7 +21,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..functional.permute import gather_sum, max_rows, pad_rows
 
@@ -82,7 +82,7 @@ def _blocks(sizes: list[int]) -> Iterator[_Block]:
             start, first = stop, e
 
 
-@torch.library.custom_op("equipoise::experts_forward", mutates_args=(), device_types="cpu")
+@library.custom_op("equipoise::experts_forward", mutates_args=(), device_types="cpu")
 def _forward(
     x_TD: torch.Tensor,
     gate_up_EFD: torch.Tensor,
@@ -107,7 +107,7 @@ def _forward(
     return gather_sum(out_RD, rows_TK), hidden_RF, tokens_R, weights_R1, rows_TK, sizes_E
 
 
-@torch.library.custom_op("equipoise::experts_backward", mutates_args=(), device_types="cpu")
+@library.custom_op("equipoise::experts_backward", mutates_args=(), device_types="cpu")
 def _backward(
     dy_TD: torch.Tensor,
     x_TD: torch.Tensor,
