@@ -1,168 +1,116 @@
-"""Times the MoE layer, forward + backward, against `F.grouped_mm` behind the same router and against a dense SwiGLU.
+"""Times the MoE layer, forward + backward, routing included, against every layer that does the same on a CPU.
 
-    python benchmarks/moe_layer.py                       # the three sizes of the README, bfloat16, one thread
-    python benchmarks/moe_layer.py --dtype all --size 1024,128,128,16,2
+    python benchmarks/moe_layer.py                # three sizes and their goals
+    python benchmarks/moe_layer.py --size 1024,128,128,16,2 --dtype all --skew 2
+    python benchmarks/moe_layer.py --grid         # a sample of the grid
+    python benchmarks/moe_layer.py --grid --dtype fp32 --threads 2
+    python benchmarks/moe_layer.py --grid full    # all of it: half a day
 
-Every call gets new tokens, so that expert loads, and with them the shapes of all products, are new as in training:
-tokens come in sequences of 256 whose words share a direction, as text of one domain does (``--spread 0``: independent
-tokens, nearly even loads). The contestants take turns, each in a process of its own: the kernels and the memory that
-one has made ready must neither serve another nor push its own out. `grouped_mm` is the better of two ways to combine:
-weighted `index_add_`, and un-sort + sum. `dense` is one SwiGLU with the FLOPs of the K active experts.
+Contestants: ours; index_add and unsort, F.grouped_mm behind the same router
+with two ways to add up; hf-grouped, hf-eager and hf-batched, transformers'
+Qwen3-MoE block under each experts_implementation that a CPU has (its deepgemm
+and sonicmoe are for GPUs); dense, a SwiGLU without a router that has the FLOPs
+of the K active experts. Same weights, same tokens; outputs and gradients are
+compared first, and what differs is not timed.
+
+Every call gets new tokens, so that loads, and with them the shapes of all
+products, are new as in training. Tokens of a call share a direction, drawn for
+that call, --skew times as large as what is each token's own: 0 = loads as even
+as chance leaves them, 2 = a few experts get most (MaxVio is printed).
+
+Contestants take turns in a random order, each in a process of its own: the
+kernels and the memory that one has made ready must neither serve another nor
+push its own out. Who needs more than 10x the best time (and than a second) at
+its first calls, or would copy more than 2 GiB of weights, does not take part.
+A table of all medians comes last; there they have a dash.
+One thread: CPU time. Two: wall time. "ratio" is the best peer's time over ours
+inside each round: median and quartiles.
+
+The grid: T 256..16384, E 8..256, K 1..8, three widths, skew 0 and 2, bf16 and
+fp32, one thread and two. The sample has every pair of values of two axes, and
+the corners of T x E x K. Each point is a line of --out when it is done: a run
+that was killed goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+import functools
+from pathlib import Path
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from _contest import everybody, measure, present
+from _contestants import DTYPES, Point
+from _grid import AXES, every, run, sample, worst
+from _report import machine, versions
 
-from equipoise.layers.moe import MoE, SwiGLU
-
-SIZES = ["8192,128,128,16,2", "8192,256,128,64,8", "2048,512,256,32,4"]
-DTYPES = {  # name: (tokens, weights)
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "mixed": (torch.bfloat16, torch.float32),
-    "fp32": (torch.float32, torch.float32),
+GOALS = {  # size: (what is divided by what, the goal in words, its limit); a ratio of 1 or less is a goal reached
+    "8192,128,128,16,2": 60.0,
+    "8192,256,128,64,8": 290.0,
+    "2048,512,256,32,4": None,  # as fast as 0.8 of dense
 }
-CONTESTANTS = ["ours", "index_add", "unsort", "dense"]
-SEQUENCE, WARM_UP = 256, 8
-Contestant = Callable[[Tensor], Tensor]
+OF_DENSE = 0.8
+HEADER = (
+    f"{'T,D,H,E,K':>19} skew thr dtype MaxVio {'ours, ms':>16} {'best peer':>10} {'ms':>7} {'ratio':>15} {'dense':>6}"
+)
 
 
-def grouped(layer: MoE, x_TD: Tensor, *, combine: str) -> Tensor:
-    """The same layer as one would write it with ``F.grouped_mm``."""
-    routing = layer.gate(x_TD)
-    weights_TK, ids_TK = routing.weights_TK.to(x_TD.dtype), routing.expert_ids_TK
-    gate_up_EFD, down_EDH = layer.experts.gate_up_proj.to(x_TD.dtype), layer.experts.down_proj.to(x_TD.dtype)
-    order_N = ids_TK.flatten().argsort(stable=True)
-    ends_E = torch.bincount(ids_TK.flatten(), minlength=len(gate_up_EFD)).cumsum(0).int()
-    tokens_N = order_N // ids_TK.shape[1]
-    gate, up = F.grouped_mm(x_TD[tokens_N], gate_up_EFD.mT, offs=ends_E).chunk(2, dim=-1)
-    out_ND = F.grouped_mm(F.silu(gate) * up, down_EDH.mT, offs=ends_E)
-    if combine == "index_add":
-        weighted_ND = out_ND * weights_TK.flatten()[order_N].unsqueeze(1)
-        return torch.zeros_like(x_TD).index_add_(0, tokens_N, weighted_ND)
-    rows_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N)))
-    return (out_ND[rows_N].unflatten(0, ids_TK.shape) * weights_TK.unsqueeze(-1)).sum(1)
+def goal(found: dict[str, Any]) -> str:
+    """What was to be reached at a size, on one thread in bfloat16, and whether it was."""
+    point = Point(**found["point"])
+    if point.size not in GOALS or (point.dtype, point.threads) != ("bf16", 1):
+        return ""
+    ours, dense = found["ms"]["ours"][1], found["ms"]["dense"][1]
+    if (limit := GOALS[point.size]) is not None:
+        return f"{'':>19} goal: {limit:.0f} ms or less; {'reached' if ours <= limit else 'not reached'}\n"
+    said = f"goal: {OF_DENSE} of dense's speed; got {dense / ours:.2f}"
+    return f"{'':>19} {said}\n"
 
 
-def draw(tokens: int, dim: int, spread: float, dtype: torch.dtype) -> Tensor:
-    """Unit-variance tokens; the words of a sequence share a direction that holds ``spread`` of the variance."""
-    shared = torch.randn(-(-tokens // SEQUENCE), 1, dim).expand(-1, SEQUENCE, -1).reshape(-1, dim)[:tokens]
-    return (torch.randn(tokens, dim) * (1 - spread) ** 0.5 + shared * spread**0.5).to(dtype)
+def show(found: list[dict[str, Any]], line: dict[str, Any]) -> None:
+    found.append(line)
+    print(present(line) + "\n" + goal(line), end="", flush=True)
 
 
-def build(size: str, dtype: str) -> tuple[MoE, dict[str, Contestant]]:
-    _, dim, hidden, num_experts, top_k = map(int, size.split(","))
-    torch.manual_seed(0)
-    layer = MoE(dim, hidden, num_experts, top_k).to(DTYPES[dtype][1])
-    return layer, {
-        "ours": layer,
-        "index_add": lambda x_TD: grouped(layer, x_TD, combine="index_add"),
-        "unsort": lambda x_TD: grouped(layer, x_TD, combine="unsort"),
-        "dense": SwiGLU(dim, hidden * top_k).to(DTYPES[dtype][0]),
-    }
-
-
-def contest(pipe: Connection, name: str, size: str, dtype: str, spread: float, threads: int) -> None:
-    """A contestant's process: milliseconds of one forward + backward each time it is asked."""
-    torch.set_num_threads(threads)
-    clock = time.process_time if threads == 1 else time.perf_counter
-    layer, contestants = build(size, dtype)
-    tokens, dim = map(int, size.split(",")[:2])
-    while pipe.recv():
-        x_TD = draw(tokens, dim, spread, DTYPES[dtype][0]).requires_grad_()
-        dy_TD = torch.randn_like(x_TD)
-        start = clock()
-        contestants[name](x_TD).backward(dy_TD)
-        stop = clock()
-        layer.zero_grad()
-        pipe.send(1e3 * (stop - start))
-
-
-def check(size: str, dtype: str, spread: float) -> float:
-    """Refuses to compare what computes different things; returns the load, MaxVio."""
-    layer, contestants = build(size, dtype)
-    tokens, dim = map(int, size.split(",")[:2])
-    x_TD = draw(tokens, dim, spread, DTYPES[dtype][0])
-    with torch.no_grad():
-        ours, *theirs = (contestants[name](x_TD).float() for name in ("ours", "index_add", "unsort"))
-        counts_E = layer.gate(x_TD).counts_E
-    for y_TD in theirs:
-        if (difference := float((ours - y_TD).norm() / y_TD.norm())) > 0.02:
-            raise SystemExit(f"the outputs differ by {difference:.1%}: this comparison would mean nothing")
-    return float(counts_E.max() / counts_E.float().mean()) - 1
-
-
-def measure(size: str, dtype: str, rounds: int, spread: float, threads: int) -> None:
-    maxvio = check(size, dtype, spread)
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    for name in CONTESTANTS:
-        pipes[name], end = context.Pipe()
-        context.Process(target=contest, args=(end, name, size, dtype, spread, threads), daemon=True).start()
-    times: dict[str, list[float]] = {name: [] for name in CONTESTANTS}
-    for index in range(rounds + WARM_UP):
-        for name, pipe in pipes.items():
-            pipe.send(True)
-            took = pipe.recv()
-            if index >= WARM_UP:  # the first rounds pay for kernels and memory that later ones find ready
-                times[name].append(took)
-    for pipe in pipes.values():
-        pipe.send(False)
-    peer = min(("index_add", "unsort"), key=lambda name: statistics.median(times[name]))
-    print(
-        f"{size:>18} {dtype:>5} {maxvio:6.2f} {span(times['ours'])} {span(times[peer])} "
-        f"{ratio(times[peer], times['ours'])} {statistics.median(times['dense']):6.0f}",
-        flush=True,
-    )
-
-
-def span(values: list[float]) -> str:
-    low, _, high = statistics.quantiles(values, n=4)
-    return f"{statistics.median(values):5.0f} {f'{low:.0f}-{high:.0f}':>7}"
-
-
-def ratio(theirs: list[float], ours: list[float]) -> str:
-    """Median and quartiles of the ratio inside each round: what slows the whole machine down falls out."""
-    low, median, high = statistics.quantiles([a / b for a, b in zip(theirs, ours, strict=True)], n=4)
-    return f"{median:5.2f}x {low:.2f}-{high:.2f}"
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--size", action="append", metavar="T,D,H,E,K", help="tokens, width, expert width, experts, K")
+    made.add_argument("--dtype", choices=[*DTYPES, "all"], help="mixed: bf16 tokens, fp32 weights")
+    made.add_argument("--threads", type=int, help="default 1; of the grid 1 and 2")
+    made.add_argument("--skew", type=float, help="default 0.25; of the grid 0 and 2")
+    made.add_argument("--rounds", type=int, default=20)
+    made.add_argument("--grid", nargs="?", const="sample", choices=["sample", "full"])
+    made.add_argument("--out", type=Path, default=Path("runs/moe_grid.jsonl"), help="of the grid")
+    made.add_argument("--seconds", type=float, default=25, help="for a point of the grid, about")
+    made.add_argument("--limit", type=float, default=float("inf"), help="seconds: no new point of the grid after them")
+    return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", action="append", metavar="T,D,H,E,K", help="tokens, width, expert width, experts, K")
-    parser.add_argument("--dtype", default="bf16", choices=[*DTYPES, "all"], help="mixed: bf16 tokens, fp32 weights")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--spread", type=float, default=0.3, help="share of variance that a sequence's tokens share")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    kind = "CPU time (neighbours do not count)" if arguments.threads == 1 else "wall time"
-    print(
-        f"{processor()}, {arguments.threads} thread(s), torch {torch.__version__}, Python {platform.python_version()}"
-    )
-    print(f"{arguments.rounds} rounds, {kind}; milliseconds: median, quartiles\n")
-    print(f"{'T,D,H,E,K':>18} {'dtype':>5} MaxVio {'ours':>13} {'grouped_mm':>13} {'ratio':>16} {'dense':>6}")
-    for dtype in DTYPES if arguments.dtype == "all" else [arguments.dtype]:
-        for size in arguments.size or SIZES:
-            measure(size, dtype, arguments.rounds, arguments.spread, arguments.threads)
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    arguments = parser().parse_args()
+    where = {"machine": machine(), "versions": versions("torch", "transformers")}
+    print(f"{where['machine']}; {where['versions']}")
+    print("milliseconds of forward + backward: median, quartiles; ratio: best peer / ours in each round\n")
+    print(HEADER, flush=True)
+    found: list[dict[str, Any]] = []
+    if arguments.grid:
+        fixed = {
+            name: (value,) for name in ("dtype", "threads", "skew") if (value := vars(arguments)[name]) is not None
+        }
+        axes = {**AXES, **fixed}
+        points = sample(axes) if arguments.grid == "sample" else every(axes)
+        timed = functools.partial(measure, rounds=arguments.rounds, budget=arguments.seconds)
+        for line in run(points, timed, arguments.out, where, arguments.limit):
+            show(found, line)
+        print(f"\n{worst(found)}\n\nmedians of all\n\n{everybody(found)}")
+        return
+    skew = 0.25 if arguments.skew is None else arguments.skew
+    for dtype in DTYPES if arguments.dtype == "all" else [arguments.dtype or "bf16"]:
+        for size in arguments.size or GOALS:
+            tokens, dim, hidden, experts, top_k = map(int, size.split(","))
+            point = Point(tokens, dim, hidden, experts, top_k, dtype, arguments.threads or 1, skew)
+            show(found, measure(point, arguments.rounds))
+    print(f"\nmedians of all\n\n{everybody(found)}")
 
 
 if __name__ == "__main__":
