@@ -10,6 +10,8 @@ from torch import Tensor
 
 from equipoise.errors import InputError
 from equipoise.functional.permute import (
+    equal_runs,
+    even_sizes,
     gather_sum,
     max_rows,
     pad_rows,
@@ -43,17 +45,20 @@ def test_pairs_stand_by_expert_then_by_number(routing):
     assert order.offsets[-1] == ids_TK.numel()
 
 
-@given(routings(), st.booleans())
+@given(routings(), st.booleans(), st.sampled_from([0, 3, 50]))
 @settings(deadline=None)
-def test_every_row_of_an_expert_is_its_own(routing, pad):
+def test_every_row_of_an_expert_is_its_own(routing, pad, call):
     ids_TK, num_experts = routing
-    rows = pad_rows(ids_TK, num_experts, pad=pad)
+    rows = pad_rows(ids_TK, num_experts, pad=pad, call=call)
     counts = torch.bincount(ids_TK.flatten(), minlength=num_experts).tolist()
-    assert rows.sizes_E.tolist() == [padded_size(n) if pad else n for n in counts]
-    assert len(rows.pairs_R) == (max_rows(ids_TK.numel(), num_experts) if pad else ids_TK.numel())
-    expected_ids = torch.arange(num_experts).repeat_interleave(rows.sizes_E)
-    assert torch.equal(ids_TK.flatten()[rows.pairs_R[: len(expected_ids)]], expected_ids)
-    assert rows.padding_R[len(expected_ids) :].all()
+    assert rows.counts_E.tolist() == counts
+    assert rows.sizes_E.tolist() == even_sizes([padded_size(n) if pad else n for n in counts], call)
+    assert len(rows.pairs_R) == max_rows(ids_TK.numel(), num_experts, pad=pad, call=call)
+    expert_R = torch.arange(num_experts).repeat_interleave(rows.sizes_E)
+    own_R = rows.counts_E[expert_R] > 0  # an expert without pairs may have rows, all of them padding
+    assert torch.equal(ids_TK.flatten()[rows.pairs_R[: len(expert_R)][own_R]], expert_R[own_R])
+    assert rows.padding_R[: len(expert_R)][~own_R].all()
+    assert rows.padding_R[len(expert_R) :].all()
     real = (~rows.padding_R).nonzero().flatten()  # each pair has one row that is not padding, the row it was told
     assert torch.equal(rows.rows_TK.flatten()[rows.pairs_R[real]], real)
     assert len(real) == ids_TK.numel()
@@ -69,10 +74,26 @@ def test_padding_is_small_and_makes_few_shapes(count):
     assert len({padded_size(n) for n in range(octave, min(2 * octave, octave + 5000))}) <= 17
 
 
-@given(st.lists(st.integers(0, 5000), min_size=1, max_size=50))
+COUNTS = st.lists(st.integers(0, 300) | st.integers(0, 5000), min_size=1, max_size=50)
+
+
+@given(COUNTS, st.booleans(), st.integers(0, 100))
 @settings(deadline=None)
-def test_rows_never_exceed_what_was_announced(counts):
-    assert sum(padded_size(n) for n in counts) <= max_rows(sum(counts), len(counts))
+def test_rows_never_exceed_what_was_announced(counts, pad, call):
+    sizes = even_sizes([padded_size(n) if pad else n for n in counts], call)
+    assert sum(sizes) <= max_rows(sum(counts), len(counts), pad=pad, call=call)
+
+
+@given(COUNTS, st.integers(0, 100))
+@settings(deadline=None)
+def test_evening_out_costs_less_than_the_calls_it_saves(counts, call):
+    evened = even_sizes(counts, call)
+    runs = list(equal_runs(evened))
+    assert [e for first, run in runs for e in range(first, first + run)] == list(range(len(counts)))
+    assert all(len(set(evened[first : first + run])) == 1 for first, run in runs)
+    assert all(new >= old for new, old in zip(evened, counts, strict=True))
+    products = sum(evened[first] > 0 for first, _ in runs)
+    assert sum(evened) + call * products <= sum(counts) + call * sum(n > 0 for n in counts)
 
 
 @given(routings())

@@ -7,6 +7,7 @@ they are sorted by expert. Sums over the K choices are gathers through the inver
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from ..errors import InputError
 __all__ = [
     "ExpertOrder",
     "PaddedRows",
+    "equal_runs",
+    "even_sizes",
     "gather_sum",
     "max_rows",
     "pad_rows",
@@ -26,6 +29,9 @@ __all__ = [
     "sort_by_expert",
     "unpermute",
 ]
+
+RUNS = (16, 4)  # so many adjacent experts may share a product; few choices, so that few shapes are compiled
+MOST_IN_RUN = 256  # rows of each: beyond that a call of its own costs next to nothing
 
 
 class ExpertOrder(NamedTuple):
@@ -44,7 +50,7 @@ class ExpertOrder(NamedTuple):
 
 
 class PaddedRows(NamedTuple):
-    """`ExpertOrder` with each expert's rows rounded up by `padded_size`, and idle rows up to `max_rows`."""
+    """`ExpertOrder` with each expert's rows rounded up, and idle rows up to `max_rows`."""
 
     pairs_R: Tensor
     """The pair in each row; a padding row repeats a pair of its own expert (int64)."""
@@ -54,6 +60,8 @@ class PaddedRows(NamedTuple):
     """The row of each pair (int64)."""
     sizes_E: Tensor
     """Rows of each expert with padding, idle rows left out (int64)."""
+    counts_E: Tensor
+    """Rows of each expert without padding (int64)."""
 
 
 def sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> ExpertOrder:
@@ -88,19 +96,63 @@ def padded_size(count: int) -> int:
     return -(-count // step) * step
 
 
-def max_rows(num_pairs: int, num_experts: int) -> int:
+def even_sizes(sizes: Sequence[int], call: int, run: int = RUNS[0]) -> list[int]:
+    """The rows of adjacent experts made equal where one product for all of them is cheaper than one for each.
+
+    Args:
+        call: how many rows a call of its own costs. 16 experts, or 4, share a product that wastes fewer.
+
+    >>> even_sizes([16, 32, 16, 16, 16, 640], call=20)
+    [32, 32, 32, 32, 16, 640]
+    """
+    evened: list[int] = []
+    for first in range(0, len(sizes), run):
+        part = sizes[first : first + run]
+        most, calls = max(part), sum(size > 0 for size in part)
+        if most <= MOST_IN_RUN and most * len(part) - sum(part) <= call * max(calls - 1, 0):
+            evened += [most] * len(part)
+        elif run > RUNS[-1]:
+            evened += even_sizes(part, call, run=RUNS[RUNS.index(run) + 1])
+        else:
+            evened += part
+    return evened
+
+
+def equal_runs(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first expert, how many) of what can be one product: what `even_sizes` made equal, else one expert.
+
+    >>> list(equal_runs([32, 32, 32, 32, 16, 640]))
+    [(0, 4), (4, 1), (5, 1)]
+    """
+    first = 0
+    while first < len(sizes):
+        for run in RUNS:
+            part = sizes[first : first + run]
+            if first % run == 0 and part[0] <= MOST_IN_RUN and min(part) == max(part):
+                break
+        else:
+            part = sizes[first : first + 1]
+        yield first, len(part)
+        first += len(part)
+
+
+def max_rows(num_pairs: int, num_experts: int, *, pad: bool = True, call: int = 0) -> int:
     """The most rows that `pad_rows` can need, known before the routing: what a compiler or an allocator asks for.
 
     >>> max_rows(2048, 16)
     2416
     """
-    return num_pairs + num_pairs // 16 + 15 * num_experts if num_pairs else 0
+    if not num_pairs:
+        return 0
+    return num_pairs + call * num_experts + (num_pairs // 16 + 15 * num_experts if pad else 0)
 
 
-def pad_rows(expert_ids_TK: Tensor, num_experts: int, *, pad: bool = True) -> PaddedRows:
-    """`sort_by_expert`, then padding after each expert's rows: R = `max_rows` rows, or R = T * K with ``pad=False``.
+def pad_rows(expert_ids_TK: Tensor, num_experts: int, *, pad: bool = True, call: int = 0) -> PaddedRows:
+    """`sort_by_expert`, then padding after each expert's rows, and idle rows at the end: R = `max_rows` in all.
 
-    Padding repeats a pair of the same expert, so that a NaN in one token cannot reach another expert's gradient.
+    Sizes are those of `padded_size` (``pad=False``: the counts), made equal by `even_sizes` for this ``call``.
+    Padding repeats a pair of the same expert, so that a NaN in one token cannot reach another expert's gradient; an
+    expert without pairs repeats one of a neighbour, whose gradient the weight 0 keeps out.
     Raises InputError for an id outside 0..E-1.
 
     >>> rows = pad_rows(torch.tensor([[0], [2], [0]]), num_experts=3)
@@ -116,16 +168,15 @@ def pad_rows(expert_ids_TK: Tensor, num_experts: int, *, pad: bool = True) -> Pa
             do="route over as many experts as the layer holds",
         )
     counts_E = offsets.diff()
-    if not pad:
-        return PaddedRows(order_N, torch.zeros_like(order_N, dtype=torch.bool), rows_TK, counts_E)
-    sizes_E = torch.tensor([padded_size(n) for n in counts_E.tolist()])
+    counts = counts_E.tolist()
+    sizes_E = torch.tensor(even_sizes([padded_size(n) for n in counts] if pad else counts, call))
     spans_E = sizes_E.clone()
-    spans_E[-1] += max_rows(len(order_N), num_experts) - sizes_E.sum()  # the idle rows
+    spans_E[-1] += max_rows(len(order_N), num_experts, pad=pad, call=call) - sizes_E.sum()  # the idle rows
     shift_E = sizes_E.cumsum(0) - sizes_E - offsets[:-1]  # what padding before an expert adds to its row numbers
     shift_R, end_R = torch.stack([shift_E, offsets[1:]]).repeat_interleave(spans_E, dim=1)
     source_R = torch.arange(len(shift_R)) - shift_R
-    pairs_R = order_N.take(torch.minimum(source_R, end_R - 1))
-    return PaddedRows(pairs_R, source_R >= end_R, rows_TK + shift_E.take(expert_ids_TK), sizes_E)
+    pairs_R = order_N.take(torch.minimum(source_R, end_R - 1).clamp_(min=0))
+    return PaddedRows(pairs_R, source_R >= end_R, rows_TK + shift_E.take(expert_ids_TK), sizes_E, counts_E)
 
 
 def permute(x_TD: Tensor, order: ExpertOrder) -> Tensor:
