@@ -1,0 +1,97 @@
+"""Triton kernels from the sums of a router's sequences to what a meter keeps: one program, everything in fp64."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["fractions", "statistics"]
+
+
+@triton.jit
+def _maxvio(counts_E, NUM: tl.constexpr):
+    mean = tl.sum(counts_E, axis=0) / NUM
+    return tl.where(mean > 0.0, tl.max(counts_E, axis=0) / tl.where(mean > 0.0, mean, 1.0) - 1.0, 0.0)
+
+
+@triton.jit
+def statistics(
+    counts_ptr, plain_ptr, probs_ptr, scalars_ptr, out_ptr, SEQUENCES, MICRO, TOP,
+    NUM: tl.constexpr, WIDTH: tl.constexpr, PLAIN: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """counts, probs, [counts without bias], the scalars in the order of `meter.SCALARS`, 0 for each term's value.
+
+    MICRO neighbouring sequences make a micro-batch, whose MaxVio counts once for each of them.
+    """
+    lane_E = tl.arange(0, WIDTH)
+    expert = lane_E < NUM
+    counts_E = tl.zeros([WIDTH], tl.float64)
+    plain_E = tl.zeros([WIDTH], tl.float64)
+    probs_E = tl.zeros([WIDTH], tl.float64)
+    group_E = tl.zeros([WIDTH], tl.float64)
+    zero = tl.sum(counts_E, axis=0)
+    full = zero
+    score = zero
+    lse = zero
+    sequence_maxvio = zero
+    micro_maxvio = zero
+    b = 0
+    while b < SEQUENCES:
+        row_E = tl.load(counts_ptr + b * NUM + lane_E, mask=expert, other=0).to(tl.float64)
+        counts_E += row_E
+        group_E += row_E
+        probs_E += tl.load(probs_ptr + b * NUM + lane_E, mask=expert, other=0.0)
+        if PLAIN:
+            plain_E += tl.load(plain_ptr + b * NUM + lane_E, mask=expert, other=0).to(tl.float64)
+        full += tl.where(tl.sum(row_E, axis=0) > 0.0, 1.0, 0.0)
+        score += tl.load(scalars_ptr + 2 * b)
+        lse += tl.load(scalars_ptr + 2 * b + 1)
+        sequence_maxvio += _maxvio(row_E, NUM)
+        b += 1
+        ends = (b % MICRO == 0) | (b == SEQUENCES)
+        size = tl.where(b % MICRO == 0, MICRO, b % MICRO)
+        micro_maxvio += tl.where(ends, size * _maxvio(group_E, NUM), 0.0)
+        group_E = tl.where(ends, 0.0, group_E)
+    tl.store(out_ptr + lane_E, counts_E, mask=expert)
+    tl.store(out_ptr + NUM + lane_E, probs_E, mask=expert)
+    if PLAIN:
+        tl.store(out_ptr + 2 * NUM + lane_E, plain_E, mask=expert)
+    scalar_ptr = out_ptr + (2 + PLAIN) * NUM
+    reached = tl.sum(counts_E, axis=0) / TOP
+    tl.store(scalar_ptr, reached)  # tokens: where a router gets only some of them, these kernels are not used
+    tl.store(scalar_ptr + 1, reached)
+    tl.store(scalar_ptr + 2, zero + 1.0)
+    tl.store(scalar_ptr + 3, full)
+    tl.store(scalar_ptr + 4, score)
+    tl.store(scalar_ptr + 5, lse)
+    tl.store(scalar_ptr + 6, sequence_maxvio)
+    tl.store(scalar_ptr + 7, micro_maxvio / SEQUENCES)
+    tl.store(scalar_ptr + 8, zero + SEQUENCES)
+    for n in tl.static_range(TERMS):
+        tl.store(scalar_ptr + 9 + n, zero)
+
+
+@triton.jit
+def fractions(counts_ptr, probs_ptr, fraction_ptr, value_ptr, SEQUENCES, SPAN, NUM: tl.constexpr, WIDTH: tl.constexpr):
+    """f of every sequence where SPAN neighbouring ones share one, and E sum over b of <f_b, p_b>."""
+    lane_E = tl.arange(0, WIDTH)
+    expert = lane_E < NUM
+    total_E = tl.zeros([WIDTH], tl.float64)
+    first = 0
+    while first < SEQUENCES:
+        stop = tl.minimum(first + SPAN, SEQUENCES)
+        load_E = tl.zeros([WIDTH], tl.float64)
+        probs_E = tl.zeros([WIDTH], tl.float64)
+        b = first
+        while b < stop:
+            load_E += tl.load(counts_ptr + b * NUM + lane_E, mask=expert, other=0).to(tl.float64)
+            probs_E += tl.load(probs_ptr + b * NUM + lane_E, mask=expert, other=0.0)
+            b += 1
+        f_E = load_E / tl.maximum(tl.sum(load_E, axis=0), 1.0)
+        b = first
+        while b < stop:
+            tl.store(fraction_ptr + b * NUM + lane_E, f_E, mask=expert)
+            b += 1
+        total_E += f_E * probs_E
+        first = stop
+    tl.store(value_ptr, NUM * tl.sum(total_E, axis=0))

@@ -1,0 +1,34 @@
+"""Where the kernels run: on a GPU with Triton installed, or on any device under Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+__all__ = ["INTERPRETED", "installed", "usable"]
+
+# Triton decides when a kernel is defined; so does this, once. Slow: for tests of the kernels without a GPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def usable(x: Tensor) -> bool:
+    """Whether ``x`` lies where the kernels run. Where not, the same functions in plain PyTorch take over, unsaid.
+
+    >>> usable(torch.ones(1)) == (INTERPRETED and installed())
+    True
+    """
+    return (x.is_cuda or (INTERPRETED and x.device.type == "cpu")) and installed()
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether Triton can be imported; it is not imported for this.
+
+    >>> isinstance(installed(), bool)
+    True
+    """
+    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
