@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..functional.routing import Routing, check_mask_dtype, check_routing, choose, count_choices
+from ..kernels import RouterForm
 from ..meter import Batch, Meter
 from ..tie import probe, tie
+from ._fused_router import fused_route, fuses
 
 __all__ = ["Router"]
 
@@ -77,6 +79,9 @@ class Router(nn.Module):
             wide = torch.promote_types(x_TD.dtype, torch.float32)
             raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         meter = self.meter
+        if fuses(raw_TE, self.top_k, self.num_groups, meter, batch):
+            form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
+            return fused_route(raw_TE, form, self.expert_bias, meter, batch, training=self.training)
         logits_TE = raw_TE if meter is None else probe(meter, raw_TE, training=self.training)
         weights_TK, ids_TK = choose(
             logits_TE,
