@@ -14,7 +14,7 @@ TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PIP      = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare test test-all invariance mutations faults check format bench lock clean
+.PHONY: help env compare test test-all invariance mutations faults check format bench bench-grid lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
@@ -52,9 +52,14 @@ format: env  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: env  ## the speed of the MoE layer against F.grouped_mm, and what balancing costs
+bench: env  ## the MoE layer against its peers, what balancing costs, the trainer, how a step grows: 12 minutes
 	$(BIN)/python benchmarks/moe_layer.py $(ARGS)
 	$(BIN)/python benchmarks/balance_cost.py
+	$(BIN)/python benchmarks/trainer_speed.py
+	$(BIN)/python benchmarks/growth.py
+
+bench-grid: env  ## the MoE layer at a sample of the grid of sizes, types and threads: 15 minutes, goes on when killed
+	$(BIN)/python benchmarks/moe_layer.py --grid $(ARGS)
 
 # The pins are what pip chooses today in an empty environment; a local version (+cpu) is where this machine found a
 # package and not part of the pin.

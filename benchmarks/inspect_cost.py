@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _report import machine, pairs, span, versions
 
 from equipoise.inspection.models import Subject, open_subject
 from equipoise.inspection.rounds import Rounds
@@ -99,11 +100,10 @@ def compare(name: str, subject: Subject, rounds: int, at_a_time: int, folder: Pa
                 took = seconds(lambda work=work, number=number: work(number), subject.device)
                 if number >= 2:  # warm
                     times[label].append(took)
-    ratios = [b / a for a, b in zip(times["bare"], times["inspect"], strict=True)]
     tokens = domains * at_a_time * length
-    low, middle, high = statistics.quantiles(ratios, n=4)
     plain, full = (statistics.median(times[label]) for label in ("bare", "inspect"))
-    print(f"{name:<42}{tokens / plain:>10,.0f}{tokens / full:>10,.0f}{middle:>7.3f}  {low:.3f}-{high:.3f}")
+    both = span(pairs(times["inspect"], times["bare"]), digits=3)
+    print(f"{name:<42}{tokens / plain:>10,.0f}{tokens / full:>10,.0f}  {both}")
 
 
 def main() -> None:
@@ -119,7 +119,10 @@ def main() -> None:
     keep_freed_memory()  # as an inspection does
     device = torch.device(arguments.device)
     at_a_time = BATCH * max(1, arguments.pass_tokens // (BATCH * LENGTH))
-    print(f"{'tokens/s, median of pairs':<42}{'bare':>10}{'inspect':>10}{'ratio':>7}  quartiles")
+    print(
+        f"{machine()}; {versions('torch', 'transformers')}; {arguments.threads} thread(s), {arguments.rounds} rounds\n"
+    )
+    print(f"{'tokens/s, median of pairs':<42}{'bare':>10}{'inspect':>10}  ratio, quartiles")
     made = {"lab, 3 x 16 experts top-2, width 128, bf16": lab_model, "qwen3_moe, 2 x 64 top-8, width 256, bf16": qwen}
     if arguments.model:
         made = {arguments.model.name: lambda device: open_subject(arguments.model, device)}
