@@ -70,14 +70,11 @@ def check(name: str, theirs: list[np.ndarray], ours: list[np.ndarray], dtype: st
 class Contest:
     """The processes at one point. All are gone when the `with` block ends."""
 
-    def __init__(self, point: Point, names: list[str]) -> None:
-        # Forked from a process that has never computed: it starts at once and owns nothing but the imports.
-        context = multiprocessing.get_context("fork")
+    def __init__(self, point: Point) -> None:
+        # Forked from a process that has never computed: they start at once and own nothing but the imports.
+        self.point, self.context = point, multiprocessing.get_context("fork")
         self.pipes: dict[str, Connection] = {}
-        self.processes = {}
-        for name in names:
-            self.pipes[name], end = context.Pipe()
-            self.processes[name] = context.Process(target=serve, args=(end, name, point), daemon=True)
+        self.processes: dict[str, Any] = {}
 
     def __enter__(self) -> Contest:
         return self
@@ -87,13 +84,15 @@ class Contest:
             self.drop(name)
 
     def start(self, name: str) -> None:
+        self.pipes[name], end = self.context.Pipe()
+        self.processes[name] = self.context.Process(target=serve, args=(end, name, self.point), daemon=True)
         self.processes[name].start()
+        end.close()  # so that nobody but the process holds it, and its death is heard
 
     def drop(self, name: str) -> None:
-        del self.pipes[name]
-        if self.processes[name].pid is not None:
-            self.processes[name].kill()
-            self.processes[name].join()
+        self.pipes.pop(name).close()
+        self.processes[name].kill()
+        self.processes[name].join()
 
     def hear(self, name: str, seconds: float) -> Any:
         """Its next message, None after so many seconds without one."""
@@ -101,8 +100,8 @@ class Contest:
             return None
         try:
             return self.pipes[name].recv()
-        except EOFError:
-            raise SystemExit(f"{name}: its process died; its own message is above") from None
+        except (EOFError, ConnectionError):
+            raise SystemExit(f"{name}: its process died at {self.point}; it may have said why above") from None
 
     def turn(self, name: str, calls: int = 1, seconds: float = 600) -> float | None:
         self.pipes[name].send(calls)
@@ -118,7 +117,7 @@ def measure(point: Point, rounds: int, budget: float = float("inf")) -> dict[str
     began = time.monotonic()
     skipped = {name: why for name in CONTESTANTS if (why := refusal(name, point))}
     order = random.Random(0)
-    with Contest(point, [name for name in CONTESTANTS if name not in skipped]) as contest:
+    with Contest(point) as contest:
         maxvio, first = _first_calls(contest, point, skipped)
         calls = max(1, min(16, round(TURN_MS / first["ours"])))
         times: dict[str, list[float]] = {name: [] for name in contest.pipes}
@@ -151,16 +150,21 @@ def _first_calls(contest: Contest, point: Point, skipped: dict[str, str]) -> tup
     first: dict[str, float] = {}
     ours: list[np.ndarray] = []
     maxvio = 0.0
-    for name in list(contest.pipes):
+    for name in CONTESTANTS:
+        if name in skipped:
+            continue
         contest.start(name)
-        limit = max(LEAST, PATIENCE * min(first.values(), default=60_000) / 1e3)
+        limit = 600 if name == "ours" else max(LEAST, PATIENCE * min(first.values()) / 1e3)
         given = contest.hear(name, 60 + limit)
         if name == "ours":
             ours, maxvio = given, contest.hear(name, 60)
         elif name != "dense" and given is not None:
             check(name, given, ours, point.dtype)
-        took = contest.turn(name, 1, 600 if name == "ours" else limit)
-        took = contest.turn(name, 1, 600 if name == "ours" else limit) if took is not None else None
+        took = None
+        for _ in range(2 if given is not None else 0):  # the first call pays for what later ones find ready
+            took = contest.turn(name, 1, limit)
+            if took is None:
+                break
         if took is None:
             contest.drop(name)
             skipped[name] = f"longer than {1e3 * limit:.0f} ms"

@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=20)
     made.add_argument("--grid", nargs="?", const="sample", choices=["sample", "full"])
     made.add_argument("--out", type=Path, default=Path("runs/moe_grid.jsonl"), help="of the grid")
-    made.add_argument("--seconds", type=float, default=25, help="for a point of the grid, about")
+    made.add_argument("--seconds", type=float, help="for a point, about: default 50, of the grid 20")
     made.add_argument("--limit", type=float, default=float("inf"), help="seconds: no new point of the grid after them")
     return made
 
@@ -99,7 +99,7 @@ def main() -> None:
         }
         axes = {**AXES, **fixed}
         points = sample(axes) if arguments.grid == "sample" else every(axes)
-        timed = functools.partial(measure, rounds=arguments.rounds, budget=arguments.seconds)
+        timed = functools.partial(measure, rounds=arguments.rounds, budget=arguments.seconds or 20)
         for line in run(points, timed, arguments.out, where, arguments.limit):
             show(found, line)
         print(f"\n{worst(found)}\n\nmedians of all\n\n{everybody(found)}")
@@ -109,7 +109,7 @@ def main() -> None:
         for size in arguments.size or GOALS:
             tokens, dim, hidden, experts, top_k = map(int, size.split(","))
             point = Point(tokens, dim, hidden, experts, top_k, dtype, arguments.threads or 1, skew)
-            show(found, measure(point, arguments.rounds))
+            show(found, measure(point, arguments.rounds, arguments.seconds or 50))
     print(f"\nmedians of all\n\n{everybody(found)}")
 
 
