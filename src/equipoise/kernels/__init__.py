@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from .availability import INTERPRETED, installed, usable
+from .experts import fused_experts
+from .gate import gate_fits, gate_logits
 from .router import Chosen, RouterForm, choose_and_count, fits, router_gradient, summarize
 
 __all__ = [
@@ -11,6 +13,9 @@ __all__ = [
     "RouterForm",
     "choose_and_count",
     "fits",
+    "fused_experts",
+    "gate_fits",
+    "gate_logits",
     "installed",
     "router_gradient",
     "summarize",
