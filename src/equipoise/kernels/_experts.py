@@ -1,4 +1,4 @@
-"""The Triton kernels around an expert's products: sort pairs by expert, copy rows, add rows up, SwiGLU and its gradient.
+"""The Triton kernels around the products of experts: sort pairs, copy rows, add rows up, SwiGLU and its gradient.
 
 A *pair* is one (token, choice), a *row* its place among all pairs sorted by expert, as in `functional.permute`. Each
 output is written once, in a fixed order: no atomics, so a repeat gives the same bits.

@@ -1,9 +1,9 @@
 """The gate's product in fp32 from bf16 tokens, by products of bf16 matrices that are added up in fp32.
 
 A product of two bf16 numbers is exact in fp32, and three bf16 numbers hold an fp32 number. So with tokens in bf16 the
-tensor cores give the logits that an fp32 product gives, at sixteen times its rate, and no fp32 copy of the tokens is made
-(at T = 16384, D = 2048 that copy alone is 134 MB written and read again). This is why the product stays one of matrices
-from cuBLAS: what could be fused into it is an eighth of what it reads.
+tensor cores give the logits that an fp32 product gives, at sixteen times its rate, and no fp32 copy of the tokens is
+made (at T = 16384, D = 2048 that copy alone is 134 MB, written and read again). It stays a product of matrices from
+cuBLAS: what could be fused into it is an eighth of what it reads.
 """
 
 from __future__ import annotations
