@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,15 +39,18 @@ def every(axes: Mapping[str, tuple]) -> list[Point]:
 def sample(axes: Mapping[str, tuple]) -> list[Point]:
     """Few points in which every pair of values of two axes occurs, and all eight corners of tokens x experts x top_k.
 
-    Greedy: each next point is the one with most pairs that no point has yet; corners first. No chance is in it.
+    Greedy: each next point is the one with most pairs that no point has yet, and of those the one whose values were
+    used least; corners first. No chance is in it.
     """
     rows = _rows(axes)
     left = set().union(*map(_pairs, rows))
     ends = set(itertools.product(*((axes[name][0], axes[name][-1]) for name in CORNERS)))
+    used: Counter[tuple] = Counter()
     chosen = []
     while left:
         wanted = [row for row in rows if tuple(row[name] for name in CORNERS) in ends] if ends else rows
-        best = max(wanted, key=lambda row: len(_pairs(row) & left))
+        best = max(wanted, key=lambda row: (len(_pairs(row) & left), -sum(used[each] for each in row.items())))
+        used.update(best.items())
         ends.discard(tuple(best[name] for name in CORNERS))
         left -= _pairs(best)
         chosen.append(_point(best))
