@@ -71,7 +71,7 @@ class Stack:
         self.balancer = Balancer(self.layers, policies, optimizer=self.optimizer)
 
     def __call__(self) -> None:
-        x_TD: Tensor = torch.randn(self.size.tokens, WIDTH)
+        x_TD: Tensor = torch.randn(self.size.tokens, WIDTH, requires_grad=True)
         for layer in self.layers:
             x_TD = x_TD + layer(F.rms_norm(x_TD, (WIDTH,)))
         self.balancer.tap(x_TD.square().mean()).backward()
