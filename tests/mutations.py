@@ -41,8 +41,8 @@ MUTATIONS = {
     ),
     "counted in forward, so twice under recompute (B20, B22)": Mutation(
         "tie.py",
-        "    measured = measure(meter.plan, logits_TE, ids_TK, counts_BE, batch)\n",
-        "    measured = measure(meter.plan, logits_TE, ids_TK, counts_BE, batch)\n"
+        "    measured = measure(meter.plan, logits_TE, ids_TK, counts_BE, batch, probs_TE)\n",
+        "    measured = measure(meter.plan, logits_TE, ids_TK, counts_BE, batch, probs_TE)\n"
         "    if meter.leaf.grad is None:\n"
         "        meter.leaf.grad = torch.zeros_like(meter.leaf)\n"
         "    meter.leaf.grad[: meter.plan.forward_size] += measured.statistics\n",
@@ -50,8 +50,8 @@ MUTATIONS = {
     ),
     "the count flag ignored: two backwards count twice": Mutation(
         "tie.py",
-        "counted = torch.cat([statistics, language, squares]) * pressure[-1]",
-        "counted = torch.cat([statistics, language, squares])",
+        "counted = torch.cat([statistics, *norms]) * pressure[-1]",
+        "counted = torch.cat([statistics, *norms])",
         "core/test_stated_results.py two_backwards",
     ),
     "evaluation counted and pushed (B26, B28)": Mutation(
@@ -62,20 +62,20 @@ MUTATIONS = {
     ),
     "1/dp: divided by ranks once more (B01)": Mutation(
         "pressure.py",
-        "    return micro_batches / total.clamp(min=1) * (tokens > 0)\n",
-        "    return micro_batches / total.clamp(min=1) * (tokens > 0) / micro.ranks\n",
+        "    return micro_batches / step_tokens_L.clamp(min=1) * (tokens_L > 0)\n",
+        "    return micro_batches / step_tokens_L.clamp(min=1) * (tokens_L > 0) / micro.ranks\n",
         "core/test_defects_ranks.py B01",
     ),
     "1/M: divided by micro-batches once more (B10)": Mutation(
         "pressure.py",
-        "        push = bound.push * scale.to(device=bound.push.device, dtype=torch.float64).reshape(())\n",
-        "        push = bound.push * scale.to(device=bound.push.device, dtype=torch.float64).reshape(()) ** 2\n",
+        "        push_LP = bound.push_LP * scale.to(device=bound.push_LP.device, dtype=torch.float64).reshape(())\n",
+        "        push_LP = bound.push_LP * scale.double().square()\n",
         "core/test_modes.py any_cut and 4-plain or plain-4",
     ),
     "the loss's scale ignored: M times too strong (B07)": Mutation(
         "pressure.py",
-        "        push = bound.push * scale.to(device=bound.push.device, dtype=torch.float64).reshape(())\n",
-        "        push = bound.push * 1.0\n",
+        "        push_LP = bound.push_LP * scale.to(device=bound.push_LP.device, dtype=torch.float64).reshape(())\n",
+        "        push_LP = bound.push_LP * 1.0\n",
         "core/test_modes.py any_cut and 4-plain or plain-4",
     ),
     "the step's declared tokens ignored: a mean of means (B60)": Mutation(
@@ -92,14 +92,13 @@ MUTATIONS = {
     ),
     "layers pooled before the product (B12)": Mutation(
         "balancer.py",
-        "        summed = sum_tables(taken, self._ranks.shards)\n",
-        "        if len({len(counts_E) for counts_E in counts}) == 1:\n"
-        "            counts = [torch.stack(counts).sum(dim=0)] * len(counts)\n"
-        "        summed = sum_tables(taken, self._ranks.shards)\n",
+        "        summed = iter(sum_tables(",
+        "        counts = [counts_LE.sum(dim=0, keepdim=True).expand_as(counts_LE) for counts_LE in counts]\n"
+        "        summed = iter(sum_tables(",
         "core/test_defects.py B12",
     ),
     "every sequence gets the micro-batch's load (B58, B59)": Mutation(
-        "meter.py",
+        "measure.py",
         '    if term.kind == "sequences":\n        return counts_BE\n',
         '    if term.kind == "sequences":\n        return counts_BE.sum(dim=0, keepdim=True).expand_as(counts_BE)\n',
         "core/test_scopes.py any_shape",
@@ -111,9 +110,9 @@ MUTATIONS = {
         "core/test_tie.py padding",
     ),
     "counts in bf16 (B34)": Mutation(
-        "meter.py",
-        "    parts = [counts_BE.sum(dim=0).double(),",
-        "    parts = [counts_BE.sum(dim=0).bfloat16().double(),",
+        "measure.py",
+        "    counts_E = counts_BE.sum(dim=0)\n",
+        "    counts_E = counts_BE.sum(dim=0).bfloat16().double()\n",
         "core/test_tie.py half_precision",
     ),
     "sigmoids over their sum plus an epsilon (B69)": Mutation(
@@ -127,9 +126,9 @@ MUTATIONS = {
         "balancer.py",
         "        self._micro_steps[part] += 1\n",
         "        self._micro_steps[part] += 1\n"
-        "        for layer, one in zip(layers, taken, strict=True):\n"
+        "        for bank, one in zip(banks, taken, strict=True):\n"
         "            with torch.no_grad():\n"
-        "                layer.move_bias(self._timeline, one.statistics[: layer.meter.plan.num_experts], self._step)\n",
+        "                bank.move_biases(self._timeline, one.statistics_LS[:, : bank.plan.num_experts], self._step)\n",
         "core/test_lifetimes.py bias_rules and sign",
     ),
     "bias not centred (B45, B52)": Mutation(
@@ -146,8 +145,8 @@ MUTATIONS = {
     ),
     "bias of a frozen router moved (B48)": Mutation(
         "pressure.py",
-        "        if not self.trainable:\n            return\n        for place",
-        "        for place",
+        "        rows = [i for i, layer in enumerate(self.layers) if layer.trainable]\n",
+        "        rows = list(range(len(self.layers)))\n",
         "core/test_stated_results.py frozen_router",
     ),
     "shards of a sequence not summed (B14)": Mutation(
@@ -158,7 +157,7 @@ MUTATIONS = {
     ),
     "the step's sum not waited for (B40)": Mutation(
         "ledger.py",
-        "        return lambda: list(wait().split([len(part) for part in parts]))\n",
+        "        return lambda: [sums.view_as(part) for sums, part in zip(wait().split(sizes), parts, strict=True)]\n",
         "        return lambda: wait and parts\n",
         "core/test_defects_ranks.py B40",
     ),

@@ -26,6 +26,7 @@ FLOORS = [
     {"errors", "rehearsal"},
     {"functional", "collectives", "records", "kernels"},
     {"meter"},
+    {"measure"},
     {"shards"},
     {"layout", "native", "plan", "policies", "readers", "report", "tie"},
     {"foreign", "layers", "plot", "pressure"},

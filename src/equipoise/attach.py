@@ -84,7 +84,6 @@ def attach(
         )
         router.meter = Meter(plan, next(router.parameters()).device)
         layers.append(Layer(name, router, router.meter, part))
-        layers[-1].forget_step()
     _warn_of_frozen(layers)
     return layers
 

@@ -13,10 +13,11 @@ from .attach import attach, detach
 from .checks import check_before_step, check_tokens, saw_nothing
 from .collectives import Ranks
 from .errors import ConfigError, InputError, StateError
-from .ledger import Ledger
+from .ledger import Ledger, rows_of
+from .meter import Meter, clear_slots, take
 from .policies.losses import AuxLoss
 from .policies.switch import Policy, losses_at, timeline
-from .pressure import Bound, Layer, MicroStep, bind
+from .pressure import Bank, Bound, MicroStep, banks_of, bind
 from .readout import Committed, fidelity, fidelity_sums, metrics
 from .rehearsal import rehearsing
 from .shards import sum_tables
@@ -92,9 +93,10 @@ class Balancer:
             may_be_empty=self._ranks.everyone.size > self._ranks.tokens.size,
             example=example,
         )
+        self._banks = banks_of(self._layers)  # layers that measure alike, so that one operation serves all of them
         device = next((p.device for part in parts for p in part.parameters()), torch.device("cpu"))
         try:
-            self._ledger = Ledger(self._layers, self._ranks, device)
+            self._ledger = Ledger(self._layers, self._banks, self._ranks, device)
         except ConfigError:
             detach(self._layers)
             raise
@@ -121,13 +123,7 @@ class Balancer:
         Without it every micro-batch weighs the same, which is exact when all have equally many tokens. With
         reduction "mean", ``micro_batches`` (per rank) is needed too, and checked at the step.
         """
-        self._drop_if_gradients_were()
-        if any(self._micro_steps):
-            raise StateError(
-                expected="begin_step before the first micro-batch of a step",
-                got=f"{max(self._micro_steps)} micro-batches already tapped",
-                do="call it right after optimizer.step(); after a skipped step call balancer.discard()",
-            )
+        self._check_begins("begin_step", do="call it right after optimizer.step(); after a skipped step discard()")
         if tokens is not None and not tokens > 0:
             raise InputError(expected="tokens > 0", got=repr(tokens), do="count the router's valid tokens of the step")
         if tokens is not None and micro_batches is None and self._reduction == "mean":
@@ -149,15 +145,9 @@ class Balancer:
 
         The model stays in training mode, so that dropout draws what it will draw again.
         """
-        self._drop_if_gradients_were()
-        if any(self._micro_steps):
-            raise StateError(
-                expected="the counting pass before the first micro-batch of a step",
-                got=f"{max(self._micro_steps)} micro-batches already tapped",
-                do="count first, then train",
-            )
-        for layer in self._layers:
-            layer.forget_step()
+        self._check_begins("the counting pass", do="count first, then train")
+        for bank in self._banks:
+            bank.forget_step()
         shuffle = any(isinstance(t.policy, AuxLoss) and t.policy.scope == "shuffle" for t in self._timeline)
         for layer in self._layers:
             layer.meter.pool = [] if shuffle else None
@@ -169,18 +159,20 @@ class Balancer:
         except BaseException:
             self.discard()
             raise
-        taken = [layer.meter.take().statistics for layer in self._layers]
-        if saw_nothing(self._layers, taken):
+        taken = [take(bank.meters).statistics_LS for bank in self._banks]
+        if saw_nothing(self._banks, taken):
             raise StateError(
                 expected="the step's micro-batches forward through the routers in training mode",
                 got="a counting pass in which no router ran in training mode",
                 do="call model.train() first; the pass itself needs no gradients",
             )
-        for layer, counted in zip(self._layers, self._ledger.sum_tokens(taken), strict=True):
-            layer.counted = counted
-            pool, layer.meter.pool = layer.meter.pool, None
-            layer.pool = None if pool is None else [self._ranks.tokens.gather_rows(torch.cat(pool))]
-            layer.history.counted_E = counted[: layer.meter.plan.num_experts]
+        for bank, counted_LS in zip(self._banks, self._ledger.sum_tokens(taken), strict=True):
+            bank.counted = counted_LS
+            bank.history.counted_E = bank.counts(counted_LS)
+            pools = [meter.pool for meter in bank.meters if meter.pool]
+            bank.pools = [self._ranks.tokens.gather_rows(torch.cat(pool)) for pool in pools]
+            for meter in bank.meters:
+                meter.pool = None
 
     def tap(self, loss: Tensor, *, scale: float | None = None) -> Tensor:
         """Returns ``loss`` unchanged. Its backward, which runs before every router's, binds the policies to the step.
@@ -192,12 +184,11 @@ class Balancer:
             scale: for a pipeline stage without the loss: tap its output activations with the scale said explicitly.
         """
         if not (torch.is_grad_enabled() and loss.requires_grad):
-            for layer in self._layers:
-                layer.meter.clear_slots(first=2)  # and not a training forward whose loss is still to be tapped
+            clear_slots(self._meters, first=2)  # and not a training forward whose loss is still to be tapped
             return loss
         part = self._watch.last_part
-        layers = self._of(part)
-        if not any(layer.router.training for layer in layers):
+        banks = self._of(part)
+        if not any(layer.router.training for bank in banks for layer in bank.layers):
             return loss
         if scale is None and loss.numel() != 1:
             raise InputError(
@@ -205,10 +196,10 @@ class Balancer:
                 got=f"shape {tuple(loss.shape)}",
                 do="tap the mean loss, or pass scale= with a stage's activations",
             )
-        taken = [layer.meter.take() for layer in layers]
+        taken = [take(bank.meters) for bank in banks]
         if rehearsing():  # what it proposed is taken, and forgotten
             return loss
-        if saw_nothing(layers, [one.statistics for one in taken]):
+        if saw_nothing(banks, [one.statistics_LS for one in taken]):
             raise StateError(
                 expected="a forward of the routers in training mode before each tap",
                 got="none since the last tap",
@@ -218,8 +209,8 @@ class Balancer:
 
     def discard(self) -> None:
         """Forgets the micro-batches since the last step: after out-of-memory, or with ``zero_grad`` without a step."""
-        for layer in self._layers:
-            layer.forget_step()
+        for bank in self._banks:
+            bank.forget_step()
         if self._pending is not None:  # others take part in it
             self._pending()
         self._pending = self._backward = None
@@ -245,7 +236,8 @@ class Balancer:
 
     def load(self) -> list[Tensor]:
         """Counts of the last committed global batch, one (E,) int64 tensor a layer."""
-        return [layer.counts_E.to(torch.int64) for layer in self._last()]
+        rows = [(place, row) for one in self._last() for place, row in zip(one.places, one.counts.long(), strict=True)]
+        return [counts_E for _, counts_E in sorted(rows, key=lambda row: row[0])]
 
     def fidelity(self) -> dict[str, dict[str, float]] | None:
         """Of the last step: each estimator's gradient against exact (relative_error, cosine); None if not measured."""
@@ -256,7 +248,8 @@ class Balancer:
 
         Micro-batches since the last step are left out, as their gradients are from every checkpoint.
         """
-        layers = {layer.name: layer.state_dict() for layer in self._layers}
+        states = {name: state for bank in self._banks for name, state in bank.state_dicts().items()}
+        layers = {layer.name: states[layer.name] for layer in self._layers}
         return {"version": 1, "step": self._step, "skipped": self._skipped, "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -270,8 +263,8 @@ class Balancer:
             )
         self.discard()
         self._step, self._skipped = state["step"], state["skipped"]
-        for layer in self._layers:
-            layer.load_state_dict(state["layers"][layer.name])
+        for bank in self._banks:
+            bank.load_state_dicts(state["layers"])
 
     def step(self) -> None:
         """Commits a step by hand, right after an optimizer that is no ``torch.optim.Optimizer`` stepped."""
@@ -291,39 +284,38 @@ class Balancer:
         self._watch.check_no_unseen_step(sum(self._micro_steps))
         self._ranks.check_default()
         part, taken = micro_batch
-        layers = self._of(part)
+        banks = self._of(part)
         self._micro_steps[part] += 1
-        if self._reduction == "sum" and self._declared[0] is None and layers[0].counted is None:
+        if self._reduction == "sum" and self._declared[0] is None and banks[0].counted is None:
             raise StateError(
                 expected="the step's tokens, because the losses add up (reduction='sum')",
                 got="no begin_step",
                 do="call balancer.begin_step(tokens=...) before the first micro-batch",
             )
-        number, ranks = self._micro_steps[part], self._ranks.tokens
-        micro = MicroStep(self._step, number, self._reduction, *self._declared, ranks.size, ranks.rank)
-        counts = [one.statistics[: layer.meter.plan.num_experts] for layer, one in zip(layers, taken, strict=True)]
-        if self._needs_current(counted=layers[0].counted is not None):
+        number, tokens = self._micro_steps[part], self._ranks.tokens
+        about = (self._reduction, *self._declared, tokens.size, tokens.rank, self._estimators)
+        micro = MicroStep(self._step, number, *about)
+        counts = [bank.counts(one.statistics_LS) for bank, one in zip(banks, taken, strict=True)]
+        losses = losses_at(self._timeline, self._step)
+        if self._estimators or any(loss.needs_current(counted=banks[0].counted is not None) for loss in losses):
             counts = self._ledger.sum_tokens(counts)
-        summed = sum_tables(taken, self._ranks.shards)
+        summed = iter(sum_tables([tables for one in taken for tables in one.tables], self._ranks.shards))
         return [
-            bind(layer, self._timeline, one, tables, global_E, micro, scale, self._estimators)
-            for layer, one, tables, global_E in zip(layers, taken, summed, counts, strict=True)
+            bind(bank, self._timeline, one, [next(summed) for _ in bank.layers], global_LE, micro, scale)
+            for bank, one, global_LE in zip(banks, taken, counts, strict=True)
         ]
 
     def press(self, part: int, bound: list[Bound], scale: Tensor, *, count: bool) -> None:
-        for layer, one in zip(self._of(part), bound, strict=True):
-            layer.press(one, scale, count=count)
+        for bank, one in zip(self._of(part), bound, strict=True):
+            bank.press(one, scale, count=count)
         self._backward = torch._C._current_graph_task_id()
 
-    def _of(self, part: int) -> list[Layer]:
-        return [layer for layer in self._layers if layer.part == part]
+    def _of(self, part: int) -> list[Bank]:
+        return [bank for bank in self._banks if bank.part == part]
 
-    def _needs_current(self, *, counted: bool) -> bool:
-        """Whether a policy has to know this micro-step's load on all ranks; after a counting pass "exact" does not."""
-        losses = losses_at(self._timeline, self._step)
-        return bool(self._estimators) or any(
-            loss.needs_current and not (counted and loss.needs_counting) for loss in losses
-        )
+    @property
+    def _meters(self) -> list[Meter]:
+        return [layer.meter for layer in self._layers]
 
     def _drop_if_gradients_were(self) -> None:
         """A step that was skipped (GradScaler) or zeroed leaves no trace here either."""
@@ -333,6 +325,15 @@ class Balancer:
             self.discard()
             if self._watch.inside_closure:  # the same step again (LBFGS): what was declared for it still holds
                 self._declared = declared
+
+    def _check_begins(self, what: str, *, do: str) -> None:
+        self._drop_if_gradients_were()
+        if any(self._micro_steps):
+            raise StateError(
+                expected=f"{what} before the first micro-batch of a step",
+                got=f"{max(self._micro_steps)} micro-batches already tapped",
+                do=do,
+            )
 
     def _drop_what_failed(self) -> None:
         """After an error inside a backward (out of memory) some layers have counted and some have not."""
@@ -350,9 +351,9 @@ class Balancer:
     def end_backward(self) -> None:
         """Recompute proposed again what was already taken, and the push is done: forget both."""
         self._backward = None
-        for layer in self._layers:
-            layer.meter.clear_slots()
-            layer.release()
+        clear_slots(self._meters)
+        for bank in self._banks:
+            bank.release()
 
     def _before_step(self) -> None:
         """Right before the optimizer: all gradients are there, so the sum may travel while the optimizer works."""
@@ -366,30 +367,28 @@ class Balancer:
             self._before_step()
         assert self._pending is not None
         sums, self._pending = self._pending(), None
-        self._committed = []
-        with torch.no_grad():
-            for entry, summed in zip(self._ledger.entries, sums, strict=True):
-                bias_E = None
-                if entry.owner is not None:
-                    layer = self._layers[entry.owner]
-                    layer.move_bias(self._timeline, summed[: entry.plan.num_experts], self._step)
-                    bias_E = None if layer.router.expert_bias is None else layer.router.expert_bias.clone()
-                self._committed.append(Committed(entry.name, entry.plan, summed, bias_E))
-        counts = {entry.owner: c.counts_E for entry, c in zip(self._ledger.entries, self._committed, strict=True)}
-        own = [counts[place] for place in range(len(self._layers))]
-        if self._estimators:
-            known = fidelity_sums(self._estimators, [layer.step_fidelity for layer in self._layers], own)
-            self._fidelity = fidelity(self._estimators, self._ranks.everyone.sum(known))
         losses = [t.policy for t in self._timeline if isinstance(t.policy, AuxLoss)]
         decays = {loss.decay for loss in losses if loss.estimator == "ema"} | ({0.9} if self._estimators else set())
-        for layer, counts_E in zip(self._layers, own, strict=True):
-            layer.history.commit(counts_E, decays)
+        sheets = list(zip(self._ledger.sheets, sums, strict=True))
+        mine = [(bank, rows_of(summed, rows)) for sheet, summed in sheets for bank, rows in sheet.own]
+        if self._estimators:
+            known = fidelity_sums(
+                self._estimators, [(bank.step_fidelity, bank.counts(summed)) for bank, summed in mine]
+            )
+            self._fidelity = fidelity(self._estimators, self._ranks.everyone.sum(known))
+        with torch.no_grad():
+            for bank, summed in mine:
+                bank.move_biases(self._timeline, bank.counts(summed), self._step)
+                bank.history.commit(bank.counts(summed), decays)
+        self._committed = [
+            Committed(sheet.plan, sheet.places, summed, [(rows, bank.biases()) for bank, rows in sheet.own])
+            for sheet, summed in sheets
+        ]
         declared, passes = self._declared[0], max(self._micro_steps) * self._ranks.tokens.size
         self._step += 1
         self.discard()
-        for entry, summed in zip(self._ledger.entries, sums, strict=True):
-            if entry.owner is not None:
-                check_tokens(self._layers[entry.owner], summed, declared, passes)
+        for bank, summed in mine:
+            check_tokens(bank.plan, summed, declared, passes)
 
     def _last(self) -> list[Committed]:
         if self._committed is None:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .errors import StateError
+from .meter import Plan
 from .policies.losses import AuxLoss, ZLoss
 from .policies.switch import Timed
-from .pressure import Layer
+from .pressure import Bank, Layer
 
 __all__ = ["check_before_step", "check_tokens", "saw_nothing"]
 
 
-def saw_nothing(layers: Sequence[Layer], statistics: Sequence[Tensor]) -> bool:
+def saw_nothing(banks: Sequence[Bank], statistics: Sequence[Tensor]) -> bool:
     """Whether no router ran. Only asked on the CPU: a GPU is not made to wait for the answer."""
-    if any(one.device.type != "cpu" for one in statistics):
+    if any(one_LS.device.type != "cpu" for one_LS in statistics):
         return False
-    return not any(bool(one[layer.meter.plan.at("calls")] > 0) for layer, one in zip(layers, statistics, strict=True))
+    return not any(bool(one_LS[:, bank.plan.at("calls")].any()) for bank, one_LS in zip(banks, statistics, strict=True))
 
 
 def check_before_step(
@@ -56,25 +57,24 @@ def check_before_step(
             )
 
 
-def check_tokens(layer: Layer, statistics: Tensor, declared: float | None, passes: int) -> None:
+def check_tokens(plan: Plan, sums: Tensor, declared: float | None, passes: int) -> None:
     """Raises StateError when routers saw another number of tokens than ``begin_step`` announced.
 
     Args:
-        statistics: of the whole step, all ranks.
+        sums: of the whole step, all ranks, for layers of one plan: (n, at least plan.size).
         passes: micro-batches of the step, all ranks; a layer may run several times in each.
 
     Only on the CPU: a GPU is not made to wait.
     """
-    if declared is None or statistics.device.type != "cpu":
+    if declared is None or sums.device.type != "cpu":
         return
-    plan = layer.meter.plan
-    calls = float(statistics[plan.at("calls")]) / passes
-    if calls < 1:  # a router that some passes do not reach (of pictures, in text) cannot tell
-        return
-    tokens = float(statistics[plan.at("tokens")]) / calls
-    if not torch.isclose(torch.tensor(tokens), torch.tensor(float(declared)), rtol=1e-6):
-        raise StateError(
-            expected=f"{declared:g} router tokens in the step, as begin_step said",
-            got=f"{tokens:g}",
-            do="declare the valid tokens of all ranks and micro-batches: the balance gradient was divided by them",
-        )
+    for calls, total in sums[:, [plan.at("calls"), plan.at("tokens")]].tolist():
+        if calls < passes:  # a router that some passes do not reach (of pictures, in text) cannot tell
+            continue
+        tokens = total * passes / calls
+        if not math.isclose(tokens, declared, rel_tol=1e-6):
+            raise StateError(
+                expected=f"{declared:g} router tokens in the step, as begin_step said",
+                got=f"{tokens:g}",
+                do="declare the valid tokens of all ranks and micro-batches: the balance gradient was divided by them",
+            )

@@ -115,7 +115,7 @@ class ForeignRouter:
         if self.own_bias is not None:
             if self.own_bias.device != logits_TE.device:  # the model moved
                 self.own_bias = self.own_bias.to(logits_TE.device)
-            again_TK, ids_TK = choose(
+            again_TK, ids_TK, _ = choose(
                 logits_TE,
                 self.top_k,
                 gate=self.gate,

@@ -12,17 +12,17 @@ from torch import Tensor
 from .collectives import Ranks
 from .errors import ConfigError
 from .meter import Plan
-from .pressure import Layer, step_sums, sums_size
+from .pressure import Bank, Layer, step_sums, sums_size
 
-__all__ = ["Entry", "Ledger"]
+__all__ = ["Ledger", "Sheet", "rows_of"]
 
 
-class Entry(NamedTuple):
-    """One layer of the whole model. ``owner``: its place among this rank's layers; None on another stage."""
+class Sheet(NamedTuple):
+    """The layers of one plan on all stages, a row each."""
 
-    name: str
     plan: Plan
-    owner: int | None
+    places: list[int]  # of each row in the whole model's order
+    own: list[tuple[Bank, list[int]]]  # this rank's banks, and the rows of their layers
 
 
 class Ledger:
@@ -32,8 +32,8 @@ class Ledger:
     Raises ConfigError on every rank where two ranks that should hold the same layers do not.
     """
 
-    def __init__(self, layers: Sequence[Layer], ranks: Ranks, device: torch.device) -> None:
-        self._layers, self._ranks, self._device = layers, ranks, device
+    def __init__(self, layers: Sequence[Layer], banks: Sequence[Bank], ranks: Ranks, device: torch.device) -> None:
+        self._ranks, self._device = ranks, device
         everyone, alone = ranks.everyone, ranks.tokens.size == 1
         stage = (everyone.members[everyone.rank],) if alone else tuple(ranks.tokens.members)
         mine = [(layer.name, layer.meter.plan) for layer in layers]
@@ -45,31 +45,51 @@ class Ledger:
         names = {name for _, _, name, _ in everything}
         if len(stages) > 1 and len(names) == len(everything):
             everything.sort(key=lambda entry: [int(number) for number in re.findall(r"\d+", entry[2])])
-        self.entries = [Entry(name, plan, place if s == stage else None) for s, place, name, plan in everything]
-        if not self.entries:
+        if not everything:
             raise ConfigError(
                 expected="a model with MoE layers",
                 got="no router on any pipeline stage",
                 do="build its feed-forward layers from equipoise.MoE or equipoise.Router",
             )
+        self.sheets = [
+            _sheet(plan, everything, stage, banks) for plan in dict.fromkeys(plan for _, _, _, plan in everything)
+        ]
 
     def start(self) -> Callable[[], list[Tensor]]:
-        """Begins the sum of the step over everyone; returns what waits for it: (sums_size(plan),) for each entry."""
-        own = [step_sums(layer) for layer in self._layers]
-        device = own[0].device if own else self._device
-        parts = [
-            torch.zeros(sums_size(entry.plan), dtype=torch.float64, device=device)
-            if entry.owner is None
-            else own[entry.owner]
-            for entry in self.entries
-        ]
-        wait = self._ranks.everyone.start_sum(torch.cat(parts))
-        return lambda: list(wait().split([len(part) for part in parts]))
+        """Begins the sum of the step over everyone; returns what waits for it: (rows, sums_size) for each sheet."""
+        parts = [self._filled(sheet) for sheet in self.sheets]
+        wait = self._ranks.everyone.start_sum(torch.cat([part.flatten() for part in parts]))
+        sizes = [part.numel() for part in parts]
+        return lambda: [sums.view_as(part) for sums, part in zip(wait().split(sizes), parts, strict=True)]
+
+    def _filled(self, sheet: Sheet) -> Tensor:
+        """The sheet with what this rank knows; zero elsewhere."""
+        if len(sheet.own) == 1 and sheet.own[0][1] == list(range(len(sheet.places))):
+            return step_sums(sheet.own[0][0])  # as a rule
+        own = [(step_sums(bank), rows) for bank, rows in sheet.own]
+        device = own[0][0].device if own else self._device
+        filled = torch.zeros(len(sheet.places), sums_size(sheet.plan), dtype=torch.float64, device=device)
+        for sums, rows in own:
+            filled[torch.tensor(rows, device=device)] = sums
+        return filled
 
     def sum_tokens(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """One sum over the ranks that hold these layers, whatever their number of experts."""
-        flat = self._ranks.tokens.sum(torch.cat(list(tensors)))
-        return list(flat.split([len(tensor) for tensor in tensors]))
+        flat = self._ranks.tokens.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+        pieces = flat.split([tensor.numel() for tensor in tensors])
+        return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def rows_of(sums: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a sheet; the sheet itself where they are all of it."""
+    return sums if rows == list(range(len(sums))) else sums[torch.tensor(rows, device=sums.device)]
+
+
+def _sheet(plan: Plan, everything: Sequence[tuple], stage: tuple[int, ...], banks: Sequence[Bank]) -> Sheet:
+    held = [(place, s, name) for place, (s, _, name, of) in enumerate(everything) if of == plan]
+    row_of = {name: row for row, (_, s, name) in enumerate(held) if s == stage}
+    own = [(bank, [row_of[layer.name] for layer in bank.layers]) for bank in banks if bank.plan == plan]
+    return Sheet(plan, [place for place, _, _ in held], own)
 
 
 def _different(ranks: tuple[int, ...], one: list[tuple[str, Plan]], other: list[tuple[str, Plan]]) -> ConfigError:

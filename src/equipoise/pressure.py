@@ -1,4 +1,7 @@
-"""The start of backward binds: from the scale of the loss and the load known so far to the pressure on every router."""
+"""The start of backward binds: from the scale of the loss and the load known so far to the pressure on every router.
+
+Layers that measure alike are a bank, a row of (L, ...) each: the operations of a micro-batch do not grow with L.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .functional.losses import load_fractions
-from .meter import Meter, Placed, Plan, Tables, Taken
+from .meter import Meter, Placed, Plan, Tables, Taken, clear_slots, overwrite
 from .policies.estimators import ESTIMATORS, LoadHistory
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss, ZLoss, coefficient
@@ -19,89 +22,149 @@ from .policies.scopes import Sequences
 from .policies.switch import Timed
 from .shards import Late, correct
 
-__all__ = ["Bound", "Layer", "MicroStep", "bind", "step_sums", "sums_size"]
+__all__ = ["Bank", "Bound", "Layer", "MicroStep", "banks_of", "bind", "step_sums", "sums_size"]
 
 
 class Bound(NamedTuple):
-    """What one micro-batch's backward reads at one router."""
+    """What one micro-batch's backward reads at the routers of a bank."""
 
-    push: Tensor  # pressure per unit of the loss's scale
-    late: list[Late]  # where sequences are sharded
-    placed: list[Placed]  # of another library's router: how the tokens lay, for a recompute
+    push_LP: Tensor  # pressure per unit of the loss's scale, the count flag left out
+    late: list[list[Late]]  # of each router, where sequences are sharded
+    placed: list[list[Placed]]  # of each router of another library: how the tokens lay, for a recompute
 
 
 @dataclass
 class Layer:
-    """One router with all that the balancer keeps for it. ``step_*`` live for one optimizer step."""
+    """One router of the model."""
 
     name: str
     router: Any  # has num_experts, top_k, gate, meter, expert_bias, parameters()
     meter: Meter
     part: int = 0  # of the model, where it comes in parts (pipeline stages of one rank)
-    history: LoadHistory = field(default_factory=LoadHistory)
-    momentum: dict[int, Tensor] = field(default_factory=dict)  # place in the timeline -> momentum of its bias rule
-    step_taken: Tensor | None = None  # sum of what forward proposed: stands in where the leaf got no gradient
-    step_shift: Tensor | None = None  # what changes in it once the other shards of each sequence are known
-    step_values: Tensor | None = None  # sum over tokens of E <f, p> of the terms whose f the tap chose
-    step_windows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # term -> (counts, sequences) so far
-    step_fidelity: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
-    counted: Tensor | None = None  # statistics of a counting pass, all ranks
-    pool: list[Tensor] | None = None  # its expert ids (N, K), for the shuffle control
 
     @property
     def trainable(self) -> bool:
         return any(p.requires_grad for p in self.router.parameters())
 
+
+@dataclass
+class Bank:
+    """L layers of one part and plan with all that the balancer keeps for them. ``step_*`` live for one optimizer step.
+
+    The tensors of each meter stay its own, because compiled graphs hold them; what is done to them is done to all.
+    """
+
+    layers: list[Layer]
+    plan: Plan
+    part: int
+    history: LoadHistory = field(default_factory=LoadHistory)
+    momentum: dict[int, Tensor] = field(default_factory=dict)  # place in the timeline -> (L, E) of its bias rule
+    step_taken: Tensor | None = None  # sum of what forward proposed: stands in where a leaf got no gradient
+    step_shift: Tensor | None = None  # what changes in it once the other shards of each sequence are known
+    step_values: Tensor | None = None  # (L, N): sum over tokens of E <f, p> of the terms whose f the tap chose
+    step_windows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # term -> (counts, sequences) so far
+    step_fidelity: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
+    counted: Tensor | None = None  # statistics of a counting pass, all ranks
+    pools: list[Tensor] | None = None  # its expert ids (N, K) at each layer, for the shuffle control
+
+    @property
+    def meters(self) -> list[Meter]:
+        return [layer.meter for layer in self.layers]
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].meter.pressure.device
+
+    def counts(self, statistics_LS: Tensor) -> Tensor:
+        """(L, E)"""
+        return statistics_LS[:, : self.plan.num_experts]
+
     def forget_step(self) -> None:
         self.history.forget_step()
-        self.step_taken = self.step_shift = self.step_values = self.counted = self.pool = None
+        self.step_taken = self.step_shift = self.step_values = self.counted = self.pools = None
         self.step_windows, self.step_fidelity = {}, []
-        self.meter.leaf.grad = None
-        self.meter.pool = None
-        self.meter.clear_slots()
+        for meter in self.meters:
+            meter.leaf.grad = meter.language.grad = meter.pool = None
+        clear_slots(self.meters)
         self.release()  # a forgotten tap may not push with what the last step left
-        self.meter.pressure.data[-1] = 1.0  # counting needs no tap
+        count_P = torch.zeros(self.plan.pressure_size, dtype=torch.float64, device=self.device)
+        count_P[-1] = 1.0  # counting needs no tap
+        overwrite([meter.pressure for meter in self.meters], [count_P] * len(self.layers))
 
     def press(self, bound: Bound, scale: Tensor, *, count: bool) -> None:
         """Writes what ``bind`` gave, for this scale of the loss; ``count=False``: push again, count nothing."""
-        push = bound.push * scale.to(device=bound.push.device, dtype=torch.float64).reshape(())
-        self.meter.late, self.meter.placed_late = bound.late, bound.placed
-        # .data: a late write that keeps the address and does not trip autograd's version counter
-        self.meter.pressure.data.copy_(torch.cat([push, push.new_full((1,), float(count))]))
-
-    def move_bias(self, timeline: Sequence[Timed], counts_E: Tensor, step: int) -> None:
-        """The expert bias after a step, in place; of a frozen router it stays, or other experts would answer (B48)."""
-        if not self.trainable:
-            return
-        for place, timed in enumerate(timeline):
-            if isinstance(timed.policy, ExpertBias) and timed.active(step):
-                momentum_E = self.momentum.get(place, torch.zeros_like(counts_E))
-                bias_E, self.momentum[place] = timed.policy.step(self.router.expert_bias, counts_E, momentum_E, step)
-                self.router.expert_bias.copy_(bias_E)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the next step needs: previous and ema loads, bias momentum."""
-        history = self.history
-        own_E = getattr(self.router, "own_bias", None)  # of another library's router: no checkpoint of the model has it
-        return {
-            "previous_E": history.previous_E,
-            "ema": list(history.ema_E.items()),
-            "momentum": sorted(self.momentum.items()),
-            "own_bias_E": None if own_E is None else own_E.clone(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        history, device = self.history, self.meter.pressure.device
-        history.previous_E = None if state["previous_E"] is None else state["previous_E"].to(device)
-        history.ema_E = {decay: ema_E.to(device) for decay, ema_E in state["ema"]}
-        self.momentum = {place: momentum_E.to(device) for place, momentum_E in state["momentum"]}
-        if state.get("own_bias_E") is not None:
-            self.router.own_bias = state["own_bias_E"].to(device, copy=True)
+        push_LP = bound.push_LP * scale.to(device=bound.push_LP.device, dtype=torch.float64).reshape(())
+        rows = torch.cat([push_LP, push_LP.new_full((len(push_LP), 1), float(count))], dim=1).unbind()
+        for meter, late, placed in zip(self.meters, bound.late, bound.placed, strict=True):
+            meter.late, meter.placed_late = late, placed
+        overwrite([meter.pressure for meter in self.meters], rows)
 
     def release(self) -> None:
         """No push and no counting until the next tap: another backward over the same graph adds nothing."""
-        self.meter.pressure.data.zero_()
-        self.meter.late, self.meter.placed_late = [], []
+        overwrite([meter.pressure for meter in self.meters])
+        for meter in self.meters:
+            meter.late, meter.placed_late = [], []
+
+    def move_biases(self, timeline: Sequence[Timed], counts_LE: Tensor, step: int) -> None:
+        """The expert biases after a step, in place; of a frozen router it stays: other experts would answer (B48)."""
+        rows = [i for i, layer in enumerate(self.layers) if layer.trainable]
+        for place, timed in enumerate(timeline):
+            if rows and isinstance(timed.policy, ExpertBias) and timed.active(step):
+                bias_LE = torch.stack([layer.router.expert_bias for layer in self.layers])
+                old_LE = self.momentum.get(place, torch.zeros_like(counts_LE))
+                new_LE, momentum_LE = timed.policy.step(bias_LE, counts_LE, old_LE, step)
+                if len(rows) < len(self.layers):
+                    momentum_LE = old_LE.index_copy(0, torch.tensor(rows, device=old_LE.device), momentum_LE[rows])
+                self.momentum[place] = momentum_LE
+                overwrite([self.layers[i].router.expert_bias for i in rows], [new_LE[i] for i in rows])
+
+    def biases(self) -> Tensor | None:
+        """(L, E), NaN for a layer without; None where no layer has one."""
+        found = [layer.router.expert_bias for layer in self.layers]
+        if all(bias_E is None for bias_E in found):
+            return None
+        nan_E = torch.full((self.plan.num_experts,), torch.nan, device=self.device)
+        return torch.stack([nan_E if bias_E is None else bias_E for bias_E in found])
+
+    def state_dicts(self) -> dict[str, dict[str, Any]]:
+        """For each layer what the next step needs: previous and ema loads, bias momentum."""
+        history, states = self.history, {}
+        for i, layer in enumerate(self.layers):
+            own_E = getattr(layer.router, "own_bias", None)  # of another library's router: no checkpoint of it has this
+            states[layer.name] = {
+                "previous_E": None if history.previous_E is None else history.previous_E[i].clone(),
+                "ema": [(decay, ema_LE[i].clone()) for decay, ema_LE in history.ema_E.items()],
+                "momentum": [(place, momentum_LE[i].clone()) for place, momentum_LE in sorted(self.momentum.items())],
+                "own_bias_E": None if own_E is None else own_E.clone(),
+            }
+        return states
+
+    def load_state_dicts(self, states: dict[str, dict[str, Any]]) -> None:
+        mine, zero_E = [states[layer.name] for layer in self.layers], torch.zeros(self.plan.num_experts)
+
+        def stacked(rows: list[Tensor | None]) -> Tensor:
+            return torch.stack([zero_E.double() if row is None else row.cpu().double() for row in rows]).to(self.device)
+
+        previous = [state["previous_E"] for state in mine]
+        self.history.previous_E = None if all(one is None for one in previous) else stacked(previous)
+        for name, kept in (("ema", self.history.ema_E), ("momentum", self.momentum)):
+            rows = [dict(state[name]) for state in mine]
+            kept.clear()
+            kept |= {key: stacked([row.get(key) for row in rows]) for key in sorted(set().union(*rows))}
+        for layer, state in zip(self.layers, mine, strict=True):
+            if state.get("own_bias_E") is not None:
+                layer.router.own_bias = state["own_bias_E"].to(self.device, copy=True)
+
+
+def banks_of(layers: Sequence[Layer]) -> list[Bank]:
+    """The layers of each part and plan, in order, ready for a step."""
+    banks: dict[tuple[int, Plan], Bank] = {}
+    for layer in layers:
+        key = (layer.part, layer.meter.plan)
+        banks.setdefault(key, Bank([], layer.meter.plan, layer.part)).layers.append(layer)
+    for bank in banks.values():
+        bank.forget_step()
+    return list(banks.values())
 
 
 @dataclass(frozen=True)
@@ -115,145 +178,157 @@ class MicroStep:
     declared_micro_batches: int | None
     ranks: int
     rank: int
+    estimators: Sequence[str]  # whose f is kept to be compared with ``exact`` once the step's load is known
 
 
 def bind(
-    layer: Layer,
+    bank: Bank,
     timeline: Sequence[Timed],
     proposed: Taken,
-    summed: Sequence[Tables],
-    global_E: Tensor,
+    summed: Sequence[Sequence[Tables]],
+    global_LE: Tensor,
     micro: MicroStep,
     scale: Tensor,
-    estimators: Sequence[str],
 ) -> Bound:
-    """Turns policies into pressure on one router, per unit of the loss's scale, and adds the micro-batch to the step.
+    """Turns policies into pressure on the routers of a bank, per unit of the loss's scale; adds the batch to the step.
 
     Args:
-        summed: its tables over all shards, one per call; empty where sequences are whole.
-        global_E: its counts, summed over ranks where a policy asked for it.
+        summed: of each router its tables over all shards, one per call; empty where sequences are whole.
+        global_LE: the counts, summed over ranks where a policy asked for it.
         scale: d(step's loss) / d(this micro-batch's loss): 1/M, GradScaler's scale, ...
-        estimators: names whose f is kept to be compared with ``exact`` once the step's load is known.
     """
-    plan = layer.meter.plan
-    layer.history.propose(global_E)
-    taken, own_E, late = correct(plan, proposed, summed)
-    layer.step_taken = _plus(layer.step_taken, proposed.statistics)
-    if summed:
-        layer.step_shift = _plus(layer.step_shift, taken - proposed.statistics)
-    if layer.step_values is None:
-        layer.step_values = torch.zeros(len(plan.terms), dtype=torch.float64, device=taken.device)
-    unit = _unit(layer, taken, micro)
-    rows = torch.zeros(len(plan.terms), plan.num_experts, dtype=torch.float64, device=taken.device)
-    factors = torch.zeros(len(plan.terms) + 1, dtype=torch.float64, device=taken.device)  # the last is the z-loss
-    if layer.trainable:
-        term = -1
-        for timed in timeline:
-            term += isinstance(timed.policy, AuxLoss)
-            if not timed.active(micro.step):
-                continue
-            match timed.policy:
-                case AuxLoss() as policy:
-                    push = unit * coefficient(policy, micro.step) * plan.num_experts
-                    rows[term], factors[term] = _bind_term(layer, policy, term, (taken, own_E), push, micro)
-                case ZLoss() as policy:
-                    factors[-1] += unit * coefficient(policy, micro.step)
-    if estimators:
-        known = {name: _fraction(layer, name, 0.9, micro.number) for name in estimators}
-        weight = unit * scale.to(device=taken.device, dtype=torch.float64).reshape(())
-        layer.step_fidelity.append((known, proposed.gram_EE * weight.square()))
-    return Bound(torch.cat([rows.flatten(), factors]), late, proposed.placed)
+    plan = bank.plan
+    bank.history.propose(global_LE)
+    taken_LS, own_LE, late = _corrected(bank, proposed, summed)
+    unit_L = _unit(bank, taken_LS, micro)
+    trainable = [layer.trainable for layer in bank.layers]
+    if not all(trainable):
+        unit_L = unit_L * torch.tensor(trainable, device=unit_L.device)
+    zero_LE, zero_L = torch.zeros_like(own_LE), torch.zeros_like(unit_L)
+    terms: list[tuple[Tensor, Tensor, Tensor]] = []  # of each loss: (row (L, E), factor (L,), late value (L,))
+    z_L = zero_L
+    for timed in timeline:
+        match timed.policy:
+            case AuxLoss() as policy if timed.active(micro.step):
+                push_L = unit_L * (coefficient(policy, micro.step) * plan.num_experts)
+                terms.append(_bind_term(bank, policy, len(terms), (taken_LS, own_LE), push_L, micro))
+            case AuxLoss():
+                terms.append((zero_LE, zero_L, zero_L))
+            case ZLoss() as policy if timed.active(micro.step):
+                z_L = z_L + unit_L * coefficient(policy, micro.step)
+    rows, factors, values = zip(*terms, strict=True) if terms else ((), (), ())
+    bank.step_values = _plus(bank.step_values, torch.stack(values, dim=1) if terms else zero_LE[:, :0])
+    if micro.estimators:
+        known = {name: _fraction(bank, name, 0.9, micro.number) for name in micro.estimators}
+        weight_L = unit_L * scale.to(device=unit_L.device, dtype=torch.float64).reshape(())
+        assert proposed.gram_LEE is not None
+        bank.step_fidelity.append((known, proposed.gram_LEE * weight_L.square().view(-1, 1, 1)))
+    return Bound(torch.cat([*rows, torch.stack([*factors, z_L], dim=1)], dim=1), late, proposed.placed)
 
 
-def _unit(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:
-    """1 / T, times M where losses are means: with the scale (1/M, ...) what each token's gradient is multiplied by.
+def _corrected(
+    bank: Bank, proposed: Taken, summed: Sequence[Sequence[Tables]]
+) -> tuple[Tensor, Tensor, list[list[Late]]]:
+    """(statistics (L, S), counts of the sequences (L, E), f to look up in backward), over all shards of a sequence."""
+    taken_LS, num_experts = proposed.statistics_LS, bank.plan.num_experts
+    bank.step_taken = _plus(bank.step_taken, taken_LS)
+    if not any(summed):
+        return taken_LS, taken_LS[:, :num_experts], [[] for _ in bank.layers]
+    whole = [
+        correct(bank.plan, *of_layer) if of_layer[2] else (of_layer[0], of_layer[0][:num_experts], [])
+        for of_layer in zip(taken_LS, proposed.tables, summed, strict=True)
+    ]
+    statistics, counts, late = zip(*whole, strict=True)
+    bank.step_shift = _plus(bank.step_shift, torch.stack(statistics) - taken_LS)
+    return torch.stack(statistics), torch.stack(counts), list(late)
 
-    T counts the tokens that this layer sees in the step: a layer that runs twice per micro-batch sees each twice.
+
+def _unit(bank: Bank, taken_LS: Tensor, micro: MicroStep) -> Tensor:
+    """(L,) 1 / T, times M where losses are means: with the scale (1/M, ...) the factor of each token's gradient.
+
+    T counts the tokens that a layer sees in the step: one that runs twice per micro-batch sees each twice.
     """
-    plan = layer.meter.plan
-    tokens, calls = taken[plan.at("tokens")], taken[plan.at("calls")]
+    plan = bank.plan
+    tokens_L, calls_L = taken_LS[:, plan.at("tokens")], taken_LS[:, plan.at("calls")]
     if micro.declared_tokens is not None:
-        step_tokens: Tensor | float = micro.declared_tokens * calls.clamp(min=1)
+        step_tokens_L = micro.declared_tokens * calls_L.clamp(min=1)
         micro_batches: Tensor | float = (micro.declared_micro_batches or 1) * micro.ranks
-    elif layer.counted is not None:
-        step_tokens = layer.counted[plan.at("tokens")]
-        micro_batches = layer.counted[plan.at("calls")] / calls.clamp(min=1)  # a layer may run twice per micro-batch
+    elif bank.counted is not None:
+        step_tokens_L = bank.counted[:, plan.at("tokens")]
+        micro_batches = bank.counted[:, plan.at("calls")] / calls_L.clamp(min=1)  # a layer may run twice
     else:
-        step_tokens, micro_batches = tokens, 1.0
+        step_tokens_L, micro_batches = tokens_L, 1.0
     if micro.reduction == "sum":
         micro_batches = 1.0
-    total = torch.as_tensor(step_tokens, dtype=torch.float64, device=taken.device)
-    return micro_batches / total.clamp(min=1) * (tokens > 0)
+    return micro_batches / step_tokens_L.clamp(min=1) * (tokens_L > 0)
 
 
 def _bind_term(
-    layer: Layer, policy: AuxLoss, term: int, seen: tuple[Tensor, Tensor], push: Tensor, micro: MicroStep
-) -> tuple[Tensor, Tensor]:
-    """(row (E,), factor) of one balance loss: a row for an f chosen here, a factor for one that forward measured.
+    bank: Bank, policy: AuxLoss, term: int, seen: tuple[Tensor, Tensor], push_L: Tensor, micro: MicroStep
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(row, factor, late value) of a balance loss: a row for an f chosen here, a factor for one that forward measured.
 
     ``seen``: the statistics of this micro-batch, and the counts of its sequences over all their shards.
     """
-    plan, (taken, own_E) = layer.meter.plan, seen
-    zero_E = torch.zeros(plan.num_experts, dtype=torch.float64, device=taken.device)
-    probs_E = taken[plan.num_experts : 2 * plan.num_experts]
-    assert layer.step_values is not None
+    plan, (taken_LS, own_LE) = bank.plan, seen
+    probs_LE, zero_L = taken_LS[:, plan.num_experts : 2 * plan.num_experts], torch.zeros_like(push_L)
     match policy.scope:
         case Sequences(n):
-            fraction_E, late = _window(layer, term, n, taken, own_E)
-            value = plan.num_experts * (fraction_E * probs_E).sum() - taken[plan.values_at + term]
-            layer.step_values[term] += torch.where(late, value, 0.0)
-            return torch.where(late, push * fraction_E, zero_E), torch.where(late, 0.0, push)
+            fraction_LE, wider_L = _window(bank, term, n, taken_LS, own_LE)
+            value_L = plan.num_experts * (fraction_LE * probs_LE).sum(dim=1) - taken_LS[:, plan.values_at + term]
+            row_LE = torch.where(wider_L.unsqueeze(1), push_L.unsqueeze(1) * fraction_LE, 0.0)
+            return row_LE, torch.where(wider_L, 0.0, push_L), torch.where(wider_L, value_L, 0.0)
         case "sequence" | "document" | "micro_batch":
-            return zero_E, push
+            return torch.zeros_like(own_LE), push_L, zero_L
         case "data_parallel":
-            assert layer.history.current_E is not None
-            fraction_E = load_fractions(layer.history.current_E)
+            assert bank.history.current_E is not None
+            fraction_LE = load_fractions(bank.history.current_E)
         case "shuffle":
-            fraction_E = _shuffled(layer, taken, micro)
+            fraction_LE = _shuffled(bank, taken_LS, micro)
         case _:
-            fraction_E = _fraction(layer, policy.estimator, policy.decay, micro.number)
-    layer.step_values[term] += plan.num_experts * (fraction_E * probs_E).sum()
-    return push * fraction_E, torch.zeros_like(push)
+            fraction_LE = _fraction(bank, policy.estimator, policy.decay, micro.number)
+    return push_L.unsqueeze(1) * fraction_LE, zero_L, plan.num_experts * (fraction_LE * probs_LE).sum(dim=1)
 
 
-def _fraction(layer: Layer, estimator: str, decay: float, number: int) -> Tensor:
-    """f under an estimator; zero (no push, value 0) while there is nothing to estimate from."""
+def _fraction(bank: Bank, estimator: str, decay: float, number: int) -> Tensor:
+    """f under an estimator (L, E); zero (no push, value 0) while there is nothing to estimate from."""
     if estimator not in ESTIMATORS:
         raise ConfigError(expected="a known estimator", got=repr(estimator), do=f"choose of {sorted(ESTIMATORS)}")
-    fraction_E = ESTIMATORS[estimator](layer.history, decay, number)
-    if fraction_E is None:
-        return torch.zeros(layer.meter.plan.num_experts, dtype=torch.float64, device=layer.meter.pressure.device)
-    return fraction_E
+    fraction_LE = ESTIMATORS[estimator](bank.history, decay, number)
+    if fraction_LE is None:
+        return torch.zeros(len(bank.layers), bank.plan.num_experts, dtype=torch.float64, device=bank.device)
+    return fraction_LE
 
 
-def _window(layer: Layer, term: int, n: int, taken: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
-    """(f of the running window of n sequences (E,), whether the window is wider than this micro-batch).
+def _window(bank: Bank, term: int, n: int, taken_LS: Tensor, counts_LE: Tensor) -> tuple[Tensor, Tensor]:
+    """(f of the running window of n sequences (L, E), whether the window is wider than this micro-batch (L,)).
 
     No branch on a tensor's value: a GPU is not made to wait.
     """
-    plan = layer.meter.plan
-    rows = taken[plan.at("rows")] / taken[plan.at("calls")].clamp(min=1)
-    before_E, seen = layer.step_windows.get(term, (torch.zeros_like(counts_E), torch.zeros_like(rows)))
-    starts = seen >= n
-    window_E, seen = counts_E + torch.where(starts, 0.0, before_E), rows + torch.where(starts, 0.0, seen)
-    layer.step_windows[term] = (window_E, seen)
-    return load_fractions(window_E), rows < n
+    plan = bank.plan
+    rows_L = taken_LS[:, plan.at("rows")] / taken_LS[:, plan.at("calls")].clamp(min=1)
+    before_LE, seen_L = bank.step_windows.get(term, (torch.zeros_like(counts_LE), torch.zeros_like(rows_L)))
+    starts_L = seen_L >= n
+    window_LE = counts_LE + torch.where(starts_L.unsqueeze(1), 0.0, before_LE)
+    bank.step_windows[term] = (window_LE, rows_L + torch.where(starts_L, 0.0, seen_L))
+    return load_fractions(window_LE), rows_L < n
 
 
-def _shuffled(layer: Layer, taken: Tensor, micro: MicroStep) -> Tensor:
-    """f of as many random tokens of the global batch as this micro-batch has, without replacement (table 2)."""
-    plan = layer.meter.plan
-    if not layer.pool:  # one micro-batch: any such draw is the whole of it; more raises in exact's words
-        return _fraction(layer, "exact", 0.0, micro.number)
-    ids_NK = torch.cat(layer.pool)
+def _shuffled(bank: Bank, taken_LS: Tensor, micro: MicroStep) -> Tensor:
+    """f of as many random tokens of the global batch as this micro-batch has, without replacement (table 2): (L, E)."""
+    plan = bank.plan
+    if not bank.pools:  # one micro-batch: any such draw is the whole of it; more raises in exact's words
+        return _fraction(bank, "exact", 0.0, micro.number)
     draw = (micro.number - 1) * micro.ranks + micro.rank + 1
-    generator = torch.Generator().manual_seed(1_000_003 * micro.step + draw)  # leaves the model's stream alone
-    size = taken[plan.at("tokens")]
+    size_L = taken_LS[:, plan.at("tokens")]
     if plan.micro_sequences is not None:  # several micro-batches in this pass
-        size = size * (plan.micro_sequences / taken[plan.at("rows")].clamp(min=plan.micro_sequences))
-    drawn = torch.randperm(len(ids_NK), generator=generator)[: int(size)]
-    counts_E = torch.bincount(ids_NK[drawn.to(ids_NK.device)].flatten(), minlength=plan.num_experts)
-    return load_fractions(counts_E[: plan.num_experts])
+        size_L = size_L * (plan.micro_sequences / taken_LS[:, plan.at("rows")].clamp(min=plan.micro_sequences))
+    counts = []
+    for ids_NK, size in zip(bank.pools, size_L.tolist(), strict=True):
+        generator = torch.Generator().manual_seed(1_000_003 * micro.step + draw)  # leaves the model's stream alone
+        drawn = torch.randperm(len(ids_NK), generator=generator)[: int(size)].to(ids_NK.device)
+        counts.append(torch.bincount(ids_NK[drawn].flatten(), minlength=plan.num_experts)[: plan.num_experts])
+    return load_fractions(torch.stack(counts))
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:
@@ -265,21 +340,29 @@ def sums_size(plan: Plan) -> int:
     return plan.size + len(plan.terms) + 1
 
 
-def step_sums(layer: Layer) -> Tensor:
-    """(sums_size,): what the leaf collected, or what forward proposed where autograd left the leaf alone.
+def step_sums(bank: Bank) -> Tensor:
+    """(L, sums_size): what the leaves collected, or what forward proposed where autograd left a leaf alone.
 
     It does under ``backward(inputs=...)`` and in the halves of a zero-bubble schedule, for all micro-batches or some.
     """
-    plan, leaf = layer.meter.plan, layer.meter.leaf
-    counted = torch.zeros_like(leaf.detach()) if leaf.grad is None else leaf.grad
-    flips = counted.new_zeros(1)
-    if layer.step_taken is not None:
-        unknown = layer.step_taken.new_full((plan.size - plan.forward_size,), torch.nan)  # norms
-        taken, calls = torch.cat([layer.step_taken, unknown]), plan.at("calls")
-        changed = (counted - taken)[: plan.num_experts].abs().sum() / 2
-        flips = torch.where(counted[calls] == taken[calls], changed, 0.0).reshape(1)
-        counted = torch.where(counted[calls] < taken[calls], taken, counted)
-        if layer.step_shift is not None:
-            counted = counted + torch.cat([layer.step_shift, torch.zeros_like(unknown)])
-    values = layer.step_values if layer.step_values is not None else counted.new_zeros(len(plan.terms))
-    return torch.cat([counted, values, flips])
+    plan, late = bank.plan, bank.plan.forward_size
+    counted_LS = _collected([meter.leaf for meter in bank.meters])
+    counted_LS[:, late : late + 1] += _collected([meter.language for meter in bank.meters])
+    flips_L1 = counted_LS.new_zeros(len(bank.layers), 1)
+    if bank.step_taken is not None:
+        taken_LS = torch.nn.functional.pad(bank.step_taken, (0, plan.size - late), value=torch.nan)  # norms
+        calls_L1, before_L1 = counted_LS[:, [plan.at("calls")]], taken_LS[:, [plan.at("calls")]]
+        changed_L1 = (counted_LS - taken_LS)[:, : plan.num_experts].abs().sum(dim=1, keepdim=True) / 2
+        flips_L1 = torch.where(calls_L1 == before_L1, changed_L1, 0.0)
+        counted_LS = torch.where(calls_L1 < before_L1, taken_LS, counted_LS)
+        if bank.step_shift is not None:
+            counted_LS = counted_LS + torch.nn.functional.pad(bank.step_shift, (0, plan.size - late))
+    values_LN = (
+        bank.step_values if bank.step_values is not None else counted_LS.new_zeros(len(flips_L1), len(plan.terms))
+    )
+    return torch.cat([counted_LS, values_LN, flips_L1], dim=1)
+
+
+def _collected(leaves: Sequence[Tensor]) -> Tensor:
+    """(L, ...): the gradients of the leaves, zero where there is none."""
+    return torch.stack([torch.zeros_like(leaf.detach()) if leaf.grad is None else leaf.grad for leaf in leaves])

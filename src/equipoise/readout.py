@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from .functional.losses import load_fractions
 from .functional.metrics import cv, dead_experts, maxvio, normalized_entropy
 from .meter import Plan
 from .policies.expert_bias import ExpertBias
-from .policies.losses import AuxLoss, ZLoss
+from .policies.losses import AuxLoss
 from .policies.switch import Timed
 
 __all__ = ["Committed", "fidelity", "fidelity_sums", "metrics"]
@@ -27,109 +29,126 @@ SUMMED = ("dead_experts", "recompute_flips")  # over layers, where others are av
 
 @dataclass(frozen=True)
 class Committed:
-    """One router's global batch, summed over micro-batches and ranks."""
+    """The global batch at the n layers of one plan, summed over micro-batches and ranks."""
 
-    name: str
     plan: Plan
-    sums: Tensor  # (sums_size(plan),) fp64
-    bias_E: Tensor | None
+    places: Sequence[int]  # (n) of each layer in the model's order
+    sums: Tensor  # (n, sums_size(plan)) fp64
+    biases: Sequence[
+        tuple[list[int], Tensor | None]
+    ]  # of this rank's layers: rows, (rows, E) with NaN for those without
 
     @property
-    def statistics(self) -> Tensor:
-        return self.sums[: self.plan.size]
-
-    @property
-    def values(self) -> Tensor:
-        """(N,) late part of the policies' loss values."""
-        return self.sums[self.plan.size : -1]
-
-    @property
-    def counts_E(self) -> Tensor:
-        return self.statistics[: self.plan.num_experts]
+    def counts(self) -> Tensor:
+        """(n, E)"""
+        return self.sums[:, : self.plan.num_experts]
 
     def of(self, scalar: str) -> Tensor:
-        return self.statistics[self.plan.at(scalar)]
+        return self.sums[:, self.plan.at(scalar)]
 
 
-def metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step: int, skipped: int) -> dict[str, float]:
+def metrics(committed: Sequence[Committed], timeline: Sequence[Timed], step: int, skipped: int) -> dict[str, float]:
     """Flat names to numbers: ``balance/x`` is a mean over layers (SUMMED: a sum), ``balance/layer_03/x`` one."""
-    per_layer = [_layer_metrics(layer) for layer in layers]
-    named = {f"layer_{i:02d}/{key}": value for i, values in enumerate(per_layer) for key, value in values.items()}
-    for key in dict.fromkeys(key for values in per_layer for key in values):
-        stacked = torch.stack([values[key] for values in per_layer if key in values])  # not every layer has a bias
-        named[key] = stacked.sum() if key in SUMMED else stacked.mean()
-    named |= _policy_metrics(layers, timeline, step)
-    tokens = torch.stack([layer.of("tokens") for layer in layers])  # one may run twice in each forward, or in none
-    named["tokens"] = torch.where(tokens > 0, tokens, tokens.max()).min()
-    numbers = torch.stack([value.double() for value in named.values()]).tolist()  # the only wait for the device
-    found = {f"balance/{key}": number for key, number in zip(named, numbers, strict=True)}
-    # not known where autograd left the meter alone (``backward(inputs=...)``): left out rather than called 0
-    found = {key: number for key, number in found.items() if not (key.endswith("ratio") and number != number)}
-    if found["balance/recompute_flips"]:
-        warnings.warn(FLIPS, stacklevel=3)
-    return found | {"balance/skipped_steps": float(skipped)}
-
-
-def _layer_metrics(layer: Committed) -> dict[str, Tensor]:
-    counts_E, tokens = layer.counts_E, layer.of("reached").clamp(min=1)
+    loads, policies = (
+        _numbers(committed, _layer_metrics),
+        _numbers(committed, lambda one: _policies(one, timeline, step)),
+    )
+    known = {key: [number for number in numbers if number == number] for key, numbers in loads.items()}
     found = {
-        "maxvio_global": maxvio(counts_E),
-        "maxvio_micro_batch": layer.of("maxvio_micro_batch") / layer.of("calls").clamp(min=1),
-        "maxvio_sequence": layer.of("maxvio_sequence") / layer.of("sequences").clamp(min=1),
-        "cv_global": cv(counts_E),
-        "entropy_global": normalized_entropy(counts_E),
-        "dead_experts": dead_experts(counts_E).double(),
-        "topk_score": layer.of("topk_score") / tokens,
-        "recompute_flips": layer.sums[-1],
+        f"layer_{i:02d}/{key}": numbers[i]
+        for i in range(sum(len(one.places) for one in committed))
+        for key, numbers in loads.items()
+        if numbers[i] == numbers[i]  # not every layer has a bias
     }
-    if layer.bias_E is not None:
-        found["bias_max"] = layer.bias_E.abs().max().double()
+    found |= {key: sum(numbers) if key in SUMMED else fmean(numbers) for key, numbers in known.items() if numbers}
+    language, tokens = sum(policies.pop("language")), policies.pop("tokens")
+    for key, numbers in policies.items():
+        if key.endswith("loss"):
+            found[key] = fmean(numbers)
+        elif committed[0].plan.norms and language > 0 and sum(numbers) >= 0:
+            # not known where autograd left the meter alone (``backward(inputs=...)``): left out rather than called 0
+            found[key] = math.sqrt(sum(numbers) / language)
+    found["tokens"] = min(number if number > 0 else max(tokens) for number in tokens)  # a layer may run twice, or never
+    if found["recompute_flips"]:
+        warnings.warn(FLIPS, stacklevel=3)
+    return {f"balance/{key}": number for key, number in found.items()} | {"balance/skipped_steps": float(skipped)}
+
+
+def _numbers(
+    committed: Sequence[Committed], measure: Callable[[Committed], dict[str, Tensor]]
+) -> dict[str, list[float]]:
+    """Each measure of all layers in the model's order, with one wait for the device; NaN where a layer has none."""
+    tables = [measure(one) for one in committed]
+    numbers = iter(torch.cat([torch.stack(list(table.values())).flatten() for table in tables]).tolist())
+    layers = sum(len(one.places) for one in committed)
+    found: dict[str, list[float]] = {}
+    for one, table in zip(committed, tables, strict=True):
+        for key in table:
+            row = found.setdefault(key, [math.nan] * layers)
+            for place in one.places:
+                row[place] = next(numbers)
     return found
 
 
-def _policy_metrics(layers: Sequence[Committed], timeline: Sequence[Timed], step: int) -> dict[str, Tensor]:
-    """Loss value (1 = balanced), and gradient norm against the language model's at the router over all layers."""
-    named: dict[str, Tensor] = {}
-    term = -1
-    norms = layers[0].plan.norms
-    language = torch.stack([layer.statistics[layer.plan.forward_size] for layer in layers]).sum()
+def _layer_metrics(one: Committed) -> dict[str, Tensor]:
+    """(n,) fp64 each."""
+    counts = one.counts
+    found = {
+        "maxvio_global": maxvio(counts),
+        "maxvio_micro_batch": one.of("maxvio_micro_batch") / one.of("calls").clamp(min=1),
+        "maxvio_sequence": one.of("maxvio_sequence") / one.of("sequences").clamp(min=1),
+        "cv_global": cv(counts),
+        "entropy_global": normalized_entropy(counts),
+        "dead_experts": dead_experts(counts).double(),
+        "topk_score": one.of("topk_score") / one.of("reached").clamp(min=1),
+        "recompute_flips": one.sums[:, -1],
+    }
+    for rows, bias in one.biases:
+        if bias is not None:
+            largest = found.setdefault("bias_max", torch.full_like(one.sums[:, 0], torch.nan))
+            largest[rows] = bias.abs().amax(dim=1).double()
+    return found
+
+
+def _policies(one: Committed, timeline: Sequence[Timed], step: int) -> dict[str, Tensor]:
+    """For each policy the loss value (1 = balanced) and the squared norm of its gradient at the router, (n,) each."""
+    plan, reached = one.plan, one.of("reached").clamp(min=1)
+    late_values, norms = one.sums[:, plan.size : -1], one.sums[:, plan.forward_size : plan.size]
+    found, term = {"tokens": one.of("tokens"), "language": norms[:, 0]}, -1
     for timed in timeline:
         is_loss = isinstance(timed.policy, AuxLoss)
         term += is_loss
         if not timed.active(step) or isinstance(timed.policy, ExpertBias):
             continue
-        values, squares = [], []
-        for layer in layers:
-            plan, tokens = layer.plan, layer.of("reached").clamp(min=1)
-            if is_loss:
-                values.append((layer.statistics[plan.values_at + term] + layer.values[term]) / tokens)
-            elif isinstance(timed.policy, ZLoss):
-                values.append(layer.of("lse_square") / tokens)
-            squares.append(layer.statistics[plan.forward_size + 1 + (term if is_loss else len(plan.terms))])
-        named[f"policy_{timed.index}/loss"] = torch.stack(values).mean()
-        if norms:
-            named[f"policy_{timed.index}/gradient_ratio"] = torch.where(
-                language > 0, torch.stack(squares).sum() / language, torch.nan
-            ).sqrt()
-    return named
+        value = one.sums[:, plan.values_at + term] + late_values[:, term] if is_loss else one.of("lse_square")
+        found[f"policy_{timed.index}/loss"] = value / reached
+        found[f"policy_{timed.index}/gradient_ratio"] = norms[:, 1 + (term if is_loss else len(plan.terms))]
+    return found
 
 
 def fidelity_sums(
-    names: Sequence[str], step_fidelity: Sequence[list[tuple[dict[str, Tensor], Tensor]]], counts: Sequence[Tensor]
+    names: Sequence[str], banks: Sequence[tuple[Sequence[tuple[dict[str, Tensor], Tensor]], Tensor]]
 ) -> Tensor:
     """(1 + 3 * names,) what `fidelity` needs of one rank, to be added up over ranks.
 
+    Args:
+        banks: of each, for every micro-batch f (L, E) of each estimator and the Gram matrix; and the step's counts.
+
     The gradient is linear in f, so its error and cosine follow from f^T G f with G the Gram matrix of a micro-batch.
     """
-    sums = torch.zeros(1 + 3 * len(names), dtype=torch.float64, device=counts[0].device if counts else None)
-    for micro_batches, counts_E in zip(step_fidelity, counts, strict=True):
-        truth_E = load_fractions(counts_E)
-        for known, gram_EE in micro_batches:
-            terms = [truth_E @ gram_EE @ truth_E]
+    sums = torch.zeros(1 + 3 * len(names), dtype=torch.float64, device=banks[0][1].device if banks else None)
+    for micro_batches, counts_LE in banks:
+        truth_LE = load_fractions(counts_LE)
+        for known, gram_LEE in micro_batches:
+
+            def product(one_LE: Tensor, other_LE: Tensor, gram_LEE: Tensor = gram_LEE) -> Tensor:
+                return torch.einsum("le,lef,lf->", one_LE, gram_LEE, other_LE)
+
+            terms = [product(truth_LE, truth_LE)]
             for name in names:
-                fraction_E = known[name]
-                off_E = fraction_E - truth_E
-                terms += [off_E @ gram_EE @ off_E, fraction_E @ gram_EE @ truth_E, fraction_E @ gram_EE @ fraction_E]
+                fraction_LE = known[name]
+                off_LE = fraction_LE - truth_LE
+                terms += [product(off_LE, off_LE), product(fraction_LE, truth_LE), product(fraction_LE, fraction_LE)]
             sums += torch.stack(terms)
     return sums
 

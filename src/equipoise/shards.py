@@ -15,8 +15,8 @@ from torch import Tensor, library
 
 from .collectives import Group
 from .functional.losses import load_fractions
-from .functional.metrics import maxvio
-from .meter import LocalTerm, Meter, Plan, Tables, Taken, shared_counts
+from .measure import micro_batches, shared_counts, violations
+from .meter import Meter, Plan, Tables
 
 __all__ = ["Late", "correct", "late_fractions", "propose", "sum_tables"]
 
@@ -56,20 +56,20 @@ def _(slot, key, which, counts_CBE, probs_BE, counts_CRE, probs_RE, document_T) 
     return None
 
 
-def sum_tables(taken: Sequence[Taken], shards: Group) -> list[list[Tables]]:
+def sum_tables(layers: Sequence[Sequence[Tables]], shards: Group) -> list[list[Tables]]:
     """The tables of all layers over all shards, in one sum; documents need to know first how many there are."""
-    calls = [tables for layer in taken for tables in layer.tables]
+    calls = [tables for of_layer in layers for tables in of_layer]
     if not calls:
-        return [[] for _ in taken]
+        return [[] for _ in layers]
     documents = _documents(calls, shards)
     parts = [part for tables in calls for part in (tables.counts_CBE, *_document_rows(tables, documents))]
     flat = shards.sum(torch.cat([part.flatten() for part in parts]))
     pieces = flat.split([part.numel() for part in parts])
     sums = iter([piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)])
     summed = []
-    for layer in taken:
+    for of_layer in layers:
         summed.append([])
-        for tables in layer.tables:
+        for tables in of_layer:
             counts_CBE = next(sums)
             counts_CRE = None if tables.counts_CRE is None else next(sums)
             summed[-1].append(tables._replace(counts_CBE=counts_CBE, counts_CRE=counts_CRE))
@@ -102,31 +102,29 @@ def _document_rows(tables: Tables, documents: int) -> list[Tensor]:
     return [padded.flatten(1, 2)]
 
 
-def correct(plan: Plan, taken: Taken, summed: Sequence[Tables]) -> tuple[Tensor, Tensor, list[Late]]:
+def correct(
+    plan: Plan, statistics: Tensor, local: Sequence[Tables], summed: Sequence[Tables]
+) -> tuple[Tensor, Tensor, list[Late]]:
     """(statistics as if this rank had seen whole sequences (forward_size,), counts of its sequences (E,), late f).
 
     Only what depends on a sequence's load changes: values of the local terms, MaxVio, how many sequences are not empty.
     """
-    counts_E = taken.statistics[: plan.num_experts]
-    if not summed:
-        return taken.statistics, counts_E, []
-    statistics = taken.statistics.clone()
+    statistics = statistics.clone()
     names = ("sequences", "maxvio_sequence", "maxvio_micro_batch")
     statistics[plan.values_at :] = 0
     for name in names:
         statistics[plan.at(name)] = 0
-    counts_E, late = torch.zeros_like(counts_E), []
-    for local, tables in zip(taken.tables, summed, strict=True):
+    counts_E, late = torch.zeros_like(statistics[: plan.num_experts]), []
+    for mine, tables in zip(local, summed, strict=True):
         counts_BE = tables.counts_CBE[0]
         counts_E = counts_E + counts_BE.sum(dim=0)
-        micro_BE = shared_counts(counts_BE, LocalTerm("sequences", plan.micro_sequences or 1))
-        whole = maxvio(counts_BE.sum(dim=0)) if plan.micro_sequences is None else maxvio(micro_BE).mean()
-        seen = ((counts_BE.sum(dim=-1) > 0).sum(), maxvio(counts_BE).sum(), whole)
+        whole = violations(load_fractions(shared_counts(counts_BE, micro_batches(plan)))).mean()
+        seen = ((counts_BE.sum(dim=-1) > 0).sum(), violations(load_fractions(counts_BE)).sum(), whole)
         for name, value in zip(names, seen, strict=True):
             statistics[plan.at(name)] += value
-        fractions = _late(plan, local, tables)
+        fractions = _late(plan, mine, tables)
         late.append(fractions)
-        statistics[plan.values_at :] += plan.num_experts * _values(plan, local, fractions)
+        statistics[plan.values_at :] += plan.num_experts * _values(plan, mine, fractions)
     return statistics, counts_E, late
 
 
@@ -189,7 +187,7 @@ def _late_fractions(
     documents = torch.zeros_like(fraction_NTE)
     if mine.document_NRE is not None and mine.row_T is not None:
         documents = mine.document_NRE[:, mine.row_T].to(fraction_NTE.dtype)
-    return mine.fraction_NBE.clone(), documents
+    return mine.fraction_NBE.to(fraction_NBE.dtype, copy=True), documents
 
 
 @_late_fractions.register_fake

@@ -17,7 +17,7 @@ class MicroBatch(NamedTuple):
     """What one forward of one part of the model proposed."""
 
     part: int
-    taken: list[Taken]  # one per router of that part
+    taken: list[Taken]  # one per bank of that part
 
 
 class Tapped(Protocol):
@@ -26,7 +26,7 @@ class Tapped(Protocol):
     generation: int  # changes when a step is over or given up
 
     def bind(self, scale: Tensor, micro_batch: MicroBatch) -> list[Bound]:
-        """Adds a micro-batch to the step; returns what its backward will read at each router of that part."""
+        """Adds a micro-batch to the step; returns what its backward will read at the routers of that part."""
         ...
 
     def press(self, part: int, bound: list[Bound], scale: Tensor, *, count: bool) -> None:

@@ -12,11 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, library
 
-from .functional.routing import gate_log_scores, gate_scores, gate_slope, without_autocast
-from .meter import Batch, Measured, Meter, Plan, measure
+from .functional.routing import gate_log_scores, gate_scores, gate_slope
+from .measure import Measured, measure
+from .meter import Batch, Meter, Plan
 from .shards import late_fractions, propose
 
 __all__ = ["probe", "tie"]
+
+softmax_gradient = torch.ops.aten._softmax_backward_data.default
 
 
 def tie(
@@ -28,8 +31,11 @@ def tie(
     batch: Batch,
     *,
     training: bool,
+    probs_TE: Tensor | None = None,
 ) -> Tensor:
     """Returns weights_TK unchanged, tied to the meter: their backward pushes logits_TE and counts.
+
+    ``probs_TE``: p, from a router that has it and whose own backward keeps it: then it is kept once.
 
     Bypassed in evaluation. Without gradient (``no_grad``, frozen teacher, the first pass of a reentrant checkpoint) it
     only proposes: what it counts is used if this micro-batch is tapped, and forgotten otherwise.
@@ -38,7 +44,7 @@ def tie(
         return weights_TK
     if meter.leaf.device != logits_TE.device:
         meter.move(logits_TE.device)
-    measured = measure(meter.plan, logits_TE, ids_TK, counts_BE, batch)
+    measured = measure(meter.plan, logits_TE, ids_TK, counts_BE, batch, probs_TE)
     _propose(meter, measured, ids_TK, batch)
     if not (torch.is_grad_enabled() and (weights_TK.requires_grad or logits_TE.requires_grad)):
         return weights_TK
@@ -67,7 +73,7 @@ def probe(meter: Meter, logits_TE: Tensor, *, training: bool) -> Tensor:
         return logits_TE
     if meter.leaf.device != logits_TE.device:
         meter.move(logits_TE.device)
-    return _Probe.apply(logits_TE, meter.leaf, meter.pressure, meter.plan)
+    return _Probe.apply(logits_TE, meter.language, meter.pressure)
 
 
 def _propose(meter: Meter, measured: Measured, ids_TK: Tensor, batch: Batch) -> None:
@@ -120,37 +126,33 @@ class _Tie(torch.autograd.Function):
         if plan.shards > 1:
             probs_E = statistics[plan.num_experts : 2 * plan.num_experts]
             fraction_NBE, fraction_NTE = late_fractions(ctx.key, grad_weights_TK, probs_E, fraction_NBE, fraction_NTE)
-        push_TE, squares = None, torch.zeros(1, dtype=torch.float64, device=pressure.device)
+        push_TE, norms = None, [pressure.new_zeros(plan.size - plan.forward_size)]
         if probs_TE is not None:
-            with without_autocast(probs_TE):  # q and <p, q> are nearly equal
-                push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)
+            push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)
             push_TE = push_TE.to(ctx.logits_dtype)
-        language = torch.zeros(1, dtype=torch.float64, device=pressure.device)  # see _Probe
-        if ids_TK is not None and probs_TE is not None:
-            language = _square_behind(plan, grad_weights_TK, ids_TK, probs_TE, logits_TE).unsqueeze(0)
-        counted = torch.cat([statistics, language, squares]) * pressure[-1]
+            language = pressure.new_zeros(())  # see _Probe
+            if ids_TK is not None:
+                language = _square_behind(plan, grad_weights_TK, ids_TK, probs_TE, logits_TE)
+            norms = [torch.stack([language, *squares])]
+        counted = torch.cat([statistics, *norms]) * pressure[-1]
         return grad_weights_TK, push_TE, counted, *[None] * 9
 
 
 class _Probe(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TE, _leaf, pressure, plan):
+    def forward(ctx, logits_TE, _leaf, pressure):
         ctx.save_for_backward(*_keep_pressure(ctx, pressure))
-        ctx.plan = plan
         return logits_TE.view_as(logits_TE)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad_TE,) = grad_outputs
-        plan, pressure = ctx.plan, _late(ctx.saved_tensors, ctx, grad_TE)
-        before = torch.zeros(plan.forward_size, dtype=torch.float64, device=pressure.device)
-        behind = torch.zeros(plan.size - plan.forward_size - 1, dtype=torch.float64, device=pressure.device)
+        pressure = _late(ctx.saved_tensors, ctx, grad_TE)
         if torch.compiler.is_compiling():
             grad_TE, square = _opaque_square_norm(grad_TE)
         else:
             square = _square_norm(grad_TE)
-        square = square.unsqueeze(0) * pressure[-1]
-        return grad_TE, torch.cat([before, square, behind]), None, None
+        return grad_TE, square * pressure[-1:], None
 
 
 def _keep_pressure(ctx, pressure: Tensor) -> tuple[Tensor, ...]:
@@ -191,8 +193,8 @@ def _push(
     fraction_NTE: Tensor | None,
     mask_T: Tensor | None,
     logits_TE: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(gradient for the logits (T, E), squared norm per term and of the z-loss (N + 1,))."""
+) -> tuple[Tensor, list[Tensor]]:
+    """(gradient for the logits (T, E), squared norm per term and of the z-loss (N + 1))."""
     num_sequences = fraction_NBE.shape[1]
     probs_BSE = probs_TE.view(num_sequences, probs_TE.shape[0] // num_sequences, plan.num_experts)
     q_N = _fractions_under_pressure(plan, pressure, probs_BSE, fraction_NBE, fraction_NTE)
@@ -200,25 +202,18 @@ def _push(
         q_N = [torch.stack(torch.broadcast_tensors(*q_N)).sum(dim=0)]
     outer_TE = _common_factor(plan, logits_TE, mask_T, probs_TE.dtype)
     pushes = []
-    for q in q_N:
-        if q.shape[1] == 1:  # one f for a sequence: a product of matrices reads p once and writes nothing of its size
-            mean_BS1 = torch.bmm(probs_BSE, q.transpose(1, 2).expand(num_sequences, -1, -1))
-        else:
-            mean_BS1 = (probs_BSE * q).sum(dim=-1, keepdim=True)
-        push_TE = (q - mean_BS1).mul_(probs_BSE).view_as(probs_TE)
+    for q in q_N:  # p (q - <p, q>) is the backward of softmax: one pass, in fp32 under autocast too
+        push_TE = softmax_gradient(q.expand_as(probs_BSE), probs_BSE, -1, probs_TE.dtype).view_as(probs_TE)
         pushes.append(push_TE if outer_TE is None else push_TE * outer_TE)
-    zero = pressure.new_zeros(())
-    if plan.norms:
-        squares = [_square_norm(push_TE) for push_TE in pushes]
-    else:
-        squares = [zero] * len(plan.terms)
     if plan.z_loss and logits_TE is not None:
         pushes.append(_z_push(pressure[-2], logits_TE, mask_T))
-    squares.append(_square_norm(pushes[-1]) if plan.norms and plan.z_loss else zero)
     total_TE = pushes[0] if pushes else torch.zeros_like(probs_TE)
     for push_TE in pushes[1:]:
         total_TE = total_TE + push_TE
-    return total_TE, torch.stack(squares)
+    zero = pressure.new_zeros(())
+    if not plan.norms:
+        return total_TE, [zero] * (len(plan.terms) + 1)
+    return total_TE, [_square_norm(push_TE) for push_TE in pushes] + ([] if plan.z_loss else [zero])
 
 
 def _fractions_under_pressure(
@@ -228,12 +223,17 @@ def _fractions_under_pressure(
     num_terms, num_experts, dtype = len(plan.terms), plan.num_experts, probs_BSE.dtype
     row_NE = pressure[: num_terms * num_experts].view(num_terms, num_experts)
     factor_N = pressure[num_terms * num_experts : num_terms * (num_experts + 1)]
-    q_NBE = (row_NE.unsqueeze(1) + factor_N.view(-1, 1, 1) * fraction_NBE).to(dtype)
-    q_N = [q_NBE[i].unsqueeze(1) for i in range(num_terms)]
-    if fraction_NTE is not None:
-        documents = [i for i, term in enumerate(plan.terms) if term.kind == "document"]
-        for place, i in enumerate(documents):
-            q_N[i] = (factor_N[i].to(dtype) * fraction_NTE[place]).view_as(probs_BSE)
+    q_N, documents = [], 0
+    for i, term in enumerate(plan.terms):
+        match term.kind:
+            case "late":
+                q_N.append(row_NE[i].to(dtype))
+            case "document":
+                assert fraction_NTE is not None
+                q_N.append((factor_N[i].to(dtype) * fraction_NTE[documents]).view_as(probs_BSE))
+                documents += 1
+            case _:  # a window of sequences may turn out to be wider than the micro-batch: then it is a row
+                q_N.append((row_NE[i] + factor_N[i] * fraction_NBE[i].unsqueeze(1)).to(dtype))
     return q_N
 
 

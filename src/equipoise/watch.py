@@ -17,6 +17,9 @@ from .pressure import Layer
 __all__ = ["Watch"]
 
 
+_STALE: list = []  # hooks of watches that are gone: the garbage collector may run while an optimizer goes through them
+
+
 class Watch:
     """Watches one parameter, the witness: a trainable router's weight, or the model's first trainable parameter.
 
@@ -68,8 +71,10 @@ class Watch:
             self._listeners = [optimizer.register_step_pre_hook(on_before), optimizer.register_step_post_hook(on_after)]
         else:
             self._listeners = [register_optimizer_step_pre_hook(on_before), register_optimizer_step_post_hook(on_after)]
+        while _STALE:
+            _STALE.pop().remove()
         for listener in self._listeners:
-            weakref.finalize(self, listener.remove)
+            weakref.finalize(self, _STALE.append, listener)
 
     def _find_witness(self) -> nn.Parameter | None:
         candidates = itertools.chain(  # lazily: a whole model's parameters are many

@@ -80,9 +80,9 @@ def shuffle_pool() -> tuple[list[int], list[int]]:
     with balancer.counting():
         for micro in step:
             model(micro.x_BSD)
-    pool = balancer._layers[0].pool
-    assert pool is not None
-    counts = torch.bincount(torch.cat(pool).flatten(), minlength=5).tolist()
+    pools = balancer._banks[0].pools
+    assert pools is not None
+    counts = torch.bincount(pools[0].flatten(), minlength=5).tolist()
     for micro in step:
         (balancer.tap(loss_of(model, micro)) / 2).backward()
     for p in model.parameters():

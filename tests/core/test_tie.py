@@ -13,7 +13,8 @@ from core._model import Micro, assert_close, aux, loss_of, make_step, net, new_h
 from core._reference import naive_maxvio, naive_probs, naive_scores, naive_select, reference_step
 from equipoise import AuxLoss, Balancer, ExpertBias, Router
 from equipoise.functional import GATES, gate_probs, gate_scores, route
-from equipoise.meter import Batch, Plan, measure
+from equipoise.measure import measure
+from equipoise.meter import Batch, Plan
 
 EVERY_POLICY = [
     aux("micro_batch"),

@@ -39,7 +39,7 @@ def test_only_what_a_micro_batch_cannot_know_needs_the_other_ranks_or_a_counting
     for scope in SCOPES:
         for estimator in ESTIMATORS:
             policy = AuxLoss(scope, estimator=estimator)
-            needs[scope, estimator] = (policy.needs_counting, policy.needs_current)
+            needs[scope, estimator] = (policy.needs_counting, policy.needs_current(counted=False))
     shuffled, ranks = ({(scope, estimator) for estimator in ESTIMATORS} for scope in ("shuffle", "data_parallel"))
     assert {key for key, (counting, _) in needs.items() if counting} == {("global_batch", "exact")} | shuffled
     now = {("global_batch", e) for e in ("prefix", "filled", "exact")}

@@ -184,7 +184,7 @@ def route(
     """
     _check_shapes(logits_TE, selection_bias_E, token_mask_T)
     check_routing(logits_TE.shape[-1], top_k, gate, num_groups, top_groups)
-    weights_TK, ids_TK = choose(
+    weights_TK, ids_TK, _ = choose(
         logits_TE,
         top_k,
         gate=gate,
@@ -207,8 +207,11 @@ def choose(
     top_groups: int,
     normalize: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(weights_TK, expert_ids_TK): ``route`` without its checks of the arguments and without counting."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``route`` without its checks of the arguments and without counting.
+
+    Returns (weights_TK, expert_ids_TK, p (T, E) where the weights were taken from it).
+    """
     _check_finite(logits_TE)
     if selection_bias_E is None and num_groups == 1:
         ids_TK = select_experts(logits_TE.detach(), top_k)  # every gate grows with its logit: no score needed to choose
@@ -217,8 +220,8 @@ def choose(
         if selection_bias_E is not None:
             chosen_by_TE = chosen_by_TE + selection_bias_E
         ids_TK = select_experts(chosen_by_TE, top_k, num_groups, top_groups)
-    weights_TK = _weights(logits_TE, ids_TK, gate, normalize)
-    return (weights_TK * scale if scale != 1.0 else weights_TK), ids_TK
+    weights_TK, probs_TE = _weights(logits_TE, ids_TK, gate, normalize)
+    return (weights_TK * scale if scale != 1.0 else weights_TK), ids_TK, probs_TE
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
@@ -258,14 +261,15 @@ def check_routing(num_experts: int, top_k: int, gate: str, num_groups: int = 1, 
         )
 
 
-def _weights(logits_TE: Tensor, ids_TK: Tensor, gate: str, normalize: bool) -> Tensor:
+def _weights(logits_TE: Tensor, ids_TK: Tensor, gate: str, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """Unbiased weights of the chosen experts. Only the K chosen logits are touched wherever the algebra allows it."""
     if gate == "softmax" and not normalize:
-        return gate_scores(logits_TE, gate).gather(-1, ids_TK)
+        probs_TE = gate_scores(logits_TE, gate)
+        return probs_TE.gather(-1, ids_TK), probs_TE
     chosen_TK = logits_TE.gather(-1, ids_TK)
     if normalize:  # scores over their sum, in log space: no sum that can be zero
-        return gate_log_scores(chosen_TK, gate).softmax(dim=-1)
-    return gate_scores(chosen_TK, gate)
+        return gate_log_scores(chosen_TK, gate).softmax(dim=-1), None
+    return gate_scores(chosen_TK, gate), None
 
 
 def _check_finite(logits_TE: Tensor) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..functional.routing import Routing
 from ..kernels import RouterForm, choose_and_count, fits, router_gradient, summarize
-from ..meter import Batch, LocalTerm, Measured, Meter, Plan
+from ..measure import Measured
+from ..meter import Batch, LocalTerm, Meter, Plan
 from ..tie import _keep_pressure, _late, _propose
 
 __all__ = ["fused_route", "fuses"]

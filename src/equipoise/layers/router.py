@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..functional.routing import Routing, check_mask_dtype, check_routing, choose, count_choices
-from ..kernels import RouterForm
+from ..functional.routing import Routing, check_mask_dtype, check_routing, choose, count_choices, without_autocast
+from ..kernels import RouterForm, gate_fits, gate_logits
 from ..meter import Batch, Meter
 from ..tie import probe, tie
 from ._fused_router import fused_route, fuses
@@ -75,15 +75,18 @@ class Router(nn.Module):
         Raises InputError for a wrong width, a mask of the wrong length, or NaN logits.
         """
         batch = self._checked(x_TD, batch or Batch())
-        with torch.autocast(x_TD.device.type, enabled=False):  # fp32 even where the model computes in bf16
-            wide = torch.promote_types(x_TD.dtype, torch.float32)
-            raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        with without_autocast(x_TD):  # fp32 even where the model computes in bf16
+            if gate_fits(x_TD, self.weight):
+                raw_TE = gate_logits(x_TD, self.weight)
+            else:
+                wide = torch.promote_types(x_TD.dtype, torch.float32)
+                raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         meter = self.meter
         if fuses(raw_TE, self.top_k, self.num_groups, meter, batch):
             form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
             return fused_route(raw_TE, form, self.expert_bias, meter, batch, training=self.training)
         logits_TE = raw_TE if meter is None else probe(meter, raw_TE, training=self.training)
-        weights_TK, ids_TK = choose(
+        weights_TK, ids_TK, probs_TE = choose(
             logits_TE,
             self.top_k,
             gate=self.gate,
@@ -95,7 +98,9 @@ class Router(nn.Module):
         )
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.num_sequences)
         if meter is not None:
-            weights_TK = tie(meter, weights_TK, raw_TE, ids_TK, counts_BE, batch, training=self.training)
+            weights_TK = tie(
+                meter, weights_TK, raw_TE, ids_TK, counts_BE, batch, training=self.training, probs_TE=probs_TE
+            )
         return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))
 
     def _checked(self, x_TD: Tensor, batch: Batch) -> Batch:

@@ -16,7 +16,7 @@ __all__ = ["ESTIMATORS", "LoadHistory", "check_estimator"]
 
 @dataclass
 class LoadHistory:
-    """What one router knows about the load, for one count of experts E: all that an estimator may look at.
+    """What is known about the load of a router, (E,), or of several, (L, E): all that an estimator may look at.
 
     Counts are fp64 and summed over all ranks where a policy needs that; ``ema_E`` holds fractions.
     """
@@ -34,7 +34,7 @@ class LoadHistory:
     def commit(self, counts_E: Tensor, decays: set[float]) -> None:
         """The step is over. A step without a token leaves the history as it was."""
         fraction_E = load_fractions(counts_E)
-        seen = counts_E.sum() > 0
+        seen = counts_E.sum(dim=-1, keepdim=True) > 0
         self.previous_E = counts_E.clone() if self.previous_E is None else torch.where(seen, counts_E, self.previous_E)
         for decay in decays:
             old_E = self.ema_E.get(decay, torch.zeros_like(fraction_E))
@@ -61,7 +61,7 @@ def ema(history: LoadHistory, decay: float, _micro_step: int) -> Tensor | None:
     if decay not in history.ema_E:
         return None
     average_E = history.ema_E[decay]  # of fractions that sum to 1: what is missing are the steps before the first
-    return average_E / average_E.sum().clamp(min=torch.finfo(average_E.dtype).tiny)
+    return average_E / average_E.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(average_E.dtype).tiny)
 
 
 def filled(history: LoadHistory, _decay: float, _micro_step: int) -> Tensor | None:
@@ -73,8 +73,9 @@ def filled(history: LoadHistory, _decay: float, _micro_step: int) -> Tensor | No
     assert history.prefix_E is not None
     if history.previous_E is None:
         return load_fractions(history.prefix_E)
-    missing = (history.previous_E.sum() - history.prefix_E.sum()).clamp(min=0)
-    return load_fractions(history.prefix_E + missing * load_fractions(history.previous_E))
+    total = history.previous_E.sum(dim=-1, keepdim=True)
+    missing = (total - history.prefix_E.sum(dim=-1, keepdim=True)).clamp(min=0)
+    return load_fractions(history.prefix_E + missing * (history.previous_E / total.clamp(min=1)))
 
 
 def exact(history: LoadHistory, _decay: float, micro_step: int) -> Tensor | None:

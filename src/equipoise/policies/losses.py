@@ -77,9 +77,10 @@ class AuxLoss:
         """A step of several micro-batches needs a counting pass first."""
         return self.scope == "shuffle" or (self.scope == "global_batch" and self.estimator == "exact")
 
-    @property
-    def needs_current(self) -> bool:
-        """The tap has to know this micro-step's counts of the other ranks."""
+    def needs_current(self, *, counted: bool) -> bool:
+        """The tap has to know this micro-step's counts of the other ranks; after a counting pass "exact" does not."""
+        if counted and self.needs_counting:
+            return False
         return self.scope == "data_parallel" or (
             self.scope == "global_batch" and self.estimator in ("prefix", "filled", "exact")
         )
