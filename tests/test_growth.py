@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +26,10 @@ def test_nothing_grows_faster_than_its_axis(growth, axis):
     times_more = values[-1] / values[0]
     assert works[-1].total <= 1.02 * times_more * works[0].total
     assert works[-1].touched <= 1.02 * times_more * works[0].touched
-    assert growth.exponent(values, [work.touched for work in works]) <= growth.STEEPEST
+    first, last = (
+        (more.touched - less.touched) / (values[i + 1] - values[i]) for i, (less, more) in enumerate(pairwise(works))
+    )
+    assert last <= 1.25 * first  # what one more costs; padding and shared products are not even
 
 
 def test_more_ranks_do_not_sum_more(ranks):
