@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .availability import INTERPRETED, installed, usable
-from .experts import fused_experts
+from .experts import experts_fit, fused_experts
 from .gate import gate_fits, gate_logits
 from .router import Chosen, RouterForm, choose_and_count, fits, router_gradient, summarize
 
@@ -12,6 +12,7 @@ __all__ = [
     "Chosen",
     "RouterForm",
     "choose_and_count",
+    "experts_fit",
     "fits",
     "fused_experts",
     "gate_fits",

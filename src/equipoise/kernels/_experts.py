@@ -84,7 +84,7 @@ def swiglu(hidden_ptr, order_ptr, weights_ptr, out_ptr, ROWS, HIDDEN, TILE: tl.c
     at = row_R.to(tl.int64)[:, None] * (2 * HIDDEN) + h[None, :]
     gate = tl.load(hidden_ptr + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(hidden_ptr + at + HIDDEN, mask=inside, other=0.0).to(tl.float32)
-    act = gate / (1.0 + tl.exp(-gate)) * up * w_R[:, None]
+    act = gate * (1.0 / (1.0 + tl.exp(-gate))) * up * w_R[:, None]
     tl.store(out_ptr + row_R.to(tl.int64)[:, None] * HIDDEN + h[None, :], act.to(out_ptr.dtype.element_ty), mask=inside)
 
 

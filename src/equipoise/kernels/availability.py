@@ -9,10 +9,11 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["INTERPRETED", "installed", "usable"]
+__all__ = ["DEVICES", "INTERPRETED", "installed", "usable"]
 
 # Triton decides when a kernel is defined; so does this, once. Slow: for tests of the kernels without a GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = {"cuda", "cpu"} if INTERPRETED else {"cuda"}
 
 
 def usable(x: Tensor) -> bool:
@@ -21,7 +22,7 @@ def usable(x: Tensor) -> bool:
     >>> usable(torch.ones(1)) == (INTERPRETED and installed())
     True
     """
-    return (x.is_cuda or (INTERPRETED and x.device.type == "cpu")) and installed()
+    return x.device.type in DEVICES and installed()
 
 
 @functools.cache

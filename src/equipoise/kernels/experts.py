@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-__all__ = ["Rows", "add_rows", "copy_rows", "fused_experts", "sort_pairs", "swiglu", "swiglu_gradient"]
+from .availability import usable
+
+__all__ = ["Rows", "add_rows", "copy_rows", "experts_fit", "fused_experts", "sort_pairs", "swiglu", "swiglu_gradient"]
 
 BLOCK_PAIRS = 128  # pairs that one program ranks, each against each
 
@@ -25,6 +27,15 @@ class Rows(NamedTuple):
     order_N: Tensor
     rows_TK: Tensor
     offsets: Tensor
+
+
+def experts_fit(x_TD: Tensor) -> bool:
+    """Whether `fused_experts` takes these tokens: where the kernels run, in a dtype that has grouped products.
+
+    >>> experts_fit(torch.zeros(1, 8).double())
+    False
+    """
+    return usable(x_TD) and x_TD.dtype in (torch.bfloat16, torch.float16, torch.float32)
 
 
 @library.custom_op("equipoise::sort_pairs", mutates_args=())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, InputError
 from ..functional.permute import permute, sort_by_expert, unpermute
-from ..kernels import fused_experts, usable
+from ..kernels import experts_fit, fused_experts
 from ._padded import padded_experts
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Experts(nn.Module):
             with torch.autocast(device, enabled=False):
                 return self.forward(x_TD.to(torch.get_autocast_dtype(device)), expert_ids_TK, weights_TK)
         gate_up_EFD, down_EDH = self.gate_up_proj.to(x_TD.dtype), self.down_proj.to(x_TD.dtype)
-        compute = padded_experts if device in ("cpu", "meta") and not usable(x_TD) else grouped_experts
+        compute = padded_experts if device in ("cpu", "meta") and not experts_fit(x_TD) else grouped_experts
         if self.shard is not None:
             return self.shard(compute, x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)
         return compute(x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)
@@ -111,7 +111,7 @@ def grouped_experts(
             got=f"dim={x_TD.shape[1]}, hidden={down_EDH.shape[2]}",
             do="round the widths up, or run on the CPU",
         )
-    if usable(x_TD) and x_TD.dtype != torch.float64:
+    if experts_fit(x_TD):
         return fused_experts(x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)
     order = sort_by_expert(expert_ids_TK, len(gate_up_EFD))
     ends = order.offsets[1:].int()

@@ -1,0 +1,141 @@
+"""The kernels around the experts' products, against float64: run by test_interpreted.py, or as it is on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from equipoise import MoE
+from equipoise.functional.permute import sort_by_expert
+from equipoise.kernels import INTERPRETED, fused_experts
+from equipoise.kernels import experts as kernels
+from equipoise.kernels.experts import add_rows, copy_rows, sort_pairs, swiglu, swiglu_gradient
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+EXAMPLES = settings(deadline=None, max_examples=10 if INTERPRETED else 200, derandomize=True)
+# Of one number: the interpreter (Triton 3.6) cuts bf16 off where a GPU rounds to the nearest.
+ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8}
+
+
+@st.composite
+def routings(draw) -> tuple[Tensor, int]:
+    """(expert_ids_TK, E) with any loads: even, all pairs on one expert, the same expert twice, more than one block."""
+    num_experts, tokens, top_k = draw(st.integers(1, 40)), draw(st.integers(0, 40)), draw(st.integers(1, 8))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    ids_TK = torch.randint(num_experts, (tokens, top_k), generator=generator)
+    if draw(st.booleans()):
+        ids_TK.fill_(draw(st.integers(0, num_experts - 1)))
+    return ids_TK.to(DEVICE), num_experts
+
+
+@given(routings())
+@EXAMPLES
+def test_counting_gives_the_order_of_a_stable_sort(routing):
+    ids_TK, num_experts = routing
+    pairs = sorted(range(ids_TK.numel()), key=lambda pair: (ids_TK.flatten()[pair].item(), pair))
+    got, order = sort_pairs(ids_TK, num_experts), sort_by_expert(ids_TK, num_experts)
+    assert got.order_N.tolist() == pairs == order.order_N.tolist()
+    assert torch.equal(got.rows_TK, order.rows_TK)
+    assert got.offsets.tolist() == order.offsets.tolist()
+
+
+def test_ids_that_are_none_stand_behind_all_others():
+    got = sort_pairs(torch.tensor([[5, -1], [0, 1], [1, 7]], device=DEVICE), 2)
+    assert got.offsets.tolist() == [0, 1, 3]
+    assert got.order_N.tolist() == [2, 3, 4, 0, 1, 5]
+
+
+@given(routings(), st.integers(1, 300), st.sampled_from([torch.float32, torch.bfloat16]))
+@EXAMPLES
+def test_rows_are_copied_and_added_up_in_fp32(routing, dim, dtype):
+    ids_TK, num_experts = routing
+    rows_TK = sort_pairs(ids_TK, num_experts).rows_TK
+    x_TD, rows_ND = (torch.randn(n, dim, device=DEVICE).to(dtype) for n in (len(ids_TK), ids_TK.numel()))
+    copied_ND, added_TD = copy_rows(x_TD, rows_TK), add_rows(rows_ND, rows_TK)
+    expected_TD = rows_ND.double()[rows_TK].sum(dim=1)
+    assert torch.equal(copied_ND[rows_TK], x_TD.unsqueeze(1).expand(-1, ids_TK.shape[1], -1))
+    torch.testing.assert_close(added_TD.double(), expected_TD, rtol=ROUNDING[dtype], atol=1e-5)
+    assert torch.equal(added_TD, add_rows(rows_ND, rows_TK))
+
+
+@given(routings(), st.sampled_from([1, 24, 96, 128, 200, 384]), st.sampled_from([torch.float32, torch.bfloat16]))
+@EXAMPLES
+def test_swiglu_and_its_gradient(routing, hidden, dtype):
+    ids_TK, num_experts = routing
+    order_N = sort_pairs(ids_TK, num_experts).order_N
+    hidden_NF = (3 * torch.randn(len(order_N), 2 * hidden, device=DEVICE)).to(dtype)
+    d_act_NH = torch.randn(len(order_N), hidden, device=DEVICE).to(dtype)
+    weights_TK = torch.rand(ids_TK.shape, device=DEVICE)
+    leaves = hidden_NF.double().requires_grad_(), weights_TK.double().requires_grad_()
+    gate, up = leaves[0].chunk(2, dim=1)
+    expected = F.silu(gate) * up * leaves[1].flatten()[order_N].unsqueeze(1)
+    d_hidden, d_weights = torch.autograd.grad(expected, leaves, d_act_NH.double())
+    act_NH, d_hidden_NF, d_weights_TK = swiglu_gradient(hidden_NF, d_act_NH, order_N, weights_TK)
+    rounding = {"rtol": ROUNDING[dtype], "atol": 1e-5}
+    assert torch.equal(act_NH, swiglu(hidden_NF, order_N, weights_TK))
+    torch.testing.assert_close(act_NH.double(), expected.detach(), **rounding)
+    torch.testing.assert_close(d_hidden_NF.double(), d_hidden, **rounding)
+    assert d_weights_TK.dtype == torch.float32
+    torch.testing.assert_close(d_weights_TK.double(), d_weights, rtol=1e-5, atol=1e-4)
+
+
+def naive(x_TD: Tensor, gate_up_EFD: Tensor, down_EDH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    out = []
+    for x_D, ids, weights in zip(x_TD, ids_TK.tolist(), weights_TK, strict=True):
+        parts = [gate_up_EFD[e] @ x_D for e in ids]
+        halves = [part.chunk(2) for part in parts]
+        done = [down_EDH[e] @ (F.silu(gate) * up) for e, (gate, up) in zip(ids, halves, strict=True)]
+        out.append((torch.stack(done) * weights.unsqueeze(1)).sum(dim=0))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "top_k", "skew"), [(1, 1, False), (37, 3, False), (50, 2, True)])
+def test_output_and_every_gradient_are_those_of_loops(dtype, tokens, top_k, skew):
+    num_experts, dim, hidden = 5, 16, 24
+    generator = torch.Generator().manual_seed(tokens)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(DEVICE)
+
+    ids_TK = torch.stack([torch.randperm(num_experts, generator=generator)[:top_k] for _ in range(tokens)]).to(DEVICE)
+    ids_TK = torch.zeros_like(ids_TK) if skew else ids_TK
+    shapes = (tokens, dim), (num_experts, 2 * hidden, dim), (num_experts, dim, hidden)
+    x, gate_up, down = (draw(*shape).to(dtype).requires_grad_() for shape in shapes)
+    weights = torch.rand(tokens, top_k, generator=generator).to(DEVICE).requires_grad_()
+    leaves = [x, gate_up, down, weights]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    dy = draw(tokens, dim).to(dtype)
+    got, expected = fused_experts(x, gate_up, down, ids_TK, weights), naive(*wide[:3], ids_TK, wide[3])
+    got.backward(dy)
+    expected.backward(dy.double())
+    for one, other in [(got, expected), *((a.grad, b.grad) for a, b in zip(leaves, wide, strict=True))]:
+        assert one is not None and other is not None
+        error = float((one.detach().double() - other.detach()).norm() / other.detach().norm())
+        assert error < (1e-5 if dtype == torch.float32 else 0.02)
+    assert weights.grad is not None and weights.grad.dtype == torch.float32
+
+
+def test_gradients_that_nobody_wants_are_not_computed(monkeypatch: pytest.MonkeyPatch):
+    products: list[Any] = []
+    real = F.grouped_mm
+    monkeypatch.setattr(kernels.F, "grouped_mm", lambda *a, **k: products.append(1) or real(*a, **k))
+    x, ids = torch.randn(4, 8, device=DEVICE), torch.tensor([[0], [1], [1], [0]], device=DEVICE)
+    gate_up, down = torch.randn(2, 16, 8, device=DEVICE), torch.randn(2, 8, 8, device=DEVICE)
+    weights = torch.rand(4, 1, device=DEVICE, requires_grad=True)
+    fused_experts(x, gate_up, down, ids, weights).sum().backward()
+    assert len(products) == 3  # two forward, one to the hidden layer; no gradient of x or of an expert
+    assert weights.grad is not None
+
+
+def test_the_layers_way_off_the_cpu_is_this_one(monkeypatch: pytest.MonkeyPatch):
+    calls: list[Any] = []
+    monkeypatch.setattr("equipoise.layers.experts.fused_experts", lambda *a: calls.append(a) or fused_experts(*a))
+    MoE(8, 16, 4, 2).to(DEVICE)(torch.randn(6, 8, device=DEVICE)).sum().backward()
+    assert len(calls) == 1
