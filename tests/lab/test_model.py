@@ -181,7 +181,7 @@ def test_long_sequences_in_bf16_use_the_other_kernel_with_the_same_result(monkey
     model = randomized(TINY, compute_dtype=torch.bfloat16).eval()
     with torch.no_grad():
         short = model(tokens)
-        monkeypatch.setattr("equipoise.lab.model.PLAIN_ATTENTION_LENGTH", 63)
+        monkeypatch.setattr("equipoise.lab.attention.LONGEST", 63)
         long = model(tokens)
     assert not torch.equal(short, long)  # it was another kernel
     cosine = F.cosine_similarity(short.flatten(0, 1), long.flatten(0, 1), dim=-1)

@@ -145,7 +145,7 @@ class TrainConfig:
     steps: int = 240
     micro_batches: int = 32
     sequences_per_micro_batch: int = 1
-    micro_batches_per_pass: int = 4  # at most so many run as one forward and backward: equal numbers, less overhead
+    micro_batches_per_pass: int = 0  # at most so many run as one forward and backward; 0 = what fits, see `lab.passes`
     lr: float = 3e-3
     min_lr_ratio: float = 0.1  # of lr, at the end of the cosine
     warmup: int = 20  # steps
@@ -166,7 +166,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         zero = ("min_lr_ratio", "warmup", "weight_decay", "clip", "eval_every", "eval_sequences", "checkpoint_every",
-                "load_every", "fidelity_every", "seed")  # fmt: skip
+                "load_every", "fidelity_every", "seed", "micro_batches_per_pass")  # fmt: skip
         _check_numbers(self, "train.", may_be_zero=zero)
         _one_of("precision", self.precision, PRECISIONS)
         for name in self.log:
@@ -183,16 +183,6 @@ class TrainConfig:
             f"betas = {self.betas}",
             "0.9 and 0.95 are usual",
         )
-
-    @property
-    def passes(self) -> int:
-        """Forward and backward passes of a step: the fewest that share the micro-batches evenly."""
-        return self.passes_of(self.micro_batches)
-
-    def passes_of(self, micro_batches: int) -> int:
-        """The same where a rank has so many of them."""
-        fitting = (n for n in range(min(self.micro_batches_per_pass, micro_batches), 0, -1))
-        return micro_batches // next(n for n in fitting if micro_batches % n == 0)
 
     @property
     def sequences_per_step(self) -> int:

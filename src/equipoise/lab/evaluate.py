@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "shuffled_mutual_information"]
 
+PASS_TOKENS = 4096  # that run together
 SHUFFLES = 8  # of the domain labels; their mean is the floor of the mutual information
 
 
@@ -52,7 +53,8 @@ def evaluate(
     Raises DataError where a domain has no held-out sequence.
     """
     labels_N, tokens_NS = _take(data, sequences, mix)
-    loss_N, counts_NLE, score_NL = _measured(model, tokens_NS.split(sequences_per_micro_batch), group)
+    batches = tokens_NS.split(max(1, PASS_TOKENS // tokens_NS.shape[1]))
+    loss_N, counts_NLE, score_NL = _measured(model, batches, group)
 
     domains = range(len(data.domains))
     fair_N = _equal(labels_N, len(data.domains))
@@ -210,9 +212,7 @@ def _equal(labels_N: Tensor, num_domains: int) -> Tensor:
 
 def _sequence_losses(model: Model, tokens_BS: Tensor) -> Tensor:
     """Mean nats per token of each sequence."""
-    logits_BSV = model(tokens_BS[:, :-1])
-    losses_BS = torch.nn.functional.cross_entropy(logits_BSV.transpose(1, 2), tokens_BS[:, 1:], reduction="none")
-    return losses_BS.double().mean(dim=1)
+    return model.token_losses(tokens_BS[:, :-1], tokens_BS[:, 1:]).double().mean(dim=1)
 
 
 def _sequence_counts(seen: Sequence[tuple[Tensor, Tensor]], routers: Sequence[Watched], num_sequences: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..layers.moe import MoE
+from .attention import Positions, causal_attention
+from .loss import linear_cross_entropy, token_losses
+from .norm import RMSNorm
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -25,9 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["LanguageModel", "active_parameters"]
 
 INIT_STD = 0.02  # the usual one; lab-notes/2026-11-22-defaults.md has what 0.04, 0.06 and 0.088 do
-# Up to this length attention on a CPU in bf16 is three plain products: 4.6 ms against 10.7 ms of torch's flash kernel,
-# forward + backward, 4 x 256 tokens, 4 heads of 32, one thread. Beyond, the scores grow out of the cache.
-PLAIN_ATTENTION_LENGTH = 512
 
 
 class LanguageModel(nn.Module):
@@ -108,8 +108,13 @@ class LanguageModel(nn.Module):
             if targets_T.numel() == 0:
                 raise InputError(expected="at least one valid token", got="a token mask that is False everywhere",
                                  do="leave batches of padding out")  # fmt: skip
-        logits_TV = F.linear(x_TD.to(self.compute_dtype), self.lm_head.weight.to(self.compute_dtype))
-        return F.cross_entropy(logits_TV.float(), targets_T)
+        return linear_cross_entropy(x_TD, self.lm_head.weight, targets_T, self.compute_dtype)
+
+    @torch.no_grad()
+    def token_losses(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        """The loss of every token [B, S] (nats, fp32), without gradient; the output layer's products in fp32."""
+        x_TD = self.model(tokens_BS, self.compute_dtype, None, None).flatten(0, 1)
+        return token_losses(x_TD, self.lm_head.weight, targets_BS.flatten(), torch.float32).view_as(targets_BS)
 
 
 class Decoder(nn.Module):
@@ -124,23 +129,16 @@ class Decoder(nn.Module):
         self, tokens_BS: Tensor, dtype: torch.dtype, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None
     ) -> Tensor:
         x_BSD = self.embed_tokens(tokens_BS)
-        positions = _positions(self.config, tokens_BS.shape[1], tokens_BS.device, dtype)
+        positions = Positions.of(tokens_BS.shape[1], self.config.head_dim, theta=self.config.rope_theta,
+                                 device=tokens_BS.device)  # fmt: skip
         recompute = self.config.checkpointing
         for layer in self.layers:
             if recompute != "none" and torch.is_grad_enabled():
-                x_BSD = checkpoint(layer, x_BSD, positions, token_mask_BS, document_ids_BS,
+                x_BSD = checkpoint(layer, x_BSD, dtype, positions, token_mask_BS, document_ids_BS,
                                    use_reentrant=recompute == "reentrant")  # fmt: skip
             else:
-                x_BSD = layer(x_BSD, positions, token_mask_BS, document_ids_BS)
-        return self.norm(x_BSD)
-
-
-class Positions(NamedTuple):
-    """What attention needs to know about positions: rotary tables [S, 1, head_dim], and -inf above the diagonal."""
-
-    cos: Tensor
-    sin: Tensor
-    mask_SS: Tensor | None  # None: torch's own attention kernel masks by itself
+                x_BSD = layer(x_BSD, dtype, positions, token_mask_BS, document_ids_BS)
+        return self.norm(x_BSD, x_BSD.dtype)
 
 
 class Block(nn.Module):
@@ -164,11 +162,15 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x_BSD: Tensor, positions: Positions, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None
+        self,
+        x_BSD: Tensor,
+        dtype: torch.dtype,
+        positions: Positions,
+        token_mask_BS: Tensor | None,
+        document_ids_BS: Tensor | None,
     ) -> Tensor:
-        dtype = positions.cos.dtype
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD).to(dtype), positions)
-        y_BSD = self.post_attention_layernorm(x_BSD).to(dtype)
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD, dtype), positions)
+        y_BSD = self.post_attention_layernorm(x_BSD, dtype)
         return x_BSD + self.mlp(y_BSD, token_mask_BS=token_mask_BS, document_ids_BS=document_ids_BS)
 
 
@@ -187,30 +189,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
 
     def forward(self, x_BSD: Tensor, positions: Positions) -> Tensor:
-        batch, sequence, _ = x_BSD.shape
-        dtype, rotated = x_BSD.dtype, self.heads + self.kv_heads
-        # One product, one norm and one rotation for all heads: at small widths the calls cost more than the numbers.
+        dtype = x_BSD.dtype
+        # one product for all heads: at small widths the calls cost more than the numbers
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]).to(dtype)
-        qkv = F.linear(x_BSD, weight).view(batch, sequence, rotated + self.kv_heads, self.head_dim)
-        scale = torch.cat([self.q_norm.weight.expand(self.heads, -1), self.k_norm.weight.expand(self.kv_heads, -1)])
-        qk = F.rms_norm(qkv[:, :, :rotated], (self.head_dim,), eps=self.q_norm.eps) * scale.to(dtype)
-        qk = _rotate(qk, positions).transpose(1, 2)
-        q, k, v = qk[:, : self.heads], qk[:, self.heads :], qkv[:, :, rotated:].transpose(1, 2)
-        if positions.mask_SS is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
-        else:
-            y = _plain_attention(q, k, v, positions.mask_SS)
-        return F.linear(y.transpose(1, 2).reshape(batch, sequence, -1), self.o_proj.weight.to(dtype))
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        qkv_BSHd = F.linear(x_BSD, weight).unflatten(-1, (-1, self.head_dim))
+        y_BSD = causal_attention(qkv_BSHd, self.q_norm.weight, self.k_norm.weight, positions, heads=self.heads,
+                                 eps=self.q_norm.eps)  # fmt: skip
+        return F.linear(y_BSD, self.o_proj.weight.to(dtype))
 
 
 def active_parameters(model: LanguageModel | Pretrained) -> int:
@@ -218,28 +203,3 @@ def active_parameters(model: LanguageModel | Pretrained) -> int:
     config = model.config
     experts = sum(p.numel() for p in model.expert_parameters())
     return sum(p.numel() for p in model.parameters()) - experts * (config.experts - config.top_k) // config.experts
-
-
-def _positions(config: ModelConfig, sequence: int, device: torch.device, dtype: torch.dtype) -> Positions:
-    pairs = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
-    angles = torch.outer(torch.arange(sequence, device=device).float(), config.rope_theta ** -(pairs / config.head_dim))
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
-    plain = device.type == "cpu" and dtype == torch.bfloat16 and sequence <= PLAIN_ATTENTION_LENGTH
-    mask_SS = torch.full((sequence, sequence), -math.inf, dtype=dtype).triu_(1) if plain else None
-    return Positions(angles.cos().to(dtype), angles.sin().to(dtype), mask_SS)
-
-
-def _rotate(x: Tensor, positions: Positions) -> Tensor:
-    """Rotary positions in Hugging Face's layout: dimension i turns with dimension i + head_dim / 2."""
-    first, second = x.chunk(2, dim=-1)
-    return x * positions.cos + torch.cat([-second, first], dim=-1) * positions.sin
-
-
-def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask_SS: Tensor) -> Tensor:
-    """Attention of q [B, H, S, d] over k, v [B, H / G, S, d]; the G queries of one key are rows of one product."""
-    batch, heads, sequence, head_dim = q.shape
-    groups = heads // k.shape[1]
-    q = q.reshape(-1, groups * sequence, head_dim)
-    k, v = k.reshape(-1, sequence, head_dim), v.reshape(-1, sequence, head_dim)
-    scores = torch.baddbmm(mask_SS.repeat(groups, 1), q, k.transpose(1, 2), alpha=head_dim**-0.5)
-    return torch.bmm(scores.softmax(-1), v).view(batch, heads, sequence, head_dim)

@@ -268,7 +268,8 @@ class Parts:
         for layer in self.model.model.layers:  # type: ignore[union-attr]
             fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
-        register_fsdp_forward_method(self.model, "hidden")  # of a counting pass
+        for name in ("hidden", "token_losses"):  # a counting pass, the held-out text
+            register_fsdp_forward_method(self.model, name)
 
     def combine_gradients(self, clip: float) -> float:
         """Makes every gradient the mean over all data ranks and clips them; returns their norm, equal on all ranks.

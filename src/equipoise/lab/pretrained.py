@@ -79,6 +79,11 @@ class Pretrained(nn.Module):
             return logits_BSV
         return F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten())
 
+    @torch.no_grad()
+    def token_losses(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        """The loss of every token [B, S] (nats, fp32), without gradient."""
+        return F.cross_entropy(self(tokens_BS).transpose(1, 2), targets_BS, reduction="none")
+
     def _logits(self, tokens_BS: Tensor, **more: Any) -> Tensor:
         narrow = self.compute_dtype != torch.float32
         with torch.autocast(tokens_BS.device.type, dtype=self.compute_dtype, enabled=narrow):

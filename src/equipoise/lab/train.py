@@ -38,6 +38,7 @@ from .evaluate import evaluate
 from .events import Events, require
 from .model import active_parameters
 from .parallel import Parts, World, join
+from .passes import largest_pass, passes_of, shuffles
 from .pretrained import build, fingerprint, tokenizer_of
 from .process import keep_freed_memory, peak_memory, stop_signals, threads
 from .strategies import strategy_of
@@ -190,7 +191,7 @@ class _Run:
         train, began = self.config.train, time.perf_counter()
         micro_batches = self.world.share(self.batches.step(self.step))
         sequences = torch.cat([tokens_BS for tokens_BS, _ in micro_batches]).to(self.world.device)
-        batches = sequences.chunk(train.passes_of(len(micro_batches)))
+        batches = sequences.chunk(passes_of(len(micro_batches), self._largest_pass()))
         rate = learning_rate(train, self.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -274,10 +275,14 @@ class _Run:
         self.step = self.saved = step
         self.seconds, self.tokens = state["seconds"], state["tokens"]
 
+    def _largest_pass(self) -> int:
+        compares = _due(self.step + 1, self.config.train.fidelity_every)
+        return largest_pass(self.config, self.policies, compares=compares)
+
     def _backward(self, batches: Sequence[Tensor]) -> float:
         """Gradients of all micro-batches; returns their mean loss."""
         self.model.train()
-        if self.balancer.needs_counting:
+        if self.balancer.needs_counting and (len(batches) > 1 or shuffles(self.policies)):
             with self.balancer.counting():
                 for tokens_BS in batches:
                     self.model.hidden(tokens_BS[:, :-1])
