@@ -1,5 +1,8 @@
 """The Triton kernel that writes fp32 numbers as sums of bf16 numbers."""
 
+# pyright: reportGeneralTypeIssues=false
+# (a kernel's loops and calls are the compiler's, not Python's)
+
 from __future__ import annotations
 
 import triton

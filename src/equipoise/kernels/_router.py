@@ -4,6 +4,9 @@ A program works on a tile of TOKENS tokens of one sequence times all experts. Su
 tile and are added up in a fixed order: no floating-point atomics, so a repeat gives the same bits.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# (a kernel's loops and calls are the compiler's, not Python's)
+
 from __future__ import annotations
 
 import triton
@@ -53,6 +56,31 @@ def _softmax(s_TE, lane_E, NUM: tl.constexpr):
 
 
 @triton.jit
+def _chosen(key, TOP: tl.constexpr):
+    """Where the TOP largest keys stand, and where there is no expert."""
+    for _ in tl.static_range(TOP):
+        key = tl.where(key == tl.max(key, axis=1)[:, None], GONE, key)
+    return key == GONE
+
+
+@triton.jit
+def _scores(z_TE, p_TE, bias_ptr, lane_E, NUM: tl.constexpr, GATE: tl.constexpr, BIASED: tl.constexpr):
+    """What the choice is made by: without a bias the logits, with which every gate grows."""
+    score_TE = z_TE
+    if BIASED:
+        score_TE = p_TE if GATE == "softmax" else score(z_TE, GATE)
+        score_TE += tl.load(bias_ptr + lane_E, mask=lane_E < NUM, other=0.0)[None, :]
+    return score_TE
+
+
+@triton.jit
+def _lse_squares(z_TE, real, lane_E, NUM: tl.constexpr):
+    _p, high_T, total_T = _softmax(z_TE, lane_E, NUM)
+    lse_T = high_T + tl.log(total_T)
+    return tl.sum(tl.where(real, lse_T * lse_T, 0.0), axis=0)
+
+
+@triton.jit
 def forward(
     z_ptr, bias_ptr, mask_ptr, weights_ptr, ids_ptr, counts_ptr, plain_ptr, probs_ptr, scalars_ptr,
     LENGTH, SCALE,
@@ -62,14 +90,7 @@ def forward(
 ):  # fmt: skip
     first, token_T, exists, real, lane_E, z_TE = _tile(z_ptr, mask_ptr, LENGTH, NUM, WIDTH, TOKENS, MASKED)
     p_TE, top_T, sum_T = _softmax(log_score(z_TE, GATE), lane_E, NUM)
-    if BIASED:
-        bias_E = tl.load(bias_ptr + lane_E, mask=lane_E < NUM, other=0.0)
-        if GATE == "softmax":
-            key = _keys(p_TE + bias_E[None, :], lane_E, NUM, WIDTH)
-        else:
-            key = _keys(score(z_TE, GATE) + bias_E[None, :], lane_E, NUM, WIDTH)
-    else:  # every gate grows with its logit
-        key = _keys(z_TE, lane_E, NUM, WIDTH)
+    key = _keys(_scores(z_TE, p_TE, bias_ptr, lane_E, NUM, GATE, BIASED), lane_E, NUM, WIDTH)
 
     choice_K = tl.arange(0, TOP_WIDTH)
     ids_TK = tl.zeros([TOKENS, TOP_WIDTH], tl.int32)
@@ -99,22 +120,10 @@ def forward(
     if MEASURE:
         valid_TE = tl.where(real[:, None], p_TE, 0.0)
         tl.store(probs_ptr + row, tl.sum(valid_TE, axis=0), mask=lane_E < NUM)
-        taken_T = tl.sum(tl.where(chosen, valid_TE, 0.0), axis=1)
-        tl.store(scalars_ptr + 2 * tile, tl.sum(taken_T, axis=0))
-        square = 0.0
-        if LSE:
-            if GATE == "softmax":
-                lse_T = top_T + tl.log(sum_T)
-            else:
-                _p, high_T, total_T = _softmax(z_TE, lane_E, NUM)
-                lse_T = high_T + tl.log(total_T)
-            square = tl.sum(tl.where(real, lse_T * lse_T, 0.0), axis=0)
-        tl.store(scalars_ptr + 2 * tile + 1, square)
-    if PLAIN:  # the choices without the bias, only counted
-        key = _keys(z_TE, lane_E, NUM, WIDTH)
-        for _ in tl.static_range(TOP):
-            key = tl.where(key == tl.max(key, axis=1)[:, None], GONE, key)
-        chosen = (key == GONE) & (lane_E < NUM)[None, :] & real[:, None]
+        tl.store(scalars_ptr + 2 * tile, tl.sum(tl.sum(tl.where(chosen, valid_TE, 0.0), axis=1), axis=0))
+        tl.store(scalars_ptr + 2 * tile + 1, _lse_squares(z_TE, real, lane_E, NUM) if LSE else 0.0)
+    if PLAIN:
+        chosen = _chosen(_keys(z_TE, lane_E, NUM, WIDTH), TOP) & (real[:, None] & (lane_E < NUM)[None, :])
         tl.store(plain_ptr + row, tl.sum(chosen.to(tl.int32), axis=0), mask=lane_E < NUM)
 
 
@@ -239,9 +248,7 @@ def backward(
     if TERMS > 0:
         dz_TE += _push(q_E, p_TE, outer_TE, expert)
     if Z_LOSS:
-        s_TE, high_T, total_T = _softmax(z_TE, lane_E, NUM)
-        factor = 2.0 * tl.load(pressure_ptr + TERMS * (NUM + 1)).to(tl.float32)
-        push_TE = tl.where(real[:, None], factor * (high_T + tl.log(total_T))[:, None] * s_TE, 0.0)
+        push_TE = _z_push(tl.load(pressure_ptr + TERMS * (NUM + 1)), z_TE, real, lane_E, NUM)
         if NORMS:
             tl.store(square_ptr + 1 + TERMS, _square(push_TE, inside))
         dz_TE += push_TE
@@ -253,6 +260,13 @@ def _push(q_E, p_TE, outer_TE, expert):
     q_TE = q_E.to(tl.float32)[None, :]
     mean_T = tl.sum(tl.where(expert[None, :], p_TE * q_TE, 0.0), axis=1)
     return outer_TE * (q_TE - mean_T[:, None])
+
+
+@triton.jit
+def _z_push(factor, z_TE, real, lane_E, NUM: tl.constexpr):
+    s_TE, high_T, total_T = _softmax(z_TE, lane_E, NUM)
+    lse_T = high_T + tl.log(total_T)
+    return tl.where(real[:, None], (2.0 * factor).to(tl.float32) * lse_T[:, None] * s_TE, 0.0)
 
 
 @triton.jit

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["DEVICES", "INTERPRETED", "installed", "usable"]
+__all__ = ["DEVICES", "INTERPRETED", "installed", "load", "usable"]
 
 # Triton decides when a kernel is defined; so does this, once. Slow: for tests of the kernels without a GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,3 +35,8 @@ def installed() -> bool:
     True
     """
     return torch.version.hip is None and importlib.util.find_spec("triton") is not None
+
+
+def load(name: str) -> Any:
+    """A module of Triton kernels of this package; before the first launch none is imported."""
+    return importlib.import_module(f"{__package__}.{name}")

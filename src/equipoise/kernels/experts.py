@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
-from .availability import usable
+from .availability import load, usable
 
 __all__ = ["Rows", "add_rows", "copy_rows", "experts_fit", "fused_experts", "sort_pairs", "swiglu", "swiglu_gradient"]
 
@@ -40,8 +40,6 @@ def experts_fit(x_TD: Tensor) -> bool:
 
 @library.custom_op("equipoise::sort_pairs", mutates_args=())
 def _sort(expert_ids_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from . import _experts
-
     ids_TK = expert_ids_TK.contiguous()
     pairs = ids_TK.numel()
     rows_TK, order_N = torch.empty_like(ids_TK, dtype=torch.int64), ids_TK.new_empty(pairs, dtype=torch.int64)
@@ -50,9 +48,9 @@ def _sort(expert_ids_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
     blocks = -(-pairs // BLOCK_PAIRS)
     table = ids_TK.new_empty((num_experts + 1) * blocks + 1, dtype=torch.int32)
     bins = _power(num_experts + 2)  # one for ids that are none, one for what lies behind the last pair
-    _experts.count_pairs[(blocks,)](ids_TK, table, pairs, NUM=num_experts, BINS=bins, BLOCK=BLOCK_PAIRS)
+    load("_experts").count_pairs[(blocks,)](ids_TK, table, pairs, NUM=num_experts, BINS=bins, BLOCK=BLOCK_PAIRS)
     starts = table.cumsum(0, dtype=torch.int32)
-    _experts.place_pairs[(blocks,)](ids_TK, starts, order_N, rows_TK, pairs, num_experts, BLOCK_PAIRS, 32)
+    load("_experts").place_pairs[(blocks,)](ids_TK, starts, order_N, rows_TK, pairs, num_experts, BLOCK_PAIRS, 32)
     return order_N, rows_TK, starts[: num_experts * blocks + 1 : blocks].clone()
 
 
@@ -75,13 +73,11 @@ def sort_pairs(expert_ids_TK: Tensor, num_experts: int) -> Rows:
 @library.custom_op("equipoise::copy_rows", mutates_args=())
 def copy_rows(x_TD: torch.Tensor, rows_TK: torch.Tensor) -> torch.Tensor:
     """Each token in its K rows: (T, D) -> (T K, D). The adjoint of `add_rows`."""
-    from . import _experts
-
     (tokens, top_k), dim = rows_TK.shape, x_TD.shape[1]
     out_ND = x_TD.new_empty(tokens * top_k, dim)
     if out_ND.numel():
         block = min(_power(dim), 2048)
-        _experts.copy_rows[(tokens, -(-dim // block))](x_TD.contiguous(), rows_TK, out_ND, dim, top_k, block)
+        load("_experts").copy_rows[(tokens, -(-dim // block))](x_TD.contiguous(), rows_TK, out_ND, dim, top_k, block)
     return out_ND
 
 
@@ -93,13 +89,11 @@ def _(x_TD, rows_TK):
 @library.custom_op("equipoise::add_rows", mutates_args=())
 def add_rows(rows_ND: torch.Tensor, rows_TK: torch.Tensor) -> torch.Tensor:
     """The sum of each token's K rows, in fp32 and rounded once: (T K, D) -> (T, D). The adjoint of `copy_rows`."""
-    from . import _experts
-
     (tokens, top_k), dim = rows_TK.shape, rows_ND.shape[1]
     out_TD = rows_ND.new_empty(tokens, dim)
     if out_TD.numel():
         block = min(_power(dim), 2048)
-        _experts.add_rows[(tokens, -(-dim // block))](rows_ND.contiguous(), rows_TK, out_TD, dim, top_k, block)
+        load("_experts").add_rows[(tokens, -(-dim // block))](rows_ND.contiguous(), rows_TK, out_TD, dim, top_k, block)
     return out_TD
 
 
@@ -111,13 +105,11 @@ def _(rows_ND, rows_TK):
 @library.custom_op("equipoise::swiglu", mutates_args=())
 def swiglu(hidden_NF: torch.Tensor, order_N: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
     """silu(gate) up w: (N, 2H) -> (N, H), each row with the weight of its pair, in fp32 and rounded once."""
-    from . import _experts
-
     rows, hidden = hidden_NF.shape[0], hidden_NF.shape[1] // 2
     act_NH = hidden_NF.new_empty(rows, hidden)
     if act_NH.numel():
         block, tile = _tile(hidden)
-        _experts.swiglu[(-(-rows // tile), -(-hidden // block))](
+        load("_experts").swiglu[(-(-rows // tile), -(-hidden // block))](
             hidden_NF.contiguous(), order_N, weights_TK.contiguous(), act_NH, rows, hidden, tile, block
         )
     return act_NH
@@ -133,14 +125,12 @@ def swiglu_gradient(
     hidden_NF: torch.Tensor, d_act_NH: torch.Tensor, order_N: torch.Tensor, weights_TK: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(`swiglu`'s output again, gradient of hidden, gradient of the weights in fp32)."""
-    from . import _experts
-
     rows, hidden = d_act_NH.shape
     act_NH, d_hidden_NF = torch.empty_like(d_act_NH), torch.empty_like(hidden_NF)
     d_weights_TK = torch.empty_like(weights_TK, dtype=torch.float32)
     if act_NH.numel():
         block, tile = _tile(hidden)
-        _experts.swiglu_gradient[(-(-rows // tile),)](
+        load("_experts").swiglu_gradient[(-(-rows // tile),)](
             hidden_NF.contiguous(), d_act_NH.contiguous(), order_N, weights_TK.contiguous(),
             act_NH, d_hidden_NF, d_weights_TK, rows, hidden, tile, block, -(-hidden // block),
         )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
-from .availability import usable
+from .availability import load, usable
 
 __all__ = ["gate_fits", "gate_logits"]
 
@@ -98,8 +98,6 @@ def _wide_product(left_AB: Tensor, right_BC: Tensor) -> Tensor:
 
 def _split(x_RC: Tensor, parts: int, *, beside: bool) -> Tensor:
     """fp32 as a sum of bf16 numbers: the parts beside each other, (R, parts C), or below, (parts R, C)."""
-    from . import _gate
-
     rows, columns = x_RC.shape
     x_RC = x_RC.float().contiguous()
     shape = (rows, parts * columns) if beside else (parts * rows, columns)
@@ -107,7 +105,7 @@ def _split(x_RC: Tensor, parts: int, *, beside: bool) -> Tensor:
     block = min(1 << (columns - 1).bit_length(), 1024)
     tile = max(1, 1024 // block)
     part_stride = columns if beside else rows * columns
-    _gate.split[(-(-rows // tile), -(-columns // block))](
+    load("_gate").split[(-(-rows // tile), -(-columns // block))](
         x_RC, out, rows, columns, shape[1], part_stride, PARTS=parts, TILE=tile, BLOCK=block
     )
     return out

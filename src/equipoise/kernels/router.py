@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, library
 
-from .availability import usable
+from .availability import load, usable
 
 __all__ = ["Chosen", "RouterForm", "choose_and_count", "fits", "router_gradient", "summarize"]
 
@@ -153,8 +153,6 @@ def _forward(
     scale: float,
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    from . import _router
-
     (tokens, num_experts), (measure, plain, lse) = logits_TE.shape, wanted
     length, width, rows, tiles = _layout(tokens, num_experts, num_sequences)
     outputs = _empty(logits_TE, num_sequences, top_k, measure, plain)
@@ -163,20 +161,22 @@ def _forward(
     integers = logits_TE.new_empty((1 + plain) * table, dtype=torch.int32)
     floats = logits_TE.new_empty((table + 2 * num_sequences * tiles) * measure)
     flags: dict[str, Any] = {"NUM": num_experts, "MEASURE": measure, "PLAIN": plain}
-    _router.forward[(num_sequences, tiles)](
+    load("_router").forward[(num_sequences, tiles)](
         logits_TE, bias_E, _bytes(mask_T), weights_TK, ids_TK, integers, integers[table:], floats, floats[table:],
         length, float(scale), WIDTH=width, TOP=top_k, TOP_WIDTH=_power(top_k), TOKENS=rows, GATE=gate,
         NORMALIZE=normalize, BIASED=bias_E is not None, MASKED=mask_T is not None, LSE=lse, **flags,
     )  # fmt: skip
     lanes = min(width, 16)
-    _router.sum_tiles[(num_sequences, -(-num_experts // lanes))](
+    load("_router").sum_tiles[(num_sequences, -(-num_experts // lanes))](
         integers, integers[table:], floats, floats[table:], counts_BE, plain_BE, probs_BE, scalars_B2,
         tiles, LANES=lanes, ROWS=max(2, min(64, _power(tiles))), **flags,
     )  # fmt: skip
     return outputs
 
 
-def _empty(logits_TE: Tensor, num_sequences: int, top_k: int, measure: bool, plain: bool) -> tuple[Tensor, ...]:
+def _empty(
+    logits_TE: Tensor, num_sequences: int, top_k: int, measure: bool, plain: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, num_experts = logits_TE.shape
     ids_TK = logits_TE.new_empty(tokens, top_k, dtype=torch.int64)
     table, none = (num_sequences, num_experts), (0, 0)
@@ -210,15 +210,13 @@ def _backward(
     scale: float,
     wanted: list[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from . import _router
-
     (tokens, num_experts), (terms, num_sequences, _), (z_loss, norms) = logits_TE.shape, fraction_NBE.shape, wanted
     length, width, rows, tiles = _layout(tokens, num_experts, num_sequences)
     dz_TE = torch.empty_like(logits_TE)
     squares = logits_TE.new_empty(num_sequences * tiles * norms, terms + 2)
     if norms and not z_loss:
         squares[:, -1] = 0
-    _router.backward[(num_sequences, tiles)](
+    load("_router").backward[(num_sequences, tiles)](
         logits_TE, ids_TK, _bytes(mask_T), grad_weights_TK, grad_logits_TE, pressure, fraction_NBE.contiguous(),
         dz_TE, squares, length, float(scale), NUM=num_experts, WIDTH=width, TOP=top_k, TOKENS=rows, TERMS=terms,
         GATE=gate, NORMALIZE=normalize, MASKED=mask_T is not None, HAS_WEIGHTS=grad_weights_TK is not None,
@@ -247,22 +245,20 @@ def _summarize(
     unbiased: list[bool],
     micro: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from . import _statistics
-
     (num_sequences, num_experts), terms, plain = counts_BE.shape, len(spans), any(unbiased)
     width = max(_power(num_experts), 2)
     if not plain_BE.numel():
         plain_BE = counts_BE  # without a bias the choices are those
     statistics = _summary(probs_BE, terms, plain)
     fraction_NBE = torch.zeros(terms, num_sequences, num_experts, dtype=torch.float64, device=counts_BE.device)
-    _statistics.statistics[(1,)](
+    load("_statistics").statistics[(1,)](
         counts_BE, plain_BE, probs_BE, scalars_B2, statistics, num_sequences, min(micro, num_sequences), top_k,
         NUM=num_experts, WIDTH=width, PLAIN=plain, TERMS=terms,
     )  # fmt: skip
     for n, (span, without_bias) in enumerate(zip(spans, unbiased, strict=True)):
         if span:
             load_BE, value = plain_BE if without_bias else counts_BE, statistics[len(statistics) - terms + n :]
-            _statistics.fractions[(1,)](
+            load("_statistics").fractions[(1,)](
                 load_BE, probs_BE, fraction_NBE[n], value, num_sequences, span, NUM=num_experts, WIDTH=width
             )
     return statistics, fraction_NBE
