@@ -12,7 +12,7 @@ from equipoise.lab.train import train
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # (layers, passes of one micro-batch) -> the most operations. Raise one by hand, with the reason in the commit; lower it
 # when a change made it less.
-EXPECTED = {(2, 2): 4100, (4, 2): 7900, (2, 4): 7700}
+EXPECTED = {(2, 2): 4200, (4, 2): 7900, (2, 4): 8250}
 
 
 @pytest.mark.parametrize(("layers", "passes"), EXPECTED)
