@@ -316,6 +316,8 @@ class Parts:
 
         All ranks have to call it.
         """
+        if self.sharded:
+            self.model.reshard()  # type: ignore[operator]  # after held-out text, no backward did it
         named = dict(self.model.named_parameters(remove_duplicate=False))
         names: dict[Any, str] = {p: name for name, p in reversed(named.items())}  # the first name of a tied one
         weights: dict[str, Tensor] = {}
