@@ -8,6 +8,7 @@ they are sorted by expert. Sums over the K choices are gathers through the inver
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -83,16 +84,16 @@ def sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> ExpertOrder:
 
 
 def padded_size(count: int) -> int:
-    """``count`` rounded up to a multiple of 16, or of 1/16 of the power of two below it where that is more.
+    """``count`` rounded up to a multiple of 4, or of 1/16 of the power of two below it where that is more.
 
     oneDNN compiles a kernel for every new shape of a low-precision product, and that costs more than the product
-    (1 ms against 0.4 at 1024 rows). These sizes keep the number of shapes small, 16 to an octave, for 3 % more rows on
-    average above 256 and 6 % at most.
+    (1 ms against 0.4 at 1024 rows). These sizes keep the number of shapes small, at most 16 to an octave, for 3 % more
+    rows on average above 64 and 6 % at most.
 
     >>> [padded_size(n) for n in (0, 1, 100, 1000, 1030, 5000)]
-    [0, 16, 112, 1024, 1088, 5120]
+    [0, 4, 100, 1024, 1088, 5120]
     """
-    step = max(16, 1 << max(0, count.bit_length() - 5))
+    step = max(4, 1 << max(0, count.bit_length() - 5))
     return -(-count // step) * step
 
 
@@ -108,8 +109,8 @@ def even_sizes(sizes: Sequence[int], call: int, run: int = RUNS[0]) -> list[int]
     evened: list[int] = []
     for first in range(0, len(sizes), run):
         part = sizes[first : first + run]
-        most, calls = max(part), sum(size > 0 for size in part)
-        if most <= MOST_IN_RUN and most * len(part) - sum(part) <= call * max(calls - 1, 0):
+        most, idle = max(part), part.count(0)  # whose weights a shared product reads for nothing: as dear as a call
+        if most <= MOST_IN_RUN and most * len(part) - sum(part) <= call * max(len(part) - 1 - 2 * idle, 0):
             evened += [most] * len(part)
         elif run > RUNS[-1]:
             evened += even_sizes(part, call, run=RUNS[RUNS.index(run) + 1])
@@ -140,27 +141,31 @@ def max_rows(num_pairs: int, num_experts: int, *, pad: bool = True, call: int = 
     """The most rows that `pad_rows` can need, known before the routing: what a compiler or an allocator asks for.
 
     >>> max_rows(2048, 16)
-    2416
+    2224
     """
     if not num_pairs:
         return 0
-    return num_pairs + call * num_experts + (num_pairs // 16 + 15 * num_experts if pad else 0)
+    return num_pairs + call * num_experts + (num_pairs // 16 + 3 * num_experts if pad else 0)
 
 
-def pad_rows(expert_ids_TK: Tensor, num_experts: int, *, pad: bool = True, call: int = 0) -> PaddedRows:
-    """`sort_by_expert`, then padding after each expert's rows, and idle rows at the end: R = `max_rows` in all.
+def pad_rows(
+    expert_ids_TK: Tensor, num_experts: int, *, pad: bool = True, call: int = 0, fixed: bool = True
+) -> PaddedRows:
+    """`sort_by_expert`, then padding after each expert's rows.
 
-    Sizes are those of `padded_size` (``pad=False``: the counts), made equal by `even_sizes` for this ``call``.
+    Sizes are those of `padded_size` (``pad=False``: the counts), made equal by `even_sizes` for this ``call``. Idle
+    rows at the end make R `max_rows`, whatever the routing; ``fixed=False`` leaves them out.
     Padding repeats a pair of the same expert, so that a NaN in one token cannot reach another expert's gradient; an
     expert without pairs repeats one of a neighbour, whose gradient the weight 0 keeps out.
     Raises InputError for an id outside 0..E-1.
 
     >>> rows = pad_rows(torch.tensor([[0], [2], [0]]), num_experts=3)
     >>> rows.sizes_E.tolist(), rows.pairs_R[:4].tolist(), rows.padding_R[:4].tolist(), rows.rows_TK.flatten().tolist()
-    ([16, 0, 16], [0, 2, 2, 2], [False, False, True, True], [0, 16, 1])
+    ([4, 0, 4], [0, 2, 2, 2], [False, False, True, True], [0, 4, 1])
     """
     order_N, rows_TK, offsets = sort_by_expert(expert_ids_TK, num_experts)
-    if len(order_N) and (offsets[0] != 0 or offsets[-1] != len(order_N)):
+    bounds = offsets.tolist()
+    if len(order_N) and (bounds[0] != 0 or bounds[-1] != len(order_N)):
         low, high = expert_ids_TK.aminmax()
         raise InputError(
             expected=f"expert ids in 0..{num_experts - 1}",
@@ -168,10 +173,12 @@ def pad_rows(expert_ids_TK: Tensor, num_experts: int, *, pad: bool = True, call:
             do="route over as many experts as the layer holds",
         )
     counts_E = offsets.diff()
-    counts = counts_E.tolist()
-    sizes_E = torch.tensor(even_sizes([padded_size(n) for n in counts] if pad else counts, call))
-    spans_E = sizes_E.clone()
-    spans_E[-1] += max_rows(len(order_N), num_experts, pad=pad, call=call) - sizes_E.sum()  # the idle rows
+    counts = [stop - start for start, stop in pairwise(bounds)]
+    sizes = even_sizes([padded_size(n) for n in counts] if pad else counts, call)
+    idle = max_rows(len(order_N), num_experts, pad=pad, call=call) - sum(sizes) if fixed else 0
+    if sizes == counts and not idle:
+        return PaddedRows(order_N, torch.zeros_like(order_N, dtype=torch.bool), rows_TK, counts_E, counts_E)
+    sizes_E, spans_E = torch.tensor([sizes, [*sizes[:-1], sizes[-1] + idle]])
     shift_E = sizes_E.cumsum(0) - sizes_E - offsets[:-1]  # what padding before an expert adds to its row numbers
     shift_R, end_R = torch.stack([shift_E, offsets[1:]]).repeat_interleave(spans_E, dim=1)
     source_R = torch.arange(len(shift_R)) - shift_R

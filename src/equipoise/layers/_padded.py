@@ -3,6 +3,7 @@
 What it saves against a product per expert under autograd (or ``F.grouped_mm``), by measurement:
 
 - padded row counts (`padded_size`): oneDNN compiles a kernel per new shape, and loads are new at every step;
+- one batched product for adjacent experts with few rows each (`even_sizes`): a product of oneDNN's costs 20 us to call;
 - experts in blocks of 4096 rows or more: few elementwise passes, over rows that are still in the cache;
 - rows gathered block by block, sums over K as one gather: no (N, D) tensor is copied, sorted back or scattered;
 - kept buffers: the pages of a fresh 32 MiB cost 26 ms, writing them 3 ms.
@@ -16,10 +17,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, library
 
 from ..functional.permute import equal_runs, gather_sum, max_rows, pad_rows
@@ -56,33 +57,41 @@ class _Block(NamedTuple):
     experts: slice
     runs: list[int]  # experts of each product
     sizes: list[int]  # rows of each product
+    ends_E: Tensor | None  # of all experts' rows, where F.grouped_mm serves: one block, a product for each expert
 
-    def multiply(self, left_RA: Tensor, right_EAB: Tensor, out_RB: Tensor) -> None:
-        """out = left @ right[e] over each expert's share of the block's rows."""
+    def multiply(self, left_RA: Tensor, right_EAB: Tensor, out_RB: Tensor) -> Tensor:
+        """left @ right[e] over each expert's share of the block's rows; in ``out`` if it can be."""
+        if self.ends_E is not None:
+            return F.grouped_mm(left_RA, right_EAB, offs=self.ends_E)
         shares = left_RA.split(self.sizes), right_EAB[self.experts].split(self.runs), out_RB.split(self.sizes)
-        for run, left, right, out in zip(self.runs, *shares, strict=True):
-            if run == 1:
+        for run, rows, left, right, out in zip(self.runs, self.sizes, *shares, strict=True):
+            if run > 1:
+                torch.bmm(left.unflatten(0, (run, -1)), right, out=out.unflatten(0, (run, -1)))
+            elif rows:
                 torch.mm(left, right[0], out=out)
-            else:
-                torch.bmm(left.view(run, -1, left.shape[1]), right, out=out.view(run, -1, out.shape[1]))
+        return out_RB
 
-    def outer(self, left_RA: Tensor, right_RB: Tensor, out_EAB: Tensor) -> None:
-        """out[e] = left.T @ right over each expert's share; zero for an expert without rows."""
+    def outer(self, left_RA: Tensor, right_RB: Tensor, out_EAB: Tensor) -> Tensor:
+        """left.T @ right[e] over each expert's share, zero for an expert without rows; in ``out`` if it can be."""
+        if self.ends_E is not None:
+            return F.grouped_mm(left_RA.t(), right_RB, offs=self.ends_E)
         shares = left_RA.split(self.sizes), right_RB.split(self.sizes), out_EAB[self.experts].split(self.runs)
-        for run, left, right, out in zip(self.runs, *shares, strict=True):
-            if run == 1:
-                torch.mm(left.t(), right, out=out[0])
-            elif not len(left):
+        for run, rows, left, right, out in zip(self.runs, self.sizes, *shares, strict=True):
+            if not rows:
                 out.zero_()
+            elif run > 1:
+                torch.bmm(left.unflatten(0, (run, -1)).mT, right.unflatten(0, (run, -1)), out=out)
             else:
-                torch.bmm(left.view(run, -1, left.shape[1]).mT, right.view(run, -1, right.shape[1]), out=out)
+                torch.mm(left.t(), right, out=out[0])
+        return out_EAB
 
     def gather(self, name: str, x_TD: Tensor, tokens_R: Tensor) -> Tensor:
         tokens = tokens_R[self.rows]
         return torch.index_select(x_TD, 0, tokens, out=_scratch.take(name, x_TD, len(tokens), x_TD.shape[1]))
 
 
-def _blocks(sizes: list[int]) -> Iterator[_Block]:
+def _blocks(sizes_E: Tensor, rows: int, x_TD: Tensor, hidden: int) -> list[_Block]:
+    sizes, blocks = sizes_E.tolist(), []
     start = stop = first = 0
     runs: list[int] = []
     shares: list[int] = []
@@ -91,17 +100,23 @@ def _blocks(sizes: list[int]) -> Iterator[_Block]:
         shares.append(run * sizes[expert])
         stop += shares[-1]
         if stop - start >= BLOCK_ROWS or expert + run == len(sizes):
-            yield _Block(slice(start, stop), slice(first, expert + run), runs, shares)
+            blocks.append(_Block(slice(start, stop), slice(first, expert + run), runs, shares, None))
             start, first, runs, shares = stop, expert + run, [], []
+    size = x_TD.dtype.itemsize
+    aligned = size <= 4 and x_TD.shape[1] * size % 16 == hidden * size % 16 == 0  # what F.grouped_mm demands
+    if aligned and len(blocks) == 1 and len(blocks[0].runs) == len(sizes) and stop == rows > 0:
+        return [blocks[0]._replace(ends_E=sizes_E.cumsum(0, dtype=torch.int32))]
+    return blocks
 
 
-def _rows(x_TD: Tensor, num_pairs: int, num_experts: int, hidden: int) -> dict[str, Any]:
+def _layout(x_TD: Tensor, num_pairs: int, num_experts: int, hidden: int) -> dict[str, Any]:
     """How `pad_rows` lays the rows out. A product has 3 D H additions a row on average, and a price of its own.
 
-    Measured: 20 us in bfloat16, where oneDNN does 200 GFLOP/s; 4 us in float32, where the BLAS does 100.
+    Measured: 20 us in bfloat16, where oneDNN does 200 GFLOP/s. In float32 a BLAS, which compiles nothing and so needs
+    no padding, makes 3 us of it, and shared products win only where experts are tiny.
     """
-    pad = x_TD.dtype.itemsize == 2  # that BLAS compiles nothing
-    call = (2_000_000 if pad else 200_000) // (3 * x_TD.shape[1] * hidden)
+    pad = x_TD.dtype.itemsize == 2
+    call = (2_000_000 if pad else 40_000) // (3 * x_TD.shape[1] * hidden)
     return {"pad": pad, "call": min(call, 16 + num_pairs // num_experts)}
 
 
@@ -112,23 +127,25 @@ def _forward(
     down_EDH: torch.Tensor,
     expert_ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
+    fixed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output, and what the gradient needs: hidden rows (R, F = 2H), their tokens and weights, rows_TK, and the
-    experts' sizes and counts (2, E)."""
+    experts' sizes and counts (2, E). ``fixed``: R must not follow the data, because a compiler has planned with it."""
     num_experts, width, dim = gate_up_EFD.shape
-    rows = _rows(x_TD, expert_ids_TK.numel(), num_experts, width // 2)
-    pairs_R, padding_R, rows_TK, *sizes = pad_rows(expert_ids_TK, num_experts, **rows)
+    layout = _layout(x_TD, expert_ids_TK.numel(), num_experts, width // 2)
+    pairs_R, padding_R, rows_TK, *sizes = pad_rows(expert_ids_TK, num_experts, fixed=fixed, **layout)
     tokens_R = pairs_R // expert_ids_TK.shape[1]
     weights_R1 = weights_TK.take(pairs_R).masked_fill_(padding_R, 0).to(x_TD.dtype).unsqueeze(1)
     hidden_RF = x_TD.new_empty(len(pairs_R), width)
     out_RD = _scratch.take("out", x_TD, len(pairs_R), dim)
-    for block in _blocks(sizes[0].tolist()):
+    for block in _blocks(sizes[0], len(pairs_R), x_TD, width // 2):
         x = block.gather("x", x_TD, tokens_R)
-        hidden = hidden_RF[block.rows]
-        block.multiply(x, gate_up_EFD.mT, hidden)
+        hidden = block.multiply(x, gate_up_EFD.mT, hidden_RF[block.rows])
         gate, up = hidden.chunk(2, dim=1)
         act = _silu(gate, out=_scratch.take("act", x, *gate.shape)).mul_(up).mul_(weights_R1[block.rows])
-        block.multiply(act, down_EDH.mT, out_RD[block.rows])
+        out = block.multiply(act, down_EDH.mT, out_RD[block.rows])
+        if block.ends_E is not None:
+            hidden_RF, out_RD = hidden, out
     return gather_sum(out_RD, rows_TK), hidden_RF, tokens_R, weights_R1, rows_TK, torch.stack(sizes)
 
 
@@ -148,13 +165,13 @@ def _backward(
     d_gate_up_EFD, d_down_EDH = torch.empty_like(gate_up_EFD), torch.empty_like(down_EDH)
     dx_RD = _scratch.take("out", x_TD, len(tokens_R), x_TD.shape[1])
     d_weights_R = weights_R1.new_empty(len(tokens_R), dtype=torch.promote_types(x_TD.dtype, torch.float32))
-    for block in _blocks(sizes_2E[0].tolist()):
+    for block in _blocks(sizes_2E[0], len(tokens_R), x_TD, down_EDH.shape[2]):
         x, dy = block.gather("x", x_TD, tokens_R), block.gather("dy", dy_TD, tokens_R)
         gate, up = hidden_RF[block.rows].chunk(2, dim=1)
         act, silu, d_act = (_scratch.take(name, x, *gate.shape) for name in ("act", "silu", "d_act"))
         d_hidden = _scratch.take("d_hidden", x, len(x), hidden_RF.shape[1])
         d_gate, d_up = d_hidden.chunk(2, dim=1)
-        block.multiply(dy, down_EDH, d_act)
+        d_act = block.multiply(dy, down_EDH, d_act)
         torch.mul(_silu(gate, out=silu), up, out=act)
         product = torch.mul(d_act, act, out=d_gate)  # d_gate is free until the last line below
         torch.sum(product, dim=1, dtype=d_weights_R.dtype, out=d_weights_R[block.rows])
@@ -162,9 +179,11 @@ def _backward(
         d_act.mul_(weights_R1[block.rows])
         torch.mul(d_act, silu, out=d_up)
         _silu_backward(d_act.mul_(up), gate, grad_input=d_gate)
-        block.outer(dy, act, d_down_EDH)
-        block.outer(d_hidden, x, d_gate_up_EFD)
-        block.multiply(d_hidden, gate_up_EFD, dx_RD[block.rows])
+        d_down = block.outer(dy, act, d_down_EDH)
+        d_gate_up = block.outer(d_hidden, x, d_gate_up_EFD)
+        dx = block.multiply(d_hidden, gate_up_EFD, dx_RD[block.rows])
+        if block.ends_E is not None:
+            d_down_EDH, d_gate_up_EFD, dx_RD = d_down, d_gate_up, dx
     idle = ((sizes_2E[0] > 0) & (sizes_2E[1] == 0)).nonzero().flatten()
     if len(idle):  # their rows are a neighbour's tokens: weight 0 makes zeros of them, but not of a NaN
         d_gate_up_EFD.index_fill_(0, idle, 0)
@@ -173,10 +192,10 @@ def _backward(
 
 
 @_forward.register_fake
-def _(x_TD, gate_up_EFD, _down, expert_ids_TK, _weights):
+def _(x_TD, gate_up_EFD, _down, expert_ids_TK, _weights, _fixed):
     num_experts, width, _ = gate_up_EFD.shape
     tokens, top_k = expert_ids_TK.shape
-    rows = max_rows(tokens * top_k, num_experts, **_rows(x_TD, tokens * top_k, num_experts, width // 2))
+    rows = max_rows(tokens * top_k, num_experts, **_layout(x_TD, tokens * top_k, num_experts, width // 2))
     integers = expert_ids_TK.new_empty
     hidden_RF, weights_R1 = x_TD.new_empty(rows, width), x_TD.new_empty(rows, 1)
     y_TD, sizes_2E = torch.empty_like(x_TD), integers(2, num_experts)
@@ -190,7 +209,7 @@ def _(_dy, x_TD, gate_up_EFD, down_EDH, _hidden, _tokens, _weights, rows_TK, _si
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, gate_up_EFD, down_EDH, _, weights_TK = inputs
+    x_TD, gate_up_EFD, down_EDH, _, weights_TK, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros for the saved rows
     ctx.save_for_backward(x_TD, gate_up_EFD, down_EDH, *output[1:])
@@ -199,9 +218,9 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> N
 
 def _gradient(ctx: Any, dy_TD: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy_TD is None:
-        return None, None, None, None, None
+        return (None,) * 6
     dx_TD, d_gate_up_EFD, d_down_EDH, d_weights_TK = _backward(dy_TD.contiguous(), *ctx.saved_tensors)
-    return dx_TD, d_gate_up_EFD, d_down_EDH, None, d_weights_TK.to(ctx.weights_dtype)
+    return dx_TD, d_gate_up_EFD, d_down_EDH, None, d_weights_TK.to(ctx.weights_dtype), None
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
@@ -219,4 +238,5 @@ def padded_experts(
     >>> padded_experts(x, gate_up, down, torch.tensor([[0], [2]]), torch.ones(2, 1)).flatten()  # silu(1) = 0.7311
     tensor([0.7311, 2.9242])
     """
-    return _forward(x_TD.contiguous(), gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)[0]
+    fixed = torch.compiler.is_compiling()
+    return _forward(x_TD.contiguous(), gate_up_EFD, down_EDH, expert_ids_TK, weights_TK, fixed)[0]
