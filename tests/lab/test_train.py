@@ -226,6 +226,49 @@ def test_accumulation_is_the_same_as_one_big_batch(tiny_run, tmp_path):
         assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-3)
 
 
+@pytest.mark.parametrize("strategy", ["micro", "global", "global+micro", "global:ema", "sequence", "loss-free"])
+def test_one_pass_trains_what_many_passes_train(tiny_run, tmp_path, strategy):
+    """Left to itself a step is one pass; where estimators are compared (each second step here) it comes in pieces."""
+    cut = {"micro_batches": 8, "sequences_per_micro_batch": 1, "precision": "fp32", "steps": 5}
+    runs = [
+        read_run(train(tiny_run(strategy, **cut, micro_batches_per_pass=most), tmp_path / str(most))) for most in (0, 2)
+    ]
+    for a, b in zip(runs[0].steps, runs[1].steps, strict=True):
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-3)
+    for a, b in zip(runs[0].loads, runs[1].loads, strict=True):
+        assert a.counts == b.counts
+    errors = [one.relative_error["prefix"] for one in runs[0].fidelities]
+    assert len(errors) == 2 and min(errors) > 0.01  # one pass would have nothing to compare
+
+
+@pytest.mark.parametrize("strategy", ["global:prefix", "global:filled", "shuffle"])
+def test_what_looks_at_the_pieces_of_a_step_gets_them(tiny_run, tmp_path, strategy):
+    cut = {"micro_batches": 8, "sequences_per_micro_batch": 1, "steps": 3}
+    left, said = (
+        read_run(train(tiny_run(strategy, **cut, micro_batches_per_pass=most), tmp_path / str(most))) for most in (0, 4)
+    )
+    assert [step.loss for step in left.steps] == [step.loss for step in said.steps]
+
+
+def test_the_load_of_a_step_of_one_pass_needs_no_counting(tiny_run, tmp_path, monkeypatch):
+    from equipoise import Balancer
+
+    counted: list[int] = []
+    counting = Balancer.counting
+
+    def noted(self):
+        counted.append(self.step_count + 1)
+        return counting(self)
+
+    monkeypatch.setattr(Balancer, "counting", noted)
+    cut = {"micro_batches": 8, "sequences_per_micro_batch": 1, "steps": 4, "fidelity_every": 3}
+    train(tiny_run("global", **cut), tmp_path / "global")
+    assert counted == [3]  # where the estimators are compared
+    train(tiny_run("shuffle", **cut), tmp_path / "shuffle")
+    assert counted == [3, 1, 2, 3, 4]
+
+
 def test_learning_rate():
     config = TrainConfig(lr=2.0, min_lr_ratio=0.5, warmup=4, steps=20)
     rates = [learning_rate(config, step) for step in range(1, 21)]
