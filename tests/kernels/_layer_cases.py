@@ -125,3 +125,36 @@ def test_bf16_tokens_agree_with_plain_pytorch(monkeypatch, parameters):
     for got, expected in zip(*found, strict=True):
         error = (got.float() - expected.float()).norm() / expected.float().norm()
         assert float(error.detach()) < 0.02
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
+def test_compiled_as_one_graph_it_gives_the_same_bits():
+    """The kernels are operators that a compiler sees as they are announced."""
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        layer = MoE(16, 24, 6, 2).to(DEVICE)
+        balancer = Balancer(layer, [AuxLoss("micro_batch", 0.3), AuxLoss("global_batch", 0.3)])
+        run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE).bfloat16()
+        balancer.tap(run(x).float().square().mean()).backward()
+        found.append([p.grad for p in layer.parameters()] + [layer.gate.meter.leaf.grad])
+    assert all(torch.equal(got, expected) for got, expected in zip(*found, strict=True))
+
+
+def test_a_step_on_a_gpu_never_waits():
+    """torch itself raises there; tests/kernels/test_without_gpu.py holds the same law without a GPU."""
+    torch.manual_seed(0)
+    layer = MoE(16, 24, 6, 2).to(DEVICE, torch.bfloat16)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    balancer = Balancer(layer, [AuxLoss("micro_batch", 0.3), AuxLoss("global_batch", 0.3)], optimizer=optimizer)
+    x = torch.randn(2, 8, 16, device=DEVICE).bfloat16()
+    for mode in ("default", "error"):  # the first step compiles
+        if DEVICE == "cuda":
+            torch.cuda.set_sync_debug_mode(mode)
+        balancer.tap(layer(x).float().square().mean()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if DEVICE == "cuda":
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(balancer.load()[0].sum()) == 2 * 16

@@ -233,7 +233,6 @@ def backward(
         dz_TE += tl.load(grad_logits_ptr + first * NUM + at, mask=inside, other=0.0)
     if NORMS:
         tl.store(square_ptr, _square(dz_TE, inside))
-
     outer_TE = tl.where(real[:, None] & expert[None, :], p_TE * slope_TE, 0.0)
     q_E = tl.zeros([WIDTH], tl.float64)
     for n in tl.static_range(TERMS):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import os
@@ -16,6 +15,8 @@ __all__ = ["DEVICES", "INTERPRETED", "installed", "load", "usable"]
 # Triton decides when a kernel is defined; so does this, once. Slow: for tests of the kernels without a GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = {"cuda", "cpu"} if INTERPRETED else {"cuda"}
+# Looked for once and not in a cached function: a compiler that traces a router warns of those.
+_INSTALLED = torch.version.hip is None and importlib.util.find_spec("triton") is not None
 
 
 def usable(x: Tensor) -> bool:
@@ -27,14 +28,13 @@ def usable(x: Tensor) -> bool:
     return x.device.type in DEVICES and installed()
 
 
-@functools.cache
 def installed() -> bool:
     """Whether Triton can be imported; it is not imported for this.
 
     >>> isinstance(installed(), bool)
     True
     """
-    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
+    return _INSTALLED
 
 
 def load(name: str) -> Any:

@@ -1,6 +1,6 @@
 """The experts of a layer on a GPU: grouped products, and fused kernels for all that lies between them.
 
-Counted for N = T K rows of width D, hidden width H: the products take 6 N D H multiply-adds forward and 12 backward.
+Counted for N = T K rows of width D, hidden width H: the products take 6 N D H operations forward and 12 backward.
 Around them forward moves 2 N D (tokens to rows, rows to tokens) + 3 N H elements, backward 3 N D + 6 N H and T D a few
 times. Of size N only the products with gate and up, (N, 2H), are kept for backward: rows are copied from the tokens
 again, for 2 % of the layer's time and N D elements less memory.
