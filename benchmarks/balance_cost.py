@@ -1,10 +1,23 @@
-"""What balancing costs: the step's sum over ranks, memory, and its losses' time.
+"""What balancing costs: a step with it over one without, losses, memory, sums.
 
-    python benchmarks/balance_cost.py             # all three, about two minutes
-    python benchmarks/balance_cost.py collective --latency 20 --bandwidth 12.5
-    python benchmarks/balance_cost.py memory
+    python benchmarks/balance_cost.py             # all four, about four minutes
+    python benchmarks/balance_cost.py step        # two steps, about two minutes
+    python benchmarks/balance_cost.py step --rounds 40 --policies none z
     python benchmarks/balance_cost.py loss --tokens 8192 --layers 24 --rounds 9
+    python benchmarks/balance_cost.py memory
+    python benchmarks/balance_cost.py collective --latency 20 --bandwidth 12.5
 
+step: CPU time of a whole training step (forward, backward, SGD, metrics read)
+    of the lab's language model with a list of policies, over the same step of
+    the same model without a balancer. Each round takes the two in turn, in a
+    changing order, on the same weights and memory; a ratio is that of one
+    round, and what is printed is the median of the rounds, its 95 % bootstrap
+    interval and the quartiles. "none" against "none" shows what such a
+    comparison cannot see. Beside it what was counted, and does not depend on
+    the machine: torch operations and bytes that they read and write, beyond the
+    step without, for each layer and once a step (from models of 2 and 4
+    layers); passes over (tokens, experts); bytes kept for backward for each
+    layer and token; sums over ranks.
 collective: how often a step communicates and how many bytes (counted, for
     models of several sizes), what that takes on 2 to 8 processes of this
     machine (gloo, measured), fits of time = a + b * bytes + c * log2(ranks),
@@ -35,25 +48,29 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from _count import Work
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from equipoise import AuxLoss, Balancer, ExpertBias
+from equipoise import AuxLoss, Balancer, ExpertBias, ZLoss
 from equipoise.collectives import Group, Ranks
 from equipoise.functional import balance_loss, gate_probs, route
+from equipoise.lab.config import ModelConfig
+from equipoise.lab.model import LanguageModel
 from equipoise.layers import Router
 
 MODELS = [(24, 64), (48, 128), (94, 128), (61, 256)]  # layers, experts: small, Qwen3-30B, Qwen3-235B, DeepSeek-V3 + MTP
@@ -96,6 +113,170 @@ def counted_sums(layers: int, experts: int, estimator: str = "previous", micro_b
     balancer = Balancer(routers, [AuxLoss(coef=1e-2, estimator=estimator)], ranks=Ranks(group))
     step(routers, balancer, tokens=8, micro_batches=micro_batches)
     return group.sums
+
+
+# ---------------------------------------------------------------- a training step
+
+POLICIES: dict[str, list[Any]] = {
+    "none": [],
+    "micro": [AuxLoss("micro_batch")],
+    "sequence": [AuxLoss("sequence")],
+    "global filled": [AuxLoss("global_batch")],
+    "global exact": [AuxLoss("global_batch", estimator="exact")],
+    "global previous": [AuxLoss("global_batch", estimator="previous")],
+    "global+micro": [AuxLoss("global_batch"), AuxLoss("micro_batch", coef=1e-4)],
+    "loss-free": [ExpertBias("proportional", rate=1e-3)],
+    "deepseek-v3": [ExpertBias("proportional", rate=1e-3), AuxLoss("sequence", coef=1e-4, counts="unbiased")],
+    "z": [ZLoss()],
+}
+
+
+class Trained:
+    """One language model whose training step can be run with any policies, or with none, on the same memory."""
+
+    def __init__(
+        self, layers: int, width: int, experts: int, top_k: int, tokens: int, dtype: str = "float32", length: int = 256
+    ) -> None:
+        config = ModelConfig(
+            layers=layers, width=width, heads=max(1, width // 64), head_dim=64, experts=experts, top_k=top_k,
+            expert_hidden=width // 2, vocab_size=1024, gate="softmax",
+        )  # fmt: skip
+        self.model = LanguageModel(config, compute_dtype=getattr(torch, dtype))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-6)
+        self.batch = torch.randint(1024, (max(1, tokens // length), min(length, tokens) + 1))
+        self.states: dict[str, dict[str, Any]] = {}
+
+    def step(self, policies: str, watched: Callable[[Callable[[], None]], None]) -> None:
+        """Runs a step under ``watched``, with what the policies kept from their last step."""
+        balancer = Balancer(self.model, POLICIES[policies]) if POLICIES[policies] else None
+        if balancer and policies in self.states:
+            balancer.load_state_dict(self.states[policies])
+
+        def run() -> None:
+            loss = self.model(self.batch[:, :-1], self.batch[:, 1:])
+            (balancer.tap(loss) if balancer else loss).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if balancer:
+                balancer.metrics()
+
+        watched(run)
+        if balancer:
+            self.states[policies] = balancer.state_dict()
+            balancer.remove()
+        for block in self.model.model.layers:  # a bias that nobody moves would be refused
+            block.mlp.gate.expert_bias = None  # type: ignore[union-attr]
+
+    def seconds(self, policies: str) -> float:
+        """CPU time of a step."""
+        took = []
+
+        def timed(run: Callable[[], None]) -> None:
+            start = time.process_time()
+            run()
+            took.append(time.process_time() - start)
+
+        self.step(policies, timed)
+        return took[0]
+
+    def work(self, policies: str) -> Work:
+        """What a step asks torch to do, once it has seen a step."""
+        self.seconds(policies)
+        work = Work()
+
+        def counted(run: Callable[[], None]) -> None:
+            with work:
+                run()
+
+        self.step(policies, counted)
+        return work
+
+    def kept(self, policies: str) -> int:
+        """Bytes that forward keeps for backward, each storage once; not those of parameters."""
+        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage
+            return tensor
+
+        def noted(run: Callable[[], None]) -> None:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                run()
+
+        self.step(policies, noted)
+        return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
+
+
+class Added(NamedTuple):
+    """What policies add to a step."""
+
+    operations: tuple[float, float]  # for each layer, and once
+    bytes_touched: tuple[float, float]  # the same, of which those for each layer are for one token
+    bytes_kept: float  # for each layer and token
+    sums: int
+
+
+def added_work(policies: str, width: int = 64, experts: int = 64, top_k: int = 8, tokens: int = 512) -> Added:
+    """Counted, from models of 2 and 4 layers."""
+    works, kept = [], []
+    for layers in (2, 4):
+        trained = Trained(layers, width, experts, top_k, tokens, length=128)
+        plain, work = trained.work("none"), trained.work(policies)
+        calls = sum(work.calls.values()) - sum(plain.calls.values())
+        works.append((calls, work.touched - plain.touched, len(work.sums)))
+        kept.append(trained.kept(policies) - trained.kept("none"))
+    each, touched = ((works[1][i] - works[0][i]) / 2 for i in (0, 1))
+    return Added(
+        (each, works[0][0] - 2 * each),
+        (touched / tokens, works[0][1] - 2 * touched),
+        (kept[1] - kept[0]) / 2 / tokens,
+        works[1][2],
+    )
+
+
+def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
+    """95 % of the medians of as many values drawn from them with replacement."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(values, size=(draws, len(values))), axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def show_step(arguments: argparse.Namespace) -> None:
+    shape = (arguments.step_layers, arguments.width, arguments.experts, arguments.top_k, arguments.step_tokens)
+    torch.manual_seed(0)
+    trained, ratios = Trained(*shape, arguments.dtype), {name: [] for name in arguments.policies}
+    plain: list[float] = []
+    for name in arguments.policies:
+        trained.seconds(name)
+    for _ in range(arguments.rounds):
+        for name in random.sample(arguments.policies, len(arguments.policies)):
+            gc.collect()
+            turns = random.sample(["plain", "balanced"], 2)
+            took = {turn: trained.seconds("none" if turn == "plain" else name) for turn in turns}
+            ratios[name].append(took["balanced"] / took["plain"])
+            plain.append(took["plain"])
+    layers, width, experts, top_k, tokens = shape
+    print(
+        f"A training step over one without a balancer: {layers} layers, width {width}, {experts} experts top-{top_k}, "
+        f"{tokens} tokens,\n{arguments.dtype}, {1e3 * statistics.median(plain):.0f} ms without, "
+        f"{arguments.rounds} rounds of two in turn: median [95 %] (quartiles).\n"
+        f"Counted at width 64 beyond the step without: operations for each layer + once, bytes touched for each\n"
+        "layer and token, and as many passes over (tokens, experts) of fp32; bytes kept for each layer and token\n"
+    )
+    print(f"{'':>16} {'step':>32} {'operations':>12} {'touched':>8} {'passes':>7} {'kept':>5} {'sums':>5}")
+    for name, found in ratios.items():
+        low, middle, high = statistics.quantiles(found, n=4)
+        start, end = bootstrap(found)
+        cells = f"{name:>16} {f'{middle:.4f} [{start:.4f}-{end:.4f}] ({low:.3f}-{high:.3f})':>32}"
+        if POLICIES[name]:
+            added = added_work(name, experts=experts, top_k=top_k)
+            (each, once), touched = added.operations, added.bytes_touched[0]
+            cells += f" {f'{each:.0f} + {once:.0f}':>10} {touched:8.0f} {touched / 4 / experts:7.1f}"
+            cells += f" {added.bytes_kept:5.0f} {added.sums:5}"
+        print(cells, flush=True)
 
 
 # ---------------------------------------------------------------- the step's sum over ranks
@@ -413,7 +594,7 @@ def span(values: list[float]) -> str:
     return f"{middle:.0f} ({low:.0f}-{high:.0f})"
 
 
-PARTS = {"collective": show_collective, "memory": show_memory, "loss": show_loss}
+PARTS = {"step": show_step, "loss": show_loss, "memory": show_memory, "collective": show_collective}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -425,10 +606,16 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--hop", type=float, default=8.5, metavar="US", help="of a cluster: between two nodes")
     made.add_argument("--bandwidth", type=float, default=50.0, metavar="GB/S", help="of a cluster: per node")
     made.add_argument("--per-node", type=int, default=8, help="ranks that share a node")
+    made.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), metavar="name",
+                      help=f"of the step: {', '.join(POLICIES)}; default: all")  # fmt: skip
+    made.add_argument("--width", type=int, default=256, help="of the step's model")
+    made.add_argument("--step-layers", type=int, default=2, help="of the step's model")
+    made.add_argument("--step-tokens", type=int, default=2048, help="of a step")
+    made.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="the step computes in")
     made.add_argument("--tokens", type=int, default=8192, help="of the losses; memory uses a quarter")
     made.add_argument("--layers", type=int, default=24, help="of the losses")
-    made.add_argument("--experts", type=int, default=64, help="of the losses")
-    made.add_argument("--top-k", type=int, default=8, help="of the losses")
+    made.add_argument("--experts", type=int, default=64, help="of the step and the losses")
+    made.add_argument("--top-k", type=int, default=8, help="of the step and the losses")
     made.add_argument("--rounds", type=int, default=20, help="each runs every contestant once")
     return made
 

@@ -50,8 +50,8 @@ MUTATIONS = {
     ),
     "the count flag ignored: two backwards count twice": Mutation(
         "tie.py",
-        "counted = torch.cat([statistics, *norms]) * pressure[-1]",
-        "counted = torch.cat([statistics, *norms])",
+        "counted = torch.cat([statistics, norms]) * pressure[-1]",
+        "counted = torch.cat([statistics, norms])",
         "core/test_stated_results.py two_backwards",
     ),
     "evaluation counted and pushed (B26, B28)": Mutation(

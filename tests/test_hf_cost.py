@@ -24,9 +24,9 @@ def run(*arguments: str) -> str:
 def test_a_layer_costs_a_bounded_number_of_operations():
     lines = re.findall(r"(\w+)  (\d+) a layer, (\d+) once", run("calls"))
     found = {name: (int(each), int(once)) for name, each, once in lines}
-    assert 0 < found["ours"][0] <= 250  # a ceiling to be lowered, not raised: 219 of them are there without norms
+    assert 0 < found["ours"][0] <= 75  # ceilings to be lowered, not raised: 51 of them are there without norms
     assert found["bias"][0] <= found["ours"][0]
-    assert found["ours"][1] <= 40
+    assert found["ours"][1] <= 120
 
 
 def test_help_teaches_on_80_columns():

@@ -53,8 +53,7 @@ def measure(
         plain_TK = logits_TE.topk(plan.top_k, dim=-1).indices
         plain_BE = count_choices(plain_TK, num_experts, batch.token_mask_T, num_sequences).double()
 
-    micro = micro_batches(plan)
-    fractions = _fractions([SEQUENCE, micro, *plan.terms], counts_BE, plain_BE)
+    fractions, loads = _fractions([SEQUENCE, micro_batches(plan), *plan.terms], counts_BE, plain_BE)
     of_documents: dict[bool, Tensor] = {}  # unbiased or not -> (R, E) counts
     values, documents = [], []
     for term, fraction_BE in zip(plan.terms, fractions[2:], strict=True):
@@ -69,8 +68,6 @@ def measure(
 
     counts_E = counts_BE.sum(dim=0)
     parts = [counts_E, probs_BE.sum(dim=0)] + ([] if plain_BE is None else [plain_BE.sum(dim=0)])
-    assert fractions[0] is not None and fractions[1] is not None
-    loads = [violations(fractions[0]).sum(), violations(fractions[1]).mean()]
     *scalars, rows = _scalars(plan, logits_TE, valid_TE, ids_TK, counts_BE, counts_E, batch)
     statistics = torch.cat([*parts, _stacked([*scalars, *loads, rows, *values])])
     tables = None
@@ -97,8 +94,11 @@ def violations(fraction_BE: Tensor) -> Tensor:
     return (fraction_BE.shape[-1] * fraction_BE.amax(dim=-1) - 1).clamp(min=0)
 
 
-def _fractions(terms: list[LocalTerm], counts_BE: Tensor, plain_BE: Tensor | None) -> list[Tensor | None]:
-    """f of each term, (B, E) or (1, E) where all sequences share it; None where forward does not know it."""
+def _fractions(
+    terms: list[LocalTerm], counts_BE: Tensor, plain_BE: Tensor | None
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """(f of each term, (B, E) or (1, E) where all sequences share it, None where forward does not know it;
+    MaxVio summed over the rows of the first term, and its mean over those of the second)."""
     one = len(counts_BE) == 1
     keys = [term._replace(kind="sequences", sequences=1) if one and _is_local(term) else term for term in terms]
     distinct = [key for key in dict.fromkeys(keys) if _is_local(key)]
@@ -107,9 +107,13 @@ def _fractions(terms: list[LocalTerm], counts_BE: Tensor, plain_BE: Tensor | Non
         chosen_BE = counts_BE if plain_BE is None or not key.unbiased else plain_BE
         whole = key.kind == "micro_batch" or key.sequences >= len(counts_BE)
         rows.append(chosen_BE.sum(dim=0, keepdim=True) if whole and not one else shared_counts(chosen_BE, key))
-    found = load_fractions(torch.cat(rows) if len(rows) > 1 else rows[0]).split([len(row_RE) for row_RE in rows])
-    of = dict(zip(distinct, found, strict=True))
-    return [of.get(key) for key in keys]
+    sizes = [len(row_RE) for row_RE in rows]
+    found_RE = load_fractions(torch.cat(rows) if len(rows) > 1 else rows[0])
+    of = dict(zip(distinct, found_RE.split(sizes) if len(rows) > 1 else [found_RE], strict=True))
+    vio_R = violations(found_RE)
+    of_first = vio_R[: sizes[0]].sum()
+    of_second = of_first / sizes[0] if keys[0] == keys[1] else vio_R[sizes[0] : sizes[0] + sizes[1]].mean()
+    return [of.get(key) for key in keys], [of_first, of_second]
 
 
 def _is_local(term: LocalTerm) -> bool:
@@ -121,8 +125,7 @@ def _stack_terms(fractions: list[Tensor | None], probs_BE: Tensor) -> Tensor:
     if all(one is None for one in fractions):
         return probs_BE.new_zeros((len(fractions), *probs_BE.shape))
     none = torch.zeros_like(probs_BE) if any(one is None for one in fractions) else probs_BE
-    rows = [none if one is None else one.expand_as(probs_BE) for one in fractions]
-    return torch.stack(rows).to(probs_BE.dtype)
+    return torch.stack([none if one is None else one.to(probs_BE.dtype).expand_as(probs_BE) for one in fractions])
 
 
 def _stacked(numbers: list[Tensor | None]) -> Tensor:

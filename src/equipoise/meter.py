@@ -172,6 +172,7 @@ class Meter:
         self.leaf = torch.zeros(plan.size, **fp64, requires_grad=True)
         self.language = torch.zeros(1, **fp64, requires_grad=True)  # the same for what a probe measures: see Plan
         self.pressure = torch.zeros(plan.pressure_size, **fp64)
+        self.written = self.pressure.data  # the same memory: a late write here does not trip autograd's version counter
         # The first pass of a reentrant checkpoint runs without gradient and must still be seen by the tap, while a
         # whole model run without gradient (a reference model, an evaluation) must not mix with either: three slots.
         square = (plan.num_experts, plan.num_experts) if plan.gram else (0, 0)
@@ -200,6 +201,7 @@ class Meter:
             moved.grad = None if leaf.grad is None else leaf.grad.to(device)
             setattr(self, name, moved)
         self.pressure = self.pressure.to(device)
+        self.written = self.pressure.data
         self.slots, self.grams = [s.to(device) for s in self.slots], [g.to(device) for g in self.grams]
 
     def __deepcopy__(self, memo: dict) -> None:
@@ -231,12 +233,11 @@ def take(meters: Sequence[Meter]) -> Taken:
 
 
 def overwrite(tensors: Sequence[Tensor], values: Sequence[Tensor] | None = None) -> None:
-    """Writes into many tensors at once (zeros without ``values``), late: addresses and version counters stay."""
-    late = [tensor.data for tensor in tensors]
+    """Writes into many tensors at once, zeros without ``values``; they keep their addresses."""
     if values is None:
-        torch._foreach_zero_(late)  # type: ignore[reportPrivateImportUsage]
+        torch._foreach_zero_(tensors)  # type: ignore[reportPrivateImportUsage]
     else:
-        torch._foreach_copy_(late, values)  # type: ignore[reportPrivateImportUsage]
+        torch._foreach_copy_(tensors, values)  # type: ignore[reportPrivateImportUsage]
 
 
 def clear_slots(meters: Sequence[Meter], first: int = 0) -> None:

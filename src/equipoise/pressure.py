@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, StateError
 from .functional.losses import load_fractions
 from .meter import Meter, Placed, Plan, Tables, Taken, clear_slots, overwrite
 from .policies.estimators import ESTIMATORS, LoadHistory
@@ -89,7 +89,7 @@ class Bank:
         self.release()  # a forgotten tap may not push with what the last step left
         count_P = torch.zeros(self.plan.pressure_size, dtype=torch.float64, device=self.device)
         count_P[-1] = 1.0  # counting needs no tap
-        overwrite([meter.pressure for meter in self.meters], [count_P] * len(self.layers))
+        overwrite([meter.written for meter in self.meters], [count_P] * len(self.layers))
 
     def press(self, bound: Bound, scale: Tensor, *, count: bool) -> None:
         """Writes what ``bind`` gave, for this scale of the loss; ``count=False``: push again, count nothing."""
@@ -97,11 +97,11 @@ class Bank:
         rows = torch.cat([push_LP, push_LP.new_full((len(push_LP), 1), float(count))], dim=1).unbind()
         for meter, late, placed in zip(self.meters, bound.late, bound.placed, strict=True):
             meter.late, meter.placed_late = late, placed
-        overwrite([meter.pressure for meter in self.meters], rows)
+        overwrite([meter.written for meter in self.meters], rows)
 
     def release(self) -> None:
         """No push and no counting until the next tap: another backward over the same graph adds nothing."""
-        overwrite([meter.pressure for meter in self.meters])
+        overwrite([meter.written for meter in self.meters])
         for meter in self.meters:
             meter.late, meter.placed_late = [], []
 
@@ -116,7 +116,8 @@ class Bank:
                 if len(rows) < len(self.layers):
                     momentum_LE = old_LE.index_copy(0, torch.tensor(rows, device=old_LE.device), momentum_LE[rows])
                 self.momentum[place] = momentum_LE
-                overwrite([self.layers[i].router.expert_bias for i in rows], [new_LE[i] for i in rows])
+                new = new_LE.unbind()
+                overwrite([self.layers[i].router.expert_bias for i in rows], [new[i] for i in rows])
 
     def biases(self) -> Tensor | None:
         """(L, E), NaN for a layer without; None where no layer has one."""
@@ -317,7 +318,14 @@ def _window(bank: Bank, term: int, n: int, taken_LS: Tensor, counts_LE: Tensor) 
 def _shuffled(bank: Bank, taken_LS: Tensor, micro: MicroStep) -> Tensor:
     """f of as many random tokens of the global batch as this micro-batch has, without replacement (table 2): (L, E)."""
     plan = bank.plan
-    if not bank.pools:  # one micro-batch: any such draw is the whole of it; more raises in exact's words
+    if not bank.pools:  # one micro-batch: any such draw is the whole of it; more passes raise in exact's words
+        rows = float(taken_LS[:, plan.at("rows")].max())
+        if micro.ranks > 1 or (plan.micro_sequences is not None and rows > plan.micro_sequences):
+            raise StateError(
+                expected="the tokens of the whole step for scope 'shuffle'",
+                got=f"several micro-batches at once ({micro.ranks} ranks, {rows:g} sequences) without a counting pass",
+                do="run the step under `with balancer.counting():` first, also where it is one pass",
+            )
         return _fraction(bank, "exact", 0.0, micro.number)
     draw = (micro.number - 1) * micro.ranks + micro.rank + 1
     size_L = taken_LS[:, plan.at("tokens")]
@@ -365,4 +373,5 @@ def step_sums(bank: Bank) -> Tensor:
 
 def _collected(leaves: Sequence[Tensor]) -> Tensor:
     """(L, ...): the gradients of the leaves, zero where there is none."""
-    return torch.stack([torch.zeros_like(leaf.detach()) if leaf.grad is None else leaf.grad for leaf in leaves])
+    zero = leaves[0].new_zeros(leaves[0].shape) if any(leaf.grad is None for leaf in leaves) else leaves[0]
+    return torch.stack([zero if leaf.grad is None else leaf.grad for leaf in leaves])

@@ -126,15 +126,16 @@ class _Tie(torch.autograd.Function):
         if plan.shards > 1:
             probs_E = statistics[plan.num_experts : 2 * plan.num_experts]
             fraction_NBE, fraction_NTE = late_fractions(ctx.key, grad_weights_TK, probs_E, fraction_NBE, fraction_NTE)
-        push_TE, norms = None, [pressure.new_zeros(plan.size - plan.forward_size)]
-        if probs_TE is not None:
+        if probs_TE is None:
+            push_TE, norms = None, pressure.new_zeros(plan.size - plan.forward_size)
+        else:
             push_TE, squares = _push(plan, pressure, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE)
-            push_TE = push_TE.to(ctx.logits_dtype)
-            language = pressure.new_zeros(())  # see _Probe
+            push_TE, zero = push_TE.to(ctx.logits_dtype), pressure.new_zeros(())
+            language = zero  # see _Probe
             if ids_TK is not None:
                 language = _square_behind(plan, grad_weights_TK, ids_TK, probs_TE, logits_TE)
-            norms = [torch.stack([language, *squares])]
-        counted = torch.cat([statistics, *norms]) * pressure[-1]
+            norms = torch.stack([language, *(zero if square is None else square for square in squares)])
+        counted = torch.cat([statistics, norms]) * pressure[-1]
         return grad_weights_TK, push_TE, counted, *[None] * 9
 
 
@@ -193,8 +194,8 @@ def _push(
     fraction_NTE: Tensor | None,
     mask_T: Tensor | None,
     logits_TE: Tensor | None,
-) -> tuple[Tensor, list[Tensor]]:
-    """(gradient for the logits (T, E), squared norm per term and of the z-loss (N + 1))."""
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(gradient for the logits (T, E), squared norm per term and of the z-loss (N + 1), None where not measured)."""
     num_sequences = fraction_NBE.shape[1]
     probs_BSE = probs_TE.view(num_sequences, probs_TE.shape[0] // num_sequences, plan.num_experts)
     q_N = _fractions_under_pressure(plan, pressure, probs_BSE, fraction_NBE, fraction_NTE)
@@ -210,10 +211,9 @@ def _push(
     total_TE = pushes[0] if pushes else torch.zeros_like(probs_TE)
     for push_TE in pushes[1:]:
         total_TE = total_TE + push_TE
-    zero = pressure.new_zeros(())
     if not plan.norms:
-        return total_TE, [zero] * (len(plan.terms) + 1)
-    return total_TE, [_square_norm(push_TE) for push_TE in pushes] + ([] if plan.z_loss else [zero])
+        return total_TE, [None] * (len(plan.terms) + 1)
+    return total_TE, [*(_square_norm(push_TE) for push_TE in pushes), *([] if plan.z_loss else [None])]
 
 
 def _fractions_under_pressure(
@@ -221,19 +221,20 @@ def _fractions_under_pressure(
 ) -> list[Tensor]:
     """q of every term, broadcastable to (B, S, E): the row that the tap chose, or a factor times forward's f."""
     num_terms, num_experts, dtype = len(plan.terms), plan.num_experts, probs_BSE.dtype
-    row_NE = pressure[: num_terms * num_experts].view(num_terms, num_experts)
-    factor_N = pressure[num_terms * num_experts : num_terms * (num_experts + 1)]
     q_N, documents = [], 0
     for i, term in enumerate(plan.terms):
-        match term.kind:
-            case "late":
-                q_N.append(row_NE[i].to(dtype))
-            case "document":
-                assert fraction_NTE is not None
-                q_N.append((factor_N[i].to(dtype) * fraction_NTE[documents]).view_as(probs_BSE))
-                documents += 1
-            case _:  # a window of sequences may turn out to be wider than the micro-batch: then it is a row
-                q_N.append((row_NE[i] + factor_N[i] * fraction_NBE[i].unsqueeze(1)).to(dtype))
+        row_E, factor = pressure[i * num_experts : (i + 1) * num_experts], pressure[num_terms * num_experts + i]
+        if term.kind == "late":
+            q_N.append(row_E.to(dtype))
+        elif term.kind == "document":
+            assert fraction_NTE is not None
+            q_N.append((factor.to(dtype) * fraction_NTE[documents]).view_as(probs_BSE))
+            documents += 1
+        else:
+            q_BE = factor * fraction_NBE[i]
+            if term.sequences > 1:  # a window that may turn out to be wider than the micro-batch: then it is a row
+                q_BE = q_BE + row_E
+            q_N.append(q_BE.to(dtype).unsqueeze(1))
     return q_N
 
 

@@ -89,3 +89,21 @@ def shuffle_pool() -> tuple[list[int], list[int]]:
         dist.all_reduce(p.grad)
     optimizer.step()
     return counts, balancer.load()[0].tolist()
+
+
+def exact_in_one_pass(sequences: int) -> tuple[list[float], float, list[int]]:
+    """(gradient of the router, value of the loss, load) of a step in one pass, without counting it before."""
+    torch.manual_seed(0)
+    model = MoE(8, 16, 6, 2).double()
+    x_BSD = torch.randn(sequences, 5, 8, dtype=torch.float64).chunk(dist.get_world_size())[dist.get_rank()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    balancer = Balancer(
+        model, [AuxLoss("global_batch", 0.5, estimator="exact")], sequences_per_micro_batch=1, ranks=Ranks.default()
+    )
+    balancer.tap(model(x_BSD).square().mean()).backward()
+    gradient = model.gate.weight.grad
+    assert gradient is not None
+    dist.all_reduce(gradient)
+    gradient /= dist.get_world_size()
+    optimizer.step()
+    return gradient.flatten().tolist(), balancer.metrics()["balance/policy_0/loss"], balancer.load()[0].tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from equipoise import AuxLoss, Balancer, ConfigError, MoE, ZLoss
+from equipoise import AuxLoss, Balancer, ConfigError, MoE, StateError, ZLoss
 
 POLICIES = {
     "micro_batch": [AuxLoss("micro_batch", 0.5)],
@@ -43,6 +43,54 @@ def test_a_pass_of_several_micro_batches_equals_as_many_passes(name, sequences):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
     assert all(bool((a == b).all()) for a, b in zip(alone[2], together[2], strict=True))
     assert alone[1] == pytest.approx(together[1], rel=1e-9)
+
+
+@pytest.mark.parametrize("sequences", [None, 1])
+@pytest.mark.parametrize("batch", [1, 32])
+def test_a_step_of_one_pass_needs_no_counting_pass_for_exact(sequences, batch):
+    """The load of the only pass is the step's, however many micro-batches run in it."""
+    found = []
+    for count in (True, False):
+        torch.manual_seed(0)
+        model = MoE(dim=8, hidden=16, num_experts=6, top_k=2).double()
+        x_BSD = torch.randn(batch, 5, 8, dtype=torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        policies = [AuxLoss("global_batch", 0.5, estimator="exact"), AuxLoss("micro_batch", 0.1)]
+        balancer = Balancer(model, policies, sequences_per_micro_batch=sequences)
+        assert balancer.needs_counting
+        if count:
+            with balancer.counting():
+                model(x_BSD)
+        balancer.tap(model(x_BSD).square().mean()).backward()
+        optimizer.step()
+        found.append(([p.grad for p in model.parameters()], balancer.metrics(), balancer.load()[0].tolist()))
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-12)
+    assert found[0][2] == found[1][2]
+
+
+@pytest.mark.xdist_group("ranks")
+def test_so_it_is_on_two_ranks(ranks):
+    """Gradients and value of 16 sequences a rank are those of 32 in one process."""
+    (gradient, value, load), *_ = ranks.run("core._ranks:exact_in_one_pass", 32, size=1)
+    for other in ranks.run("core._ranks:exact_in_one_pass", 32, size=2):
+        assert other[2] == load
+        assert other[1] == pytest.approx(value, rel=1e-9)
+        torch.testing.assert_close(torch.tensor(other[0]), torch.tensor(gradient), rtol=1e-9, atol=1e-12)
+
+
+def test_the_shuffle_control_needs_one_where_a_pass_is_several_micro_batches():
+    """f of the whole pass would be the exact f, and the control would show no difference."""
+    for sequences, batch in ((None, 8), (1, 1), (1, 8)):
+        model = MoE(dim=8, hidden=16, num_experts=6, top_k=2)
+        balancer = Balancer(model, [AuxLoss("shuffle", 0.5)], sequences_per_micro_batch=sequences)
+        loss = balancer.tap(model(torch.randn(batch, 5, 8)).square().mean())
+        if sequences == 1 < batch:
+            with pytest.raises(StateError, match=r"(?s)whole step for scope 'shuffle'.*8 sequences.*counting"):
+                loss.backward()
+        else:
+            loss.backward()
 
 
 def test_without_it_a_pass_is_one_micro_batch():
