@@ -10,15 +10,19 @@ point one axis grows at a time.
 ms: CPU time of one thread, all points of an axis in turn: median, quartiles.
 operations, MB touched: counted below autograd, those inside our own operators
 among them; the bytes of all tensors that an operation reads or writes.
-slope: s of time = a + b * x^s, with a, b >= 0 and the least relative squares:
-1 is proportional to x beyond a fixed cost, 0 does not grow. For ranks (gloo
-processes of this machine, all with the base's tokens) only what each hands to
-collectives is counted: processes that share cores say nothing about time.
+slope: s of time ~ x^s over the last two doublings; 1 is proportional to x, 0
+does not grow. "beyond a fixed cost": s of time = a + b * x^s over all values,
+with a, b >= 0 and the least relative squares; what is cheaper where it is small
+(experts that share products, rows that stay in the cache) makes it larger. For
+ranks (gloo processes of this machine, all with the base's tokens) only what
+each hands to collectives is counted: processes that share cores say nothing
+about time.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import statistics
@@ -99,6 +103,15 @@ def grow(axis: str, values: Sequence[int], rounds: int) -> list[tuple[list[float
             stack()
             took.append(1e3 * (time.process_time() - start))
     return list(zip(times, counted, strict=True))
+
+
+def slope(x: Sequence[int], y: Sequence[float]) -> float:
+    """s of y ~ x^s between the last value and the third from the end.
+
+    >>> slope([1, 2, 4, 8], [9.0, 10.0, 20.0, 40.0])
+    1.0
+    """
+    return round(math.log(y[-1] / y[-3]) / math.log(x[-1] / x[-3]), 2)
 
 
 def exponent(x: Sequence[int], y: Sequence[float]) -> float:
@@ -185,7 +198,7 @@ def _panel(left: int, title: str, curves: dict[str, tuple[Sequence[int], Sequenc
         colour, dots = COLOURS[axis], [place(a / x[0], b / y[0]) for a, b in zip(x, y, strict=True)]
         lines.append(f'<path d="M{"L".join(dots)}" stroke="{colour}" stroke-width="2" fill="none"/>')
         lines += ['<circle cx="{}" cy="{}" r="3" fill="{}"/>'.format(*dot.split(","), colour) for dot in dots]
-        said = f"{axis.replace('top_k', 'K')} {x[0]}–{x[-1]}: slope {exponent(x, y):.2f}"
+        said = f"{axis.replace('top_k', 'K')} {x[0]}–{x[-1]}: slope {slope(x, y):.2f}"
         lines.append(f'<text x="{left + 12}" y="{TOP + 20 + 17 * row}" fill="{colour}">{said}</text>')
     lines.append(f'<text x="{left + PANEL / 2}" y="{TOP + PANEL + 38}" text-anchor="middle">times as much</text>')
     return lines
@@ -211,8 +224,9 @@ def main() -> None:
             print(f"{axis:>8} {value:6} {span(took):>18} {work.total:11} {work.touched / 1e6:11.1f}")
         spent[axis] = values, [statistics.median(took) for took, _ in found]
         touched[axis] = values, [work.touched for _, work in found]
-        slopes = exponent(*spent[axis]), exponent(*touched[axis])
-        print(f"{'':>8} slope: time {slopes[0]:.2f}, bytes {slopes[1]:.2f}{_verdict(*slopes)}\n", flush=True)
+        ms, mb = (f"{slope(*each):.2f} ({exponent(*each):.2f})" for each in (spent[axis], touched[axis]))
+        steep = max(slope(*spent[axis]), slope(*touched[axis])) > STEEPEST
+        print(f"{'':>8} slope (beyond a fixed cost): ms {ms}, MB {mb}{' <- too steep' * steep}\n")
     print(f"{'axis':>8} {'value':>6} {'sums a step':>12} {'bytes a rank':>13} {'MB touched':>11}")
     answers = [on_ranks(size) for size in RANKS]
     for size, (sums, work) in zip(RANKS, answers, strict=True):
@@ -220,10 +234,6 @@ def main() -> None:
     touched["ranks"] = RANKS, [work for _, work in answers]
     if arguments.svg:
         arguments.svg.write_text(figure({"CPU time of a step": spent, "bytes it touches": touched}), encoding="utf-8")
-
-
-def _verdict(*slopes: float) -> str:
-    return "" if max(slopes) <= STEEPEST else f"  <- steeper than {STEEPEST}"
 
 
 if __name__ == "__main__":

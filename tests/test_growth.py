@@ -49,6 +49,8 @@ def test_the_exponent_is_that_of_the_part_that_grows(growth):
 
 
 def test_the_figure_names_every_slope(growth):
-    svg = growth.figure({"time": {"tokens": ((1, 2, 4), (1.0, 2.0, 4.0))}, "bytes": {"top_k": ((1, 2), (1.0, 1.0))}})
+    svg = growth.figure(
+        {"time": {"tokens": ((1, 2, 4), (1.0, 2.0, 4.0))}, "bytes": {"top_k": ((1, 2, 8), (1.0, 1.0, 1.0))}}
+    )
     assert svg.count("<svg") == svg.count("</svg>") == 1
-    assert "tokens 1–4: slope 1.00" in svg and "K 1–2: slope 0.00" in svg
+    assert "tokens 1–4: slope 1.00" in svg and "K 1–8: slope 0.00" in svg
