@@ -1,9 +1,9 @@
 """A training step of the lab against one of transformers' Trainer: the same model, weights, text, threads, precision.
 
-    python benchmarks/trainer_speed.py                      # one thread, bf16 and fp32: about three minutes
+    python benchmarks/trainer_speed.py            # bf16 and fp32, one thread
     python benchmarks/trainer_speed.py --threads 2 --precision bf16
     python benchmarks/trainer_speed.py --theirs default:32 eager:32 grouped_mm:4
-    python benchmarks/trainer_speed.py --where              # only the table of where our time goes
+    python benchmarks/trainer_speed.py --where    # only where our time goes
 
 Qwen3-MoE, 3 layers of width 128, 16 experts top-2, vocabulary 2048, 32
 sequences of 256 tokens a step, AdamW, gradients clipped. Each contestant is a

@@ -41,7 +41,8 @@ MICRO_SHARE = 0.01  # of the global coefficient, for the micro-batch loss beside
 BIAS_RATE = 1e-2  # decaying to 0: the papers' constant 1e-3 needs thousands of steps to arrive
 
 AUX: dict[str, Any] = {"kind": "AuxLoss", "coef": COEFFICIENT}
-# Of a short run much is lost while routers move fast: the f of the current step, at the price of a counting pass.
+# Of a short run much is lost while routers move fast: the f of the current step. Where the step does not fit one pass
+# (`lab.passes`) it costs a counting pass.
 GLOBAL = AUX | {"scope": "global_batch", "estimator": "exact"}
 BIAS: dict[str, Any] = {"kind": "ExpertBias", "rule": "sign", "rate": BIAS_RATE, "schedule": "cosine"}
 
