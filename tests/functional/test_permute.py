@@ -54,14 +54,16 @@ def test_every_row_of_an_expert_is_its_own(routing, pad, call):
     assert rows.counts_E.tolist() == counts
     assert rows.sizes_E.tolist() == even_sizes([padded_size(n) if pad else n for n in counts], call)
     assert len(rows.pairs_R) == max_rows(ids_TK.numel(), num_experts, pad=pad, call=call)
+    pair_R = torch.full_like(rows.pairs_R, -1)
+    pair_R[rows.rows_TK.flatten()] = torch.arange(ids_TK.numel())
+    real_R = pair_R >= 0  # each pair has one row that is not padding, the row it was told
+    assert real_R.sum() == ids_TK.numel()
+    assert torch.equal(rows.pairs_R[real_R], pair_R[real_R])
     expert_R = torch.arange(num_experts).repeat_interleave(rows.sizes_E)
     own_R = rows.counts_E[expert_R] > 0  # an expert without pairs may have rows, all of them padding
     assert torch.equal(ids_TK.flatten()[rows.pairs_R[: len(expert_R)][own_R]], expert_R[own_R])
-    assert rows.padding_R[: len(expert_R)][~own_R].all()
-    assert rows.padding_R[len(expert_R) :].all()
-    real = (~rows.padding_R).nonzero().flatten()  # each pair has one row that is not padding, the row it was told
-    assert torch.equal(rows.rows_TK.flatten()[rows.pairs_R[real]], real)
-    assert len(real) == ids_TK.numel()
+    assert not real_R[: len(expert_R)][~own_R].any()
+    assert not real_R[len(expert_R) :].any()
 
 
 @given(st.integers(0, 10**6))

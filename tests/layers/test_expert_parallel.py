@@ -75,7 +75,7 @@ def test_compiled(ranks):
 def test_autocast(ranks):
     for got, wanted in ranks.run(f"{CASES}:cast_on_the_way"):
         assert got.dtype == wanted.dtype == torch.bfloat16
-        torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(got, wanted, rtol=0.016, atol=0.004)  # each rank's part of a sum is rounded
 
 
 @pytest.mark.parametrize(

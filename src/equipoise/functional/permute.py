@@ -54,9 +54,7 @@ class PaddedRows(NamedTuple):
     """`ExpertOrder` with each expert's rows rounded up, and idle rows up to `max_rows`."""
 
     pairs_R: Tensor
-    """The pair in each row; a padding row repeats a pair of its own expert (int64)."""
-    padding_R: Tensor
-    """True where a row is padding or idle: give it weight 0."""
+    """The pair in each row; a padding row repeats a pair of its own expert, an idle one any (int64)."""
     rows_TK: Tensor
     """The row of each pair (int64)."""
     sizes_E: Tensor
@@ -156,12 +154,12 @@ def pad_rows(
     Sizes are those of `padded_size` (``pad=False``: the counts), made equal by `even_sizes` for this ``call``. Idle
     rows at the end make R `max_rows`, whatever the routing; ``fixed=False`` leaves them out.
     Padding repeats a pair of the same expert, so that a NaN in one token cannot reach another expert's gradient; an
-    expert without pairs repeats one of a neighbour, whose gradient the weight 0 keeps out.
+    expert without pairs repeats one of a neighbour. What a padding row computes has to be given the weight 0.
     Raises InputError for an id outside 0..E-1.
 
     >>> rows = pad_rows(torch.tensor([[0], [2], [0]]), num_experts=3)
-    >>> rows.sizes_E.tolist(), rows.pairs_R[:4].tolist(), rows.padding_R[:4].tolist(), rows.rows_TK.flatten().tolist()
-    ([4, 0, 4], [0, 2, 2, 2], [False, False, True, True], [0, 4, 1])
+    >>> rows.sizes_E.tolist(), rows.pairs_R[:4].tolist(), rows.rows_TK.flatten().tolist()
+    ([4, 0, 4], [0, 2, 2, 2], [0, 4, 1])
     """
     order_N, rows_TK, offsets = sort_by_expert(expert_ids_TK, num_experts)
     bounds = offsets.tolist()
@@ -177,13 +175,13 @@ def pad_rows(
     sizes = even_sizes([padded_size(n) for n in counts] if pad else counts, call)
     idle = max_rows(len(order_N), num_experts, pad=pad, call=call) - sum(sizes) if fixed else 0
     if sizes == counts and not idle:
-        return PaddedRows(order_N, torch.zeros_like(order_N, dtype=torch.bool), rows_TK, counts_E, counts_E)
+        return PaddedRows(order_N, rows_TK, counts_E, counts_E)
     sizes_E, spans_E = torch.tensor([sizes, [*sizes[:-1], sizes[-1] + idle]])
     shift_E = sizes_E.cumsum(0) - sizes_E - offsets[:-1]  # what padding before an expert adds to its row numbers
     shift_R, end_R = torch.stack([shift_E, offsets[1:]]).repeat_interleave(spans_E, dim=1)
     source_R = torch.arange(len(shift_R)) - shift_R
     pairs_R = order_N.take(torch.minimum(source_R, end_R - 1).clamp_(min=0))
-    return PaddedRows(pairs_R, source_R >= end_R, rows_TK + shift_E.take(expert_ids_TK), sizes_E, counts_E)
+    return PaddedRows(pairs_R, rows_TK + shift_E.take(expert_ids_TK), sizes_E, counts_E)
 
 
 def permute(x_TD: Tensor, order: ExpertOrder) -> Tensor:
@@ -206,15 +204,18 @@ def unpermute(rows_ND: Tensor, order: ExpertOrder) -> Tensor:
     return _Unpermute.apply(rows_ND, order.order_N, order.rows_TK)
 
 
-def gather_sum(rows_RD: Tensor, rows_TK: Tensor) -> Tensor:
-    """y_t = the sum of rows_RD[rows_TK[t]] over K, added in float32 or better and rounded once: (R, D) -> (T, D).
+def gather_sum(rows_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    """y_t = the sum over k of w_tk · rows_RD[rows_TK_tk], added in float32 or better and rounded once: (R, D) -> (T, D).
+
+    ``weights_TK`` has the dtype of the rows; without it all are 1. On a CPU they cost nothing here.
 
     >>> gather_sum(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([[0, 2], [1, 1]])).flatten().tolist()
     [5.0, 4.0]
     """
-    if rows_RD.device.type == "cpu" and rows_TK.numel():
-        return F.embedding_bag(rows_TK, rows_RD, mode="sum")  # one pass: a tenth of index_select + sum
-    return rows_RD.index_select(0, rows_TK.flatten()).unflatten(0, rows_TK.shape).sum(1)
+    if rows_RD.device.type == "cpu" and rows_TK.numel():  # one pass: a tenth of index_select + sum
+        return F.embedding_bag(rows_TK, rows_RD, mode="sum", per_sample_weights=weights_TK)
+    rows_TKD = rows_RD.index_select(0, rows_TK.flatten()).unflatten(0, rows_TK.shape)
+    return rows_TKD.sum(1) if weights_TK is None else torch.einsum("tkd,tk->td", rows_TKD, weights_TK)
 
 
 class _Permute(torch.autograd.Function):

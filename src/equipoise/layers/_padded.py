@@ -128,25 +128,24 @@ def _forward(
     expert_ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
     fixed: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output, and what the gradient needs: hidden rows (R, F = 2H), their tokens and weights, rows_TK, and the
-    experts' sizes and counts (2, E). ``fixed``: R must not follow the data, because a compiler has planned with it."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output, and what the gradient needs: hidden rows (R, F = 2H), their tokens, rows_TK, and the experts' sizes
+    and counts (2, E). ``fixed``: R must not follow the data, because a compiler has planned with it."""
     num_experts, width, dim = gate_up_EFD.shape
     layout = _layout(x_TD, expert_ids_TK.numel(), num_experts, width // 2)
-    pairs_R, padding_R, rows_TK, *sizes = pad_rows(expert_ids_TK, num_experts, fixed=fixed, **layout)
+    pairs_R, rows_TK, *sizes = pad_rows(expert_ids_TK, num_experts, fixed=fixed, **layout)
     tokens_R = pairs_R // expert_ids_TK.shape[1]
-    weights_R1 = weights_TK.take(pairs_R).masked_fill_(padding_R, 0).to(x_TD.dtype).unsqueeze(1)
     hidden_RF = x_TD.new_empty(len(pairs_R), width)
     out_RD = _scratch.take("out", x_TD, len(pairs_R), dim)
     for block in _blocks(sizes[0], len(pairs_R), x_TD, width // 2):
         x = block.gather("x", x_TD, tokens_R)
         hidden = block.multiply(x, gate_up_EFD.mT, hidden_RF[block.rows])
         gate, up = hidden.chunk(2, dim=1)
-        act = _silu(gate, out=_scratch.take("act", x, *gate.shape)).mul_(up).mul_(weights_R1[block.rows])
+        act = _silu(gate, out=_scratch.take("act", x, *gate.shape)).mul_(up)
         out = block.multiply(act, down_EDH.mT, out_RD[block.rows])
         if block.ends_E is not None:
             hidden_RF, out_RD = hidden, out
-    return gather_sum(out_RD, rows_TK), hidden_RF, tokens_R, weights_R1, rows_TK, torch.stack(sizes)
+    return gather_sum(out_RD, rows_TK, weights_TK.to(x_TD.dtype)), hidden_RF, tokens_R, rows_TK, torch.stack(sizes)
 
 
 @library.custom_op("equipoise::experts_backward", mutates_args=(), device_types="cpu")
@@ -155,16 +154,18 @@ def _backward(
     x_TD: torch.Tensor,
     gate_up_EFD: torch.Tensor,
     down_EDH: torch.Tensor,
+    weights_TK: torch.Tensor,
     hidden_RF: torch.Tensor,
     tokens_R: torch.Tensor,
-    weights_R1: torch.Tensor,
     rows_TK: torch.Tensor,
     sizes_2E: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, gate_up, down and of the routing weights (these in float32 or wider)."""
     d_gate_up_EFD, d_down_EDH = torch.empty_like(gate_up_EFD), torch.empty_like(down_EDH)
     dx_RD = _scratch.take("out", x_TD, len(tokens_R), x_TD.shape[1])
-    d_weights_R = weights_R1.new_empty(len(tokens_R), dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    d_weights_R = x_TD.new_empty(len(tokens_R), dtype=torch.promote_types(x_TD.dtype, torch.float32))
+    weights_R1 = x_TD.new_zeros(len(tokens_R), 1)
+    weights_R1.view(-1)[rows_TK] = weights_TK.to(x_TD.dtype)
     for block in _blocks(sizes_2E[0], len(tokens_R), x_TD, down_EDH.shape[2]):
         x, dy = block.gather("x", x_TD, tokens_R), block.gather("dy", dy_TD, tokens_R)
         gate, up = hidden_RF[block.rows].chunk(2, dim=1)
@@ -197,13 +198,12 @@ def _(x_TD, gate_up_EFD, _down, expert_ids_TK, _weights, _fixed):
     tokens, top_k = expert_ids_TK.shape
     rows = max_rows(tokens * top_k, num_experts, **_layout(x_TD, tokens * top_k, num_experts, width // 2))
     integers = expert_ids_TK.new_empty
-    hidden_RF, weights_R1 = x_TD.new_empty(rows, width), x_TD.new_empty(rows, 1)
-    y_TD, sizes_2E = torch.empty_like(x_TD), integers(2, num_experts)
-    return y_TD, hidden_RF, integers(rows), weights_R1, integers(tokens, top_k), sizes_2E
+    y_TD, hidden_RF = torch.empty_like(x_TD), x_TD.new_empty(rows, width)
+    return y_TD, hidden_RF, integers(rows), integers(tokens, top_k), integers(2, num_experts)
 
 
 @_backward.register_fake
-def _(_dy, x_TD, gate_up_EFD, down_EDH, _hidden, _tokens, _weights, rows_TK, _sizes):
+def _(_dy, x_TD, gate_up_EFD, down_EDH, _weights, _hidden, _tokens, rows_TK, _sizes):
     d_weights_TK = rows_TK.new_empty(rows_TK.shape, dtype=torch.promote_types(x_TD.dtype, torch.float32))
     return torch.empty_like(x_TD), torch.empty_like(gate_up_EFD), torch.empty_like(down_EDH), d_weights_TK
 
@@ -212,7 +212,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> N
     x_TD, gate_up_EFD, down_EDH, _, weights_TK, _ = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros for the saved rows
-    ctx.save_for_backward(x_TD, gate_up_EFD, down_EDH, *output[1:])
+    ctx.save_for_backward(x_TD, gate_up_EFD, down_EDH, weights_TK, *output[1:])
     ctx.weights_dtype = weights_TK.dtype
 
 
