@@ -205,7 +205,7 @@ def unpermute(rows_ND: Tensor, order: ExpertOrder) -> Tensor:
 
 
 def gather_sum(rows_RD: Tensor, rows_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
-    """y_t = the sum over k of w_tk · rows_RD[rows_TK_tk], added in float32 or better and rounded once: (R, D) -> (T, D).
+    """y_t = the sum over k of w_tk · rows_RD[rows_TK_tk], added in float32 or better, rounded once: (R, D) -> (T, D).
 
     ``weights_TK`` has the dtype of the rows; without it all are 1. On a CPU they cost nothing here.
 
