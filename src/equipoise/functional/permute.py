@@ -82,16 +82,16 @@ def sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> ExpertOrder:
 
 
 def padded_size(count: int) -> int:
-    """``count`` rounded up to a multiple of 4, or of 1/16 of the power of two below it where that is more.
+    """``count`` rounded up to a multiple of 1/16 of the power of two below it.
 
     oneDNN compiles a kernel for every new shape of a low-precision product, and that costs more than the product
-    (1 ms against 0.4 at 1024 rows). These sizes keep the number of shapes small, at most 16 to an octave, for 3 % more
-    rows on average above 64 and 6 % at most.
+    (1 ms against 0.4 at 1024 rows). These sizes keep the number of shapes small, 16 to an octave, for 3 % more rows on
+    average above 32 and 6 % at most.
 
-    >>> [padded_size(n) for n in (0, 1, 100, 1000, 1030, 5000)]
-    [0, 4, 100, 1024, 1088, 5120]
+    >>> [padded_size(n) for n in (0, 1, 30, 100, 1000, 1030, 5000)]
+    [0, 1, 30, 100, 1024, 1088, 5120]
     """
-    step = max(4, 1 << max(0, count.bit_length() - 5))
+    step = 1 << max(0, count.bit_length() - 5)
     return -(-count // step) * step
 
 
@@ -139,11 +139,11 @@ def max_rows(num_pairs: int, num_experts: int, *, pad: bool = True, call: int = 
     """The most rows that `pad_rows` can need, known before the routing: what a compiler or an allocator asks for.
 
     >>> max_rows(2048, 16)
-    2224
+    2176
     """
     if not num_pairs:
         return 0
-    return num_pairs + call * num_experts + (num_pairs // 16 + 3 * num_experts if pad else 0)
+    return num_pairs + call * num_experts + (num_pairs // 16 if pad else 0)
 
 
 def pad_rows(
@@ -157,9 +157,9 @@ def pad_rows(
     expert without pairs repeats one of a neighbour. What a padding row computes has to be given the weight 0.
     Raises InputError for an id outside 0..E-1.
 
-    >>> rows = pad_rows(torch.tensor([[0], [2], [0]]), num_experts=3)
-    >>> rows.sizes_E.tolist(), rows.pairs_R[:4].tolist(), rows.rows_TK.flatten().tolist()
-    ([4, 0, 4], [0, 2, 2, 2], [0, 4, 1])
+    >>> rows = pad_rows(torch.tensor([[0], [1], [0], [3]]), num_experts=4, call=2)
+    >>> rows.sizes_E.tolist(), rows.pairs_R[:8].tolist(), rows.rows_TK.flatten().tolist()
+    ([2, 1, 0, 1], [0, 2, 1, 3, 3, 3, 3, 3], [0, 2, 1, 3])
     """
     order_N, rows_TK, offsets = sort_by_expert(expert_ids_TK, num_experts)
     bounds = offsets.tolist()
