@@ -99,4 +99,4 @@ def test_product_shapes_stop_being_new(work):
         assert len(many) <= 6 * 3 * 3 * 16  # kinds of product, experts in one (1, 4, 16), octaves, row counts in each
         assert len(many) <= 0.1 * sum(many.values())
     unpadded = work(2048, 64, 2, torch.float32, 50).products
-    assert len(unpadded) > 2 * len(many)  # what it would be: float32 compiles nothing and is not padded
+    assert len(unpadded) > 1.5 * len(many)  # what it would be: float32 compiles nothing and is not padded
