@@ -13,11 +13,13 @@ step: CPU time of a whole training step (forward, backward, SGD, metrics read)
     changing order, on the same weights and memory; a ratio is that of one
     round, and what is printed is the median of the rounds, its 95 % bootstrap
     interval and the quartiles. "none" against "none" shows what such a
-    comparison cannot see. Beside it what was counted, and does not depend on
-    the machine: torch operations and bytes that they read and write, beyond the
-    step without, for each layer and once a step (from models of 2 and 4
-    layers); passes over (tokens, experts); bytes kept for backward for each
-    layer and token; sums over ranks.
+    comparison cannot see. "routers" is finer: the same difference measured on
+    the model's routers without the rest, over the time of the whole step (their
+    caches are warm, so it may be a little low). Beside it what was counted and
+    does not depend on the machine: torch operations and bytes that they read
+    and write, beyond the step without, for each layer and once a step (from
+    models of 2 and 4 layers); passes over (tokens, experts); bytes kept for
+    backward for each layer and token; sums over ranks.
 collective: how often a step communicates and how many bytes (counted, for
     models of several sizes), what that takes on 2 to 8 processes of this
     machine (gloo, measured), fits of time = a + b * bytes + c * log2(ranks),
@@ -43,6 +45,7 @@ loss: counting, loss and gradient against transformers' function
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import math
 import multiprocessing
@@ -209,6 +212,26 @@ class Trained:
         return sum(storage.nbytes() for address, storage in saved.items() if address not in own)
 
 
+def routers_alone(policies: str, shape: tuple[int, ...], rounds: int = 20) -> list[float]:
+    """CPU seconds that the policies add to a step of the routers alone, in each round."""
+    layers, width, experts, top_k, tokens = shape
+    routers = nn.ModuleList(Router(width, experts, top_k) for _ in range(layers))
+    free, x_TD = copy.deepcopy(routers), torch.randn(tokens, width)
+    balancer = Balancer(routers, POLICIES[policies])
+    without, balanced = trained(free, None, x_TD), trained(routers, balancer, x_TD)
+    added = []
+    for index in range(rounds + 2):
+        took = []
+        for run in (without, balanced):
+            start = time.process_time()
+            run()
+            if run is balanced:
+                balancer.metrics()
+            took.append(time.process_time() - start)
+        added += [took[1] - took[0]] if index >= 2 else []
+    return added
+
+
 class Added(NamedTuple):
     """What policies add to a step."""
 
@@ -266,15 +289,20 @@ def show_step(arguments: argparse.Namespace) -> None:
         f"Counted at width 64 beyond the step without: operations for each layer + once, bytes touched for each\n"
         "layer and token, and as many passes over (tokens, experts) of fp32; bytes kept for each layer and token\n"
     )
-    print(f"{'':>16} {'step':>32} {'operations':>12} {'touched':>8} {'passes':>7} {'kept':>5} {'sums':>5}")
+    print(
+        f"{'':>16} {'step':>32} {'routers':>24} {'operations':>11} {'touched':>8} {'passes':>7} {'kept':>5} {'sums':>5}"
+    )
     for name, found in ratios.items():
         low, middle, high = statistics.quantiles(found, n=4)
         start, end = bootstrap(found)
         cells = f"{name:>16} {f'{middle:.4f} [{start:.4f}-{end:.4f}] ({low:.3f}-{high:.3f})':>32}"
         if POLICIES[name]:
+            alone = routers_alone(name, shape)
+            one, (least, most) = statistics.median(plain), bootstrap(alone)
+            finer = f"{1 + statistics.median(alone) / one:.4f} [{1 + least / one:.4f}-{1 + most / one:.4f}]"
             added = added_work(name, experts=experts, top_k=top_k)
             (each, once), touched = added.operations, added.bytes_touched[0]
-            cells += f" {f'{each:.0f} + {once:.0f}':>10} {touched:8.0f} {touched / 4 / experts:7.1f}"
+            cells += f" {finer:>24} {f'{each:.0f} + {once:.0f}':>11} {touched:8.0f} {touched / 4 / experts:7.1f}"
             cells += f" {added.bytes_kept:5.0f} {added.sums:5}"
         print(cells, flush=True)
 
