@@ -124,7 +124,7 @@ def test_gradcheck():
 def test_the_operator_keeps_pytorch_s_rules():
     # so wide that every expert has a product of its own: no idle rows, in which lies what the memory held
     x, gate_up, down, ids, weights = problem(dim=320, hidden=256, dtype=torch.float32)
-    leaves = x.requires_grad_(), gate_up.requires_grad_(), down.requires_grad_(), ids, weights.requires_grad_(), True
+    leaves = x.requires_grad_(), gate_up.requires_grad_(), down.requires_grad_(), ids, weights.requires_grad_()
     torch.library.opcheck(torch.ops.equipoise.experts_forward, leaves)
 
 

@@ -146,13 +146,11 @@ def max_rows(num_pairs: int, num_experts: int, *, pad: bool = True, call: int = 
     return num_pairs + call * num_experts + (num_pairs // 16 if pad else 0)
 
 
-def pad_rows(
-    expert_ids_TK: Tensor, num_experts: int, *, pad: bool = True, call: int = 0, fixed: bool = True
-) -> PaddedRows:
+def pad_rows(expert_ids_TK: Tensor, num_experts: int, *, pad: bool = True, call: int = 0) -> PaddedRows:
     """`sort_by_expert`, then padding after each expert's rows.
 
     Sizes are those of `padded_size` (``pad=False``: the counts), made equal by `even_sizes` for this ``call``. Idle
-    rows at the end make R `max_rows`, whatever the routing; ``fixed=False`` leaves them out.
+    rows at the end make R `max_rows`, whatever the routing.
     Padding repeats a pair of the same expert, so that a NaN in one token cannot reach another expert's gradient; an
     expert without pairs repeats one of a neighbour. What a padding row computes has to be given the weight 0.
     Raises InputError for an id outside 0..E-1.
@@ -173,7 +171,7 @@ def pad_rows(
     counts_E = offsets.diff()
     counts = [stop - start for start, stop in pairwise(bounds)]
     sizes = even_sizes([padded_size(n) for n in counts] if pad else counts, call)
-    idle = max_rows(len(order_N), num_experts, pad=pad, call=call) - sum(sizes) if fixed else 0
+    idle = max_rows(len(order_N), num_experts, pad=pad, call=call) - sum(sizes)
     if sizes == counts and not idle:
         return PaddedRows(order_N, rows_TK, counts_E, counts_E)
     sizes_E, spans_E = torch.tensor([sizes, [*sizes[:-1], sizes[-1] + idle]])

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, library
 
 from ..functional.permute import equal_runs, gather_sum, max_rows, pad_rows
+from ._pages import LARGE, fresh
 
 __all__ = ["padded_experts"]
 
@@ -43,7 +44,7 @@ class _Scratch(threading.local):
         numel, key = math.prod(shape), (name, like.dtype)
         if key not in self.kept or self.kept[key].numel() < numel:
             with torch.inference_mode(False):  # or a later training step could not write to it
-                self.kept[key] = torch.empty(numel, dtype=like.dtype)
+                self.kept[key] = fresh(like, numel)
         return self.kept[key][:numel].view(shape)
 
 
@@ -90,7 +91,7 @@ class _Block(NamedTuple):
         return torch.index_select(x_TD, 0, tokens, out=_scratch.take(name, x_TD, len(tokens), x_TD.shape[1]))
 
 
-def _blocks(sizes_E: Tensor, rows: int, x_TD: Tensor, hidden: int) -> list[_Block]:
+def _blocks(sizes_E: Tensor, x_TD: Tensor, hidden: int) -> list[_Block]:
     sizes, blocks = sizes_E.tolist(), []
     start = stop = first = 0
     runs: list[int] = []
@@ -102,9 +103,10 @@ def _blocks(sizes_E: Tensor, rows: int, x_TD: Tensor, hidden: int) -> list[_Bloc
         if stop - start >= BLOCK_ROWS or expert + run == len(sizes):
             blocks.append(_Block(slice(start, stop), slice(first, expert + run), runs, shares, None))
             start, first, runs, shares = stop, expert + run, [], []
-    size = x_TD.dtype.itemsize
-    aligned = size <= 4 and x_TD.shape[1] * size % 16 == hidden * size % 16 == 0  # what F.grouped_mm demands
-    if aligned and len(blocks) == 1 and len(blocks[0].runs) == len(sizes) and stop == rows > 0:
+    size, dim = x_TD.dtype.itemsize, x_TD.shape[1]
+    grouped = size <= 4 and dim * size % 16 == hidden * size % 16 == 0  # what F.grouped_mm demands
+    grouped &= len(sizes) * hidden * dim * size < LARGE  # else its fresh gradients cost more than a loop in Python
+    if grouped and len(blocks) == 1 and len(blocks[0].runs) == len(sizes) and stop:
         return [blocks[0]._replace(ends_E=sizes_E.cumsum(0, dtype=torch.int32))]
     return blocks
 
@@ -127,24 +129,24 @@ def _forward(
     down_EDH: torch.Tensor,
     expert_ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
-    fixed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output, and what the gradient needs: hidden rows (R, F = 2H), their tokens, rows_TK, and the experts' sizes
-    and counts (2, E). ``fixed``: R must not follow the data, because a compiler has planned with it."""
+    and counts (2, E). R does not follow the loads: a compiler plans with it, and a checkpoint refuses a recompute whose
+    tensors have other shapes, where top-k flipped."""
     num_experts, width, dim = gate_up_EFD.shape
     layout = _layout(x_TD, expert_ids_TK.numel(), num_experts, width // 2)
-    pairs_R, rows_TK, *sizes = pad_rows(expert_ids_TK, num_experts, fixed=fixed, **layout)
+    pairs_R, rows_TK, *sizes = pad_rows(expert_ids_TK, num_experts, **layout)
     tokens_R = pairs_R // expert_ids_TK.shape[1]
-    hidden_RF = x_TD.new_empty(len(pairs_R), width)
+    hidden_RF = fresh(x_TD, len(pairs_R), width)
     out_RD = _scratch.take("out", x_TD, len(pairs_R), dim)
-    for block in _blocks(sizes[0], len(pairs_R), x_TD, width // 2):
+    for block in _blocks(sizes[0], x_TD, width // 2):
         x = block.gather("x", x_TD, tokens_R)
         hidden = block.multiply(x, gate_up_EFD.mT, hidden_RF[block.rows])
         gate, up = hidden.chunk(2, dim=1)
         act = _silu(gate, out=_scratch.take("act", x, *gate.shape)).mul_(up)
         out = block.multiply(act, down_EDH.mT, out_RD[block.rows])
         if block.ends_E is not None:
-            hidden_RF, out_RD = hidden, out
+            hidden_RF[block.rows], out_RD = hidden, out
     return gather_sum(out_RD, rows_TK, weights_TK.to(x_TD.dtype)), hidden_RF, tokens_R, rows_TK, torch.stack(sizes)
 
 
@@ -161,12 +163,12 @@ def _backward(
     sizes_2E: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, gate_up, down and of the routing weights (these in float32 or wider)."""
-    d_gate_up_EFD, d_down_EDH = torch.empty_like(gate_up_EFD), torch.empty_like(down_EDH)
+    d_gate_up_EFD, d_down_EDH = fresh(x_TD, *gate_up_EFD.shape), fresh(x_TD, *down_EDH.shape)
     dx_RD = _scratch.take("out", x_TD, len(tokens_R), x_TD.shape[1])
     d_weights_R = x_TD.new_empty(len(tokens_R), dtype=torch.promote_types(x_TD.dtype, torch.float32))
     weights_R1 = x_TD.new_zeros(len(tokens_R), 1)
     weights_R1.view(-1)[rows_TK] = weights_TK.to(x_TD.dtype)
-    for block in _blocks(sizes_2E[0], len(tokens_R), x_TD, down_EDH.shape[2]):
+    for block in _blocks(sizes_2E[0], x_TD, down_EDH.shape[2]):
         x, dy = block.gather("x", x_TD, tokens_R), block.gather("dy", dy_TD, tokens_R)
         gate, up = hidden_RF[block.rows].chunk(2, dim=1)
         act, silu, d_act = (_scratch.take(name, x, *gate.shape) for name in ("act", "silu", "d_act"))
@@ -193,7 +195,7 @@ def _backward(
 
 
 @_forward.register_fake
-def _(x_TD, gate_up_EFD, _down, expert_ids_TK, _weights, _fixed):
+def _(x_TD, gate_up_EFD, _down, expert_ids_TK, _weights):
     num_experts, width, _ = gate_up_EFD.shape
     tokens, top_k = expert_ids_TK.shape
     rows = max_rows(tokens * top_k, num_experts, **_layout(x_TD, tokens * top_k, num_experts, width // 2))
@@ -209,7 +211,7 @@ def _(_dy, x_TD, gate_up_EFD, down_EDH, _weights, _hidden, _tokens, rows_TK, _si
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, gate_up_EFD, down_EDH, _, weights_TK, _ = inputs
+    x_TD, gate_up_EFD, down_EDH, _, weights_TK = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros for the saved rows
     ctx.save_for_backward(x_TD, gate_up_EFD, down_EDH, weights_TK, *output[1:])
@@ -218,9 +220,9 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> N
 
 def _gradient(ctx: Any, dy_TD: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dy_TD is None:
-        return (None,) * 6
+        return (None,) * 5
     dx_TD, d_gate_up_EFD, d_down_EDH, d_weights_TK = _backward(dy_TD.contiguous(), *ctx.saved_tensors)
-    return dx_TD, d_gate_up_EFD, d_down_EDH, None, d_weights_TK.to(ctx.weights_dtype), None
+    return dx_TD, d_gate_up_EFD, d_down_EDH, None, d_weights_TK.to(ctx.weights_dtype)
 
 
 _forward.register_autograd(_gradient, setup_context=_save)
@@ -238,5 +240,4 @@ def padded_experts(
     >>> padded_experts(x, gate_up, down, torch.tensor([[0], [2]]), torch.ones(2, 1)).flatten()  # silu(1) = 0.7311
     tensor([0.7311, 2.9242])
     """
-    fixed = torch.compiler.is_compiling()
-    return _forward(x_TD.contiguous(), gate_up_EFD, down_EDH, expert_ids_TK, weights_TK, fixed)[0]
+    return _forward(x_TD.contiguous(), gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)[0]
