@@ -35,6 +35,8 @@ from equipoise.kernels.experts import add_rows, copy_rows, sort_pairs
 from equipoise.layers.experts import grouped_experts
 from equipoise.meter import Batch
 
+availability.DEVICES.add("cuda")  # what EQUIPOISE_KERNELS=1 does
+
 SIZES = ["16384,2048,768,128,8", "16384,2048,1408,64,6", "16384,1024,512,64,4", "4096,4096,1536,128,8"]
 TINY = ["48,16,24,6,2", "33,32,16,12,3"]
 ROUTER_GOAL, LAYER_GOAL = 0.5, 0.6

@@ -1,4 +1,4 @@
-"""Fused GPU kernels behind the same functions: Triton where it is installed, plain PyTorch elsewhere."""
+"""Fused GPU kernels behind the same functions: Triton where it is installed and wanted, plain PyTorch elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the kernels run: on a GPU with Triton installed, or on any device under Triton's interpreter."""
+"""Where the kernels run: on a GPU with Triton, if EQUIPOISE_KERNELS=1 asks for it, or under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ __all__ = ["DEVICES", "INTERPRETED", "installed", "load", "usable"]
 
 # Triton decides when a kernel is defined; so does this, once. Slow: for tests of the kernels without a GPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = {"cuda", "cpu"} if INTERPRETED else {"cuda"}
+# They are right in the interpreter and have not run on a GPU yet: until they have, only where somebody asks for them.
+WANTED = os.environ.get("EQUIPOISE_KERNELS") == "1"
+DEVICES = {"cuda", "cpu"} if INTERPRETED else {"cuda"} if WANTED else set[str]()
 # Looked for once and not in a cached function: a compiler that traces a router warns of those.
 _INSTALLED = torch.version.hip is None and importlib.util.find_spec("triton") is not None
 
