@@ -644,7 +644,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--layers", type=int, default=24, help="of the losses")
     made.add_argument("--experts", type=int, default=64, help="of the step and the losses")
     made.add_argument("--top-k", type=int, default=8, help="of the step and the losses")
-    made.add_argument("--rounds", type=int, default=20, help="each runs every contestant once")
+    made.add_argument("--rounds", type=int, default=10, help="each runs every contestant once")
     return made
 
 
