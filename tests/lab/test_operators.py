@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 from torch.autograd import gradcheck
-from torch.library import opcheck
 
 from equipoise.lab import attention, loss
 from equipoise.lab.attention import Positions, causal_attention
@@ -184,7 +184,7 @@ def test_norm_and_its_gradient():
 def test_what_a_compiler_is_told_about_the_operators_is_true():
     qkv, q_scale, k_scale, tables = attention_case()
     inputs = [x.requires_grad_() for x in (qkv, q_scale, k_scale)]
-    opcheck(torch.ops.equipoise.attention_forward.default, (*inputs, *tables, 4, 1e-6, True))
+    library.opcheck(torch.ops.equipoise.attention_forward.default, (*inputs, *tables, 4, 1e-6, True))
     x, weight, targets = loss_case()
-    opcheck(torch.ops.equipoise.linear_cross_entropy.default,
+    library.opcheck(torch.ops.equipoise.linear_cross_entropy.default,
             (x.requires_grad_(), weight.requires_grad_(), targets, torch.float64, True))  # fmt: skip

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils import checkpoint as ckpt
 
 from equipoise.errors import ConfigError, InputError
@@ -125,7 +125,7 @@ def test_the_operator_keeps_pytorch_s_rules():
     # so wide that every expert has a product of its own: no idle rows, in which lies what the memory held
     x, gate_up, down, ids, weights = problem(dim=320, hidden=256, dtype=torch.float32)
     leaves = x.requires_grad_(), gate_up.requires_grad_(), down.requires_grad_(), ids, weights.requires_grad_()
-    torch.library.opcheck(torch.ops.equipoise.experts_forward, leaves)
+    library.opcheck(torch.ops.equipoise.experts_forward, leaves)
 
 
 def test_weight_zero_still_has_a_gradient():
@@ -296,6 +296,18 @@ def test_strided_inputs_and_frozen_parts():
         if any(wanted):
             y.sum().backward()  # an expanded, zero-stride gradient
         assert [leaf.grad is not None for leaf in leaves] == list(wanted)
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_parts_of_larger_weights(missing, monkeypatch):
+    """Rows that are no multiple of 16 bytes apart, with and without a PyTorch that has F.grouped_mm."""
+    x, gate_up, down, ids, weights = problem(dtype=torch.float32)
+    parts = [torch.nn.functional.pad(t, (0, 1))[..., :-1] for t in (gate_up, down)]
+    wide = [t.double() if t.is_floating_point() else t for t in (x, gate_up, down, ids, weights)]
+    if missing:
+        monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    assert not any(t.is_contiguous() for t in parts)
+    assert_near(with_gradients(padded_experts, (x, *parts, ids, weights)), with_gradients(loop, wide), 1e-5)
 
 
 def test_born_on_meta():

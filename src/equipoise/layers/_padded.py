@@ -104,7 +104,8 @@ def _blocks(sizes_E: Tensor, x_TD: Tensor, hidden: int) -> list[_Block]:
             blocks.append(_Block(slice(start, stop), slice(first, expert + run), runs, shares, None))
             start, first, runs, shares = stop, expert + run, [], []
     size, dim = x_TD.dtype.itemsize, x_TD.shape[1]
-    grouped = size <= 4 and dim * size % 16 == hidden * size % 16 == 0  # what F.grouped_mm demands
+    grouped = hasattr(F, "grouped_mm")  # not in every PyTorch that this library runs on
+    grouped &= size <= 4 and dim * size % 16 == hidden * size % 16 == 0  # what it demands
     grouped &= len(sizes) * hidden * dim * size < LARGE  # else its fresh gradients cost more than a loop in Python
     if grouped and len(blocks) == 1 and len(blocks[0].runs) == len(sizes) and stop:
         return [blocks[0]._replace(ends_E=sizes_E.cumsum(0, dtype=torch.int32))]
