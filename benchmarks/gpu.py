@@ -33,7 +33,7 @@ from equipoise.functional.permute import permute, sort_by_expert, unpermute
 from equipoise.kernels import INTERPRETED, RouterForm, availability, choose_and_count, installed, router_gradient
 from equipoise.kernels.experts import add_rows, copy_rows, sort_pairs
 from equipoise.layers.experts import grouped_experts
-from equipoise.meter import Batch
+from equipoise.meter import TokenLayout
 
 availability.DEVICES.add("cuda")  # what EQUIPOISE_KERNELS=1 does
 
@@ -68,7 +68,7 @@ class RouterAlone(nn.Module):
 
     def __init__(self, layer: MoE, sequences: int) -> None:
         super().__init__()
-        self.gate, self.batch = layer.gate, Batch(sequences)
+        self.gate, self.batch = layer.gate, TokenLayout(sequences)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return self.gate(x_TD, self.batch).weights_TK
@@ -102,7 +102,7 @@ def check(point: Point, device: str) -> None:
     found = {}
     for name, how in (("kernels", nullcontext), ("plain", plain)):
         with how():
-            routing = layer.gate(x_TD, Batch(sequences))
+            routing = layer.gate(x_TD, TokenLayout(sequences))
             pushed = backward(router, x_TD, [layer.gate.weight])
             done = backward(functools.partial(experts_of, layer, routing), x_TD, parameters[1:])
             found[name] = routing, pushed, done
@@ -174,7 +174,7 @@ def measure(point: Point, rounds: int, bandwidth: float, rate: float) -> None:
     tokens, dim, hidden, num_experts, top_k = point.tokens, point.dim, point.hidden, point.experts, point.top_k
     rows, spoil = tokens * top_k, torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     layer, balancer, x_TD = prepared(point, "cuda")
-    routing = layer.gate(x_TD, Batch(SEQUENCES))
+    routing = layer.gate(x_TD, TokenLayout(SEQUENCES))
 
     def by_bytes(count: float) -> float:
         return count / bandwidth / 1e9

@@ -11,6 +11,7 @@ from .errors import ConfigError, DataError, EquipoiseError, InputError, OutputEr
 from .functional.convert import convert_coef
 from .functional.routing import Routing
 from .layers import Experts, MoE, Router, shard_experts
+from .meter import TokenLayout
 from .policies import AuxLoss, ExpertBias, Sequences, Switch, ZLoss
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "Sequences",
     "StateError",
     "Switch",
+    "TokenLayout",
     "ZLoss",
     "convert_coef",
     "shard_experts",

@@ -139,7 +139,7 @@ class ForeignRouter:
                 x.new_zeros(whole, x.shape[1]).index_copy(0, rows_T, x) for x in (weights_TK, logits_TE, ids_TK)
             )
         choices = self.num_experts + self.idle
-        counts_BE = count_choices(ids_TK, choices, batch.token_mask_T, batch.num_sequences)[:, : self.num_experts]
+        counts_BE = count_choices(ids_TK, choices, batch.token_mask_T, batch.rows)[:, : self.num_experts]
         tied_TK = tie(meter, weights_TK, logits_TE, ids_TK, counts_BE, batch, training=self.module.training)
         return tied_TK if rows_T is None else tied_TK[rows_T]
 

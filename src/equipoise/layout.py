@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .meter import Batch, Placed
+from .meter import Placed, TokenLayout
 
 __all__ = ["Layout", "router_tokens"]
 
@@ -96,7 +96,7 @@ class Layout:
 
     def _place(self, tokens: int, pictures: bool | None) -> Placed:
         if self.shape is None:
-            return Placed(tokens, Batch())
+            return Placed(tokens, TokenLayout())
         mask_T = None if self.mask_BS is None else self.mask_BS.reshape(-1)
         whole = self.shape[0] * self.shape[1]
         if pictures is not None and self.kind_BS is not None:
@@ -104,10 +104,10 @@ class Layout:
             all_T = torch.ones_like(here_T) if mask_T is None else mask_T
             rows_T = here_T.nonzero().view(-1)
             if len(rows_T) == tokens:
-                return Placed(tokens, Batch(self.shape[0], here_T & all_T, self._documents(), all_T), rows_T)
+                return Placed(tokens, TokenLayout(self.shape[0], here_T & all_T, self._documents(), all_T), rows_T)
         if whole != tokens:
-            return Placed(tokens, Batch())
-        return Placed(tokens, Batch(self.shape[0], mask_T, self._documents()))
+            return Placed(tokens, TokenLayout())
+        return Placed(tokens, TokenLayout(self.shape[0], mask_T, self._documents()))
 
     def _documents(self) -> Tensor | None:
         if self.position_BS is None or self.shape is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import InputError
 from .functional.losses import load_fractions
 from .functional.routing import count_choices, gate_probs, gate_slope, without_autocast
-from .meter import Batch, LocalTerm, Plan, Tables
+from .meter import LocalTerm, Plan, Tables, TokenLayout
 
 __all__ = ["Measured", "measure", "micro_batches", "shared_counts", "violations"]
 
@@ -34,7 +34,7 @@ class Measured(NamedTuple):
 
 @torch.no_grad()
 def measure(
-    plan: Plan, logits_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, batch: Batch, probs_TE: Tensor | None = None
+    plan: Plan, logits_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, batch: TokenLayout, probs_TE: Tensor | None = None
 ) -> Measured:
     """All statistics of one micro-batch at one router.
 
@@ -142,7 +142,7 @@ def _scalars(
     ids_TK: Tensor,
     counts_BE: Tensor,
     counts_E: Tensor,
-    batch: Batch,
+    batch: TokenLayout,
 ) -> list[Tensor | None]:
     """The SCALARS in order, but for those of the loads before the last."""
     mask_T = batch.token_mask_T
@@ -163,7 +163,7 @@ def _scalars(
 
 
 def _tables(
-    counts_CBE: Tensor, probs_BE: Tensor, of_documents: dict[bool, Tensor], valid_TE: Tensor, batch: Batch
+    counts_CBE: Tensor, probs_BE: Tensor, of_documents: dict[bool, Tensor], valid_TE: Tensor, batch: TokenLayout
 ) -> Tables:
     if not of_documents:
         return Tables(counts_CBE, probs_BE, None, None, None)
@@ -190,7 +190,7 @@ def shared_counts(counts_BE: Tensor, term: LocalTerm) -> Tensor:
     return torch.zeros_like(counts_BE)
 
 
-def _document_counts(ids_TK: Tensor, plan: Plan, batch: Batch) -> Tensor:
+def _document_counts(ids_TK: Tensor, plan: Plan, batch: TokenLayout) -> Tensor:
     """(R, E) choices of each document."""
     if batch.document_T is None:
         raise InputError(

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Batch",
     "ForwardPass",
     "LocalTerm",
     "Meter",
@@ -24,6 +23,7 @@ __all__ = [
     "Plan",
     "Tables",
     "Taken",
+    "TokenLayout",
     "clear_slots",
     "overwrite",
     "take",
@@ -42,25 +42,35 @@ SCALARS = (
 )
 
 
-class Batch(NamedTuple):
+class TokenLayout(NamedTuple):
     """How the T tokens that reach a router lie: B sequences of T / B tokens, which are real, and where documents end.
 
-    ``document_T`` numbers the documents of a pack inside the micro-batch: integers in [0, T), or in [0, T * shards)
-    where other ranks hold the rest of each sequence. ``valid_T``: the tokens that are no padding, where a router gets
-    only some of them; ``token_mask_T`` then leaves out what goes to another router too.
+    ``num_sequences`` None: nobody knows; the tokens count as one sequence where only their sum matters, and a policy
+    that measures inside a micro-batch is refused. ``document_T`` numbers the documents of a pack inside the
+    micro-batch: integers in [0, T), or in [0, T * shards) where other ranks hold the rest of each sequence.
+    ``valid_T``: the tokens that are no padding, where a router gets only some of them; ``token_mask_T`` then leaves
+    out what goes to another router too.
+
+    >>> TokenLayout().rows, TokenLayout(num_sequences=4).rows
+    (1, 4)
     """
 
-    num_sequences: int = 1
+    num_sequences: int | None = None
     token_mask_T: Tensor | None = None
     document_T: Tensor | None = None
     valid_T: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """B, and 1 where it is not known."""
+        return 1 if self.num_sequences is None else self.num_sequences
 
 
 class Placed(NamedTuple):
     """How the tokens of one call of another library's router lie, read beside the call and not from its arguments."""
 
     tokens: int  # rows of the call
-    batch: Batch
+    batch: TokenLayout
     rows_T: Tensor | None = None  # which tokens of the batch its rows are; None: all of them, in order
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, library
 
 from .functional.routing import gate_log_scores, gate_scores, gate_slope
 from .measure import Measured, measure
-from .meter import Batch, Meter, Plan
+from .meter import Meter, Plan, TokenLayout
 from .shards import late_fractions, propose
 
 __all__ = ["probe", "tie"]
@@ -28,7 +28,7 @@ def tie(
     logits_TE: Tensor,
     ids_TK: Tensor,
     counts_BE: Tensor,
-    batch: Batch,
+    batch: TokenLayout,
     *,
     training: bool,
     probs_TE: Tensor | None = None,
@@ -76,7 +76,7 @@ def probe(meter: Meter, logits_TE: Tensor, *, training: bool) -> Tensor:
     return _Probe.apply(logits_TE, meter.language, meter.pressure)
 
 
-def _propose(meter: Meter, measured: Measured, ids_TK: Tensor, batch: Batch) -> None:
+def _propose(meter: Meter, measured: Measured, ids_TK: Tensor, batch: TokenLayout) -> None:
     """Forward proposes: added to a slot, which the tap takes before backward begins."""
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
         return  # a recompute: it runs inside a backward, where nobody would take or clear it (zero-bubble schedules)

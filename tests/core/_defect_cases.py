@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equipoise import AuxLoss, Balancer, ExpertBias, Ranks, Router
 from equipoise.collectives import ALONE, Group
-from equipoise.meter import Batch
+from equipoise.meter import TokenLayout
 
 
 def logits_router(experts: int, top_k: int, **options: Any) -> Router:
@@ -54,7 +54,7 @@ def biases_after(steps_NTE: Tensor, rule: str, rate: float) -> tuple[Tensor, lis
     optimizer, loads = torch.optim.SGD(router.parameters(), lr=0.0), []
     for logits_TE in steps_NTE:
         part_TE = logits_TE.chunk(dist.get_world_size())[dist.get_rank()]
-        balancer.tap(router(part_TE, Batch()).weights_TK.sum()).backward()
+        balancer.tap(router(part_TE, TokenLayout()).weights_TK.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
         loads.append(balancer.load()[0].tolist())

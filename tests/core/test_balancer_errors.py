@@ -13,7 +13,7 @@ from core._model import Micro, loss_of, make_step, net, train_step
 from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, InputError, MoE, Router, Sequences, StateError, Switch
 from equipoise import ZLoss as ZLossPolicy
 from equipoise.functional import route
-from equipoise.meter import Batch
+from equipoise.meter import TokenLayout
 
 MICRO = AuxLoss("micro_batch", 0.3)
 SMALL: dict[str, Any] = {"experts": (5,), "top_k": (2,), "gate": "sigmoid"}
@@ -209,7 +209,7 @@ def test_masks_and_documents_of_the_wrong_shape():
         model(x)
     router = model.blocks[0].gate
     with pytest.raises(InputError, match="T divisible by num_sequences"):
-        router(torch.zeros(10, 8), Batch(3))
+        router(torch.zeros(10, 8), TokenLayout(3))
     with pytest.raises(InputError, match=r"tokens of shape \(T, 8\)"):
         router(torch.zeros(10, 7))
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from core._defect_cases import logits_router
 from core._model import BIAS, SMALL, gradients, loss_of, make_step, net, plain_step, same, setup, train_step
 from equipoise import AuxLoss, Balancer, ExpertBias, ZLoss
-from equipoise.meter import Batch
+from equipoise.meter import TokenLayout
 from peers._law import factor, law
 
 
@@ -150,7 +150,7 @@ def test_B89_statistics_do_not_pass_through_the_model_s_dtype():
         router = logits_router(6, 2)
         balancer = Balancer(router, [AuxLoss("micro_batch", coef=1.0), ZLoss()])
         logits_TE = skewed(200).bfloat16().to(dtype)
-        loss = router(logits_TE, Batch(4)).weights_TK.sum()
+        loss = router(logits_TE, TokenLayout(4)).weights_TK.sum()
         balancer.tap(loss).backward()
         torch.optim.SGD(router.parameters(), lr=0.0).step()
         values.append([balancer.metrics()[f"balance/policy_{i}/loss"] for i in (0, 1)])
@@ -236,7 +236,7 @@ def test_B60_f_of_uneven_micro_batches_sums_to_one():
     balancer.begin_step(tokens=15, micro_batches=2)
     given = [part.clone().requires_grad_() for part in logits_TE.chunk(2)]
     for z, mask in zip(given, mask_T.chunk(2), strict=True):
-        (balancer.tap(0 * router(z, Batch(1, mask)).weights_TK.sum()) / 2).backward()
+        (balancer.tap(0 * router(z, TokenLayout(1, mask)).weights_TK.sum()) / 2).backward()
     _, gradient_TE = law(logits_TE, 2, valid_T=mask_T.tolist())
     assert given[1].grad is not None
     assert factor(given[1].grad, gradient_TE[12:]) == pytest.approx(1, rel=1e-4)

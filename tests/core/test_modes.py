@@ -24,7 +24,7 @@ from core._model import (
 )
 from equipoise import Balancer, ExpertBias
 from equipoise.functional.routing import count_choices
-from equipoise.meter import Batch, LocalTerm, Meter, Plan
+from equipoise.meter import LocalTerm, Meter, Plan, TokenLayout
 from equipoise.tie import tie
 
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # reentrant under no_grad
@@ -244,7 +244,7 @@ def test_autocast_does_not_reach_the_push(mode):
         def tied(meter, logits_TE):
             weights_TK, ids_TK = logits_TE.softmax(dim=-1).topk(2)
             counts_BE = count_choices(ids_TK, 16, num_sequences=4)
-            return tie(meter, weights_TK, logits_TE, ids_TK, counts_BE, Batch(4), training=True)
+            return tie(meter, weights_TK, logits_TE, ids_TK, counts_BE, TokenLayout(4), training=True)
 
         run = torch.compile(tied, backend="aot_eager") if mode == "compiled" else tied
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):

@@ -25,7 +25,7 @@ from core._model import (
 )
 from core._reference import add, fraction, reference_step, token_values
 from equipoise import AuxLoss, Balancer, ExpertBias, MoE, Router
-from equipoise.meter import Batch
+from equipoise.meter import TokenLayout
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
 
@@ -201,7 +201,7 @@ def test_shuffle_draws_from_the_whole_step_without_replacement():
     for _ in range(25):
         with balancer.counting():
             for x, mask in zip(micros, masks, strict=True):
-                router(x, Batch(1, mask))
+                router(x, TokenLayout(1, mask))
         for x, mask in zip(micros, masks, strict=True):
             before = router.meter.pressure
             seen = {}
@@ -210,7 +210,7 @@ def test_shuffle_draws_from_the_whole_step_without_replacement():
                 seen["row"] = before[:5].clone()
                 return grad
 
-            weights = router(x, Batch(1, mask)).weights_TK
+            weights = router(x, TokenLayout(1, mask)).weights_TK
             weights.register_hook(read)
             balancer.tap(0.0 * weights.sum()).backward()
             drawn.append(seen["row"] / seen["row"].sum())

@@ -14,7 +14,7 @@ from core._reference import naive_maxvio, naive_probs, naive_scores, naive_selec
 from equipoise import AuxLoss, Balancer, ExpertBias, Router
 from equipoise.functional import GATES, gate_probs, gate_scores, route
 from equipoise.measure import measure
-from equipoise.meter import Batch, Plan
+from equipoise.meter import Plan, TokenLayout
 
 EVERY_POLICY = [
     aux("micro_batch"),
@@ -143,7 +143,9 @@ def test_one_micro_batch_above_2_to_24_is_exact():
     """The token count of a single micro-batch does not pass through fp32 either."""
     plan = Plan(num_experts=2, top_k=3, gate="softmax")
     counts = torch.tensor([[3 * (2**24 + 1), 3 * 2**25]])
-    statistics = measure(plan, torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.int64), counts, Batch()).statistics
+    statistics = measure(
+        plan, torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.int64), counts, TokenLayout()
+    ).statistics
     assert statistics[plan.at("tokens")].item() == 2**24 + 1 + 2**25
 
 

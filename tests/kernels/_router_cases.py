@@ -21,7 +21,7 @@ from equipoise.kernels import (
     summarize,
 )
 from equipoise.measure import measure
-from equipoise.meter import Batch, LocalTerm, Plan
+from equipoise.meter import LocalTerm, Plan, TokenLayout
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 EXAMPLES = settings(deadline=None, max_examples=10 if INTERPRETED else 200, derandomize=True)
@@ -162,7 +162,7 @@ def test_statistics_are_those_that_a_meter_takes(case, terms, micro):
     top_k, gate, *_ = case["form"]
     plan = Plan(case["z"].shape[1], top_k, gate, tuple(terms), z_loss=True, micro_sequences=micro)
     found = run(case, plain=plan.unbiased and case["bias"] is not None, lse=True)
-    sequences, batch = case["sequences"], Batch(case["sequences"], case["mask"])
+    sequences, batch = case["sequences"], TokenLayout(case["sequences"], case["mask"])
     wide = measure(plan, case["z"].double(), found.ids_TK, found.counts_BE, batch)
     spans = [sequences if t.kind == "micro_batch" else 0 if t.kind == "late" else t.sequences for t in terms]
     got, fraction_NBE = summarize(found, top_k, spans, [t.unbiased for t in terms], micro or sequences)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from equipoise import InputError, MoE
 from equipoise.functional import route
 from equipoise.layers import SwiGLU
-from equipoise.meter import Batch
+from equipoise.meter import TokenLayout
 
 OPTIONS = [
     {},
@@ -83,7 +83,7 @@ def test_tokens_do_not_see_each_other(options):
     torch.testing.assert_close(layer(x, token_mask_BS=mask), whole)  # padding gets an output
 
 
-def batches_seen(layer: MoE) -> list[Batch]:
+def batches_seen(layer: MoE) -> list[TokenLayout]:
     seen = []
     layer.gate.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     return seen

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, InputError, Router
 from equipoise.functional import route
-from equipoise.meter import Batch
+from equipoise.meter import TokenLayout
 
 OPTIONS = [
     {},
@@ -39,21 +39,21 @@ def test_a_router_is_a_linear_map_and_route(options):
     mask = torch.rand(12, generator=torch.Generator().manual_seed(2)) > 0.4
     keywords = {k: v for k, v in options.items() if k != "selection_bias"}
     want = route(x @ router.weight.T, 2, selection_bias_E=router.expert_bias, token_mask_T=mask, **keywords)
-    got = router(x, Batch(3, mask))
+    got = router(x, TokenLayout(3, mask))
     assert torch.equal(got.expert_ids_TK, want.expert_ids_TK)
     assert torch.equal(got.counts_E, want.counts_E)
     torch.testing.assert_close(got.weights_TK, want.weights_TK)
     torch.testing.assert_close(got.logits_TE, want.logits_TE)
-    assert torch.equal(router(x, Batch(3, mask.long())).counts_E, want.counts_E)
+    assert torch.equal(router(x, TokenLayout(3, mask.long())).counts_E, want.counts_E)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_balancer_leaves_what_forward_says_to_the_last_bit(options):
     router, x = biased(**options), tokens()
-    before = router(x, Batch(3))
+    before = router(x, TokenLayout(3))
     policies = [AuxLoss("micro_batch"), *([ExpertBias(rate=0.0)] if options.get("selection_bias") else [])]
     balancer = Balancer(router, policies, optimizer=torch.optim.SGD(router.parameters(), 0.1))
-    for one, other in zip(router(x, Batch(3)), before, strict=True):
+    for one, other in zip(router(x, TokenLayout(3)), before, strict=True):
         assert torch.equal(one, other)
     balancer.remove()
 
@@ -64,7 +64,7 @@ def test_masks_and_documents_of_any_integer_type_push_alike(scope):
     mask = torch.tensor([True] * 7 + [False] * 5)
     documents = torch.arange(12) // 4
     gradients = []
-    for whole in (Batch(1, mask, documents), Batch(1, mask.int(), documents.int())):
+    for whole in (TokenLayout(1, mask, documents), TokenLayout(1, mask.int(), documents.int())):
         router = biased()
         optimizer = torch.optim.SGD(router.parameters(), 0.0)
         balancer = Balancer(router, [AuxLoss(scope, coef=1.0)], optimizer=optimizer)
@@ -204,11 +204,11 @@ def test_few_tokens(count):
     [
         ("(T, 6)", torch.zeros(4, 5), None),
         ("(T, 6)", torch.zeros(2, 2, 6), None),
-        ("num_sequences=3", torch.zeros(4, 6), Batch(3)),
-        ("token_mask", torch.zeros(4, 6), Batch(1, torch.ones(5, dtype=torch.bool))),
-        ("token_mask", torch.zeros(4, 6), Batch(1, torch.ones(2, 2, dtype=torch.bool))),
-        ("boolean", torch.zeros(4, 6), Batch(1, torch.zeros(4))),
-        ("document_ids", torch.zeros(4, 6), Batch(1, None, torch.zeros(3, dtype=torch.int64))),
+        ("num_sequences=3", torch.zeros(4, 6), TokenLayout(3)),
+        ("token_mask", torch.zeros(4, 6), TokenLayout(1, torch.ones(5, dtype=torch.bool))),
+        ("token_mask", torch.zeros(4, 6), TokenLayout(1, torch.ones(2, 2, dtype=torch.bool))),
+        ("boolean", torch.zeros(4, 6), TokenLayout(1, torch.zeros(4))),
+        ("document_ids", torch.zeros(4, 6), TokenLayout(1, None, torch.zeros(3, dtype=torch.int64))),
         ("1 of 4 tokens", torch.zeros(4, 6).index_fill_(0, torch.tensor([2]), torch.nan), None),
         ("4 of 4 tokens", torch.full((4, 6), torch.inf), None),
     ],

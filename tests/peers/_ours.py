@@ -9,7 +9,7 @@ from torch import Tensor
 
 from equipoise import AuxLoss, Balancer
 from equipoise.layers import Router
-from equipoise.meter import Batch
+from equipoise.meter import TokenLayout
 
 
 def our_gradients(
@@ -22,7 +22,7 @@ def our_gradients(
         router.weight.copy_(torch.eye(experts))
     balancer = Balancer(router, [AuxLoss(scope, coef=1.0, estimator="exact")])
     given = [z.detach().float().requires_grad_() for z in micro_batches]
-    batches = [Batch(sequences, None if masks is None else masks[m]) for m in range(len(given))]
+    batches = [TokenLayout(sequences, None if masks is None else masks[m]) for m in range(len(given))]
     if len(given) > 1:
         with balancer.counting():
             for z, batch in zip(given, batches, strict=True):

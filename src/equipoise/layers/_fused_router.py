@@ -10,13 +10,13 @@ from torch import Tensor
 from ..functional.routing import Routing
 from ..kernels import RouterForm, choose_and_count, fits, router_gradient, summarize
 from ..measure import Measured
-from ..meter import Batch, LocalTerm, Meter, Plan
+from ..meter import LocalTerm, Meter, Plan, TokenLayout
 from ..tie import _keep_pressure, _late, _propose
 
 __all__ = ["fused_route", "fuses"]
 
 
-def fuses(logits_TE: Tensor, top_k: int, num_groups: int, meter: Meter | None, batch: Batch) -> bool:
+def fuses(logits_TE: Tensor, top_k: int, num_groups: int, meter: Meter | None, batch: TokenLayout) -> bool:
     """Whether `fused_route` gives what the router needs; if not, plain PyTorch does.
 
     It does not where selection is limited to groups, and where a policy measures f per document, sequences are sharded,
@@ -36,7 +36,7 @@ def fused_route(
     form: RouterForm,
     selection_bias_E: Tensor | None,
     meter: Meter | None,
-    batch: Batch,
+    batch: TokenLayout,
     *,
     training: bool,
 ) -> Routing:
@@ -45,7 +45,7 @@ def fused_route(
     chosen = choose_and_count(
         logits_TE.detach(),
         form,
-        num_sequences=batch.num_sequences,
+        num_sequences=batch.rows,
         selection_bias_E=selection_bias_E,
         token_mask_T=batch.token_mask_T,
         measure=plan is not None,
@@ -56,9 +56,9 @@ def fused_route(
     if meter is not None and plan is not None:
         if meter.leaf.device != logits_TE.device:
             meter.move(logits_TE.device)
-        spans = [_span(term, batch.num_sequences) for term in plan.terms]
+        spans = [_span(term, batch.rows) for term in plan.terms]
         unbiased = [term.unbiased for term in plan.terms]
-        micro = plan.micro_sequences or batch.num_sequences
+        micro = plan.micro_sequences or batch.rows
         statistics, fraction_NBE = summarize(chosen, plan.top_k, spans, unbiased, micro)
         _propose(meter, Measured(logits_TE, statistics, fraction_NBE, None, None, None), chosen.ids_TK, batch)
     weights_TK, counts_E = chosen.weights_TK, chosen.counts_BE.sum(dim=0)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..meter import Batch
+from ..meter import TokenLayout
 from .experts import Experts
 from .router import Router
 
@@ -112,7 +112,7 @@ class MoE(nn.Module):
 
 def _batch(
     num_sequences: int, length: int, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None, shards: int
-) -> Batch:
+) -> TokenLayout:
     for name, tensor in (("token_mask_BS", token_mask_BS), ("document_ids_BS", document_ids_BS)):
         if tensor is not None and tensor.shape not in ((num_sequences, length), (num_sequences * length,)):
             raise InputError(
@@ -128,7 +128,7 @@ def _batch(
         # number them through the micro-batch: a document never crosses a sequence
         start_B1 = torch.arange(num_sequences, device=document_ids_BS.device).unsqueeze(1) * most
         document_T = (document_ids_BS.reshape(num_sequences, length) + start_B1).reshape(-1)
-    return Batch(max(num_sequences, 1), mask_T, document_T)
+    return TokenLayout(max(num_sequences, 1), mask_T, document_T)
 
 
 def _check_documents(document_ids_BS: Tensor, most: int) -> None:

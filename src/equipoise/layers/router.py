@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..functional.routing import Routing, check_mask_dtype, check_routing, choose, count_choices, without_autocast
 from ..kernels import RouterForm, gate_fits, gate_logits
-from ..meter import Batch, Meter
+from ..meter import Meter, TokenLayout
 from ..tie import probe, tie
 from ._fused_router import fused_route, fuses
 
@@ -69,12 +69,12 @@ class Router(nn.Module):
         if self.expert_bias is None:
             self.expert_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=self.weight.device)
 
-    def forward(self, x_TD: Tensor, batch: Batch | None = None) -> Routing:
+    def forward(self, x_TD: Tensor, batch: TokenLayout | None = None) -> Routing:
         """Routes T tokens; ``batch`` says how they lie in sequences (default: one sequence, no padding).
 
         Raises InputError for a wrong width, a mask of the wrong length, or NaN logits.
         """
-        batch = self._checked(x_TD, batch or Batch())
+        batch = self._checked(x_TD, batch or TokenLayout())
         with without_autocast(x_TD):  # fp32 even where the model computes in bf16
             if gate_fits(x_TD, self.weight):
                 raw_TE = gate_logits(x_TD, self.weight)
@@ -96,14 +96,14 @@ class Router(nn.Module):
             normalize=self.normalize,
             scale=self.scale,
         )
-        counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.num_sequences)
+        counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         if meter is not None:
             weights_TK = tie(
                 meter, weights_TK, raw_TE, ids_TK, counts_BE, batch, training=self.training, probs_TE=probs_TE
             )
         return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))
 
-    def _checked(self, x_TD: Tensor, batch: Batch) -> Batch:
+    def _checked(self, x_TD: Tensor, batch: TokenLayout) -> TokenLayout:
         """The batch with a boolean mask and int64 documents, as everything behind the router expects them."""
         tokens = x_TD.shape[0]
         if x_TD.dim() != 2 or x_TD.shape[1] != self.dim:
@@ -112,10 +112,10 @@ class Router(nn.Module):
                 got=str(tuple(x_TD.shape)),
                 do="flatten the sequences, or build the router with this width",
             )
-        if tokens % batch.num_sequences:
+        if tokens % batch.rows:
             raise InputError(
                 expected="T divisible by num_sequences",
-                got=f"T={tokens}, num_sequences={batch.num_sequences}",
+                got=f"T={tokens}, num_sequences={batch.rows}",
                 do="pad the sequences to one length and mask the padding",
             )
         for name, tensor in (("token_mask", batch.token_mask_T), ("document_ids", batch.document_T)):
@@ -127,7 +127,7 @@ class Router(nn.Module):
                 )
         mask_T, document_T = batch.token_mask_T, batch.document_T
         check_mask_dtype(mask_T)
-        return Batch(
+        return TokenLayout(
             batch.num_sequences,
             None if mask_T is None else mask_T.bool(),
             None if document_T is None else document_T.long(),
