@@ -165,7 +165,10 @@ class Trained:
 
         watched(run)
         if balancer:
-            self.states[policies] = balancer.state_dict()
+            state = balancer.state_dict()
+            for layer in state["layers"].values():
+                layer["expert_bias_E"] = None  # or the next step would route other tokens than the plain one
+            self.states[policies] = state
             balancer.remove()
         for block in self.model.model.layers:  # a bias that nobody moves would be refused
             block.mlp.gate.expert_bias = None  # type: ignore[union-attr]

@@ -33,7 +33,7 @@ class Model(pl.LightningModule):
         super().__init__()
         self.embedding = nn.Embedding(256, dim)
         self.context = nn.Conv1d(dim, dim, kernel_size=4)
-        self.layers = nn.ModuleList(MoE(dim, hidden=64, num_experts=16, top_k=2) for _ in range(2))
+        self.layers = nn.ModuleList(MoE(dim, hidden=64, num_experts=16, top_k=2, batch_first=True) for _ in range(2))
         self.head = nn.Linear(dim, 256)
 
     def forward(self, ids_BS: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(257, dim)  # 256 is padding
         self.context = nn.Conv1d(dim, dim, kernel_size=4)
-        self.layers = nn.ModuleList(MoE(dim, hidden=64, num_experts=16, top_k=2) for _ in range(2))
+        self.layers = nn.ModuleList(MoE(dim, hidden=64, num_experts=16, top_k=2, batch_first=True) for _ in range(2))
         self.head = nn.Linear(dim, 257)
 
     def forward(self, ids_BS: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ MUTATIONS = {
         "core/test_tie.py uniform",
     ),
     "layers pooled before the product (B12)": Mutation(
-        "balancer.py",
+        "stepping.py",
         "        summed = iter(sum_tables(",
         "        counts = [counts_LE.sum(dim=0, keepdim=True).expand_as(counts_LE) for counts_LE in counts]\n"
         "        summed = iter(sum_tables(",
@@ -123,7 +123,7 @@ MUTATIONS = {
         "core/test_tie.py hack",
     ),
     "bias moved at every micro-batch (B44)": Mutation(
-        "balancer.py",
+        "stepping.py",
         "        self._micro_steps[part] += 1\n",
         "        self._micro_steps[part] += 1\n"
         "        for bank, one in zip(banks, taken, strict=True):\n"

@@ -16,7 +16,7 @@ from .policies.losses import AuxLoss, ZLoss
 from .policies.switch import Timed
 from .pressure import Layer
 
-__all__ = ["attach", "detach"]
+__all__ = ["attach", "detach", "unbalanced_routers"]
 
 
 def _routers(parts: Sequence[nn.Module], example: Mapping[str, Any] | None) -> list[tuple[int, str, Any]]:
@@ -40,8 +40,8 @@ def attach(
     shards: int,
     may_be_empty: bool,
     example: Mapping[str, Any] | None = None,
-) -> list[Layer]:
-    """A meter for every router, and the policies checked against it before anything is changed.
+) -> tuple[list[Layer], list[str]]:
+    """(a meter for every router, what was switched off), after the policies were checked against all of them.
 
     ``may_be_empty``: a pipeline stage without MoE layers is one of several.
     """
@@ -62,8 +62,9 @@ def attach(
         for layout in {id(at): at for _, _, router in routers if (at := getattr(router, "layout", None))}.values():
             layout.remove()
         raise
+    switched_off = []
     for part in {part for part, _, router in routers if hasattr(router, "layout")}:
-        switch_off_own_loss(parts[part])  # not before all is checked: a refused balancer changes nothing
+        switched_off += switch_off_own_loss(parts[part])  # not before all is checked: a refused one changes nothing
     terms = tuple(_term(t.policy, micro_sequences) for t in timed if isinstance(t.policy, AuxLoss))
     gradient_norms = gradient_norms and all(getattr(router, "measures_norms", True) for _, _, router in routers)
     layers = []
@@ -85,7 +86,20 @@ def attach(
         router.meter = Meter(plan, next(router.parameters()).device)
         layers.append(Layer(name, router, router.meter, part))
     _warn_of_frozen(layers)
-    return layers
+    return layers, switched_off
+
+
+def unbalanced_routers(parts: Sequence[nn.Module], layers: Sequence[Layer]) -> list[str]:
+    """Names of routers in the model that no balancer has: ours, and others of a class that is balanced here."""
+    known = {id(getattr(layer.router, "module", layer.router)) for layer in layers}
+    classes = {type(layer.router.module) for layer in layers if hasattr(layer.router, "module")}
+    return [
+        name
+        for part in parts
+        for name, module in part.named_modules()
+        if id(module) not in known
+        and (type(module) in classes or (hasattr(module, "meter") and hasattr(module, "num_experts")))
+    ]
 
 
 def _warn_of_frozen(layers: Sequence[Layer]) -> None:

@@ -343,17 +343,25 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return float(((one - other).abs() / (other.abs() + 1e-4)).max())
 
 
-def switch_off_own_loss(model: nn.Module) -> None:
-    """So that nothing is balanced twice (B09, B11, B12: that loss is pooled over layers and scaled by the engine)."""
+def switch_off_own_loss(model: nn.Module) -> list[str]:
+    """So that nothing is balanced twice (B09, B11, B12: that loss is pooled over layers and scaled by the engine).
+
+    Returns what was switched off, in words.
+    """
+    done = []
     configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     on = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
     for config in on:
         config.output_router_logits = False
+        done.append(f"{type(config).__name__}.output_router_logits, the model's own balance loss")
     for module in model.modules():
         if isinstance(getattr(module, "router_aux_loss_coef", None), float):
+            if module.router_aux_loss_coef:
+                done.append(f"{type(module).__name__}.router_aux_loss_coef, which was {module.router_aux_loss_coef}")
             module.router_aux_loss_coef = 0.0  # type: ignore[assignment]
     if on:
         warnings.warn(
             "this model's own balance loss (output_router_logits) is switched off: the balancer's policies replace it",
             stacklevel=4,
         )
+    return done

@@ -12,7 +12,8 @@ from torch import Tensor
 from .collectives import Ranks
 from .errors import ConfigError
 from .meter import Plan
-from .pressure import Bank, Layer, step_sums, sums_size
+from .pressure import Bank, Layer
+from .reconcile import step_sums, sums_size
 
 __all__ = ["Ledger", "Sheet", "rows_of"]
 
@@ -21,6 +22,7 @@ class Sheet(NamedTuple):
     """The layers of one plan on all stages, a row each."""
 
     plan: Plan
+    names: list[str]  # of each row's router
     places: list[int]  # of each row in the whole model's order
     own: list[tuple[Bank, list[int]]]  # this rank's banks, and the rows of their layers
 
@@ -55,9 +57,15 @@ class Ledger:
             _sheet(plan, everything, stage, banks) for plan in dict.fromkeys(plan for _, _, _, plan in everything)
         ]
 
-    def start(self) -> Callable[[], list[Tensor]]:
-        """Begins the sum of the step over everyone; returns what waits for it: (rows, sums_size) for each sheet."""
-        parts = [self._filled(sheet) for sheet in self.sheets]
+    @property
+    def names(self) -> list[str]:
+        """Of all routers of all stages."""
+        return [name for sheet in self.sheets for name in sheet.names]
+
+    def start(self, tail: Tensor) -> Callable[[], list[Tensor]]:
+        """Begins the sum of the step over everyone; returns what waits for it: (rows, sums_size) for each sheet, and
+        the sum of ``tail``, a few numbers of this rank."""
+        parts = [*(self._filled(sheet) for sheet in self.sheets), tail]
         wait = self._ranks.everyone.start_sum(torch.cat([part.flatten() for part in parts]))
         sizes = [part.numel() for part in parts]
         return lambda: [sums.view_as(part) for sums, part in zip(wait().split(sizes), parts, strict=True)]
@@ -89,7 +97,7 @@ def _sheet(plan: Plan, everything: Sequence[tuple], stage: tuple[int, ...], bank
     held = [(place, s, name) for place, (s, _, name, of) in enumerate(everything) if of == plan]
     row_of = {name: row for row, (_, s, name) in enumerate(held) if s == stage}
     own = [(bank, [row_of[layer.name] for layer in bank.layers]) for bank in banks if bank.plan == plan]
-    return Sheet(plan, [place for place, _, _ in held], own)
+    return Sheet(plan, [name for _, _, name in held], [place for place, _, _ in held], own)
 
 
 def _different(ranks: tuple[int, ...], one: list[tuple[str, Plan]], other: list[tuple[str, Plan]]) -> ConfigError:

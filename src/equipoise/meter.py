@@ -101,6 +101,11 @@ class Plan(NamedTuple):
     def unbiased(self) -> bool:
         return any(term.unbiased for term in self.terms)
 
+    @property
+    def inside(self) -> bool:
+        """Whether something is measured inside a micro-batch, so that it matters how the tokens lie."""
+        return any(term.kind in ("sequences", "document") for term in self.terms)
+
     # The statistics: counts E, probs E, [unbiased counts E], scalars, N term values | lm norm, N + 1 norms.
     @property
     def scalars_at(self) -> int:
@@ -168,6 +173,7 @@ class Meter:
     def __init__(self, plan: Plan, device: torch.device | str = "cpu") -> None:
         self.plan = plan
         self.forward_pass = ForwardPass()
+        self.at_once = True  # a guard in forward may raise where it stands: see `equipoise.faults`
         self._make(device)
         self.tables: list[list[Tables]] = [[], [], []]
         self.placed: list[Placed] = []  # calls since the last tap, for their recompute
@@ -185,6 +191,7 @@ class Meter:
         self.written = self.pressure.data  # the same memory: a late write here does not trip autograd's version counter
         # The first pass of a reentrant checkpoint runs without gradient and must still be seen by the tap, while a
         # whole model run without gradient (a reference model, an evaluation) must not mix with either: three slots.
+        self.bad_documents = torch.zeros(1, **fp64)  # document numbers out of range, where nobody could look at once
         square = (plan.num_experts, plan.num_experts) if plan.gram else (0, 0)
         self.slots = [torch.zeros(plan.forward_size, **fp64) for _ in range(3)]
         self.grams = [torch.zeros(square, **fp64) for _ in range(3)]
@@ -211,7 +218,7 @@ class Meter:
             moved.grad = None if leaf.grad is None else leaf.grad.to(device)
             setattr(self, name, moved)
         self.pressure = self.pressure.to(device)
-        self.written = self.pressure.data
+        self.written, self.bad_documents = self.pressure.data, self.bad_documents.to(device)
         self.slots, self.grams = [s.to(device) for s in self.slots], [g.to(device) for g in self.grams]
 
     def __deepcopy__(self, memo: dict) -> None:

@@ -5,7 +5,7 @@ Layers that measure alike are a bank, a row of (L, ...) each: the operations of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from .policies.scopes import Sequences
 from .policies.switch import Timed
 from .shards import Late, correct
 
-__all__ = ["Bank", "Bound", "Layer", "MicroStep", "banks_of", "bind", "step_sums", "sums_size"]
+__all__ = ["Bank", "Bound", "Layer", "MicroStep", "banks_of", "bind", "tokens_said"]
 
 
 class Bound(NamedTuple):
@@ -44,7 +44,9 @@ class Layer:
 
     @property
     def trainable(self) -> bool:
-        return any(p.requires_grad for p in self.router.parameters())
+        """Whether anything learns from a push; of a router without parameters of its own that is not known: yes."""
+        own = [p.requires_grad for p in self.router.parameters()]
+        return any(own) or not own
 
 
 @dataclass
@@ -64,6 +66,9 @@ class Bank:
     step_values: Tensor | None = None  # (L, N): sum over tokens of E <f, p> of the terms whose f the tap chose
     step_windows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # term -> (counts, sequences) so far
     step_fidelity: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
+    step_pushes = False  # a policy asked for a gradient
+    step_split = False  # a backward of chosen inputs (zero-bubble schedules): autograd leaves the leaves alone
+    step_silent: Tensor | None = None  # taps that no router ran before, where that cannot be looked at: ()
     counted: Tensor | None = None  # statistics of a counting pass, all ranks
     pools: list[Tensor] | None = None  # its expert ids (N, K) at each layer, for the shuffle control
 
@@ -83,9 +88,12 @@ class Bank:
         self.history.forget_step()
         self.step_taken = self.step_shift = self.step_values = self.counted = self.pools = None
         self.step_windows, self.step_fidelity = {}, []
+        self.step_pushes, self.step_split, self.step_silent = False, False, None
         for meter in self.meters:
             meter.leaf.grad = meter.language.grad = meter.pool = None
         clear_slots(self.meters)
+        if any(term.kind == "document" for term in self.plan.terms):
+            overwrite([meter.bad_documents for meter in self.meters])
         self.release()  # a forgotten tap may not push with what the last step left
         count_P = torch.zeros(self.plan.pressure_size, dtype=torch.float64, device=self.device)
         count_P[-1] = 1.0  # counting needs no tap
@@ -105,8 +113,11 @@ class Bank:
         for meter in self.meters:
             meter.late, meter.placed_late = [], []
 
-    def move_biases(self, timeline: Sequence[Timed], counts_LE: Tensor, step: int) -> None:
-        """The expert biases after a step, in place; of a frozen router it stays: other experts would answer (B48)."""
+    def move_biases(self, timeline: Sequence[Timed], counts_LE: Tensor, step: int, keep: Tensor | None = None) -> None:
+        """The expert biases after a step, in place; of a frozen router it stays: other experts would answer (B48).
+
+        ``keep``: a scalar that is False where the step turns out to be bad; None: it is known to be good.
+        """
         rows = [i for i, layer in enumerate(self.layers) if layer.trainable]
         for place, timed in enumerate(timeline):
             if rows and isinstance(timed.policy, ExpertBias) and timed.active(step):
@@ -115,7 +126,10 @@ class Bank:
                 new_LE, momentum_LE = timed.policy.step(bias_LE, counts_LE, old_LE, step)
                 if len(rows) < len(self.layers):
                     momentum_LE = old_LE.index_copy(0, torch.tensor(rows, device=old_LE.device), momentum_LE[rows])
-                self.momentum[place] = momentum_LE
+                if keep is not None:
+                    new_LE, momentum_LE = torch.where(keep, new_LE, bias_LE), torch.where(keep, momentum_LE, old_LE)
+                if timed.policy.rule == "momentum":
+                    self.momentum[place] = momentum_LE
                 new = new_LE.unbind()
                 overwrite([self.layers[i].router.expert_bias for i in rows], [new[i] for i in rows])
 
@@ -126,35 +140,6 @@ class Bank:
             return None
         nan_E = torch.full((self.plan.num_experts,), torch.nan, device=self.device)
         return torch.stack([nan_E if bias_E is None else bias_E for bias_E in found])
-
-    def state_dicts(self) -> dict[str, dict[str, Any]]:
-        """For each layer what the next step needs: previous and ema loads, bias momentum."""
-        history, states = self.history, {}
-        for i, layer in enumerate(self.layers):
-            own_E = getattr(layer.router, "own_bias", None)  # of another library's router: no checkpoint of it has this
-            states[layer.name] = {
-                "previous_E": None if history.previous_E is None else history.previous_E[i].clone(),
-                "ema": [(decay, ema_LE[i].clone()) for decay, ema_LE in history.ema_E.items()],
-                "momentum": [(place, momentum_LE[i].clone()) for place, momentum_LE in sorted(self.momentum.items())],
-                "own_bias_E": None if own_E is None else own_E.clone(),
-            }
-        return states
-
-    def load_state_dicts(self, states: dict[str, dict[str, Any]]) -> None:
-        mine, zero_E = [states[layer.name] for layer in self.layers], torch.zeros(self.plan.num_experts)
-
-        def stacked(rows: list[Tensor | None]) -> Tensor:
-            return torch.stack([zero_E.double() if row is None else row.cpu().double() for row in rows]).to(self.device)
-
-        previous = [state["previous_E"] for state in mine]
-        self.history.previous_E = None if all(one is None for one in previous) else stacked(previous)
-        for name, kept in (("ema", self.history.ema_E), ("momentum", self.momentum)):
-            rows = [dict(state[name]) for state in mine]
-            kept.clear()
-            kept |= {key: stacked([row.get(key) for row in rows]) for key in sorted(set().union(*rows))}
-        for layer, state in zip(self.layers, mine, strict=True):
-            if state.get("own_bias_E") is not None:
-                layer.router.own_bias = state["own_bias_E"].to(self.device, copy=True)
 
 
 def banks_of(layers: Sequence[Layer]) -> list[Bank]:
@@ -175,7 +160,7 @@ class MicroStep:
     step: int  # optimizer steps committed so far
     number: int  # 1 = the first micro-batch of this step
     reduction: str  # "mean": losses are means, averaged over micro-batches; "sum": they add up to the step's loss
-    declared_tokens: float | None  # valid router tokens of the whole step, all ranks
+    declared_tokens: float | Mapping[str, float] | None  # valid tokens of the whole step, all ranks; or by router name
     declared_micro_batches: int | None
     ranks: int
     rank: int
@@ -211,12 +196,16 @@ def bind(
     for timed in timeline:
         match timed.policy:
             case AuxLoss() as policy if timed.active(micro.step):
-                push_L = unit_L * (coefficient(policy, micro.step) * plan.num_experts)
+                coef = coefficient(policy, micro.step)
+                push_L = unit_L * (coef * plan.num_experts)
+                bank.step_pushes |= coef > 0
                 terms.append(_bind_term(bank, policy, len(terms), (taken_LS, own_LE), push_L, micro))
             case AuxLoss():
                 terms.append((zero_LE, zero_L, zero_L))
             case ZLoss() as policy if timed.active(micro.step):
-                z_L = z_L + unit_L * coefficient(policy, micro.step)
+                coef = coefficient(policy, micro.step)
+                z_L = z_L + unit_L * coef
+                bank.step_pushes |= coef > 0
     rows, factors, values = zip(*terms, strict=True) if terms else ((), (), ())
     bank.step_values = _plus(bank.step_values, torch.stack(values, dim=1) if terms else zero_LE[:, :0])
     if micro.estimators:
@@ -252,7 +241,7 @@ def _unit(bank: Bank, taken_LS: Tensor, micro: MicroStep) -> Tensor:
     plan = bank.plan
     tokens_L, calls_L = taken_LS[:, plan.at("tokens")], taken_LS[:, plan.at("calls")]
     if micro.declared_tokens is not None:
-        step_tokens_L = micro.declared_tokens * calls_L.clamp(min=1)
+        step_tokens_L = tokens_said(bank, micro.declared_tokens) * calls_L.clamp(min=1)
         micro_batches: Tensor | float = (micro.declared_micro_batches or 1) * micro.ranks
     elif bank.counted is not None:
         step_tokens_L = bank.counted[:, plan.at("tokens")]
@@ -262,6 +251,14 @@ def _unit(bank: Bank, taken_LS: Tensor, micro: MicroStep) -> Tensor:
     if micro.reduction == "sum":
         micro_batches = 1.0
     return micro_batches / step_tokens_L.clamp(min=1) * (tokens_L > 0)
+
+
+def tokens_said(bank: Bank, declared: float | Mapping[str, float]) -> Tensor | float:
+    """What ``begin_step`` declared for the layers of a bank: one number for all, or (L,)."""
+    if not isinstance(declared, Mapping):
+        return declared
+    said = [declared[layer.name] for layer in bank.layers]
+    return said[0] if len(set(said)) == 1 else torch.tensor(said, dtype=torch.float64, device=bank.device)
 
 
 def _bind_term(
@@ -341,37 +338,3 @@ def _shuffled(bank: Bank, taken_LS: Tensor, micro: MicroStep) -> Tensor:
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:
     return more if total is None else total + more
-
-
-def sums_size(plan: Plan) -> int:
-    """Statistics, late values of the terms, choices that a recompute changed."""
-    return plan.size + len(plan.terms) + 1
-
-
-def step_sums(bank: Bank) -> Tensor:
-    """(L, sums_size): what the leaves collected, or what forward proposed where autograd left a leaf alone.
-
-    It does under ``backward(inputs=...)`` and in the halves of a zero-bubble schedule, for all micro-batches or some.
-    """
-    plan, late = bank.plan, bank.plan.forward_size
-    counted_LS = _collected([meter.leaf for meter in bank.meters])
-    counted_LS[:, late : late + 1] += _collected([meter.language for meter in bank.meters])
-    flips_L1 = counted_LS.new_zeros(len(bank.layers), 1)
-    if bank.step_taken is not None:
-        taken_LS = torch.nn.functional.pad(bank.step_taken, (0, plan.size - late), value=torch.nan)  # norms
-        calls_L1, before_L1 = counted_LS[:, [plan.at("calls")]], taken_LS[:, [plan.at("calls")]]
-        changed_L1 = (counted_LS - taken_LS)[:, : plan.num_experts].abs().sum(dim=1, keepdim=True) / 2
-        flips_L1 = torch.where(calls_L1 == before_L1, changed_L1, 0.0)
-        counted_LS = torch.where(calls_L1 < before_L1, taken_LS, counted_LS)
-        if bank.step_shift is not None:
-            counted_LS = counted_LS + torch.nn.functional.pad(bank.step_shift, (0, plan.size - late))
-    values_LN = (
-        bank.step_values if bank.step_values is not None else counted_LS.new_zeros(len(flips_L1), len(plan.terms))
-    )
-    return torch.cat([counted_LS, values_LN, flips_L1], dim=1)
-
-
-def _collected(leaves: Sequence[Tensor]) -> Tensor:
-    """(L, ...): the gradients of the leaves, zero where there is none."""
-    zero = leaves[0].new_zeros(leaves[0].shape) if any(leaf.grad is None for leaf in leaves) else leaves[0]
-    return torch.stack([zero if leaf.grad is None else leaf.grad for leaf in leaves])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, library
 
 from .functional.routing import gate_log_scores, gate_scores, gate_slope
+from .layouts import check_layout
 from .measure import Measured, measure
 from .meter import Meter, Plan, TokenLayout
 from .shards import late_fractions, propose
@@ -42,6 +43,8 @@ def tie(
     """
     if not training:
         return weights_TK
+    if torch.is_grad_enabled():  # a pass without gradient may be nobody's
+        check_layout(meter.plan, batch, len(logits_TE))
     if meter.leaf.device != logits_TE.device:
         meter.move(logits_TE.device)
     measured = measure(meter.plan, logits_TE, ids_TK, counts_BE, batch, probs_TE)

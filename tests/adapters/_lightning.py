@@ -27,7 +27,7 @@ class Ours(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(VOCABULARY, 8)
-        self.layers = nn.ModuleList(MoE(8, 8, num_experts=4, top_k=2) for _ in range(2))
+        self.layers = nn.ModuleList(MoE(8, 8, num_experts=4, top_k=2, batch_first=True) for _ in range(2))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         h = self.embedding(input_ids)

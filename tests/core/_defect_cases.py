@@ -54,7 +54,7 @@ def biases_after(steps_NTE: Tensor, rule: str, rate: float) -> tuple[Tensor, lis
     optimizer, loads = torch.optim.SGD(router.parameters(), lr=0.0), []
     for logits_TE in steps_NTE:
         part_TE = logits_TE.chunk(dist.get_world_size())[dist.get_rank()]
-        balancer.tap(router(part_TE, TokenLayout()).weights_TK.sum()).backward()
+        balancer.tap(router(part_TE, TokenLayout(1)).weights_TK.sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
         loads.append(balancer.load()[0].tolist())

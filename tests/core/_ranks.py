@@ -94,7 +94,7 @@ def shuffle_pool() -> tuple[list[int], list[int]]:
 def exact_in_one_pass(sequences: int) -> tuple[list[float], float, list[int]]:
     """(gradient of the router, value of the loss, load) of a step in one pass, without counting it before."""
     torch.manual_seed(0)
-    model = MoE(8, 16, 6, 2).double()
+    model = MoE(8, 16, 6, 2, batch_first=True).double()
     x_BSD = torch.randn(sequences, 5, 8, dtype=torch.float64).chunk(dist.get_world_size())[dist.get_rank()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     balancer = Balancer(

@@ -221,6 +221,7 @@ def test_model_and_balancer_are_garbage_collected_together(trained):
     del balancer
     gc.collect()
     assert gone[1]() is not None
+    loss_of(model, make_step(1)[0]).backward()
     with pytest.raises(StateError, match="tap"):  # it still guards
         optimizer.step()
     del model, optimizer

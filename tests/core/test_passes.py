@@ -18,7 +18,7 @@ POLICIES = {
 def step(policies, micro_batches: int, per_pass: int, sequences: int):
     """One optimizer step over 8 sequences, cut into micro-batches, ``per_pass`` of them at a time."""
     torch.manual_seed(0)
-    model = MoE(dim=8, hidden=16, num_experts=6, top_k=2, gate="sigmoid").double()
+    model = MoE(dim=8, hidden=16, num_experts=6, top_k=2, batch_first=True, gate="sigmoid").double()
     x_BSD = torch.randn(micro_batches * sequences, 5, 8, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     balancer = Balancer(model, policies, sequences_per_micro_batch=sequences)
@@ -52,7 +52,7 @@ def test_a_step_of_one_pass_needs_no_counting_pass_for_exact(sequences, batch):
     found = []
     for count in (True, False):
         torch.manual_seed(0)
-        model = MoE(dim=8, hidden=16, num_experts=6, top_k=2).double()
+        model = MoE(dim=8, hidden=16, num_experts=6, top_k=2, batch_first=True).double()
         x_BSD = torch.randn(batch, 5, 8, dtype=torch.float64)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         policies = [AuxLoss("global_batch", 0.5, estimator="exact"), AuxLoss("micro_batch", 0.1)]
@@ -83,7 +83,7 @@ def test_so_it_is_on_two_ranks(ranks):
 def test_the_shuffle_control_needs_one_where_a_pass_is_several_micro_batches():
     """f of the whole pass would be the exact f, and the control would show no difference."""
     for sequences, batch in ((None, 8), (1, 1), (1, 8)):
-        model = MoE(dim=8, hidden=16, num_experts=6, top_k=2)
+        model = MoE(dim=8, hidden=16, num_experts=6, top_k=2, batch_first=True)
         balancer = Balancer(model, [AuxLoss("shuffle", 0.5)], sequences_per_micro_batch=sequences)
         loss = balancer.tap(model(torch.randn(batch, 5, 8)).square().mean())
         if sequences == 1 < batch:
@@ -96,7 +96,7 @@ def test_the_shuffle_control_needs_one_where_a_pass_is_several_micro_batches():
 def test_without_it_a_pass_is_one_micro_batch():
     grads, _, _ = step(POLICIES["micro_batch"], 8, 4, 1)
     torch.manual_seed(0)
-    model = MoE(dim=8, hidden=16, num_experts=6, top_k=2, gate="sigmoid").double()
+    model = MoE(dim=8, hidden=16, num_experts=6, top_k=2, batch_first=True, gate="sigmoid").double()
     x_BSD = torch.randn(8, 5, 8, dtype=torch.float64)
     balancer = Balancer(model, POLICIES["micro_batch"])
     for part_BSD in x_BSD.split(4):

@@ -24,7 +24,7 @@ from core._model import (
     twin,
 )
 from core._reference import add, fraction, reference_step, token_values
-from equipoise import AuxLoss, Balancer, ExpertBias, MoE, Router
+from equipoise import AuxLoss, Balancer, ExpertBias, InputError, MoE, Router, Sequences
 from equipoise.meter import TokenLayout
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
@@ -266,13 +266,47 @@ def test_masked_sequences(all_of_it):
         assert balancer.metrics()["balance/maxvio_sequence"] >= 0
 
 
-def test_two_dimensional_input_is_one_sequence():
+@pytest.mark.parametrize("scope", ["sequence", "document", Sequences(2)])
+@pytest.mark.parametrize("shape", [(6, 8), (3, 2, 8)])
+def test_an_unknown_layout_is_no_sequence(scope, shape):
+    """Flat tokens, or three dimensions of which nobody said which is the batch: another load, and it looks healthy."""
     layer = MoE(8, 4, 4, 2)
-    balancer = Balancer(layer, [AuxLoss("sequence", 1.0)])
+    Balancer(layer, [AuxLoss(scope, 1.0)])
+    with pytest.raises(InputError, match=r"(?s)nobody said which.*batch_first=True"):
+        layer(torch.randn(shape))
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (3, 2, 8)])
+def test_an_unknown_layout_does_not_matter_to_wider_scopes(shape):
+    layer = MoE(8, 4, 4, 2)
+    balancer = Balancer(layer, [AuxLoss("micro_batch", 1.0)])
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
-    balancer.tap(layer(torch.randn(6, 8)).sum()).backward()
+    balancer.tap(layer(torch.randn(shape)).sum()).backward()
     optimizer.step()
     assert balancer.metrics()["balance/tokens"] == 6
+    assert "balance/maxvio_sequence" not in balancer.metrics(), "not known is not 0"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sequence_first_is_batch_first_turned(masked):
+    """Outputs, gradients and what is measured of (S, B, D) are those of (B, S, D)."""
+    found = []
+    for batch_first in (True, False):
+        torch.manual_seed(0)
+        layer = MoE(8, 4, 4, 2, batch_first=batch_first).double()
+        balancer = Balancer(layer, [AuxLoss("sequence", 1.0), AuxLoss("document", 0.5)])
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+        x_BSD = torch.randn(3, 4, 8).double() + 2 * torch.randn(3, 1, 8).double()
+        mask_BS = torch.arange(4) < torch.tensor([[4], [2], [3]]) if masked else None
+        documents_BS = torch.tensor([[0, 0, 1, 1], [0, 1, 2, 3], [0, 0, 0, 1]])
+        given = x_BSD if batch_first else x_BSD.transpose(0, 1)
+        y = layer(given, token_mask_BS=mask_BS, document_ids_BS=documents_BS)
+        balancer.tap((y if batch_first else y.transpose(0, 1)).square().mean()).backward()
+        optimizer.step()
+        found.append(([p.grad for p in layer.parameters()], balancer.metrics()))
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-12)
 
 
 def test_the_reference_itself_on_a_case_done_by_hand():

@@ -90,7 +90,7 @@ def batches_seen(layer: MoE) -> list[TokenLayout]:
 
 
 def test_masks_and_documents_reach_the_router_token_by_token():
-    layer = layer_of({})
+    layer = layer_of({"batch_first": True})
     seen = batches_seen(layer)
     routings = []
     layer.gate.register_forward_hook(lambda _module, _args, routing: routings.append(routing))

@@ -25,7 +25,7 @@ class Block(nn.Module):
 
     def __init__(self, experts: int | None) -> None:
         super().__init__()
-        self.mlp = nn.Linear(DIM, DIM) if experts is None else MoE(DIM, 8, experts, 2, gate="sigmoid")
+        self.mlp = nn.Linear(DIM, DIM) if experts is None else MoE(DIM, 8, experts, 2, gate="sigmoid", batch_first=True)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return x_BSD + 0.1 * self.mlp(x_BSD)

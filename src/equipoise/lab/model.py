@@ -152,6 +152,7 @@ class Block(nn.Module):
             config.expert_hidden,
             config.experts,
             config.top_k,
+            batch_first=True,
             num_shared=config.shared_experts,
             gate="softmax" if config.gate == "auto" else config.gate,
             selection_bias=config.selection_bias,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..functional.routing import Routing
 from ..kernels import RouterForm, choose_and_count, fits, router_gradient, summarize
+from ..layouts import check_layout
 from ..measure import Measured
 from ..meter import LocalTerm, Meter, Plan, TokenLayout
 from ..tie import _keep_pressure, _late, _propose
@@ -54,6 +55,8 @@ def fused_route(
     )
     statistics = fraction_NBE = None
     if meter is not None and plan is not None:
+        if torch.is_grad_enabled():
+            check_layout(plan, batch, len(logits_TE))
         if meter.leaf.device != logits_TE.device:
             meter.move(logits_TE.device)
         spans = [_span(term, batch.rows) for term in plan.terms]

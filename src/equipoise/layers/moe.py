@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..looking import at_hand
 from ..meter import TokenLayout
 from .experts import Experts
 from .router import Router
@@ -48,6 +49,8 @@ class MoE(nn.Module):
 
     Args:
         dim: width D of a token.  hidden: width of one expert (fine-grained: small hidden, many experts, larger K).
+        batch_first: how inputs of three dimensions lie: True (B, S, D), False (S, B, D). None leaves it open: nothing
+            that depends on it is measured, and a policy with a scope inside a micro-batch is refused.
         num_shared: shared experts, as one SwiGLU of width ``num_shared * hidden`` (or ``shared_hidden``).
         router: every keyword of ``Router``: gate, normalize, scale, num_groups, top_groups, selection_bias.
 
@@ -65,11 +68,13 @@ class MoE(nn.Module):
         num_experts: int,
         top_k: int,
         *,
+        batch_first: bool | None = None,
         num_shared: int = 0,
         shared_hidden: int | None = None,
         **router,
     ) -> None:
         super().__init__()
+        self.batch_first = batch_first
         self.gate = Router(dim, num_experts, top_k, **router)
         self.experts = Experts(num_experts, dim, hidden)
         shared = shared_hidden if shared_hidden is not None else num_shared * hidden
@@ -78,24 +83,33 @@ class MoE(nn.Module):
     def forward(
         self, x_BSD: Tensor, *, token_mask_BS: Tensor | None = None, document_ids_BS: Tensor | None = None
     ) -> Tensor:
-        """(B, S, D) or (T, D) in, the same shape out.
+        """(B, S, D), (S, B, D) or (T, D) in, the same shape out.
 
         Args:
             token_mask_BS: True = a real token. Padding gets an output but is neither counted nor balanced.
             document_ids_BS: the document of each token inside its sequence, integers in [0, S), for scope "document";
                 where other ranks hold the rest of each sequence, numbered through the whole of it.
+
+        Both are (B, S) whatever ``batch_first``, as PyTorch's padding masks are.
         """
         if x_BSD.dim() not in (2, 3):
             raise InputError(
                 expected="tokens of shape (B, S, D) or (T, D)",
                 got=str(tuple(x_BSD.shape)),
-                do="merge the leading dimensions",
+                do="merge what lies between: x.flatten(1, -2) of (B, H, W, D) is (B, S, D)",
             )
+        if x_BSD.dim() == 3 and self.batch_first is False:
+            swapped = self._forward(x_BSD.transpose(0, 1), token_mask_BS, document_ids_BS)
+            return swapped.transpose(0, 1)
+        return self._forward(x_BSD, token_mask_BS, document_ids_BS)
+
+    def _forward(self, x_BSD: Tensor, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None) -> Tensor:
+        known = x_BSD.dim() == 3 and self.batch_first is not None
         sequences = x_BSD.unsqueeze(0) if x_BSD.dim() == 2 else x_BSD
         num_sequences, length, dim = sequences.shape
         x_TD = sequences.reshape(-1, dim)
-        shards = 1 if self.gate.meter is None else self.gate.meter.plan.shards
-        routing = self.gate(x_TD, _batch(num_sequences, length, token_mask_BS, document_ids_BS, shards))
+        batch = _batch(num_sequences, length, token_mask_BS, document_ids_BS, self.gate)
+        routing = self.gate(x_TD, batch if known else batch._replace(num_sequences=None))
         y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
@@ -111,7 +125,7 @@ class MoE(nn.Module):
 
 
 def _batch(
-    num_sequences: int, length: int, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None, shards: int
+    num_sequences: int, length: int, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None, router: Router
 ) -> TokenLayout:
     for name, tensor in (("token_mask_BS", token_mask_BS), ("document_ids_BS", document_ids_BS)):
         if tensor is not None and tensor.shape not in ((num_sequences, length), (num_sequences * length,)):
@@ -123,22 +137,31 @@ def _batch(
     mask_T = None if token_mask_BS is None else token_mask_BS.reshape(-1)
     document_T = None
     if document_ids_BS is not None:
-        most = length * shards  # documents that a sequence can have
-        _check_documents(document_ids_BS, most)
+        most = length * (1 if router.meter is None else router.meter.plan.shards)  # documents that a sequence can have
+        document_ids_BS = _checked_documents(document_ids_BS.reshape(num_sequences, length), most, router)
         # number them through the micro-batch: a document never crosses a sequence
         start_B1 = torch.arange(num_sequences, device=document_ids_BS.device).unsqueeze(1) * most
-        document_T = (document_ids_BS.reshape(num_sequences, length) + start_B1).reshape(-1)
+        document_T = (document_ids_BS + start_B1).reshape(-1)
     return TokenLayout(max(num_sequences, 1), mask_T, document_T)
 
 
-def _check_documents(document_ids_BS: Tensor, most: int) -> None:
-    """Looks at the values on CPU only: a GPU is not made to wait."""
-    if document_ids_BS.device.type != "cpu" or torch.compiler.is_compiling() or not document_ids_BS.numel():
-        return
-    low, high = (int(end) for end in torch.aminmax(document_ids_BS))
-    if low < 0 or high >= most:
-        raise InputError(
-            expected=f"document numbers in [0, {most}), the length of a sequence",
-            got=f"{low} .. {high}",
-            do="number the documents of each sequence from 0",
-        )
+def _checked_documents(document_ids_BS: Tensor, most: int, router: Router) -> Tensor:
+    """Raises InputError for numbers out of range; where nobody may look now, they are 0 and the step is told."""
+    meter = router.meter
+    if not document_ids_BS.numel():
+        return document_ids_BS
+    if at_hand(document_ids_BS.device) and not torch.compiler.is_compiling() and (meter is None or meter.at_once):
+        low, high = (int(end) for end in torch.aminmax(document_ids_BS))
+        if low < 0 or high >= most:
+            raise InputError(
+                expected=f"document numbers in [0, {most}), the length of a sequence",
+                got=f"{low} .. {high}",
+                do="number the documents of each sequence from 0",
+            )
+    elif meter is not None and router.training and any(term.kind == "document" for term in meter.plan.terms):
+        if meter.leaf.device != document_ids_BS.device:
+            meter.move(document_ids_BS.device)
+        bad_BS = (document_ids_BS < 0) | (document_ids_BS >= most)
+        meter.bad_documents.add_(bad_BS.sum())
+        return document_ids_BS.masked_fill(bad_BS, 0)
+    return document_ids_BS

@@ -31,10 +31,13 @@ class LoadHistory:
         self.current_E = current_E
         self.prefix_E = current_E.clone() if self.prefix_E is None else self.prefix_E + current_E
 
-    def commit(self, counts_E: Tensor, decays: set[float]) -> None:
-        """The step is over. A step without a token leaves the history as it was."""
+    def commit(self, counts_E: Tensor, decays: set[float], keep: Tensor | None = None) -> None:
+        """The step is over. One without a token leaves the history as it was, and one that ``keep`` says is bad."""
         fraction_E = load_fractions(counts_E)
         seen = counts_E.sum(dim=-1, keepdim=True) > 0
+        if keep is not None:
+            seen = seen & keep
+            self.previous_E = torch.zeros_like(counts_E) if self.previous_E is None else self.previous_E
         self.previous_E = counts_E.clone() if self.previous_E is None else torch.where(seen, counts_E, self.previous_E)
         for decay in decays:
             old_E = self.ema_E.get(decay, torch.zeros_like(fraction_E))

@@ -1,0 +1,43 @@
+"""Whether a step may be committed: the step's sum is looked at for what guards could not look at before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .declared import Declared
+from .faults import Expected, Faults, verdict
+from .ledger import Sheet
+from .reconcile import Row
+
+__all__ = ["judge"]
+
+
+def judge(
+    faults: Faults, sheets: Sequence[Sheet], sums: Sequence[Tensor], declared: Declared, passes: int, step: int
+) -> Tensor | bool:
+    """As `Faults.settle`, from the sums of the step: those of every sheet, and the tail behind them."""
+    *rows, tail = sums
+    flags, names, expected = [], [], []
+    for sheet, summed in zip(sheets, rows, strict=True):
+        plan = sheet.plan
+        said = [declared.of_router(name) for name in sheet.names]
+        tokens: Tensor | float | None = said[0]
+        if len(set(said)) > 1:
+            tokens = torch.tensor([float(one or 0) for one in said], dtype=torch.float64, device=summed.device)
+        probs_LE = summed[:, plan.num_experts : 2 * plan.num_experts]
+        flags.append(
+            verdict(
+                probs_LE,
+                summed[:, Row.UNPUSHED],
+                summed[:, Row.DOCUMENTS],
+                summed[:, plan.at("tokens")],
+                summed[:, plan.at("calls")],
+                Expected(tokens, passes),
+            )
+        )
+        names += sheet.names
+        expected += [float(one or 0) for one in said]
+    return faults.settle(flags[0] if len(flags) == 1 else torch.cat(flags), tail, step, names, expected)
