@@ -75,6 +75,7 @@ from equipoise.functional import balance_loss, gate_probs, route
 from equipoise.lab.config import ModelConfig
 from equipoise.lab.model import LanguageModel
 from equipoise.layers import Router
+from equipoise.meter import TokenLayout
 
 MODELS = [(24, 64), (48, 128), (94, 128), (61, 256)]  # layers, experts: small, Qwen3-30B, Qwen3-235B, DeepSeek-V3 + MTP
 CLUSTER = [8, 64, 512, 4096, 16384]
@@ -99,7 +100,8 @@ def build(layers: int, experts: int, top_k: int = 2, *, normalize: bool = True) 
 
 
 def forward(routers: nn.ModuleList, x_TD: Tensor) -> Tensor:
-    return torch.stack([router(x_TD).weights_TK.square().sum() for router in routers]).sum()
+    lie = TokenLayout(num_sequences=1)
+    return torch.stack([router(x_TD, lie).weights_TK.square().sum() for router in routers]).sum()
 
 
 def step(routers: nn.ModuleList, balancer: Balancer, tokens: int, micro_batches: int = 1) -> None:
@@ -489,7 +491,7 @@ def live_bytes(layers: int, experts: int, tokens: int, policies: list, *, recomp
     x_TD = torch.randn(tokens, DIM, requires_grad=True)
 
     def run(router: nn.Module, x_TD: Tensor) -> Tensor:
-        return router(x_TD).weights_TK.square().sum()
+        return router(x_TD, TokenLayout(num_sequences=1)).weights_TK.square().sum()
 
     def checkpointed(router: nn.Module, x_TD: Tensor) -> Tensor:
         return checkpoint(run, router, x_TD, use_reentrant=False)

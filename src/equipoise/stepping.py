@@ -64,6 +64,7 @@ class Stepping:
         self.generation = 0  # rises when a step is over or given up: what was bound before is of no use then
         self._backward: int | None = None  # the backward that was bound and has not ended
         self._pending: Callable[[], list[Tensor]] | None = None  # the sum of this step, on its way
+        self._ready = False  # what comes right before the optimizer's step was done
         self._good: Tensor | bool | None = None  # whether the step may be committed, where that is known before it
         self._declared = Declared()
         self._committed: list[Committed] | None = None
@@ -233,6 +234,7 @@ class Stepping:
     def _before_step(self) -> None:
         """Right before the optimizer: all gradients are there, so the sum may travel while the optimizer works."""
         if self._is_no_step():
+            self._ready = True
             return
         empty = self._empty and bool(self._layers)
         if self._layers and not (empty and 0 < (self._untapped or 0) < UNTAPPED):
@@ -246,7 +248,7 @@ class Stepping:
             self._faults.note(gradients_moved())
         start = self._ledger.start(self._faults.tail(self._silent or 0.0, empty=empty, device=self._device))
         self._good = self._judge(start()) if self._faults.at_once and at_hand(self._device) else None
-        self._pending = start
+        self._pending, self._ready = start, True
 
     def _judge(self, sums: list[Tensor]) -> Tensor | bool:
         passes = max(self._micro_steps) * self._ranks.tokens.size
@@ -263,8 +265,9 @@ class Stepping:
 
     def _commit(self) -> None:
         """The only place where state changes: one sum over ranks for all layers, then histories, biases, metrics."""
-        if self._pending is None:  # a closure optimizer, a step inside backward, or step() by hand
+        if not self._ready:  # a closure optimizer, a step inside backward, or step() by hand
             self._before_step()
+        self._ready = False
         if self._pending is None:
             return
         (*sums, tail), self._pending = self._pending(), None
@@ -286,6 +289,7 @@ class Stepping:
             self._commit_sums(sums, good if unmoved is None else good & ~unmoved)
         self._step += 1
         self._untapped, self._dropped, self._inferred = 0, 0, False
+        self._watch.saw_a_step()
         self._forget()
 
     def _commit_sums(self, sums: list[Tensor], keep: Tensor | None) -> None:
@@ -313,7 +317,7 @@ class Stepping:
         if self._pending is not None:  # others take part in it
             self._pending()
         self._pending = self._backward = self._silent = self._good = None
-        self._evaluated = False
+        self._evaluated = self._ready = False
         self._micro_steps = [0] * len(self._micro_steps)
         self.generation += 1
         self._declared = Declared()

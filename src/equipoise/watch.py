@@ -93,6 +93,7 @@ class Watch:
         self._witness: nn.Parameter | None = None
         self._only: weakref.ref[torch.optim.Optimizer] | None = None  # the optimizer that was named
         self._stepping: weakref.ref[torch.optim.Optimizer] | None = None  # the outermost that is in its step
+        self._depth = 0  # how often its step is on the stack
         self._unmoved: torch.Tensor | None = None  # whether the step that just ended changed nothing
         self.inside_closure = False  # an optimizer that calls forward and backward itself (LBFGS) moves as it likes
         self.stepped_in_backward = False  # an optimizer that steps inside backward: the step is over when that is
@@ -126,14 +127,16 @@ class Watch:
         if not self._concerns(stepping):
             self._note_stranger(stepping)
             return
-        outer = None if self._stepping is None else self._stepping()
-        if _skips(stepping) or (outer is not None and outer is not stepping):  # an optimizer inside an optimizer
+        if _skips(stepping):
+            return
+        if self._stepping is not None:  # an optimizer inside an optimizer, or step() calls that of its base class
+            self._depth += stepping is self._stepping()
             return
         if torch._C._current_graph_task_id() != -1:
             self.stepped_in_backward, self.ends_with = True, f"the backward in which {type(stepping).__name__} steps"
             steps.inside_backward()
             return
-        self._stepping, self.inside_closure = weakref.ref(stepping), closure is not None
+        self._stepping, self._depth, self.inside_closure = weakref.ref(stepping), 1, closure is not None
         self.ends_with = f"a step of {type(stepping).__name__}"
         if closure is None:  # else forward and backward are still to come
             try:
@@ -143,7 +146,10 @@ class Watch:
                 raise
 
     def _after(self, steps: Steps, stepping: torch.optim.Optimizer) -> None:
-        if self._stepping is not None and self._stepping() is stepping:
+        if self._stepping is None or self._stepping() is not stepping:
+            return
+        self._depth -= 1
+        if self._depth == 0:
             self._stepping, self.inside_closure = None, False
             self._unmoved = self._changed_nothing(stepping)
             steps.after()
@@ -274,7 +280,7 @@ class Watch:
         return witness._version != self._version or not torch.equal(_sample(witness), self._sample)
 
     def _changed_nothing(self, stepped: torch.optim.Optimizer) -> torch.Tensor | None:
-        """Whether a step left the witness as it was although there were a gradient and a learning rate: it was skipped.
+        """Whether a step left the witness as it was although gradient and learning rate would move it: it was skipped.
 
         A scalar tensor on the witness's device; None where that cannot be told (sharded or 16-bit parameters, whose
         updates may round away; a learning rate of 0; gradients that are kept elsewhere).
@@ -289,7 +295,9 @@ class Watch:
             return None
         if at_hand(witness.device) and not torch.equal(_sample(witness), self._sample):
             return None
-        return (_sample(witness) == self._sample).all() & (_sample(witness.grad) != 0).any()
+        gradient, epsilon = _sample(witness.grad).abs().clamp(max=1.0), torch.finfo(witness.dtype).eps
+        would_move = (rates[0] * gradient > 2 * epsilon * self._sample.abs()).any()  # not so little that it rounds away
+        return (_sample(witness) == self._sample).all() & would_move
 
     def take_unmoved(self) -> torch.Tensor | None:
         """Of the step that just ended, once: see above."""
@@ -297,9 +305,12 @@ class Watch:
         return unmoved
 
     def step_is_over(self) -> None:
+        """Of what happened to its gradients nothing matters any more."""
         self._filled = self._version = self._sample = None
-        self._strangers, self._tapped_since = {}, False
         self.stepped_in_backward = False
+
+    def saw_a_step(self) -> None:
+        self._strangers, self._tapped_since = {}, False
 
     def remove(self) -> None:
         for hook in self._listeners:

@@ -29,7 +29,7 @@ def push_of_a_part(logits_TE: Tensor, top_k: int, scope: str, multiply: float = 
     balancer = Balancer(
         router, [AuxLoss(scope, coef=1.0, estimator="exact")], ranks=Ranks(world, world if sharded else ALONE)
     )
-    loss = 0 * router(part_TE).weights_TK.sum()
+    loss = 0 * router(part_TE, TokenLayout(1)).weights_TK.sum()
     (balancer.tap(loss) * multiply).backward()
     assert part_TE.grad is not None
     return part_TE.grad
@@ -41,7 +41,7 @@ def sum_push_of_a_part(logits_TE: Tensor, top_k: int) -> Tensor:
     router = logits_router(logits_TE.shape[1], top_k)
     balancer = Balancer(router, [AuxLoss("global_batch", coef=1.0, estimator="exact")], reduction="sum")
     balancer.begin_step(tokens=len(logits_TE))
-    loss = 0 * router(part_TE).weights_TK.sum()
+    loss = 0 * router(part_TE, TokenLayout(1)).weights_TK.sum()
     (balancer.tap(loss) * dist.get_world_size()).backward()
     assert part_TE.grad is not None
     return part_TE.grad

@@ -43,7 +43,9 @@ class Net(nn.Module):
         super().__init__()
         self.inp = nn.Linear(DIM, DIM)
         self.drop = nn.Dropout(dropout)
-        self.blocks: Any = nn.ModuleList(MoE(DIM, 8, e, k, batch_first=True, **router) for e, k in zip(experts, top_k, strict=True))
+        self.blocks: Any = nn.ModuleList(
+            MoE(DIM, 8, e, k, batch_first=True, **router) for e, k in zip(experts, top_k, strict=True)
+        )
         self.mode = mode
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, documents_BS: Tensor | None = None) -> Tensor:

@@ -1,0 +1,30 @@
+"""What runs in each rank for test_what_is_a_step.py."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from core._model import BIAS, Micro, loss_of, make_step, net
+from equipoise import AuxLoss, Balancer
+
+
+def zero_1(named: str) -> tuple[list[list[list[int]]], Tensor, int]:
+    """(loads of three steps, the first router's bias, steps seen), each rank with every second sequence."""
+    model = net(experts=(5, 6), top_k=(2, 2), gate="sigmoid")
+    wrapped = DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(wrapped.parameters(), torch.optim.SGD, lr=0.05)
+    chosen = {"outer": optimizer, "inner": optimizer.optim}.get(named)
+    balancer = Balancer(wrapped, [AuxLoss("global_batch", 0.3), BIAS], chosen)
+    loads = []
+    for seed in range(3):
+        (whole,) = make_step(seed, 1, sequences=4)
+        mine = slice(dist.get_rank(), None, dist.get_world_size())
+        optimizer.zero_grad()
+        balancer.tap(loss_of(wrapped, Micro(whole.x_BSD[mine], whole.target_BSD[mine]))).backward()
+        optimizer.step()
+        loads.append([counts_E.tolist() for counts_E in balancer.load()])
+    return loads, model.blocks[0].gate.expert_bias.clone(), balancer.step_count
