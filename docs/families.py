@@ -31,7 +31,7 @@ HEAD = """# Families of transformers
 Written by `docs/families.py` with transformers {transformers} and torch {torch}, on tiny random models of two MoE
 layers on a CPU. A "yes" is a check that passed.
 
-- loss: two steps of a sequence loss and a global-batch loss; gradients within 1e-5 of loops in float64, counts equal.
+- loss: two steps of a sequence loss and a global-batch loss; gradients equal to loops but for rounding, counts equal.
 - padding: in the same steps, tokens that `attention_mask` leaves out are neither counted nor pushed.
 - bias: "native" is the model's own, moved in fp32 where its checkpoint has it, also when the model is bf16; "ours" is
   added by the balancer and kept in `balancer.state_dict()`; "no": `ExpertBias` is refused.

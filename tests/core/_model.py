@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from _rounding import allowed
 from core._reference import History
 from equipoise import AuxLoss, Balancer, ExpertBias, MoE, Sequences, ZLoss
 
@@ -110,6 +111,17 @@ def cut(step: list[Any], micro_batches: int) -> list[Micro]:
 
 def loss_of(model: Any, micro: Micro) -> Tensor:
     return (model(micro.x_BSD, micro.mask_BS, micro.documents_BS) - micro.target_BSD).square().mean()
+
+
+def rounding(step: list[Micro], **options: Any) -> float:
+    """What another order of sums may change: from the gradients of a model without a balancer in both widths."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = net(dtype=dtype, **options)
+        for m in step:
+            loss_of(model, m._replace(x_BSD=m.x_BSD.to(dtype), target_BSD=m.target_BSD.to(dtype))).backward()
+        found.append(gradients(model))
+    return allowed(*found)
 
 
 def policy(description: dict) -> AuxLoss | ZLoss:

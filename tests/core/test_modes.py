@@ -20,6 +20,7 @@ from core._model import (
     make_step,
     net,
     policy,
+    rounding,
     train_step,
 )
 from equipoise import Balancer, ExpertBias
@@ -156,11 +157,12 @@ def test_compiled_equals_plain(mode, how):
         warnings.simplefilter("ignore")  # torch's own, about its own compiler
         compiled = run(every, short, mode=mode, compiled=how, passes=mode != "plain", **small)
     plain = run(every, short, **small)
+    bound = rounding(short[0], gate="sigmoid", **small)  # one of them takes sums apart in another order
     assert compiled[1] == plain[1]
     for got, expected in zip(compiled[0], plain[0], strict=True):
-        assert_close(got, expected, 1e-6)
+        assert_close(got, expected, bound)
     for got, expected in zip(compiled[2], plain[2], strict=True):
-        assert got == pytest.approx(expected, rel=1e-6)
+        assert got == pytest.approx(expected, rel=bound)
 
 
 def test_inductor_equals_plain():

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 
+from _rounding import Float64
 from core._model import policy as loss_policy
 from hf.families import build
 
@@ -160,9 +161,12 @@ def make(
 def train(
     policies: list[dict], batch: int, accumulate: int, steps: int, folder: str | None = None, **arguments: Any
 ) -> dict[str, Any]:
-    """One training, from ``resume`` on; see ``make``."""
-    resume = arguments.pop("resume", None)
-    with tempfile.TemporaryDirectory() as scratch:
+    """One training, from ``resume`` on, with ``float64`` (of a family) in no other type; see ``make``."""
+    resume, wide = (arguments.pop(key, None) for key in ("resume", "float64"))
+    if wide:
+        arguments["model"] = build(arguments["family"]).double()
+        arguments["model"].set_experts_implementation("eager")  # grouped_mm knows no float64
+    with Float64() if wide else contextlib.nullcontext(), tempfile.TemporaryDirectory() as scratch:
         trainer, recorder = make(policies, batch, accumulate, steps, folder or scratch, **arguments)
         trainer.train(resume_from_checkpoint=resume)
         return recorder.result(trainer)

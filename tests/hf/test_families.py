@@ -14,7 +14,7 @@ from equipoise import AuxLoss, Balancer, ExpertBias
 from equipoise.discover import find_foreign
 from equipoise.errors import ConfigError
 from equipoise.readers import SPECIAL
-from hf._cases import check_gradient_ratio, check_law, inputs, loss_of, policies_for, quiet
+from hf._cases import check_gradient_ratio, check_law, inputs, loss_of, policies_for, quiet, rounding, same_gradients
 from hf._law import Twin, bias_of, gate_of, law
 from hf.families import FAMILIES, NOT_BUILT, REFUSED, SERVED, build
 
@@ -29,7 +29,7 @@ def one_thread():
 
 @pytest.mark.parametrize("family", SERVED)
 def test_gradients_counts_and_biases_are_those_of_the_law(family: str) -> None:
-    """Gradients within 1e-5 of a float64 loop, counts exact and without padding, biases by the rule."""
+    """Gradients as near to the law in loops as the model rounds, counts exact, without padding, biases by the rule."""
     check_law(family)
 
 
@@ -82,9 +82,7 @@ def test_choices_of_experts_that_do_no_work_are_no_load(family: str) -> None:
         own = loss_of(twin.model, given)
         (own.double() + law(twin, [0] * 3 + [1] * 5 + [2] * 5 + [3] * 2 + [4], [True] * 16, 0.3)).backward()
         optimizer.step()
-        for (name, p), q in zip(model.named_parameters(), twin.model.parameters(), strict=True):
-            if q.grad is not None:
-                assert float((p.grad - q.grad).abs().max()) <= 1e-5 * max(1e-3, float(q.grad.abs().max())), name
+        same_gradients(model, twin.model, rounding(family, given))
         counts = list(twin.counts([True] * 16).values())
         assert [c.tolist() for c in balancer.load()] == counts
         top_k = next(iter(twin.ids.values())).shape[1]
@@ -120,9 +118,8 @@ def test_the_models_own_loss_is_switched_off_and_said_so(family: str) -> None:
     own_twin = plain(**given, labels=labels).loss
     mask_T = given["attention_mask"].bool().view(-1).tolist()
     (own_twin.double() + law(twin, [t // 6 for t in range(18)], mask_T, 0.3)).backward()
-    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert q.grad is not None and p.grad is not None, name
-        assert float((p.grad - q.grad).abs().max()) <= 1e-5 * max(1e-3, float(q.grad.abs().max())), name
+    assert all(p.grad is not None for p in (*model.parameters(), *plain.parameters()))
+    same_gradients(model, plain, rounding(family, given, loss=lambda net, batch: net(**batch, labels=labels).loss))
 
 
 @pytest.mark.parametrize("family", ["gemma4", "phimoe", "deepseek_v2_groups"])

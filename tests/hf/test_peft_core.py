@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 from peft import LoraConfig, get_peft_model
 
 from equipoise import AuxLoss, Balancer, ExpertBias
-from hf._cases import inputs, loss_of, quiet
+from hf._cases import inputs, loss_of, quiet, rounding, same_gradients
 from hf._law import Twin, bias_of, law, naive_bias_step
 from hf.families import build
 
@@ -71,13 +71,8 @@ def test_a_router_that_peft_trains_is_pushed_as_the_law_says(family: str, kind: 
         own = loss_of(twin.model, given)
         mask_T = given["attention_mask"].bool().view(-1).tolist()
         (own.double() + law(twin, [t // 6 for t in range(18)], mask_T, 0.3)).backward()
-    expected, gates = dict(twin.model.named_parameters()), 0
-    for name, p in model.named_parameters():
-        want = expected[name].grad
-        if want is not None:
-            assert float((p.grad - want).abs().max()) <= 1e-5 * max(1e-3, float(want.abs().max())), name
-            gates += "gate" in name
-    assert gates, "the router is among them"
+        same_gradients(model, twin.model, rounding(family, given, make=lambda: adapted(family, kind)))
+    assert any("gate" in name for name, p in model.named_parameters() if p.grad is not None), "the router is among them"
     counts = list(twin.counts(mask_T).values())
     assert [c.tolist() for c in balancer.load()] == counts, "and it is there once"
     moved = [b for name, b in bias_of(model).items() if b.any()]

@@ -11,7 +11,9 @@ import torch
 pytest.importorskip("peft", reason="PEFT is not installed")
 pytest.importorskip("accelerate", reason="the hf extra is not installed")
 
+from _rounding import Float64, allowed, distance
 from equipoise.adapters.hf import load_biases
+from hf._cases import double
 from hf._trainer import checkpoint, make
 from hf._trainer_reference import POLICIES, check, expected, policies_for
 from hf.families import build
@@ -108,7 +110,15 @@ def test_an_adapters_biases_are_kept_beside_it(tmp_path):
         served = PeftModel.from_pretrained(build(family), checkpoint(tmp_path, 4)).merge_and_unload().eval()
         assert not torch.allclose(served(ids).logits, want, atol=1e-3)
         load_biases(served, checkpoint(tmp_path, 4))
-        assert torch.allclose(served(ids).logits, want, atol=1e-5)
+        assert distance({"logits": served(ids).logits}, {"logits": want}) <= logits_rounding(family, ids)
+
+
+def logits_rounding(family: str, ids: torch.Tensor) -> float:
+    """A merged adapter rounds its weights anew: what the plain model's logits are off by is allowed."""
+    plain, wide = build(family).eval(), double(build(family)).eval()
+    with Float64():
+        logits = wide(ids).logits
+    return allowed({"logits": plain(ids).logits}, {"logits": logits})
 
 
 def test_a_copied_router_has_its_bias_in_the_adapter(tmp_path):

