@@ -160,9 +160,8 @@ class Faults:
         numbers = sent.letter.read()
         if not _is_bad(numbers):
             return False
-        error = _in_words(sent)
-        if numbers[0] > 0:  # every rank reads this number, so every rank is here
-            error = _first(sent.mine, self._everyone)
+        # every rank reads the number of ranks that noted something, so every rank is here
+        error = _first(sent.mine, self._everyone) if numbers[0] > 0 else _in_words(sent)
         if self.raises:
             raise error
         self.steps += 1

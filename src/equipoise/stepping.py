@@ -12,7 +12,7 @@ from .checks import check_before_step, saw_nothing
 from .collectives import Ranks
 from .declared import Declared
 from .errors import EquipoiseError, StateError
-from .faults import Faults, gradients_moved
+from .faults import Faults, Letter, gradients_moved
 from .forwards import Forwards
 from .ledger import Ledger, rows_of
 from .looking import at_hand
@@ -64,6 +64,7 @@ class Stepping:
         self.generation = 0  # rises when a step is over or given up: what was bound before is of no use then
         self._backward: int | None = None  # the backward that was bound and has not ended
         self._pending: Callable[[], list[Tensor]] | None = None  # the sum of this step, on its way
+        self._unmoved: Letter | None = None  # whether the last step changed nothing, on its way from a GPU
         self._ready = False  # what comes right before the optimizer's step was done
         self._good: Tensor | bool | None = None  # whether the step may be committed, where that is known before it
         self._declared = Declared()
@@ -280,9 +281,14 @@ class Stepping:
         if self._empty and self._layers:  # on all ranks, or it would be a fault
             self._forget()
             return
+        if self._unmoved is not None:
+            self._skipped += int(self._unmoved.read()[0])
+            self._unmoved = None
         if unmoved is not None and at_hand(unmoved.device):
             unmoved = bool(unmoved)
             self._skipped += unmoved
+        elif unmoved is not None:
+            self._unmoved = Letter(unmoved.double().unsqueeze(0))
         if good is True and unmoved is not True:
             self._commit_sums(sums, unmoved if isinstance(unmoved, Tensor) else None)
         elif isinstance(good, Tensor):

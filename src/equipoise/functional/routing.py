@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, InputError, unknown_name
+from ..looking import at_hand
 from ..rehearsal import rehearsing
 
 __all__ = [
@@ -207,12 +208,15 @@ def choose(
     top_groups: int,
     normalize: bool,
     scale: float,
+    check: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``route`` without its checks of the arguments and without counting.
 
-    Returns (weights_TK, expert_ids_TK, p (T, E) where the weights were taken from it).
+    Returns (weights_TK, expert_ids_TK, p (T, E) where the weights were taken from it). ``check``: NaN logits are an
+    error here, where that can be seen; else whoever sums up the step has to look.
     """
-    _check_finite(logits_TE)
+    if check:
+        _check_finite(logits_TE)
     if selection_bias_E is None and num_groups == 1:
         ids_TK = select_experts(logits_TE.detach(), top_k)  # every gate grows with its logit: no score needed to choose
     else:
@@ -273,7 +277,7 @@ def _weights(logits_TE: Tensor, ids_TK: Tensor, gate: str, normalize: bool) -> t
 
 
 def _check_finite(logits_TE: Tensor) -> None:
-    if logits_TE.device.type != "cpu" or torch.compiler.is_compiling():
+    if not at_hand(logits_TE.device) or torch.compiler.is_compiling():
         return
     total = logits_TE.detach().sum()  # in fp32: no copy of the logits; huge ones that overflow are looked at below
     if torch.isfinite(total):

@@ -95,6 +95,7 @@ class Router(nn.Module):
             top_groups=self.top_groups,
             normalize=self.normalize,
             scale=self.scale,
+            check=meter is None or meter.at_once,
         )
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         if meter is not None:
