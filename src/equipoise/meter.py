@@ -66,6 +66,9 @@ class TokenLayout(NamedTuple):
         return 1 if self.num_sequences is None else self.num_sequences
 
 
+Batch = TokenLayout  # its name in scripts that were written before it was public
+
+
 class Placed(NamedTuple):
     """How the tokens of one call of another library's router lie, read beside the call and not from its arguments."""
 

@@ -134,9 +134,14 @@ class Router(nn.Module):
             None if document_T is None else document_T.long(),
         )
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        """``load_state_dict(assign=True)`` keeps the file's dtype; the bias stays fp32 all the same."""
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        """A bias in the file is taken, also before a balancer asks for one: without it other experts would answer.
+
+        ``load_state_dict(assign=True)`` keeps the file's dtype; the bias stays fp32 all the same.
+        """
+        if f"{prefix}expert_bias" in state_dict:
+            self.enable_selection_bias()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.expert_bias is not None and self.expert_bias.dtype != torch.float32:
             self.expert_bias = self.expert_bias.float()
 
