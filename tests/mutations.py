@@ -99,8 +99,8 @@ MUTATIONS = {
     ),
     "every sequence gets the micro-batch's load (B58, B59)": Mutation(
         "measure.py",
-        '    if term.kind == "sequences":\n        return counts_BE\n',
-        '    if term.kind == "sequences":\n        return counts_BE.sum(dim=0, keepdim=True).expand_as(counts_BE)\n',
+        "    if size == 1:\n        return counts_BE\n",
+        "    if size == 1:\n        return counts_BE.sum(dim=0, keepdim=True)\n",
         "core/test_scopes.py any_shape",
     ),
     "padding counted (B56, B62)": Mutation(

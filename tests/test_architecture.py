@@ -29,7 +29,7 @@ FLOORS = [
     {"measure"},
     {"shards"},
     {"layout", "native", "plan", "policies", "readers", "report", "tie"},
-    {"foreign", "layers", "plot", "pressure"},
+    {"degenerate", "foreign", "layers", "plot", "pressure"},
     {"discover"},
     {"attach", "checks", "ledger", "readout", "tap", "watch"},
     {"balancer"},

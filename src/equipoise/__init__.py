@@ -10,7 +10,7 @@ from .collectives import Ranks
 from .errors import ConfigError, DataError, EquipoiseError, InputError, OutputError, StateError
 from .functional.convert import convert_coef
 from .functional.routing import Routing
-from .layers import Experts, MoE, Router, shard_experts
+from .layers import Experts, MoE, Router, clip_grad_norm_, shard_experts
 from .meter import TokenLayout
 from .policies import AuxLoss, ExpertBias, Sequences, Switch, ZLoss
 
@@ -35,6 +35,7 @@ __all__ = [
     "Switch",
     "TokenLayout",
     "ZLoss",
+    "clip_grad_norm_",
     "convert_coef",
     "shard_experts",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .degenerate import check_degenerate
 from .discover import find_foreign, switch_off_own_loss
 from .errors import ConfigError, StateError
 from .meter import LocalTerm, Meter, Plan
@@ -55,6 +56,7 @@ def attach(
         )
     try:
         _check_routers(routers, timed)
+        check_degenerate(routers, timed)
         for _, _, router in routers:
             if any(isinstance(t.policy, ExpertBias) for t in timed):
                 router.enable_selection_bias()

@@ -16,7 +16,7 @@ from .functional.losses import load_fractions
 from .functional.routing import count_choices, gate_probs, gate_slope, without_autocast
 from .meter import LocalTerm, Plan, Tables, TokenLayout
 
-__all__ = ["Measured", "measure", "micro_batches", "shared_counts", "violations"]
+__all__ = ["Measured", "group_counts", "measure", "micro_batches", "shared_counts", "violations"]
 
 SEQUENCE = LocalTerm("sequences", 1)
 
@@ -50,7 +50,7 @@ def measure(
     probs_BE = valid_TE.view(num_sequences, length, num_experts).sum(dim=1)  # pairwise; to fp64 it would be copied
     counts_BE, plain_TK, plain_BE = counts_BE.double(), ids_TK, None
     if plan.unbiased:
-        plain_TK = logits_TE.topk(plan.top_k, dim=-1).indices
+        plain_TK = logits_TE.topk(ids_TK.shape[1], dim=-1).indices  # K of this call: it may change while one trains
         plain_BE = count_choices(plain_TK, num_experts, batch.token_mask_T, num_sequences).double()
 
     fractions, loads = _fractions([SEQUENCE, micro_batches(plan), *plan.terms], counts_BE, plain_BE)
@@ -68,8 +68,8 @@ def measure(
 
     counts_E = counts_BE.sum(dim=0)
     parts = [counts_E, probs_BE.sum(dim=0)] + ([] if plain_BE is None else [plain_BE.sum(dim=0)])
-    *scalars, rows = _scalars(plan, logits_TE, valid_TE, ids_TK, counts_BE, counts_E, batch)
-    statistics = torch.cat([*parts, _stacked([*scalars, *loads, rows, *values])])
+    *scalars, rows, groups = _scalars(plan, logits_TE, valid_TE, ids_TK, counts_BE, counts_E, batch)
+    statistics = torch.cat([*parts, _stacked([*scalars, *loads, rows, groups, *values])])
     tables = None
     if plan.shards > 1:
         counts_CBE = torch.stack([counts_BE] if plain_BE is None else [counts_BE, plain_BE])
@@ -98,22 +98,29 @@ def _fractions(
     terms: list[LocalTerm], counts_BE: Tensor, plain_BE: Tensor | None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """(f of each term, (B, E) or (1, E) where all sequences share it, None where forward does not know it;
-    MaxVio summed over the rows of the first term, and its mean over those of the second)."""
+    MaxVio summed over the sequences and over the micro-batches, which are the first two terms)."""
     one = len(counts_BE) == 1
     keys = [term._replace(kind="sequences", sequences=1) if one and _is_local(term) else term for term in terms]
     distinct = [key for key in dict.fromkeys(keys) if _is_local(key)]
     rows = []
     for key in distinct:
         chosen_BE = counts_BE if plain_BE is None or not key.unbiased else plain_BE
-        whole = key.kind == "micro_batch" or key.sequences >= len(counts_BE)
-        rows.append(chosen_BE.sum(dim=0, keepdim=True) if whole and not one else shared_counts(chosen_BE, key))
+        rows.append(chosen_BE if one else group_counts(chosen_BE, key))
     sizes = [len(row_RE) for row_RE in rows]
     found_RE = load_fractions(torch.cat(rows) if len(rows) > 1 else rows[0])
     of = dict(zip(distinct, found_RE.split(sizes) if len(rows) > 1 else [found_RE], strict=True))
     vio_R = violations(found_RE)
     of_first = vio_R[: sizes[0]].sum()
-    of_second = of_first / sizes[0] if keys[0] == keys[1] else vio_R[sizes[0] : sizes[0] + sizes[1]].mean()
-    return [of.get(key) for key in keys], [of_first, of_second]
+    of_second = of_first if keys[0] == keys[1] else vio_R[sizes[0] : sizes[0] + sizes[1]].sum()
+    fractions = [None, None, *(_of_each(of.get(key), key, len(counts_BE)) for key in keys[2:])]
+    return fractions, [of_first, of_second]
+
+
+def _of_each(fraction_GE: Tensor | None, term: LocalTerm, num_sequences: int) -> Tensor | None:
+    """What each sequence shares with its group, (B, E); (1, E) where all are one group."""
+    if fraction_GE is None or len(fraction_GE) in (1, num_sequences):
+        return fraction_GE
+    return fraction_GE.repeat_interleave(term.sequences, dim=0)[:num_sequences]
 
 
 def _is_local(term: LocalTerm) -> bool:
@@ -144,13 +151,18 @@ def _scalars(
     counts_E: Tensor,
     batch: TokenLayout,
 ) -> list[Tensor | None]:
-    """The SCALARS in order, but for those of the loads before the last."""
-    mask_T = batch.token_mask_T
-    reached = counts_E.sum() / plan.top_k
-    if plan.idle:  # where not every choice is a load
-        reached = counts_E.new_full((), len(logits_TE)) if mask_T is None else mask_T.sum().double()
-    rows = counts_E.new_full((), counts_BE.shape[0] if len(logits_TE) else 0)
-    full = rows if mask_T is None and not plan.idle else (counts_BE.sum(dim=-1) > 0).sum().double()
+    """The SCALARS in order, but for those of the loads before the last two."""
+    mask_T, sequences = batch.token_mask_T, len(counts_BE) if len(logits_TE) else 0
+    # counted, and not reckoned from the choices: how many a token makes may change while one trains
+    reached = counts_E.new_full((), len(logits_TE)) if mask_T is None else mask_T.sum().double()
+    rows, calls = counts_E.new_full((), sequences), torch.ones_like(reached)
+    if mask_T is None and not plan.idle:
+        number = -(-sequences // (plan.micro_sequences or max(sequences, 1)))
+        full, groups = rows, calls if number == 1 else counts_E.new_full((), number)
+    else:
+        full, groups = (
+            (group_counts(counts_BE, term).sum(dim=-1) > 0).sum().double() for term in (SEQUENCE, micro_batches(plan))
+        )
     lse_square = None
     if plan.z_loss:
         lse_T = logits_TE.float().logsumexp(dim=-1).double().square()
@@ -159,7 +171,7 @@ def _scalars(
     if plan.idle:
         scores_TK = scores_TK * (ids_TK < plan.num_experts)
     tokens = reached if batch.valid_T is None else batch.valid_T.sum().double()
-    return [tokens, reached, torch.ones_like(reached), full, scores_TK.sum(), lse_square, rows]
+    return [tokens, reached, calls, full, scores_TK.sum(), lse_square, rows, groups]
 
 
 def _tables(
@@ -177,17 +189,29 @@ def _tables(
 
 def shared_counts(counts_BE: Tensor, term: LocalTerm) -> Tensor:
     """Counts that each sequence's f is made of: its own, those of its group of n, or the whole micro-batch's."""
-    num_sequences, num_experts = counts_BE.shape
-    if term.kind == "micro_batch" or (term.kind == "sequences" and term.sequences >= num_sequences > 1):
-        return counts_BE.sum(dim=0, keepdim=True).expand(num_sequences, -1)
-    if term.kind == "sequences" and term.sequences > 1 and num_sequences > 1:
-        group_B = torch.arange(num_sequences, device=counts_BE.device) // term.sequences
-        groups = -(-num_sequences // term.sequences)
-        group_GE = torch.zeros(groups, num_experts, dtype=counts_BE.dtype, device=counts_BE.device)
-        return group_GE.index_add_(0, group_B, counts_BE)[group_B]
-    if term.kind == "sequences":
+    if not _is_local(term):
+        return torch.zeros_like(counts_BE)
+    groups_GE = group_counts(counts_BE, term)
+    if len(groups_GE) == 1:
+        return groups_GE.expand_as(counts_BE)
+    return groups_GE if term.sequences == 1 else groups_GE.repeat_interleave(term.sequences, dim=0)[: len(counts_BE)]
+
+
+def group_counts(counts_BE: Tensor, term: LocalTerm) -> Tensor:
+    """(G, E) counts of each group of sequences that a local term measures over.
+
+    >>> group_counts(torch.tensor([[1, 0], [2, 0], [0, 5]]), LocalTerm("sequences", 2))
+    tensor([[3, 0],
+            [0, 5]])
+    """
+    num_sequences, size = len(counts_BE), term.sequences
+    if term.kind == "micro_batch" or size >= num_sequences:
+        return counts_BE.sum(dim=0, keepdim=True)
+    if size == 1:
         return counts_BE
-    return torch.zeros_like(counts_BE)
+    if num_sequences % size:
+        counts_BE = torch.nn.functional.pad(counts_BE, (0, 0, 0, size - num_sequences % size))
+    return counts_BE.view(-1, size, counts_BE.shape[1]).sum(dim=1)
 
 
 def _document_counts(ids_TK: Tensor, plan: Plan, batch: TokenLayout) -> Tensor:

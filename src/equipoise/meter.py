@@ -37,8 +37,9 @@ SCALARS = (
     "topk_score",
     "lse_square",
     "maxvio_sequence",
-    "maxvio_micro_batch",
+    "maxvio_micro_batch",  # summed over those that are not empty
     "rows",  # all sequences
+    "micro_batches",  # that are not empty
 )
 
 

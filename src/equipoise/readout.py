@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,35 +44,57 @@ class Committed:
         """(n, E)"""
         return self.sums[:, : self.plan.num_experts]
 
+    @property
+    def probs(self) -> Tensor:
+        """(n, E) sums of the gate probabilities."""
+        return self.sums[:, self.plan.num_experts : 2 * self.plan.num_experts]
+
     def of(self, scalar: str) -> Tensor:
         return self.sums[:, self.plan.at(scalar)]
 
+    @functools.cached_property
+    def chooses(self) -> Tensor:
+        """(n,) whether some token left an expert out; where all go to all experts every load is even, and says nothing.
+
+        Looked for in the counts, because top-k may change while one trains.
+        """
+        return self.counts.sum(dim=1) < self.of("reached") * self.plan.num_experts
+
 
 def metrics(committed: Sequence[Committed], timeline: Sequence[Timed], step: int, skipped: int) -> dict[str, float]:
-    """Flat names to numbers: ``balance/x`` is a mean over layers (SUMMED: a sum), ``balance/layer_03/x`` one."""
+    """Flat names to numbers: ``balance/x`` is a mean over layers (SUMMED: a sum), ``balance/layer_03/x`` one.
+
+    What a layer without tokens, or without a choice, cannot know is left out of both.
+    """
     loads, policies = (
         _numbers(committed, _layer_metrics),
         _numbers(committed, lambda one: _policies(one, timeline, step)),
     )
-    known = {key: [number for number in numbers if number == number] for key, numbers in loads.items()}
+    known = {key: _known(numbers) for key, numbers in loads.items()}
     found = {
         f"layer_{i:02d}/{key}": numbers[i]
         for i in range(sum(len(one.places) for one in committed))
         for key, numbers in loads.items()
-        if numbers[i] == numbers[i]  # not every layer has a bias
+        if numbers[i] == numbers[i]  # not every layer has a bias, or tokens
     }
     found |= {key: sum(numbers) if key in SUMMED else fmean(numbers) for key, numbers in known.items() if numbers}
+    found["layers_without_tokens"] = sum(number != number for number in loads["topk_score"])
     language, tokens = sum(policies.pop("language")), policies.pop("tokens")
     for key, numbers in policies.items():
         if key.endswith("loss"):
-            found[key] = fmean(numbers)
+            found |= {key: fmean(of_layers)} if (of_layers := _known(numbers)) else {}
         elif committed[0].plan.norms and language > 0 and sum(numbers) >= 0:
             # not known where autograd left the meter alone (``backward(inputs=...)``): left out rather than called 0
             found[key] = math.sqrt(sum(numbers) / language)
     found["tokens"] = min(number if number > 0 else max(tokens) for number in tokens)  # a layer may run twice, or never
     if found["recompute_flips"]:
         warnings.warn(FLIPS, stacklevel=3)
-    return {f"balance/{key}": number for key, number in found.items()} | {"balance/skipped_steps": float(skipped)}
+    found["skipped_steps"] = skipped
+    return {f"balance/{key}": float(number) for key, number in found.items()}
+
+
+def _known(numbers: Sequence[float]) -> list[float]:
+    return [number for number in numbers if number == number]
 
 
 def _numbers(
@@ -91,16 +114,18 @@ def _numbers(
 
 
 def _layer_metrics(one: Committed) -> dict[str, Tensor]:
-    """(n,) fp64 each."""
-    counts = one.counts
+    """(n,) fp64 each; NaN where there were no tokens, or no choice of experts."""
+    chooses = one.chooses
+    counts = one.counts * chooses.unsqueeze(1)  # without a choice as if nothing was counted
     found = {
         "maxvio_global": maxvio(counts),
-        "maxvio_micro_batch": one.of("maxvio_micro_batch") / one.of("calls").clamp(min=1),
-        "maxvio_sequence": one.of("maxvio_sequence") / one.of("sequences").clamp(min=1),
+        "maxvio_micro_batch": one.of("maxvio_micro_batch") / (one.of("micro_batches") * chooses),
+        "maxvio_sequence": one.of("maxvio_sequence") / (one.of("sequences") * chooses),
+        "maxvio_gate": maxvio(one.probs),
         "cv_global": cv(counts),
         "entropy_global": normalized_entropy(counts),
-        "dead_experts": dead_experts(counts).double(),
-        "topk_score": one.of("topk_score") / one.of("reached").clamp(min=1),
+        "dead_experts": dead_experts(counts),
+        "topk_score": one.of("topk_score") / one.of("reached"),
         "recompute_flips": one.sums[:, -1],
     }
     for rows, bias in one.biases:
@@ -112,7 +137,8 @@ def _layer_metrics(one: Committed) -> dict[str, Tensor]:
 
 def _policies(one: Committed, timeline: Sequence[Timed], step: int) -> dict[str, Tensor]:
     """For each policy the loss value (1 = balanced) and the squared norm of its gradient at the router, (n,) each."""
-    plan, reached = one.plan, one.of("reached").clamp(min=1)
+    plan, reached = one.plan, one.of("reached")
+    chosen = torch.where(one.chooses, reached, torch.nan)
     late_values, norms = one.sums[:, plan.size : -1], one.sums[:, plan.forward_size : plan.size]
     found, term = {"tokens": one.of("tokens"), "language": norms[:, 0]}, -1
     for timed in timeline:
@@ -120,8 +146,11 @@ def _policies(one: Committed, timeline: Sequence[Timed], step: int) -> dict[str,
         term += is_loss
         if not timed.active(step) or isinstance(timed.policy, ExpertBias):
             continue
-        value = one.sums[:, plan.values_at + term] + late_values[:, term] if is_loss else one.of("lse_square")
-        found[f"policy_{timed.index}/loss"] = value / reached
+        found[f"policy_{timed.index}/loss"] = (
+            (one.sums[:, plan.values_at + term] + late_values[:, term]) / chosen
+            if is_loss
+            else one.of("lse_square") / reached
+        )
         found[f"policy_{timed.index}/gradient_ratio"] = norms[:, 1 + (term if is_loss else len(plan.terms))]
     return found
 

@@ -15,7 +15,7 @@ from torch import Tensor, library
 
 from .collectives import Group
 from .functional.losses import load_fractions
-from .measure import micro_batches, shared_counts, violations
+from .measure import group_counts, micro_batches, shared_counts, violations
 from .meter import Meter, Plan, Tables
 
 __all__ = ["Late", "correct", "late_fractions", "propose", "sum_tables"]
@@ -107,10 +107,11 @@ def correct(
 ) -> tuple[Tensor, Tensor, list[Late]]:
     """(statistics as if this rank had seen whole sequences (forward_size,), counts of its sequences (E,), late f).
 
-    Only what depends on a sequence's load changes: values of the local terms, MaxVio, how many sequences are not empty.
+    Only what depends on a sequence's load changes: values of the local terms, MaxVio, how many sequences and
+    micro-batches are not empty.
     """
     statistics = statistics.clone()
-    names = ("sequences", "maxvio_sequence", "maxvio_micro_batch")
+    names = ("sequences", "maxvio_sequence", "micro_batches", "maxvio_micro_batch")
     statistics[plan.values_at :] = 0
     for name in names:
         statistics[plan.at(name)] = 0
@@ -118,8 +119,9 @@ def correct(
     for mine, tables in zip(local, summed, strict=True):
         counts_BE = tables.counts_CBE[0]
         counts_E = counts_E + counts_BE.sum(dim=0)
-        whole = violations(load_fractions(shared_counts(counts_BE, micro_batches(plan)))).mean()
-        seen = ((counts_BE.sum(dim=-1) > 0).sum(), violations(load_fractions(counts_BE)).sum(), whole)
+        seen = []
+        for counts in (counts_BE, group_counts(counts_BE, micro_batches(plan))):
+            seen += [(counts.sum(dim=-1) > 0).sum(), violations(load_fractions(counts)).sum()]
         for name, value in zip(names, seen, strict=True):
             statistics[plan.at(name)] += value
         fractions = _late(plan, mine, tables)

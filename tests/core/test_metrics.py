@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from core._model import aux, loss_of, make_step, net, new_history, policy, train_step, twin
 from core._reference import naive_maxvio, naive_scores, reference_step
-from equipoise import Balancer, ExpertBias
+from equipoise import AuxLoss, Balancer, ExpertBias, MoE
 from equipoise.readout import fidelity
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
@@ -124,3 +125,140 @@ def test_a_fidelity_whose_square_was_rounded_below_zero_is_a_number():
     """f of an even load has a push of zero: what is left of its square is rounding, of either sign."""
     found = fidelity(["ema"], torch.tensor([1e-4, 1e-4, 0.0, -1e-19], dtype=torch.float64))
     assert found == {"relative_error": {"ema": 1.0}, "cosine": {"ema": 0.0}}
+
+
+class Dropped(torch.nn.Module):
+    """Residual layers of which a step leaves some out."""
+
+    def __init__(self, **router: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(MoE(8, 8, 4, 2, **router) for _ in range(3)).double()
+        self.skip: set[int] = set()
+
+    def forward(self, x_BSD, mask_BS=None):
+        for i, block in enumerate(self.blocks):
+            x_BSD = x_BSD if i in self.skip else x_BSD + block(x_BSD, token_mask_BS=mask_BS)
+        return x_BSD
+
+
+def dropped_step(model: Dropped, policies: list, micro_batches: list, **options: Any) -> dict[str, float]:
+    """Metrics of a step over (tokens, mask, layers left out)."""
+    balancer = Balancer(model, policies, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for x_BSD, mask_BS, skip in micro_batches:
+        model.skip = skip
+        (balancer.tap(model(x_BSD, mask_BS).square().mean()) / len(micro_batches)).backward()
+    optimizer.step()
+    found = balancer.metrics()
+    balancer.remove()
+    return found
+
+
+LAW = [policy(aux("global_batch", 0.1)), policy(aux("sequence", 0.1)), policy({"kind": "z", "coef": 0.01})]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_without_tokens_is_in_no_mean_and_is_counted(bias):
+    """Means are those of a step in which the layer does not exist; its own names are not there."""
+    x = torch.randn(2, 6, 8, **DOUBLE)
+    policies = [*LAW, ExpertBias(rate=0.01, rule="proportional")] if bias else LAW
+    whole, without = (dropped_step(Dropped(), policies, [(x, None, skip)]) for skip in (set(), {2}))
+    first = Dropped()
+    del first.blocks[2]
+    alone = dropped_step(first, policies, [(x, None, set())])
+    gone = {key for key in whole if "layer_02/" in key and "recompute_flips" not in key and "bias_max" not in key}
+    assert whole.keys() - without.keys() == gone and len(gone) == 8
+    for key, value in alone.items():
+        if "layers_without_tokens" not in key and "bias_max" not in key:
+            assert without[key] == pytest.approx(value, rel=1e-12), key
+    assert without["balance/layers_without_tokens"] == 1
+    assert whole["balance/layers_without_tokens"] == alone["balance/layers_without_tokens"] == 0
+    json.dumps(without, allow_nan=False)
+
+
+def test_without_any_token_nothing_is_said_of_balance():
+    x, none = torch.randn(2, 6, 8, **DOUBLE), torch.zeros(2, 6, dtype=torch.bool)
+    found = dropped_step(Dropped(), LAW, [(x, none, set())])
+    assert not [key for key in found if "maxvio" in key or "entropy" in key or "dead" in key or "/loss" in key]
+    assert found["balance/layers_without_tokens"] == 3
+    assert found["balance/tokens"] == 0
+    json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("as_passes", [False, True])
+def test_micro_batches_of_padding_only_do_not_dilute_the_mean(as_passes):
+    """Four micro-batches of two sequences, the second all padding; in one pass or in four."""
+    torch.manual_seed(1)
+    x, mask = torch.randn(8, 6, 8, **DOUBLE), torch.rand(8, 6) < 0.7
+    mask[2:4] = False
+    mask[4] = False  # half a micro-batch
+    model = Dropped()
+    step = [(x[i : i + 2], mask[i : i + 2], set()) for i in range(0, 8, 2)]
+    if as_passes:
+        found = dropped_step(model, LAW, step)
+    else:
+        found = dropped_step(model, LAW, [(x, mask, set())], sequences_per_micro_batch=2)
+    with torch.no_grad():
+        ids = model.blocks[0].gate(x.view(-1, 8)).expert_ids_TK.view(8, 6, 2)
+    loads = [[int((ids[s][mask[s]] == e).sum()) for e in range(4)] for s in range(8)]
+    micro = [[sum(c) for c in zip(*loads[i : i + 2], strict=True)] for i in range(0, 8, 2)]
+    for key, rows in (("sequence", loads), ("micro_batch", micro)):
+        seen = [naive_maxvio(row) for row in rows if sum(row)]
+        assert len(seen) == {"sequence": 5, "micro_batch": 3}[key]
+        assert found[f"balance/layer_00/maxvio_{key}"] == pytest.approx(sum(seen) / len(seen), rel=1e-12)
+
+
+def test_passes_of_uneven_size_weigh_every_micro_batch_alike():
+    """Three micro-batches in one pass and one in the next, of which the last is short."""
+    torch.manual_seed(2)
+    x, model = torch.randn(7, 6, 8, **DOUBLE), Dropped()
+    uneven = dropped_step(model, LAW, [(x[:6], None, set()), (x[6:], None, set())], sequences_per_micro_batch=2)
+    single = dropped_step(model, LAW, [(x[i : i + 2], None, set()) for i in range(0, 7, 2)])
+    for key in uneven:
+        if "maxvio" in key:
+            assert uneven[key] == pytest.approx(single[key], rel=1e-12), key
+
+
+@pytest.mark.parametrize("counts", ["dispatched", "unbiased"])
+@pytest.mark.parametrize("top_k", [1, 3, 4])
+def test_tokens_are_counted_where_top_k_changes_while_one_trains(top_k, counts):
+    """Attached at K = 2; the reference makes its balancer after the change."""
+    x, found = torch.randn(2, 6, 8, **DOUBLE), []
+    for late in (False, True):
+        model = Dropped(normalize=False)  # at K = 1 a normalised weight is told of
+        gates = [block.gate for block in model.blocks]
+        for gate in gates if late else []:
+            gate.top_k = top_k
+        policies = [AuxLoss("sequence", 0.1 if top_k < 4 else 0.0, counts=counts), *LAW[2:]]
+        balancer = Balancer(model, policies)
+        for gate in gates:
+            gate.top_k = top_k
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        balancer.tap(model(x).square().mean()).backward()
+        optimizer.step()
+        found.append((balancer.metrics(), [p.grad for p in model.parameters()]))
+    (changed, gradients), (known, wanted) = found
+    assert changed == known
+    assert all(torch.equal(got, want) for got, want in zip(gradients, wanted, strict=True))
+    assert changed["balance/tokens"] == 12
+    assert ("balance/maxvio_global" in changed) == ("balance/policy_0/loss" in changed) == (top_k < 4)
+
+
+def test_a_collapsed_soft_gate_is_not_perfect():
+    """K = E: every load is even by definition, so only the gate's own weights can tell."""
+    torch.manual_seed(0)
+    layer = MoE(8, 8, 4, 4, normalize=False).double()
+    with torch.no_grad():
+        layer.gate.weight[2] += 3.0
+    balancer = Balancer(layer, [AuxLoss(coef=0.0)])
+    optimizer, x = torch.optim.SGD(layer.parameters(), lr=0.0), torch.randn(2, 6, 8, **DOUBLE) + 1
+    balancer.tap(layer(x).square().mean()).backward()
+    optimizer.step()
+    found = balancer.metrics()
+    mean_E = [
+        sum(column) / 12 for column in zip(*(x.view(-1, 8) @ layer.gate.weight.T).softmax(-1).tolist(), strict=True)
+    ]
+    assert found["balance/maxvio_gate"] == pytest.approx(4 * max(mean_E) - 1)
+    assert found["balance/maxvio_gate"] > 2.9
+    assert not [key for key in found if key.endswith(("_global", "_sequence", "_micro_batch", "dead_experts", "loss"))]

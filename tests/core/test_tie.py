@@ -140,13 +140,14 @@ def test_counts_above_2_to_24_are_exact():
 
 
 def test_one_micro_batch_above_2_to_24_is_exact():
-    """The token count of a single micro-batch does not pass through fp32 either."""
+    """The counts of a single micro-batch do not pass through fp32 either."""
     plan = Plan(num_experts=2, top_k=3, gate="softmax")
     counts = torch.tensor([[3 * (2**24 + 1), 3 * 2**25]])
     statistics = measure(
         plan, torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.int64), counts, TokenLayout()
     ).statistics
-    assert statistics[plan.at("tokens")].item() == 2**24 + 1 + 2**25
+    assert statistics[:2].tolist() == counts[0].tolist()
+    assert statistics[plan.at("tokens")] == 1  # counted, and not reckoned from the choices
 
 
 def test_half_precision_tokens_are_counted_exactly():
@@ -209,7 +210,7 @@ def test_permuting_the_experts_permutes_everything(seed, scope):
 @given(experts=st.integers(2, 9), seed=st.integers(0, 1000), data=st.data())
 def test_uniform_probabilities_cost_one_whatever_f(experts, seed, data):
     """B11, B13: f sums to 1 for every K, so that the value in balance is 1 and not K."""
-    top_k = data.draw(st.integers(1, experts))
+    top_k = data.draw(st.integers(1, experts - 1))
     router: Any = Router(3, experts, top_k).double()
     router.weight.data.zero_()
     balancer = Balancer(router, [AuxLoss("micro_batch", 1.0), AuxLoss("global_batch", 1.0)])

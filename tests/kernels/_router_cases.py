@@ -165,7 +165,8 @@ def test_statistics_are_those_that_a_meter_takes(case, terms, micro):
     sequences, batch = case["sequences"], TokenLayout(case["sequences"], case["mask"])
     wide = measure(plan, case["z"].double(), found.ids_TK, found.counts_BE, batch)
     spans = [sequences if t.kind == "micro_batch" else 0 if t.kind == "late" else t.sequences for t in terms]
-    got, fraction_NBE = summarize(found, top_k, spans, [t.unbiased for t in terms], micro or sequences)
+    got, fraction_NBE = summarize(found, plan.forward_size, spans, [t.unbiased for t in terms], micro or sequences)
+    assert got.shape == wide.statistics.shape
     unbiased = slice(plan.scalars_at - plan.num_experts, plan.scalars_at) if plan.unbiased else slice(0)
     if case["z"].unique().numel() == case["z"].numel():  # else top-k of equal logits is any of them
         torch.testing.assert_close(fraction_NBE, wide.fraction_NBE.double(), rtol=1e-6, atol=1e-6)

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from equipoise import AuxLoss, Balancer, ExpertBias, MoE, ZLoss, kernels
 from equipoise.kernels import RouterForm, availability
+from equipoise.meter import SCALARS
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 
@@ -126,11 +127,12 @@ def meta(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
 
 IDS, ROWS = meta(6, 2, dtype=torch.int64), meta(12, 16, dtype=BF16)
 TABLES = meta(3, 5, dtype=torch.int64), meta(3, 5, dtype=torch.int64), meta(3, 5, dtype=FP64), meta(3, 2, dtype=FP64)
+SIZE = 3 * 5 + len(SCALARS) + 3
 PRESSURE, FRACTION, MASK = meta(14, dtype=FP64), meta(2, 3, 5, dtype=FP64), meta(6, dtype=torch.bool)
 OPERATORS = {
     "router._forward": [meta(6, 5), meta(5), MASK, 3, *FORM, [True, True, True]],
     "router._backward": [meta(6, 5), IDS, meta(6, 2), None, PRESSURE, FRACTION, MASK, *FORM, [False, True]],
-    "router._summarize": [*TABLES, 2, [1, 0, 3], [True, False, False], 2],
+    "router._summarize": [*TABLES, 2, SIZE, [1, 0, 3], [True, False, False], 2],
     "experts._sort": [IDS, 5],
     "experts.copy_rows": [meta(6, 16, dtype=BF16), IDS],
     "experts.add_rows": [ROWS, IDS],
@@ -169,7 +171,7 @@ KERNELS = [
     (_router.sum_tiles, ["*i32", "*i32", P, P, I, I, D, D, "i32"],
      {"NUM": 128, "LANES": 16, "ROWS": 64, "MEASURE": True, "PLAIN": True}),
     (_statistics.statistics, [I, I, D, D, D, "i32", "i32", "i32"],
-     {"NUM": 128, "WIDTH": 128, "PLAIN": True, "TERMS": 2}),
+     {"NUM": 128, "WIDTH": 128, "PLAIN": True, "TERMS": 2, "SIZE": 400}),
     (_statistics.fractions, [I, D, D, D, "i32", "i32"], {"NUM": 128, "WIDTH": 128}),
     (_experts.count_pairs, [I, "*i32", "i32"], {"NUM": 128, "BINS": 256, "BLOCK": 128}),
     (_experts.place_pairs, [I, "*i32", I, I, "i32"], {"NUM": 128, "BLOCK": 128, "CHUNK": 32}),

@@ -1,6 +1,6 @@
 """How even a load is, and how much an expert knows about a domain: pure functions of counts, all on (..., E) tensors.
 
-Every function returns fp64 and gives its value for perfect balance where nothing was counted.
+Every function returns fp64, and NaN where nothing was counted: no load is neither even nor uneven.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def maxvio(counts_E: Tensor) -> Tensor:
     tensor(2., dtype=torch.float64)
     """
     counts_E, mean = _with_mean(counts_E)
-    return torch.where(mean > 0, counts_E.amax(dim=-1) / mean.clamp(min=1e-30) - 1, 0.0)
+    return counts_E.amax(dim=-1) / mean - 1
 
 
 def cv(counts_E: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def cv(counts_E: Tensor) -> Tensor:
     """
     counts_E, mean = _with_mean(counts_E)
     spread = (counts_E - mean.unsqueeze(-1)).square().mean(dim=-1).sqrt()  # not std(): it warns where there is no layer
-    return torch.where(mean > 0, spread / mean.clamp(min=1e-30), 0.0)
+    return spread / mean
 
 
 def normalized_entropy(counts_E: Tensor) -> Tensor:
@@ -54,10 +54,9 @@ def normalized_entropy(counts_E: Tensor) -> Tensor:
     counts_E, mean = _with_mean(counts_E)
     num_experts = counts_E.shape[-1]
     if num_experts == 1:
-        return torch.ones_like(mean)
-    fraction_E = counts_E / counts_E.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-    entropy = torch.xlogy(fraction_E, fraction_E).sum(dim=-1).abs() / math.log(num_experts)
-    return torch.where(mean > 0, entropy, 1.0)
+        return mean / mean
+    fraction_E = counts_E / counts_E.sum(dim=-1, keepdim=True)
+    return torch.xlogy(fraction_E, fraction_E).sum(dim=-1).abs() / math.log(num_experts)
 
 
 def gini(counts_E: Tensor) -> Tensor:
@@ -70,17 +69,17 @@ def gini(counts_E: Tensor) -> Tensor:
     num_experts = counts_E.shape[-1]
     rank_E = torch.arange(1, num_experts + 1, dtype=torch.float64, device=counts_E.device)
     weighted = ((2 * rank_E - num_experts - 1) * counts_E.sort(dim=-1).values).sum(dim=-1)
-    return torch.where(mean > 0, weighted / (num_experts**2 * mean.clamp(min=1e-30)), 0.0)
+    return weighted / (num_experts**2 * mean)
 
 
 def dead_experts(counts_E: Tensor, below: float = 0.0) -> Tensor:
-    """Number of experts with no choice at all, or with at most ``below`` times the mean load, (...) int64.
+    """Number of experts with no choice at all, or with at most ``below`` times the mean load, (...): fp64, for NaN.
 
-    >>> dead_experts(torch.tensor([4, 0, 1, 3])), dead_experts(torch.tensor([4, 0, 1, 3]), below=0.5)
-    (tensor(1), tensor(2))
+    >>> dead_experts(torch.tensor([[4, 0, 1, 3], [0, 0, 0, 0]])), dead_experts(torch.tensor([4, 0, 1, 3]), below=0.5)
+    (tensor([1., nan], dtype=torch.float64), tensor(2., dtype=torch.float64))
     """
     counts_E, mean = _with_mean(counts_E)
-    return torch.where(mean > 0, (counts_E <= below * mean.unsqueeze(-1)).sum(dim=-1), 0)
+    return torch.where(mean > 0, (counts_E <= below * mean.unsqueeze(-1)).sum(dim=-1).double(), torch.nan)
 
 
 def min_max_ratio(counts_E: Tensor) -> Tensor:
@@ -89,8 +88,8 @@ def min_max_ratio(counts_E: Tensor) -> Tensor:
     >>> min_max_ratio(torch.tensor([2, 4]))
     tensor(0.5000, dtype=torch.float64)
     """
-    counts_E, mean = _with_mean(counts_E)
-    return torch.where(mean > 0, counts_E.amin(dim=-1) / counts_E.amax(dim=-1).clamp(min=1e-30), 1.0)
+    counts_E = counts_E.double()
+    return counts_E.amin(dim=-1) / counts_E.amax(dim=-1)
 
 
 def efficiency(counts_E: Tensor) -> Tensor:
@@ -126,6 +125,7 @@ def maxvio_noise_floor(tokens: int, top_k: int, num_experts: int) -> float:
 def mutual_information(counts_DE: Tensor, *, equal_domains: bool = True) -> Tensor:
     """I(expert; domain) in nats from counts (..., D, E): 0 when every domain uses the experts alike, at most ln D.
 
+    A domain without choices is left out, and where there is none with choices it is NaN.
     ``equal_domains`` gives each domain the same weight, whatever text there was of it. A small sample is biased upwards
     by about (E - 1)(D - 1) / (2 N): compare with shuffled domain labels.
 
@@ -137,7 +137,7 @@ def mutual_information(counts_DE: Tensor, *, equal_domains: bool = True) -> Tens
     weight_D = counts_DE.sum(dim=-1)
     if equal_domains:
         weight_D = (weight_D > 0).double()
-    weight_D = weight_D / weight_D.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+    weight_D = weight_D / weight_D.sum(dim=-1, keepdim=True)
     overall_E = (weight_D.unsqueeze(-1) * given_DE).sum(dim=-2)
     within = -(weight_D * torch.xlogy(given_DE, given_DE).sum(dim=-1)).sum(dim=-1)
     return (-torch.xlogy(overall_E, overall_E).sum(dim=-1) - within).clamp(min=0.0)

@@ -17,11 +17,11 @@ def _maxvio(counts_E, NUM: tl.constexpr):
 @triton.jit
 def statistics(
     counts_ptr, plain_ptr, probs_ptr, scalars_ptr, out_ptr, SEQUENCES, MICRO, TOP,
-    NUM: tl.constexpr, WIDTH: tl.constexpr, PLAIN: tl.constexpr, TERMS: tl.constexpr,
+    NUM: tl.constexpr, WIDTH: tl.constexpr, PLAIN: tl.constexpr, TERMS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """counts, probs, [counts without bias], the scalars in the order of `meter.SCALARS`, 0 for each term's value.
 
-    MICRO neighbouring sequences make a micro-batch, whose MaxVio counts once for each of them.
+    SIZE numbers in all. MICRO neighbouring sequences make a micro-batch; TOP choices a token.
     """
     lane_E = tl.arange(0, WIDTH)
     expert = lane_E < NUM
@@ -35,6 +35,7 @@ def statistics(
     lse = zero
     sequence_maxvio = zero
     micro_maxvio = zero
+    micro_batches = zero
     b = 0
     while b < SEQUENCES:
         row_E = tl.load(counts_ptr + b * NUM + lane_E, mask=expert, other=0).to(tl.float64)
@@ -49,8 +50,8 @@ def statistics(
         sequence_maxvio += _maxvio(row_E, NUM)
         b += 1
         ends = (b % MICRO == 0) | (b == SEQUENCES)
-        size = tl.where(b % MICRO == 0, MICRO, b % MICRO)
-        micro_maxvio += tl.where(ends, size * _maxvio(group_E, NUM), 0.0)
+        micro_maxvio += tl.where(ends, _maxvio(group_E, NUM), 0.0)
+        micro_batches += tl.where(ends & (tl.sum(group_E, axis=0) > 0.0), 1.0, 0.0)
         group_E = tl.where(ends, 0.0, group_E)
     tl.store(out_ptr + lane_E, counts_E, mask=expert)
     tl.store(out_ptr + NUM + lane_E, probs_E, mask=expert)
@@ -65,10 +66,11 @@ def statistics(
     tl.store(scalar_ptr + 4, score)
     tl.store(scalar_ptr + 5, lse)
     tl.store(scalar_ptr + 6, sequence_maxvio)
-    tl.store(scalar_ptr + 7, micro_maxvio / SEQUENCES)
+    tl.store(scalar_ptr + 7, micro_maxvio)
     tl.store(scalar_ptr + 8, zero + SEQUENCES)
+    tl.store(scalar_ptr + 9, micro_batches)
     for n in tl.static_range(TERMS):
-        tl.store(scalar_ptr + 9 + n, zero)
+        tl.store(out_ptr + SIZE - TERMS + n, zero)
 
 
 @triton.jit

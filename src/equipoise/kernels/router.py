@@ -119,14 +119,15 @@ def router_gradient(
     return dz_TE, squares
 
 
-def summarize(chosen: Chosen, top_k: int, spans: list[int], unbiased: list[bool], micro: int) -> tuple[Tensor, Tensor]:
+def summarize(chosen: Chosen, size: int, spans: list[int], unbiased: list[bool], micro: int) -> tuple[Tensor, Tensor]:
     """(statistics in the order of `meter.Plan` (forward_size,) fp64, f of every term and sequence (N, B, E) fp64).
 
     Args:
+        size: how many statistics the plan has.
         spans: for each term, how many neighbouring sequences share an f; 0 where only the tap knows it.
         unbiased: for each term, whether its f is that of the choices without bias.  micro: sequences of a micro-batch.
     """
-    return _summarize(*chosen[2:], top_k, spans, unbiased, micro)
+    return _summarize(*chosen[2:], chosen.ids_TK.shape[1], size, spans, unbiased, micro)
 
 
 def _layout(tokens: int, num_experts: int, num_sequences: int) -> tuple[int, int, int, int]:
@@ -241,6 +242,7 @@ def _summarize(
     probs_BE: torch.Tensor,
     scalars_B2: torch.Tensor,
     top_k: int,
+    size: int,
     spans: list[int],
     unbiased: list[bool],
     micro: int,
@@ -249,26 +251,21 @@ def _summarize(
     width = max(_power(num_experts), 2)
     if not plain_BE.numel():
         plain_BE = counts_BE  # without a bias the choices are those
-    statistics = _summary(probs_BE, terms, plain)
+    statistics = probs_BE.new_empty(size)
     fraction_NBE = torch.zeros(terms, num_sequences, num_experts, dtype=torch.float64, device=counts_BE.device)
     load("_statistics").statistics[(1,)](
         counts_BE, plain_BE, probs_BE, scalars_B2, statistics, num_sequences, min(micro, num_sequences), top_k,
-        NUM=num_experts, WIDTH=width, PLAIN=plain, TERMS=terms,
+        NUM=num_experts, WIDTH=width, PLAIN=plain, TERMS=terms, SIZE=size,
     )  # fmt: skip
     for n, (span, without_bias) in enumerate(zip(spans, unbiased, strict=True)):
         if span:
-            load_BE, value = plain_BE if without_bias else counts_BE, statistics[len(statistics) - terms + n :]
+            load_BE, value = plain_BE if without_bias else counts_BE, statistics[size - terms + n :]
             load("_statistics").fractions[(1,)](
                 load_BE, probs_BE, fraction_NBE[n], value, num_sequences, span, NUM=num_experts, WIDTH=width
             )
     return statistics, fraction_NBE
 
 
-def _summary(probs_BE: Tensor, terms: int, plain: bool) -> Tensor:
-    return probs_BE.new_empty((2 + plain) * probs_BE.shape[1] + 9 + terms)
-
-
 @_summarize.register_fake
-def _(counts_BE, _plain, probs_BE, _scalars, _top_k, spans, unbiased, _micro):
-    fraction_NBE = probs_BE.new_empty(len(spans), *counts_BE.shape)
-    return _summary(probs_BE, len(spans), any(unbiased)), fraction_NBE
+def _(counts_BE, _plain, probs_BE, _scalars, _top_k, size, spans, _unbiased, _micro):
+    return probs_BE.new_empty(size), probs_BE.new_empty(len(spans), *counts_BE.shape)

@@ -74,7 +74,7 @@ def evaluate(
             sequences_per_micro_batch,
         ),
         maxvio_global=maxvio(total_LE).tolist(),
-        dead_experts=dead_experts(total_LE).tolist(),
+        dead_experts=dead_experts(total_LE).long().tolist(),
         mutual_information=mutual_information(_by_domain(fair_NLE, fair_labels_N).movedim(0, -2)).tolist(),
         mutual_information_shuffled=shuffled_mutual_information(fair_NLE, fair_labels_N, seed=seed),
     )

@@ -62,7 +62,7 @@ def fused_route(
         spans = [_span(term, batch.rows) for term in plan.terms]
         unbiased = [term.unbiased for term in plan.terms]
         micro = plan.micro_sequences or batch.rows
-        statistics, fraction_NBE = summarize(chosen, plan.top_k, spans, unbiased, micro)
+        statistics, fraction_NBE = summarize(chosen, plan.forward_size, spans, unbiased, micro)
         _propose(meter, Measured(logits_TE, statistics, fraction_NBE, None, None, None), chosen.ids_TK, batch)
     weights_TK, counts_E = chosen.weights_TK, chosen.counts_BE.sum(dim=0)
     if torch.is_grad_enabled() and logits_TE.requires_grad:

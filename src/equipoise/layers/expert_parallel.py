@@ -106,7 +106,9 @@ def shard_experts(model: nn.Module, group: Group) -> list[Experts]:
     the whole layer. The router is not touched: every rank routes its tokens over all E experts.
 
     The gradient of an expert is the sum over the tokens of the whole group: divide it by what the other gradients are
-    averaged over, and sum it over the ranks that hold the same experts only.
+    averaged over, and sum it over the ranks that hold the same experts only. Clip with ``equipoise.clip_grad_norm_``:
+    ``torch.nn.utils.clip_grad_norm_`` takes the norm of what lies on this rank, another on each, and the copies of the
+    parameters that all ranks hold part.
 
     Raises:
         ConfigError: no ``Experts`` in the model, or E that the ranks cannot share evenly.

@@ -52,7 +52,8 @@ class MoE(nn.Module):
         batch_first: how inputs of three dimensions lie: True (B, S, D), False (S, B, D). None leaves it open: nothing
             that depends on it is measured, and a policy with a scope inside a micro-batch is refused.
         num_shared: shared experts, as one SwiGLU of width ``num_shared * hidden`` (or ``shared_hidden``).
-        router: every keyword of ``Router``: gate, normalize, scale, num_groups, top_groups, selection_bias.
+        router: every keyword of ``Router``: gate, normalize, scale, num_groups, top_groups, selection_bias. Weights are
+            normalised unless ``top_k`` is 1, where that would leave the router without a gradient.
 
     The forward pass: 1. flatten (B, S, D) to T tokens; 2. route; 3. experts; 4. shared experts, for all tokens.
 

@@ -22,6 +22,9 @@ class Router(nn.Module):
     """A linear gate over E experts with top-k selection (see ``functional.route`` for gate, groups, weights and scale).
 
     Args:
+        normalize: divide the K weights by their sum. Default: for K > 1. One expert's share of itself is always 1, and
+            the gradient of that at the logits 0: with ``top_k=1`` a weight is the probability, as in Switch
+            Transformers (arXiv 2101.03961, eq. 2), through which the model's loss teaches the router.
         selection_bias: keep an ``expert_bias`` (E,) that is added before top-k only. It is fp32 whatever the model is
             cast to (in bf16 a step of 1e-3 is lost from 0.5 on), persistent in checkpoints, moved by ``ExpertBias``.
 
@@ -31,6 +34,8 @@ class Router(nn.Module):
     >>> routing = router(torch.randn(6, 8))
     >>> routing.weights_TK.shape, int(routing.counts_E.sum())
     (torch.Size([6, 2]), 12)
+    >>> router.normalize, Router(dim=8, num_experts=4, top_k=1).normalize
+    (True, False)
     """
 
     expert_bias: Tensor | None
@@ -42,7 +47,7 @@ class Router(nn.Module):
         top_k: int,
         *,
         gate: str = "softmax",
-        normalize: bool = True,
+        normalize: bool | None = None,
         scale: float = 1.0,
         num_groups: int = 1,
         top_groups: int = 1,
@@ -51,7 +56,8 @@ class Router(nn.Module):
         super().__init__()
         check_routing(num_experts, top_k, gate, num_groups, top_groups)
         self.dim, self.num_experts, self.top_k, self.gate = dim, num_experts, top_k, gate
-        self.normalize, self.scale, self.num_groups, self.top_groups = normalize, scale, num_groups, top_groups
+        self.normalize = top_k > 1 if normalize is None else normalize
+        self.scale, self.num_groups, self.top_groups = scale, num_groups, top_groups
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.meter: Meter | None = None
         self.register_buffer("expert_bias", None)

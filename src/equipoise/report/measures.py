@@ -45,7 +45,8 @@ def _held_out(name: str) -> Callable[[Observation], float]:
 
 
 def _dead(seen: Observation) -> float:
-    return math.fsum(_numbers(seen.evaluation.dead_experts)) if seen.evaluation else math.nan
+    known = _numbers(seen.evaluation.dead_experts) if seen.evaluation else []
+    return math.fsum(known) if known else math.nan
 
 
 def _numbers(value: object) -> list[float]:
