@@ -13,6 +13,7 @@ from .functional.routing import Routing
 from .layers import Experts, MoE, Router, shard_experts
 from .meter import TokenLayout
 from .policies import AuxLoss, ExpertBias, Sequences, Switch, ZLoss
+from .registry import register_router
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "TokenLayout",
     "ZLoss",
     "convert_coef",
+    "register_router",
     "shard_experts",
 ]
 

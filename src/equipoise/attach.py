@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from .discover import find_foreign, switch_off_own_loss
 from .errors import ConfigError, StateError
 from .meter import LocalTerm, Meter, Plan
+from .missing import no_router
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss, ZLoss
 from .policies.switch import Timed
@@ -48,11 +50,7 @@ def attach(
     _check_options(timed, micro_sequences)
     routers = _routers(parts, example)
     if not routers and not may_be_empty:
-        raise ConfigError(
-            expected="a model with MoE layers",
-            got=f"{' and '.join(type(part).__name__ for part in parts)} without a router",
-            do="build it from equipoise.MoE, or pass a model of transformers; of others, pass example= as well",
-        )
+        raise no_router(parts, example)
     try:
         _check_routers(routers, timed)
         for _, _, router in routers:
@@ -82,10 +80,14 @@ def attach(
             getattr(router, "weights", None),
             getattr(router, "idle", 0),
         )
-        router.meter = Meter(plan, next(router.parameters()).device)
+        router.meter = Meter(plan, _device(router))
         layers.append(Layer(name, router, router.meter, part))
     _warn_of_frozen(layers)
     return layers
+
+
+def _device(router: Any) -> torch.device:
+    return next((p.device for p in router.parameters()), torch.device("cpu"))  # a meter follows the logits anyway
 
 
 def _warn_of_frozen(layers: Sequence[Layer]) -> None:
