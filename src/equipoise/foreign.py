@@ -31,8 +31,8 @@ class ForeignRouter:
     Choices of idle experts (LongCat's that hand a token back, Zaya's that skips the layer) are no load: f, P and the
     bias are those of the experts that work, as if the others were no choice. How many choices go to idle experts is
     left to the model; their biases keep their distance from the mean of the others. A choice that the router dropped
-    (id -1: capacity, dynamic k, expert dropout) is counted as one of an idle expert behind these. That costs two
-    operations on its ids and six in what is measured, and is left out for transformers' own classes, which drop none.
+    (id -1: capacity, dynamic k, expert dropout) is counted as one of an idle expert behind these. That costs ten
+    small operations a call, and is left out for transformers' own classes, which drop none.
     """
 
     def __init__(
