@@ -13,6 +13,7 @@ from .functional.routing import Routing
 from .layers import Experts, MoE, Router, clip_grad_norm_, shard_experts
 from .meter import TokenLayout
 from .policies import AuxLoss, ExpertBias, Sequences, Switch, ZLoss
+from .registry import register_router
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "ZLoss",
     "clip_grad_norm_",
     "convert_coef",
+    "register_router",
     "shard_experts",
 ]
 

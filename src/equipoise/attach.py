@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from .degenerate import check_degenerate
 from .discover import find_foreign, switch_off_own_loss
 from .errors import ConfigError, StateError
 from .meter import LocalTerm, Meter, Plan
+from .missing import no_router
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss, ZLoss
 from .policies.switch import Timed
@@ -49,11 +51,7 @@ def attach(
     _check_options(timed, micro_sequences)
     routers = _routers(parts, example)
     if not routers and not may_be_empty:
-        raise ConfigError(
-            expected="a model with MoE layers",
-            got=f"{' and '.join(type(part).__name__ for part in parts)} without a router",
-            do="build it from equipoise.MoE, or pass a model of transformers; of others, pass example= as well",
-        )
+        raise no_router(parts, example)
     try:
         _check_routers(routers, timed)
         check_degenerate(routers, timed)
@@ -85,7 +83,7 @@ def attach(
             getattr(router, "weights", None),
             getattr(router, "idle", 0),
         )
-        router.meter = Meter(plan, next(router.parameters()).device)
+        router.meter = Meter(plan, _device(router))
         layers.append(Layer(name, router, router.meter, part))
     _warn_of_frozen(layers)
     return layers, switched_off
@@ -102,6 +100,10 @@ def unbalanced_routers(parts: Sequence[nn.Module], layers: Sequence[Layer]) -> l
         if id(module) not in known
         and (type(module) in classes or (hasattr(module, "meter") and hasattr(module, "num_experts")))
     ]
+
+
+def _device(router: Any) -> torch.device:
+    return next((p.device for p in router.parameters()), torch.device("cpu"))  # a meter follows the logits anyway
 
 
 def _warn_of_frozen(layers: Sequence[Layer]) -> None:

@@ -1,66 +1,28 @@
 """Finds the routers of another library's model by running it: what they return, from what, and whether it is used.
 
 Every module that returns logits (T, E), weights (T, K) and expert ids (T, K) is a router (see `equipoise.readers`),
-whatever its class; what its weights are made of is found by computing them.
+whatever its class; what its weights are made of is found by computing them (see `equipoise.facts`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
-from .foreign import Facts, ForeignRouter
-from .functional.routing import GATES, gate_scores
+from .errors import ConfigError, EquipoiseError
+from .facts import facts_of
+from .foreign import ForeignRouter
 from .layout import Layout
 from .native import NativeBias, find_native, managed_by_fsdp
-from .readers import Read, read, replace, special_of
+from .probing import Call, Probe, kept, unwrapped
+from .readers import Read, named_parts, special_of, take_apart
+from .registry import registered_for
 
-__all__ = ["find_foreign", "switch_off_own_loss"]
-
-CLOSE = 2e-2  # weights may be bf16
-SPREAD = 2.0  # of the logits that tell the gates apart
-
-
-class Call(NamedTuple):
-    """One call of a router."""
-
-    read: Read
-    args: tuple
-    kwargs: dict[str, Any]
-
-
-class Probe:
-    """A model that is run on an example: in evaluation, with the same random numbers each time, and left as it was."""
-
-    def __init__(self, model: nn.Module, example: Mapping[str, Any]) -> None:
-        self.model, self.innermost = model, _unwrapped(model)[-1]
-        device = next(model.parameters()).device
-        self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-        self.inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
-
-    def __call__(self, hooks: Mapping[nn.Module, Callable[..., Any]], *, gradient: bool = False) -> list[Tensor]:
-        """The floating tensors of the model's output; ``hooks`` are forward hooks by module."""
-        handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
-        training = {module: module.training for module in self.model.modules()}
-        try:
-            self.model.eval()
-            eager = torch.compiler.set_stance("force_eager")  # hooks come and go: a compiler would begin anew each time
-            with eager, torch.random.fork_rng(self.devices), torch.set_grad_enabled(gradient):
-                return list(_floats(self.innermost(**self.inputs)))
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, mode in training.items():
-                module.training = mode
-            for module in self.model.modules():
-                if hasattr(module, "reshard"):  # FSDP2 leaves its root gathered
-                    module.reshard()  # type: ignore[operator]
+__all__ = ["example_of", "find_foreign", "switch_off_own_loss"]
 
 
 def find_foreign(model: nn.Module, example: Mapping[str, Any] | None) -> list[tuple[str, ForeignRouter]]:
@@ -77,11 +39,7 @@ def find_foreign(model: nn.Module, example: Mapping[str, Any] | None) -> list[tu
             for _, router in known:
                 router.layout = layout
         return known
-    if example is None:
-        example = next(
-            (e for m in _unwrapped(model) if isinstance(e := getattr(m, "dummy_inputs", None), Mapping)), None
-        )
-    if example is None:
+    if (example := example_of(model, example)) is None:
         return []
     modules = dict(model.named_modules())
     for name, module in modules.items():
@@ -101,27 +59,50 @@ def find_foreign(model: nn.Module, example: Mapping[str, Any] | None) -> list[tu
     for name in calls:
         kinds.setdefault((type(modules[name]), type(modules[blocks[name]])), []).append(name)
     natives = {name: find_native(modules[name], modules[blocks[name]]) for name in calls}
-    _check_weights_are_used(probe, modules, list(kinds.values()))
-    deaf = _ignoring_ids(probe, modules, [names for names in kinds.values() if natives[names[0]] is None])
-    facts = {name: _facts(modules[name], name, call) for name, call in calls.items()}
+    facts = {name: facts_of(modules[name], name, call) for name, call in calls.items()}
+    swapped = {name for name, of_it in facts.items() if of_it.swapped}
+    _check_weights_are_used(probe, modules, list(kinds.values()), swapped)
+    deaf = _ignoring_ids(probe, modules, [names for names in kinds.values() if natives[names[0]] is None], swapped)
     if fixed:
         warnings.warn(f"not balanced, because {special_of(modules[fixed[0]]).fixed}: {', '.join(fixed)}", stacklevel=4)
     layout, managed = Layout(model), list(managed_by_fsdp(model))
     found = []
-    for name, known_facts in facts.items():
-        place, of_it = natives[name], known_facts
+    for name, of_it in facts.items():
+        place = natives[name]
         native = None if place is None else NativeBias(*place, of_it.num_experts, managed)
         if name in deaf:
-            of_it = of_it._replace(no_bias="its block chooses by itself and ignores the expert ids that it returns")
-        found.append((name, ForeignRouter(modules[name], modules[shells[name]], of_it, layout, native)))
+            of_it = of_it._replace(no_bias=_why_deaf(modules[name]))
+        trains = _with_parameters(modules, shells[name])
+        found.append((name, ForeignRouter(modules[name], trains, of_it, layout, native, calls[name])))
     return found
+
+
+def example_of(model: nn.Module, example: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """What to run the model on: ``example``, or what a transformers model calls its ``dummy_inputs``; None: neither."""
+    if example is not None:
+        return example
+    return next((e for m in unwrapped(model) if isinstance(e := getattr(m, "dummy_inputs", None), Mapping)), None)
+
+
+def _why_deaf(module: nn.Module) -> str:
+    own = registered_for(module)
+    if own is None or own.read is None:
+        return "its block chooses by itself and ignores the expert ids that it returns"
+    return "other expert ids would not reach its block: it ignores them, or read= made a new tensor of them"
+
+
+def _with_parameters(modules: dict[str, nn.Module], name: str) -> nn.Module:
+    """The module of this name, or what holds it where it has no parameters: the gate lies beside it."""
+    while name and next(modules[name].parameters(), None) is None:
+        name = name.rpartition(".")[0]
+    return modules[name]
 
 
 def _refusal(module: nn.Module, name: str, reason: str) -> ConfigError:
     return ConfigError(
         expected="routers that a load can be balanced over",
         got=f"{type(module).__name__} ({name}): {reason}",
-        do="balance another model; a router has to return logits, weights and expert ids, and its block to use them",
+        do="let it return logits, weights and expert ids, and its block use them (docs/own-router.md)",
     )
 
 
@@ -135,43 +116,22 @@ def _known(model: nn.Module) -> list[tuple[str, ForeignRouter]]:
     ]
 
 
-def _unwrapped(model: nn.Module) -> list[nn.Module]:
-    """The model and what it wraps: DDP's ``module``, the compiler's ``_orig_mod``."""
-    layers = [model]
-    while isinstance(inner := getattr(layers[-1], "module", None) or getattr(layers[-1], "_orig_mod", None), nn.Module):
-        layers.append(inner)
-    return layers
-
-
-def _floats(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor) and output.is_floating_point():
-        yield output
-    elif isinstance(output, Mapping):
-        for part in output.values():
-            yield from _floats(part)
-    elif isinstance(output, tuple | list):
-        for part in output:
-            yield from _floats(part)
-
-
-def _kept(value: Any) -> Any:
-    """An argument for later: FSDP2 gives the memory of parameters free after the pass."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _calls(probe: Probe, modules: dict[str, nn.Module]) -> tuple[dict[str, Read], dict[str, str]]:
-    """(a call of every router, with well spread logits; what wraps each, by name: PEFT's modules, or itself)."""
+def _calls(probe: Probe, modules: dict[str, nn.Module]) -> tuple[dict[str, Call], dict[str, str]]:
+    """(a call of every router; what wraps each, by name: PEFT's modules, or itself)."""
     seen: dict[str, Call] = {}
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            if name not in seen and (found := read(module, output)) is not None:
-                seen[name] = Call(found, tuple(map(_kept, args)), {key: _kept(value) for key, value in kwargs.items()})
+            if name not in seen and (found := _first_look(name, module, args, kwargs, output)) is not None:
+                named = named_parts(output)
+                seen[name] = Call(found, tuple(map(kept, args)), {k: kept(value) for k, value in kwargs.items()}, named)
 
         return hook
 
     try:
         probe({module: note(name) for name, module in modules.items() if name})
+    except EquipoiseError:
+        raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:  # top-k of fewer experts, arguments that lack
         raise ConfigError(
             expected="a model that runs on its example, in evaluation",
@@ -191,11 +151,43 @@ def _calls(probe: Probe, modules: dict[str, nn.Module]) -> tuple[dict[str, Read]
     for name in copied:  # the original beside PEFT's copy, which runs in its place
         del shells[name]
     order = [name for name in modules if name in shells]
-    return {n: _spread_out(modules[n], seen.get(n, seen[like[type(modules[n])]])) for n in order}, shells
+    return {n: seen.get(n, seen[like[type(modules[n])]]) for n in order}, shells
 
 
-def _check_weights_are_used(probe: Probe, modules: dict[str, nn.Module], kinds: list[list[str]]) -> None:
-    """Raises ConfigError where a block ignores the weights that its router returns.
+def _first_look(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Read | None:
+    """Its output taken apart; None where the integers in it are no choices of experts.
+
+    Raises ConfigError where what a user registered does not run, or returns something else.
+    """
+    registered = registered_for(module)
+    try:
+        parts = take_apart(module, args, kwargs, output)
+    except Exception as error:
+        if registered is None or isinstance(error, EquipoiseError):
+            raise
+        raise ConfigError(
+            expected="read(module, args, kwargs, output) that runs after each forward of the module",
+            got=f"{type(error).__name__}: {error}, for {type(module).__name__} ({name})",
+            do=f"correct the read= that register_router got for {type(module).__name__}",
+        ) from error
+    if parts is None:
+        return None
+    ids_TK, experts = parts.found.ids_TK, parts.found.logits_TE.shape[1]
+    if not ids_TK.numel() or (int(ids_TK.min()) >= -1 and int(ids_TK.max()) < experts):
+        return parts.found
+    if registered is None or registered.read is None:
+        return None
+    raise ConfigError(
+        expected=f"ids of experts from 0 to {experts - 1}, or -1 for a dropped choice",
+        got=f"{int(ids_TK.min())} to {int(ids_TK.max())}, for {type(module).__name__} ({name})",
+        do=f"correct the read= that register_router got for {type(module).__name__}",
+    )
+
+
+def _check_weights_are_used(
+    probe: Probe, modules: dict[str, nn.Module], kinds: list[list[str]], swapped: set[str]
+) -> None:
+    """Raises ConfigError where a block ignores the weights that its router returns, or logits come without a gradient.
 
     The balance gradient comes with the gradient of the returned weights, so those have to be in the graph of the
     model's output. Followed edge by edge: experts that give 0, as new ones may, would hide it from any comparison.
@@ -203,11 +195,19 @@ def _check_weights_are_used(probe: Probe, modules: dict[str, nn.Module], kinds: 
     leaves: dict[str, Tensor] = {}
 
     def mark(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, _args: tuple, _kwargs: dict[str, Any], output: Any) -> Any:
-            if (found := read(module, output)) is None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            if (parts := take_apart(module, args, kwargs, output, swapped=name in swapped)) is None:
                 return None
-            leaves[name] = found.weights_TK.detach().clone().requires_grad_()
-            return replace(module, output, leaves[name], found.ids_TK)
+            if parts.found.weights_TK.requires_grad and not parts.found.logits_TE.requires_grad:
+                kind = type(module).__name__
+                raise ConfigError(
+                    expected="logits that carry a gradient to the gate, for that is what a policy pushes",
+                    got=f"{kind} ({name}), whose weights have one and whose logits have none",
+                    do=f"return them without detach() and no_grad(), or compute them again in the read= of "
+                    f"equipoise.register_router({kind}, read)",
+                )
+            leaves[name] = parts.found.weights_TK.detach().clone().requires_grad_()
+            return parts.put(leaves[name], None)
 
         return hook
 
@@ -233,114 +233,27 @@ def _in_graph(outputs: list[Tensor], leaves: dict[int, str]) -> set[str]:
     return found
 
 
-def _ignoring_ids(probe: Probe, modules: dict[str, nn.Module], kinds: list[list[str]]) -> set[str]:
+def _ignoring_ids(probe: Probe, modules: dict[str, nn.Module], kinds: list[list[str]], swapped: set[str]) -> set[str]:
     """Routers whose block does not use the expert ids that they return: a bias of ours would choose for nobody."""
 
-    def turn(module: nn.Module, _args: tuple, _kwargs: dict[str, Any], output: Any) -> Any:
-        if (found := read(module, output)) is None:
-            return None
-        turned_TK = (found.ids_TK + 1) % found.logits_TE.shape[1]
-        return replace(module, output, found.weights_TK, turned_TK, chosen_again=True)
+    def changing(name: str, weights: float, turn: bool) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            parts = take_apart(module, args, kwargs, output, swapped=name in swapped)
+            if parts is None or (turn and not parts.holds_ids):
+                return None
+            logits_TE, weights_TK, ids_TK = parts.found
+            turned_TK = torch.where(ids_TK < 0, ids_TK, (ids_TK + 1) % logits_TE.shape[1])
+            return parts.put(weights_TK * weights, turned_TK if turn else None)
 
-    def dim(module: nn.Module, _args: tuple, _kwargs: dict[str, Any], output: Any) -> Any:
-        found = read(module, output)
-        return None if found is None else replace(module, output, found.weights_TK / 2, found.ids_TK)
+        return hook
 
     plain, deaf = (probe({}) if kinds else []), set()
     for names in kinds:
-        turned = probe(dict.fromkeys((modules[name] for name in names), turn))
+        turned = probe({modules[name]: changing(name, 1.0, turn=True) for name in names})
         if all(map(torch.equal, plain, turned)):  # unless experts give 0, whoever is chosen
-            dimmed = probe(dict.fromkeys((modules[name] for name in names), dim))
+            dimmed = probe({modules[name]: changing(name, 0.5, turn=False) for name in names})
             deaf |= set() if all(map(torch.equal, plain, dimmed)) else set(names)
     return deaf
-
-
-def _spread_out(module: nn.Module, call: Call) -> Read:
-    """What the router returns with other weight matrices: a new model's logits lie so close that all gates look alike.
-
-    Sharded parameters are replaced by whole ones. Matrices that are no floats (quantized) stay; then what was seen has
-    to do.
-    """
-    parameters = dict(module.named_parameters())
-    matrices = {name: p for name, p in parameters.items() if p.dim() > 1}
-    if not matrices or not all(p.is_floating_point() for p in matrices.values()) or hasattr(module, "unshard"):
-        return call.read
-    draw = torch.Generator().manual_seed(0)  # all ranks have to find the same
-    other = {n: torch.randn(p.shape, generator=draw).to(p.device, p.dtype) for n, p in matrices.items()}
-    sharded = {n: p.full_tensor().detach() for n, p in parameters.items() if hasattr(p, "full_tensor")}  # type: ignore[attr-defined]
-    args, kwargs = call.args, call.kwargs
-    if sharded:  # mixed precision gave it what it computes in
-        dtype = next(iter(matrices.values())).dtype
-        args = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
-    seen = call.read
-    for _ in range(2):  # logits are linear in the matrix, or nearly
-        with torch.no_grad(), _evaluating(module):
-            found = read(module, torch.func.functional_call(module, sharded | other, args, kwargs))
-        spread = 0.0 if found is None else float(_logits(found.logits_TE).std(dim=1).mean())
-        if found is None or not spread > 0:
-            break
-        seen, other = found, {name: p * (SPREAD / spread) for name, p in other.items()}
-    return seen
-
-
-@contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-
-
-def _are_probabilities(x_TE: Tensor) -> bool:
-    return bool((x_TE >= 0).all() and ((x_TE.float().sum(dim=-1) - 1).abs() < CLOSE).all())
-
-
-def _logits(x_TE: Tensor) -> Tensor:
-    """Logits, also of a router that returns probabilities."""
-    return x_TE.float().clamp(min=1e-30).log() if _are_probabilities(x_TE) else x_TE.float()
-
-
-def _facts(module: nn.Module, name: str, seen: Read) -> Facts:
-    """What the weights are made of: normalised or plain scores of that gate which fits best, times a constant."""
-    special = special_of(module)
-    weights_TK, z_TE = seen.weights_TK.float(), _logits(seen.logits_TE)
-    width, top_k = z_TE.shape[1], weights_TK.shape[1]
-    experts = int(module.num_experts) if special.idle else width  # type: ignore[arg-type]
-    pictures = "vision" in name if special.by_kind else None
-    probabilities = _are_probabilities(seen.logits_TE)
-    if special.gate:
-        why = "its weights hold more than scores"
-        return Facts(experts, top_k, special.gate, probabilities, False, 1.0, False, why, width - experts, pictures)
-    total_T1 = weights_TK.sum(dim=-1, keepdim=True)
-    scale = float(total_T1.mean())
-    normalized = bool(((total_T1 - scale).abs() < CLOSE * abs(scale)).all())
-    plain = bool((z_TE.topk(top_k).values.amin(-1) <= z_TE.gather(-1, seen.ids_TK).amin(-1)).all())
-    why = "" if plain else "it chooses in groups, and leaves out experts that a choice with our bias would take"
-    fits: list[tuple[float, Facts]] = []
-    for gate in GATES:
-        chosen_TK = gate_scores(z_TE, gate).gather(-1, seen.ids_TK).clamp(min=1e-20)
-        if normalized:
-            expected_TK = scale * chosen_TK / chosen_TK.sum(-1, keepdim=True)
-        else:
-            scale = float((weights_TK / chosen_TK).median())
-            expected_TK = scale * chosen_TK
-        facts = Facts(experts, top_k, gate, probabilities, normalized, scale, True, why, 0, pictures)
-        fits.append((_distance(weights_TK, expected_TK), facts))
-    distance, facts = min(fits, key=lambda fit: fit[0])  # the first of equals, as with K = 1
-    if distance <= CLOSE:
-        return facts
-    raise ConfigError(
-        expected=f"a router whose weights follow from a gate: {', '.join(GATES)}",
-        got=f"{type(module).__name__} ({name}), whose weights follow from none",
-        do="give this class its line in equipoise.readers.SPECIAL",
-    )
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    return float(((one - other).abs() / (other.abs() + 1e-4)).max())
 
 
 def switch_off_own_loss(model: nn.Module) -> list[str]:

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, StateError
+from .facts import Facts
 from .functional.routing import choose, count_choices
 from .layout import Layout
 from .meter import Meter, Placed
 from .native import NativeBias
-from .readers import read, replace
+from .probing import Call
+from .readers import take_apart
+from .rechoice import what_else_it_does
 from .tie import tie
 
-__all__ = ["Facts", "ForeignRouter"]
-
-
-class Facts(NamedTuple):
-    """What running it told about a router."""
-
-    num_experts: int  # those that work
-    top_k: int
-    gate: str
-    probabilities: bool  # it returns probabilities where others return logits
-    normalize: bool  # its weights are scores that were divided by their sum
-    scale: float
-    exact: bool  # its weights are those scores, and nothing more
-    no_bias: str = ""  # why weights cannot be made for another choice than its own
-    idle: int = 0  # experts behind the others that may be chosen and do no work
-    pictures: bool | None = None  # it gets only the tokens of pictures, or only those of text
+__all__ = ["ForeignRouter"]
 
 
 class ForeignRouter:
@@ -42,20 +30,32 @@ class ForeignRouter:
 
     Choices of idle experts (LongCat's that hand a token back, Zaya's that skips the layer) are no load: f, P and the
     bias are those of the experts that work, as if the others were no choice. How many choices go to idle experts is
-    left to the model; their biases keep their distance from the mean of the others.
+    left to the model; their biases keep their distance from the mean of the others. A choice that the router dropped
+    (id -1: capacity, dynamic k, expert dropout) is counted as one of an idle expert behind these. That costs ten
+    small operations a call, and is left out for transformers' own classes, which drop none.
     """
 
     def __init__(
-        self, module: nn.Module, shell: nn.Module, facts: Facts, layout: Layout, native: NativeBias | None
+        self,
+        module: nn.Module,
+        shell: nn.Module,
+        facts: Facts,
+        layout: Layout,
+        native: NativeBias | None,
+        call: Call | None = None,
     ) -> None:
-        """``shell`` is what wraps the router and trains it (PEFT), or the router itself."""
+        """``shell`` trains the router: what wraps it (PEFT), the router itself, or the nearest with parameters.
+
+        ``call`` is one of the router's own, for what has to be tried before a meter is set.
+        """
         self.module, self.shell, self.facts, self.layout = module, shell, facts, layout
-        self.num_experts, self.top_k, self.gate, self.idle = facts.num_experts, facts.top_k, facts.gate, facts.idle
+        self.num_experts, self.top_k, self.gate = facts.num_experts, facts.top_k, facts.gate
+        self.idle = facts.idle + facts.may_drop
         # the language model's gradient at the logits passes inside the router: it is reckoned from that at the weights
         self.weights, self.measures_norms = (facts.normalize, facts.scale), facts.exact
         self.returns_logits = not facts.probabilities
         self.own_bias: Tensor | None = None
-        self._native = native
+        self._native, self._call = native, call
         self._meter: Meter | None = None
         self._hook: Any = None
 
@@ -73,9 +73,9 @@ class ForeignRouter:
     @meter.setter
     def meter(self, meter: Meter | None) -> None:
         """Ties the outputs from now on; None unties them, but goes on choosing with a bias of ours."""
-        self._meter = meter
+        self._meter, self._call = meter, None
         if meter is not None and self._hook is None:
-            self._hook = self.module.register_forward_hook(self._tied)
+            self._hook = self.module.register_forward_hook(self._tied, with_kwargs=True)
         elif meter is None:
             self.layout.remove()
             if self._hook is not None and self.own_bias is None:
@@ -90,31 +90,45 @@ class ForeignRouter:
     def enable_selection_bias(self) -> None:
         """Takes the model's bias over, in fp32, or adds one.
 
-        Raises ConfigError where the router's weights cannot be made for another choice of experts.
+        Raises ConfigError where the router's choice cannot be made again with a bias added.
         """
         if self._native is not None:
             self._native.take_over()
             self.layout.before_each.append(self._native.keep_exact)
-        elif self.facts.no_bias:
+            return
+        if self.own_bias is not None:
+            return
+        does = self.facts.no_bias or ("" if self._call is None else what_else_it_does(*self._as_called()))
+        if does:
+            kind = type(self.module).__name__
+            do = "use AuxLoss for this model"
+            if not self.facts.no_bias:
+                do = f"let {kind} return the logits that it chooses by, noise and masks (-inf) included, or use AuxLoss"
             raise ConfigError(
                 expected="a router that owns a correction bias, or whose choices could be made again with one",
-                got=f"{type(self.module).__name__}: {self.facts.no_bias}",
-                do="use AuxLoss for this model",
+                got=f"{kind}: {does}",
+                do=do,
             )
-        elif self.own_bias is None:
-            device = next(self.parameters()).device
-            self.own_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        self.own_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
 
-    def _tied(self, module: nn.Module, _args: tuple, output: Any) -> Any:
-        found = read(module, output)
-        if found is None:
+    def _as_called(self) -> tuple[nn.Module, Call, Facts]:
+        assert self._call is not None
+        return self.module, self._call, self.facts
+
+    def _tied(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        parts = take_apart(module, args, kwargs, output, swapped=self.facts.swapped)
+        if parts is None:
             return None
-        logits_TE, weights_TK, ids_TK = found
+        logits_TE, weights_TK, ids_TK = parts.found
+        returned_TE = logits_TE
         if self.facts.probabilities:
             logits_TE = logits_TE.clamp(min=torch.finfo(logits_TE.dtype).tiny).log()
         if self.own_bias is not None:
             if self.own_bias.device != logits_TE.device:  # the model moved
                 self.own_bias = self.own_bias.to(logits_TE.device)
+            if self.facts.probabilities:
+                logits_TE = logits_TE.masked_fill(returned_TE == 0, float("-inf"))
             again_TK, ids_TK, _ = choose(
                 logits_TE,
                 self.top_k,
@@ -124,11 +138,12 @@ class ForeignRouter:
                 top_groups=1,
                 normalize=self.facts.normalize,
                 scale=self.facts.scale,
+                masked=True,
             )
             weights_TK = again_TK.to(weights_TK.dtype)
         if self._meter is not None:
             weights_TK = self._tie(self._meter, weights_TK, logits_TE[:, : self.num_experts], ids_TK)
-        return replace(module, output, weights_TK, ids_TK, chosen_again=self.own_bias is not None)
+        return parts.put(weights_TK, None if self.own_bias is None else ids_TK)
 
     def _tie(self, meter: Meter, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
         _, batch, rows_T = self._placed(meter, len(ids_TK))
@@ -139,6 +154,8 @@ class ForeignRouter:
                 x.new_zeros(whole, x.shape[1]).index_copy(0, rows_T, x) for x in (weights_TK, logits_TE, ids_TK)
             )
         choices = self.num_experts + self.idle
+        if self.facts.may_drop:
+            ids_TK = ids_TK.masked_fill(ids_TK < 0, choices - 1)
         counts_BE = count_choices(ids_TK, choices, batch.token_mask_T, batch.rows)[:, : self.num_experts]
         tied_TK = tie(meter, weights_TK, logits_TE, ids_TK, counts_BE, batch, training=self.module.training)
         return tied_TK if rows_T is None else tied_TK[rows_T]

@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import InputError
 from .functional.losses import load_fractions
 from .functional.routing import count_choices, gate_probs, gate_slope, without_autocast
-from .meter import LocalTerm, Plan, Tables, TokenLayout
+from .meter import SCALARS, LocalTerm, Plan, Tables, TokenLayout
 
 __all__ = ["Measured", "group_counts", "measure", "micro_batches", "shared_counts", "violations"]
 
@@ -69,6 +69,8 @@ def measure(
     counts_E = counts_BE.sum(dim=0)
     parts = [counts_E, probs_BE.sum(dim=0)] + ([] if plain_BE is None else [plain_BE.sum(dim=0)])
     *scalars, rows, groups = _scalars(plan, logits_TE, valid_TE, ids_TK, counts_BE, counts_E, batch)
+    if batch.num_sequences is None:  # which tokens are one sequence is not known, so nothing is said of sequences
+        scalars[SCALARS.index("sequences")] = loads[0] = None
     statistics = torch.cat([*parts, _stacked([*scalars, *loads, rows, groups, *values])])
     tables = None
     if plan.shards > 1:

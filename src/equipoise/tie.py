@@ -267,6 +267,8 @@ def _square_behind(plan: Plan, grad_TK: Tensor, ids_TK: Tensor, probs_TE: Tensor
     assert plan.weights is not None
     normalize, scale = plan.weights
     grad_TK = grad_TK.to(probs_TE.dtype) * scale
+    if plan.idle:  # choices that do no work, as dropped ones
+        grad_TK, ids_TK = grad_TK * (ids_TK < plan.num_experts), ids_TK.clamp(max=plan.num_experts - 1)
     if plan.gate == "softmax" and not normalize:
         p_TK = probs_TE.gather(-1, ids_TK)
         mean_T1 = (p_TK * grad_TK).sum(dim=-1, keepdim=True)

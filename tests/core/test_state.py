@@ -47,7 +47,7 @@ def saved(value: Any) -> Any:
 @pytest.mark.parametrize("first", ["model", "balancer"])
 @pytest.mark.parametrize("how", ["dcp", "strict", "loose"])
 def test_a_resumed_run_goes_on_whatever_is_loaded_first(how, first, tmp_path):
-    """Before the balancer is made a model has no bias: its own loading takes that of a file, DCP does not ask for it."""
+    """Before the balancer is made a model has no bias: its own loading takes that of a file, DCP asks for none."""
     model, balancer, optimizer = trained()
     weights, state = saved(model.state_dict()), saved(balancer.state_dict())
     if how == "dcp":

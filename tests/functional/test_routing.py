@@ -362,7 +362,7 @@ def test_what_cannot_be_routed_is_refused_in_three_parts(error, word, arguments)
     assert caught.value.do
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
 @gates
 def test_logits_that_are_not_finite_are_refused(gate, bad):
     logits = torch.zeros(5, 4)

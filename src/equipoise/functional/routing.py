@@ -114,10 +114,13 @@ def gate_slope(logits_TE: Tensor, gate: str) -> Tensor:
     raise unknown_name("gate", gate, GATES)
 
 
-def select_experts(scores_TE: Tensor, top_k: int, num_groups: int = 1, top_groups: int = 1) -> Tensor:
+def select_experts(
+    scores_TE: Tensor, top_k: int, num_groups: int = 1, top_groups: int = 1, *, masked: bool = False
+) -> Tensor:
     """The K experts with the highest score, (T, K) int64; with groups, only inside the ``top_groups`` best groups.
 
-    A group's score is the sum of its two best experts (DeepSeek-V3, node-limited routing).
+    A group's score is the sum of its two best experts (DeepSeek-V3, node-limited routing). ``masked``: scores may be
+    -inf, and such an expert is as good as not there: a group's other experts are what it scores by.
 
     >>> select_experts(torch.tensor([[0.9, 0.0, 0.5, 0.6]]), 1, num_groups=2, top_groups=1)
     tensor([[3]])
@@ -125,7 +128,13 @@ def select_experts(scores_TE: Tensor, top_k: int, num_groups: int = 1, top_group
     if num_groups == 1:
         return scores_TE.topk(top_k, dim=-1).indices
     scores_TGS = scores_TE.unflatten(-1, (num_groups, -1))
-    group_TG = scores_TGS.topk(min(2, scores_TGS.shape[-1]), dim=-1).values.sum(dim=-1)
+    best_TG2 = scores_TGS.topk(min(2, scores_TGS.shape[-1]), dim=-1).values
+    if masked:
+        none_TG2 = best_TG2 == float("-inf")
+        group_TG = best_TG2.masked_fill(none_TG2, 0.0).sum(dim=-1).masked_fill(none_TG2[..., 0], float("-inf"))
+        scores_TGS = scores_TGS.clamp(min=torch.finfo(scores_TGS.dtype).min)  # before those of the other groups
+    else:
+        group_TG = best_TG2.sum(dim=-1)
     kept_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(-1, group_TG.topk(top_groups, dim=-1).indices, True)
     scores_TE = scores_TGS.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
     return scores_TE.topk(top_k, dim=-1).indices
@@ -170,14 +179,16 @@ def route(
     """Selects experts by (score + bias) and weighs them by the unbiased score (DeepSeek, arXiv 2408.15664, eq. 3).
 
     Args:
-        logits_TE: router logits, any float dtype; scores are computed in fp32 or wider.
+        logits_TE: router logits, any float dtype; scores are computed in fp32 or wider. -inf says that this token may
+            not choose that expert: no bias changes it, and where fewer than K others are left its weight is 0.
         selection_bias_E: added to the scores for the selection only; gets no gradient.
         normalize: weights of a token sum to 1 (before ``scale``); otherwise they are the scores themselves.
         token_mask_T: True = a real token. Masked tokens are routed but not counted.
 
     Raises:
         ConfigError: K > E, E not divisible by the groups, or an unknown gate.
-        InputError: a shape that does not fit; NaN or infinite logits (found on CPU; a GPU is not made to wait for it).
+        InputError: a shape that does not fit; logits that are NaN or +inf, or -inf for every expert of a token (found
+            on CPU; a GPU is not made to wait for it).
 
     >>> routing = route(torch.tensor([[2.0, 1.0, 0.0]]), 2)
     >>> routing.expert_ids_TK, routing.weights_TK, routing.counts_E
@@ -194,6 +205,7 @@ def route(
         top_groups=top_groups,
         normalize=normalize,
         scale=scale,
+        masked=True,
     )
     return Routing(weights_TK, ids_TK, logits_TE, count_choices(ids_TK, logits_TE.shape[-1], token_mask_T)[0])
 
@@ -208,22 +220,27 @@ def choose(
     top_groups: int,
     normalize: bool,
     scale: float,
+    masked: bool = False,
     check: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``route`` without its checks of the arguments and without counting.
 
-    Returns (weights_TK, expert_ids_TK, p (T, E) where the weights were taken from it). ``check``: NaN logits are an
-    error here, where that can be seen; else whoever sums up the step has to look.
+    ``masked``: logits may be -inf, as those of another library's router; that costs two operations beside a bias.
+    ``check``: NaN logits are an error here, where that can be seen; else whoever sums up the step has to look.
+
+    Returns (weights_TK, expert_ids_TK, p (T, E) where the weights were taken from it).
     """
     if check:
-        _check_finite(logits_TE)
+        _check_finite(logits_TE, masked)
     if selection_bias_E is None and num_groups == 1:
         ids_TK = select_experts(logits_TE.detach(), top_k)  # every gate grows with its logit: no score needed to choose
     else:
         chosen_by_TE = gate_scores(logits_TE.detach(), gate)
         if selection_bias_E is not None:
             chosen_by_TE = chosen_by_TE + selection_bias_E
-        ids_TK = select_experts(chosen_by_TE, top_k, num_groups, top_groups)
+        if masked:
+            chosen_by_TE = chosen_by_TE.masked_fill(logits_TE == float("-inf"), float("-inf"))
+        ids_TK = select_experts(chosen_by_TE, top_k, num_groups, top_groups, masked=masked)
     weights_TK, probs_TE = _weights(logits_TE, ids_TK, gate, normalize)
     return (weights_TK * scale if scale != 1.0 else weights_TK), ids_TK, probs_TE
 
@@ -276,16 +293,26 @@ def _weights(logits_TE: Tensor, ids_TK: Tensor, gate: str, normalize: bool) -> t
     return gate_scores(chosen_TK, gate), None
 
 
-def _check_finite(logits_TE: Tensor) -> None:
+def _check_finite(logits_TE: Tensor, masked: bool) -> None:
     if not at_hand(logits_TE.device) or torch.compiler.is_compiling():
         return
     total = logits_TE.detach().sum()  # in fp32: no copy of the logits; huge ones that overflow are looked at below
     if torch.isfinite(total):
         return
-    bad = int((~torch.isfinite(logits_TE)).any(dim=-1).sum())
+    bad_TE = ~torch.isfinite(logits_TE)
+    if masked:
+        none_TE = logits_TE == float("-inf")
+        bad_TE, without = bad_TE & ~none_TE, int(none_TE.all(dim=-1).sum())
+        if without and not rehearsing():
+            raise InputError(
+                expected="an expert that each token may choose",
+                got=f"logits of -inf for all of them in {without} of {len(logits_TE)} tokens",
+                do="leave each token at least one expert whose logit is not -inf",
+            )
+    bad = int(bad_TE.any(dim=-1).sum())
     if bad and not rehearsing():  # none when only the sum of huge fp64 logits overflows
         raise InputError(
-            expected="finite router logits",
+            expected="finite router logits" + (", or -inf for an expert that a token may not choose" if masked else ""),
             got=f"NaN or infinity in {bad} of {logits_TE.shape[0]} tokens",
             do="look at the loss and the gradient norm of the steps before; lower the learning rate",
         )

@@ -63,6 +63,8 @@ def fused_route(
         unbiased = [term.unbiased for term in plan.terms]
         micro = plan.micro_sequences or batch.rows
         statistics, fraction_NBE = summarize(chosen, plan.forward_size, spans, unbiased, micro)
+        if batch.num_sequences is None:  # which tokens are one sequence is not known, so nothing is said of sequences
+            statistics[plan.at("sequences")] = statistics[plan.at("maxvio_sequence")] = 0.0
         _propose(meter, Measured(logits_TE, statistics, fraction_NBE, None, None, None), chosen.ids_TK, batch)
     weights_TK, counts_E = chosen.weights_TK, chosen.counts_BE.sum(dim=0)
     if torch.is_grad_enabled() and logits_TE.requires_grad:
