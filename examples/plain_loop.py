@@ -62,7 +62,7 @@ def main() -> None:
 
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    balancer = Balancer(model, [AuxLoss("global_batch", coef=arguments.coef)])
+    balancer = Balancer(model, [AuxLoss("global_batch", coef=arguments.coef)], optimizer)
     for step in range(arguments.steps):
         micro_batches = draw(text)
         tokens = sum(int((ids_BS != 256).sum()) for ids_BS in micro_batches)

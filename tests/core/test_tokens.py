@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,3 +205,14 @@ def test_describe_says_what_is_assumed():
         (balancer.tap(loss_of(model, micro)) / 2).backward()
     optimizer.step()
     assert "a step of SGD" in balancer.describe()
+
+
+def test_the_code_of_what_counts_runs_as_it_stands():
+    """docs/what-counts.md, block after block."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "what-counts.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(compile(block, "what-counts.md", "exec"), names)
+    assert names["balancer"].step_count == 0
+    assert names["average"].gate.expert_bias is not None
+    assert names["routing"].counts_E.sum() == 20
