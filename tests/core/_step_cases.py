@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from core._model import BIAS, Micro, loss_of, make_step, net
@@ -14,6 +13,8 @@ from equipoise import AuxLoss, Balancer
 
 def zero_1(named: str) -> tuple[list[list[list[int]]], Tensor, int]:
     """(loads of three steps, the first router's bias, steps seen), each rank with every second sequence."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
+
     model = net(experts=(5, 6), top_k=(2, 2), gate="sigmoid")
     wrapped = DistributedDataParallel(model)
     optimizer = ZeroRedundancyOptimizer(wrapped.parameters(), torch.optim.SGD, lr=0.05)

@@ -133,7 +133,7 @@ class Dropped(torch.nn.Module):
     def __init__(self, **router: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = torch.nn.ModuleList(MoE(8, 8, 4, 2, **router) for _ in range(3)).double()
+        self.blocks = torch.nn.ModuleList(MoE(8, 8, 4, 2, batch_first=True, **router) for _ in range(3)).double()
         self.skip: set[int] = set()
 
     def forward(self, x_BSD, mask_BS=None):

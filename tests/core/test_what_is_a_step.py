@@ -280,6 +280,7 @@ def test_a_step_too_small_to_see_is_a_step(lr, dtype):
     assert model.blocks[0].gate.expert_bias.abs().max() > 0
 
 
+@pytest.mark.filterwarnings("ignore:expected weights through which")
 def test_routers_without_a_gradient_do_not_look_like_a_skipped_step():
     """Top-1 with normalised weights and only a bias: the router's own gradient is exactly 0, and SGD leaves it."""
     model = net(experts=(5,), top_k=(1,), gate="sigmoid", normalize=True)
