@@ -29,3 +29,22 @@ def zero_1(named: str) -> tuple[list[list[list[int]]], Tensor, int]:
         optimizer.step()
         loads.append([counts_E.tolist() for counts_E in balancer.load()])
     return loads, model.blocks[0].gate.expert_bias.clone(), balancer.step_count
+
+
+def fsdp1(use_orig_params: bool) -> tuple[Tensor, list[list[int]], int]:
+    """(gate weight after two steps, loads of the last, steps): FSDP1 shards one flat parameter, or keeps the names."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    rank = dist.get_rank()
+    wrapped = FullyShardedDataParallel(
+        net(experts=(5,), top_k=(2,)), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    balancer = Balancer(wrapped, [AuxLoss("micro_batch", 0.5)])
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    for seed in range(2):
+        balancer.tap(loss_of(wrapped, make_step(10 * seed + rank)[0])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        weight = wrapped.module.blocks[0].gate.weight.detach().clone()
+    return weight, [counts_E.tolist() for counts_E in balancer.load()], balancer.step_count

@@ -245,3 +245,22 @@ def test_routers_without_parameters_of_their_own():
     balancer.tap(0 * model.gate(x).weights_TK.detach().sum() + 0 * model.gate.weight.sum()).backward()
     with pytest.raises(StateError, match="never arrived"):
         optimizer.step()
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_fsdp1_with_flat_parameters(ranks, use_orig_params):
+    """Routers then have no parameter of their own, and learn all the same: weights are those of one process."""
+    model: Any = net(experts=(5,), top_k=(2,))
+    balancer = Balancer(model, [AuxLoss("micro_batch", 0.5)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for seed in range(2):
+        for rank in range(2):
+            (balancer.tap(loss_of(model, make_step(10 * seed + rank)[0])) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    loads = [counts_E.tolist() for counts_E in balancer.load()]
+    for weight, seen, steps in ranks.run("core._step_cases:fsdp1", use_orig_params, size=2):
+        torch.testing.assert_close(weight, model.blocks[0].gate.weight.detach(), rtol=1e-4, atol=1e-6)
+        assert seen == loads
+        assert steps == 2
