@@ -211,7 +211,7 @@ class Balancer(Stepping):
     def discard(self) -> None:
         """Forgets the micro-batches since the last step: after out-of-memory, or with ``zero_grad`` without a step."""
         self._forget()
-        self._untapped = None
+        self._untapped = None if self._untapped is None else 0
 
     def skip(self) -> None:
         """Says that the optimizer skips this step (a spike, an overflow): forgotten like `discard`, and counted.

@@ -60,7 +60,7 @@ class Stepping:
         self._micro_steps = [0] * len(self._parts)
         self._silent: Tensor | None = None  # taps of this step before which no router ran, where a GPU knows
         self._evaluated = False  # a loss of a model in evaluation was to be tapped
-        self._untapped: int | None = None  # steps in a row before which nothing was tapped; None: there is a reason
+        self._untapped: int | None = None  # steps in a row before which nothing was tapped; None: nothing ever was
         self.generation = 0  # rises when a step is over or given up: what was bound before is of no use then
         self._backward: int | None = None  # the backward that was bound and has not ended
         self._pending: Callable[[], list[Tensor]] | None = None  # the sum of this step, on its way
@@ -219,16 +219,17 @@ class Stepping:
     def _is_no_step(self) -> bool:
         """Whether an optimizer steps without anything of ours: to make its state, after discard(), for another loss.
 
-        Once before the first tap and once after discard() that is told here, alike on all ranks; else several ranks
-        have to agree in a sum, and one alone says at the third time that the tap is missing.
+        Once before the first tap that is told here, alike on all ranks. Later several ranks have to agree in a sum, or
+        one that has nothing would answer the others' sum with that of its next step; alone, the third time is an error.
         """
         if not self._layers:
             return self._watch.saw_no_backward
         if not self._empty or self._evaluated or self._faults.noted is not None:
             return False
-        if self._untapped is None:
+        if self._untapped is None and self._watch.saw_no_backward:
             self._untapped = 0
             return True
+        self._untapped = self._untapped or 0
         self._untapped += 1
         return self._untapped < UNTAPPED and self._ranks.everyone.size == 1
 
@@ -289,10 +290,10 @@ class Stepping:
             self._skipped += unmoved
         elif unmoved is not None:
             self._unmoved = Letter(unmoved.double().unsqueeze(0))
-        if good is True and unmoved is not True:
-            self._commit_sums(sums, unmoved if isinstance(unmoved, Tensor) else None)
-        elif isinstance(good, Tensor):
+        if isinstance(good, Tensor):
             self._commit_sums(sums, good if unmoved is None else good & ~unmoved)
+        elif good and not unmoved:
+            self._commit_sums(sums, None)
         self._step += 1
         self._untapped, self._dropped, self._inferred = 0, 0, False
         self._watch.saw_a_step()

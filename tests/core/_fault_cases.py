@@ -57,6 +57,8 @@ def _step(model: Any, balancer: Balancer, optimizer: torch.optim.Optimizer, guar
         balancer.begin_step(micro_batches=2)
     loss = BAD[guard](model, micro) if guard in BAD else loss_of(model, micro)
     (loss if guard == "no tap" else balancer.tap(loss)).backward()
+    if guard == "discarded":
+        balancer.discard()
     if guard == "unseen":
         with torch.no_grad():
             for p in model.parameters():

@@ -264,7 +264,9 @@ class TestRanks:
 
     @pytest.mark.parametrize("on_fault", ["raise", "warn"])
     @pytest.mark.parametrize("where", ["at hand", "far"])
-    @pytest.mark.parametrize("guard", ["nan", "documents", "detached", "no forward", "unseen", "declared", "no tap"])
+    @pytest.mark.parametrize(
+        "guard", ["nan", "documents", "detached", "no forward", "unseen", "declared", "no tap", "discarded"]
+    )
     def test_one_of_four_ranks_fails(self, ranks, guard, where, on_fault):
         found = ranks.run("core._fault_cases:one_fails", guard, where, on_fault, size=4, timeout=60)
         texts = [text for text, _ in found]
