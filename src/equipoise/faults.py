@@ -257,13 +257,15 @@ def unpushed(names: Sequence[str], tokens: float, step: int) -> StateError:
 def other_tokens(found: Sequence[tuple[str, float, float]], sent: _Sent) -> StateError:
     differ = len(found) < len(sent.names) or len({round(seen) for _, seen, _ in found}) > 1
     shown = ", ".join(f"{seen:g} in {name}" for name, seen, _ in found[:3]) + (", ..." if len(found) > 3 else "")
-    by_name = ", ".join(f"{name!r}: {seen:g}" for name, seen, _ in found[:3]) + (", ..." if len(found) > 3 else "")
+    by_name = ", ".join(f"{name!r}: {seen:g}" for name, seen, _ in found[:6]) + (", ..." if len(found) > 6 else "")
+    if len(found) < len(sent.names):  # the others were right
+        by_name += f", '': {found[0][2]:g}"
     return StateError(
         expected=f"{found[0][2]:g} router tokens in the step, as begin_step said",
         got=f"{found[0][1]:g}" if not differ else shown,
         do=(
-            f"say for each router how many it sees: begin_step(tokens={{{by_name}}}, ...), a name or the beginning of "
-            "one, or count them first: with balancer.counting(): ..."
+            f"say for each router how many it sees: begin_step(tokens={{{by_name}}}, ...), where '' is for all others "
+            "and a name may be the beginning of one; or count them first: with balancer.counting(): ..."
             if differ
             else "declare the valid tokens of all ranks and micro-batches: the balance gradient was divided by them"
         ),

@@ -278,6 +278,19 @@ def test_an_unknown_layout_is_no_sequence(scope, shape):
         layer(torch.randn(shape))
 
 
+def test_a_mask_tells_which_of_two_axes_is_the_batch():
+    """Where they differ: a square one tells nothing."""
+    for shape, known in (((3, 2, 8), True), ((3, 3, 8), False)):
+        layer = MoE(8, 4, 4, 2)
+        Balancer(layer, [AuxLoss("sequence", 1.0)])
+        mask_BS = torch.ones(shape[:2], dtype=torch.bool)
+        if known:
+            layer(torch.randn(shape), token_mask_BS=mask_BS)
+        else:
+            with pytest.raises(InputError, match="nobody said which"):
+                layer(torch.randn(shape), token_mask_BS=mask_BS)
+
+
 @pytest.mark.parametrize("shape", [(6, 8), (3, 2, 8)])
 def test_an_unknown_layout_does_not_matter_to_wider_scopes(shape):
     layer = MoE(8, 4, 4, 2)

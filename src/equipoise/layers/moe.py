@@ -49,8 +49,9 @@ class MoE(nn.Module):
 
     Args:
         dim: width D of a token.  hidden: width of one expert (fine-grained: small hidden, many experts, larger K).
-        batch_first: how inputs of three dimensions lie: True (B, S, D), False (S, B, D). None leaves it open: nothing
-            that depends on it is measured, and a policy with a scope inside a micro-batch is refused.
+        batch_first: how inputs of three dimensions lie: True (B, S, D), False (S, B, D). None leaves it to a mask or
+            document numbers (B, S), and open where there are none: then nothing that depends on it is measured, and
+            a policy with a scope inside a micro-batch is refused.
         num_shared: shared experts, as one SwiGLU of width ``num_shared * hidden`` (or ``shared_hidden``).
         router: every keyword of ``Router``: gate, normalize, scale, num_groups, top_groups, selection_bias. Weights are
             normalised unless ``top_k`` is 1, where that would leave the router without a gradient.
@@ -105,10 +106,14 @@ class MoE(nn.Module):
         return self._forward(x_BSD, token_mask_BS, document_ids_BS)
 
     def _forward(self, x_BSD: Tensor, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None) -> Tensor:
-        known = x_BSD.dim() == 3 and self.batch_first is not None
         sequences = x_BSD.unsqueeze(0) if x_BSD.dim() == 2 else x_BSD
         num_sequences, length, dim = sequences.shape
         x_TD = sequences.reshape(-1, dim)
+        told = any(  # a mask (B, S) tells which of the two is the batch, where they differ
+            one is not None and one.shape == (num_sequences, length) and num_sequences != length
+            for one in (token_mask_BS, document_ids_BS)
+        )
+        known = x_BSD.dim() == 3 and (self.batch_first is not None or told)
         batch = _batch(num_sequences, length, token_mask_BS, document_ids_BS, self.gate)
         routing = self.gate(x_TD, batch if known else batch._replace(num_sequences=None))
         y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK)
