@@ -201,17 +201,16 @@ class Balancer(Stepping):
             return loss
         if not any(self._micro_steps):
             self._check_routers()
-        self._watch.tapped(sum(self._micro_steps), self._dropped)
+        self._watch.tapped(max(self._micro_steps), self._dropped)
         silent = no_forward("none since the last tap")
         self._note_silence(banks, [one.statistics_LS for one in taken], silent)
-        if tokens is not None:
-            return tapped(loss / tokens, self, MicroBatch(part, taken), scale) * tokens
-        return tapped(loss, self, MicroBatch(part, taken), scale)
+        return tapped(loss, self, MicroBatch(part, taken), scale, tokens)
 
     def discard(self) -> None:
         """Forgets the micro-batches since the last step: after out-of-memory, or with ``zero_grad`` without a step."""
         self._forget()
-        self._untapped = None if self._untapped is None else 0
+        self._faults.noted = None
+        self._untapped = 0
 
     def skip(self) -> None:
         """Says that the optimizer skips this step (a spike, an overflow): forgotten like `discard`, and counted.
@@ -284,6 +283,8 @@ class Balancer(Stepping):
         names = momentum_names(self._timeline)
         unfit = load_states(self._banks, state["layers"], names, strict=strict)
         self.discard()
+        self._faults.forget()
+        self._unmoved = None
         self._step, self._skipped = state["step"], state["skipped"]
         return unfit
 

@@ -32,6 +32,9 @@ def describe(
     """See ``Balancer.describe``."""
     rows = [("router", "class", "E", "K", "gate", "bias", "learns"), *map(_row, layers)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    room = WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)
+    widths[0] = max(min(widths[0], room), 12)  # of a long name the end tells more
+    rows = [((name if len(name) <= widths[0] else f"...{name[3 - widths[0] :]}"), *rest) for name, *rest in rows]
     table = _merged(["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows])
     facts = {
         "routers": f"{len(layers)}",

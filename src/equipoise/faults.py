@@ -37,7 +37,7 @@ class Expected(NamedTuple):
     """What ``begin_step`` said of the routers of one plan."""
 
     tokens: Tensor | float | None  # of the whole step, one number or (n,)
-    passes: int  # micro-batches of the step, all ranks; a layer may run several times in each
+    passes: Tensor | float  # micro-batches of the step, all ranks; a layer may run several times in each
 
 
 def verdict(
@@ -62,9 +62,9 @@ class Letter:
             self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(numbers.device))
         else:
-            self._numbers = numbers.cpu()
+            self._numbers = torch.zeros(numbers.shape) if numbers.is_meta else numbers.cpu()
 
     @property
     def arrived(self) -> bool:
@@ -119,13 +119,24 @@ class Faults:
             raise error
         self.noted = self.noted or error
 
-    def tail(self, silent_taps: Tensor | float, *, empty: bool, device: torch.device) -> Tensor:
-        """(4,) what rides at the end of the step's sum: whether this rank noted something, its taps before which no
-        router ran, whether it tapped nothing in this step, and whether it did tap."""
-        known = torch.tensor([self.noted is not None, 0, empty, not empty], dtype=torch.float64, device=device)
-        if isinstance(silent_taps, Tensor):
-            known[1] = silent_taps
+    def tail(self, silent_taps: Tensor | None, taps: int, *, empty: bool | None, device: torch.device) -> Tensor:
+        """(5,) what rides at the end of the step's sum: whether this rank noted something, its taps before which no
+        router ran, whether it has nothing of a step, whether it has something, and how many taps.
+
+        ``empty``: None where a rank has no routers: it has neither.
+        """
+        known = torch.zeros(5, dtype=torch.float64, device=device)  # and not made of a list: a GPU would be waited for
+        numbers = (self.noted is not None, 0, empty is True, empty is False, taps)
+        for at, number in enumerate(numbers):
+            if number:
+                known[at].fill_(float(number))
+        if silent_taps is not None:
+            known[1].copy_(silent_taps)
         return known
+
+    def forget(self) -> None:
+        """After a checkpoint was loaded what happened before is over."""
+        self._sent = self.noted = None
 
     def settle(
         self, flags: Tensor, tail: Tensor, step: int, names: Sequence[str], expected: Sequence[float]
@@ -138,7 +149,7 @@ class Faults:
 
         Raises the error of this step, or where flags have to travel that of the step before.
         """
-        numbers = torch.cat([tail, flags.flatten()])
+        numbers = torch.cat([tail[:4], flags.flatten()])
         before, self._sent = self._sent, _Sent(Letter(numbers), step, names, expected, self.noted)
         self.noted = None
         if at_hand(numbers.device):
@@ -151,9 +162,11 @@ class Faults:
     def late(self) -> str | None:
         """In words, what the last step's flags say that no step came after to raise; for the end of training."""
         sent, self._sent = self._sent, None
-        if sent is None or not _is_bad(sent.letter.read()):
+        if sent is None or not _is_bad(numbers := sent.letter.read()):
             return None
-        return str(sent.mine or _in_words(sent))
+        if numbers[0] > 0:
+            return str(sent.mine) if sent.mine else f"another rank noted an error in step {sent.step}"
+        return str(_in_words(sent))
 
     def _say(self, sent: _Sent) -> bool:
         """Whether there was a fault; raises it, or warns of it."""
@@ -250,7 +263,7 @@ def unpushed(names: Sequence[str], tokens: float, step: int) -> StateError:
         got=f"up to {tokens:g} tokens whose balance gradient never arrived, in {_few(names)}, in step {step}",
         do="multiply the experts' outputs by the very weights that the router returns (not detached, not made anew "
         "from its logits); run one backward from one tapped loss (of chunks: tap their sum, or h = balancer.tap(h, "
-        "scale=1.0) before they are cut); keep forwards that no loss follows in torch.no_grad()",
+        "scale=1.0) before they are cut); run forwards that no loss follows in torch.no_grad(), or discard() the step",
     )
 
 

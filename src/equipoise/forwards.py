@@ -29,10 +29,11 @@ class Forwards:
         return self._running.part
 
     def changed(self) -> bool:
-        """Whether a module near the routers was added, taken away or replaced since this was asked last."""
-        now = self._children()
-        changed, self._seen = now != self._seen, now
-        return changed
+        """Whether a module near the routers was added, taken away or replaced since `look`."""
+        return self._children() != self._seen
+
+    def look(self) -> None:
+        self._seen = self._children()
 
     def _children(self) -> list[tuple[int, ...]]:
         return [tuple(map(id, module._modules.values())) for module in self._around]

@@ -13,7 +13,9 @@ def check_layout(plan: Plan, layout: TokenLayout, tokens: int) -> None:
 
     One guessed sequence would give another load and another gradient, and look healthy.
     """
-    if plan.inside and layout.num_sequences is None:
+    if layout.num_sequences is not None:
+        return
+    if plan.inside or (layout.document_T is None and any(term.kind == "document" for term in plan.terms)):
         raise InputError(
             expected="to know how tokens lie in sequences, for a scope inside a micro-batch",
             got=f"{tokens} tokens, and nobody said which of them are one sequence",

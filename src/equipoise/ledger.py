@@ -65,17 +65,16 @@ class Ledger:
     def start(self, tail: Tensor) -> Callable[[], list[Tensor]]:
         """Begins the sum of the step over everyone; returns what waits for it: (rows, sums_size) for each sheet, and
         the sum of ``tail``, a few numbers of this rank."""
-        parts = [*(self._filled(sheet) for sheet in self.sheets), tail]
+        parts = [*(self._filled(sheet, tail.device) for sheet in self.sheets), tail]
         wait = self._ranks.everyone.start_sum(torch.cat([part.flatten() for part in parts]))
         sizes = [part.numel() for part in parts]
         return lambda: [sums.view_as(part) for sums, part in zip(wait().split(sizes), parts, strict=True)]
 
-    def _filled(self, sheet: Sheet) -> Tensor:
+    def _filled(self, sheet: Sheet, device: torch.device) -> Tensor:
         """The sheet with what this rank knows; zero elsewhere."""
         if len(sheet.own) == 1 and sheet.own[0][1] == list(range(len(sheet.places))):
             return step_sums(sheet.own[0][0])  # as a rule
         own = [(step_sums(bank), rows) for bank, rows in sheet.own]
-        device = own[0][0].device if own else self._device
         filled = torch.zeros(len(sheet.places), sums_size(sheet.plan), dtype=torch.float64, device=device)
         for sums, rows in own:
             filled[torch.tensor(rows, device=device)] = sums

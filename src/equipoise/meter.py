@@ -107,8 +107,8 @@ class Plan(NamedTuple):
 
     @property
     def inside(self) -> bool:
-        """Whether something is measured inside a micro-batch, so that it matters how the tokens lie."""
-        return any(term.kind in ("sequences", "document") for term in self.terms)
+        """Whether something is measured per sequence, so that it matters how the tokens lie."""
+        return any(term.kind == "sequences" for term in self.terms)
 
     # The statistics: counts E, probs E, [unbiased counts E], scalars, N term values | lm norm, N + 1 norms.
     @property

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import ConfigError, StateError
 from .functional.losses import load_fractions
+from .looking import sent
 from .meter import Meter, Placed, Plan, Tables, Taken, clear_slots, overwrite
 from .policies.estimators import ESTIMATORS, LoadHistory
 from .policies.expert_bias import ExpertBias
@@ -68,7 +69,6 @@ class Bank:
     step_fidelity: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
     step_pushes = False  # a policy asked for a gradient
     step_split = False  # a backward of chosen inputs (zero-bubble schedules): autograd leaves the leaves alone
-    step_silent: Tensor | None = None  # taps that no router ran before, where that cannot be looked at: ()
     counted: Tensor | None = None  # statistics of a counting pass, all ranks
     pools: list[Tensor] | None = None  # its expert ids (N, K) at each layer, for the shuffle control
 
@@ -88,7 +88,7 @@ class Bank:
         self.history.forget_step()
         self.step_taken = self.step_shift = self.step_values = self.counted = self.pools = None
         self.step_windows, self.step_fidelity = {}, []
-        self.step_pushes, self.step_split, self.step_silent = False, False, None
+        self.step_pushes = self.step_split = False
         for meter in self.meters:
             meter.leaf.grad = meter.language.grad = meter.pool = None
         clear_slots(self.meters)
@@ -258,7 +258,7 @@ def tokens_said(bank: Bank, declared: float | Mapping[str, float]) -> Tensor | f
     if not isinstance(declared, Mapping):
         return declared
     said = [declared[layer.name] for layer in bank.layers]
-    return said[0] if len(set(said)) == 1 else torch.tensor(said, dtype=torch.float64, device=bank.device)
+    return said[0] if len(set(said)) == 1 else sent(said, bank.device)
 
 
 def _bind_term(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .looking import sent
 from .meter import Plan
 from .pressure import Bank
 
@@ -46,7 +47,7 @@ def step_sums(bank: Bank) -> Tensor:
         if bank.step_pushes and not bank.step_split:
             unpushed_L1 = ahead_LS[:, [plan.at("reached")]].clamp(min=0)
             if not all(trainable := [layer.trainable for layer in bank.layers]):
-                unpushed_L1 = unpushed_L1 * unpushed_L1.new_tensor(trainable).unsqueeze(1)
+                unpushed_L1 = unpushed_L1 * sent(trainable, unpushed_L1.device).unsqueeze(1)
         counted_LS = torch.where(calls_L1 > 0, taken_LS, counted_LS)
         if bank.step_shift is not None:
             counted_LS = counted_LS + torch.nn.functional.pad(bank.step_shift, (0, plan.size - late))

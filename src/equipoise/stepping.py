@@ -60,7 +60,7 @@ class Stepping:
         self._micro_steps = [0] * len(self._parts)
         self._silent: Tensor | None = None  # taps of this step before which no router ran, where a GPU knows
         self._evaluated = False  # a loss of a model in evaluation was to be tapped
-        self._untapped: int | None = None  # steps in a row before which nothing was tapped; None: nothing ever was
+        self._untapped = 0  # steps in a row before which nothing was tapped
         self.generation = 0  # rises when a step is over or given up: what was bound before is of no use then
         self._backward: int | None = None  # the backward that was bound and has not ended
         self._pending: Callable[[], list[Tensor]] | None = None  # the sum of this step, on its way
@@ -150,13 +150,16 @@ class Stepping:
 
     def _check_routers(self) -> None:
         """Once a step. Raises StateError for a router that came after the balancer was made."""
-        if self._forwards.changed() and (names := unbalanced_routers(self._parts, self._layers)):
+        if not self._forwards.changed():
+            return
+        if names := unbalanced_routers(self._parts, self._layers):
             raise StateError(
                 expected="the routers that were there when the balancer was made",
                 got=f"{', '.join(map(repr, names[:3]))}, which nobody balances",
                 do="state = balancer.state_dict(); balancer.remove(); make a new Balancer of the model and call its "
                 "load_state_dict(state, strict=False)",
             )
+        self._forwards.look()
 
     def _note_silence(self, banks: Sequence[Bank], statistics: Sequence[Tensor], error: StateError) -> None:
         """No router ran before a tap, or in a counting pass; where that cannot be looked at a flag says so."""
@@ -219,17 +222,10 @@ class Stepping:
     def _is_no_step(self) -> bool:
         """Whether an optimizer steps without anything of ours: to make its state, after discard(), for another loss.
 
-        Once before the first tap that is told here, alike on all ranks. Later several ranks have to agree in a sum, or
-        one that has nothing would answer the others' sum with that of its next step; alone, the third time is an error.
+        Several ranks agree on that in the step's sum: one that stayed away would answer it with that of its next step.
         """
-        if not self._layers:
-            return self._watch.saw_no_backward
         if not self._empty or self._evaluated or self._faults.noted is not None:
             return False
-        if self._untapped is None and self._watch.saw_no_backward:
-            self._untapped = 0
-            return True
-        self._untapped = self._untapped or 0
         self._untapped += 1
         return self._untapped < UNTAPPED and self._ranks.everyone.size == 1
 
@@ -238,8 +234,8 @@ class Stepping:
         if self._is_no_step():
             self._ready = True
             return
-        empty = self._empty and bool(self._layers)
-        if self._layers and not (empty and 0 < (self._untapped or 0) < UNTAPPED):
+        empty = self._empty if self._layers else None
+        if self._layers and not (empty and 0 < self._untapped < UNTAPPED):
             about = (self._layers, self._timeline, self._step, self._micro_steps, self._declared.micro_batches)
             try:
                 check_before_step(*about)
@@ -248,13 +244,14 @@ class Stepping:
         if self._inferred and self._watch.gradients_are_gone:
             self._watch.gradients_leave = True
             self._faults.note(gradients_moved())
-        start = self._ledger.start(self._faults.tail(self._silent or 0.0, empty=empty, device=self._device))
+        taps = max(self._micro_steps) if self._layers else 0
+        start = self._ledger.start(self._faults.tail(self._silent, taps, empty=empty, device=self._device))
         self._good = self._judge(start()) if self._faults.at_once and at_hand(self._device) else None
         self._pending, self._ready = start, True
 
     def _judge(self, sums: list[Tensor]) -> Tensor | bool:
-        passes = max(self._micro_steps) * self._ranks.tokens.size
-        return judge(self._faults, self._ledger.sheets, sums, self._declared, passes, self._step)
+        data_ranks = self._ranks.tokens.size
+        return judge(self._faults, self._ledger.sheets, sums, self._declared, data_ranks, self._step)
 
     def _step_inside_backward(self) -> None:
         """An optimizer steps inside a backward: at the end of that one the step is over, all layers have counted."""
@@ -291,7 +288,10 @@ class Stepping:
         elif unmoved is not None:
             self._unmoved = Letter(unmoved.double().unsqueeze(0))
         if isinstance(good, Tensor):
-            self._commit_sums(sums, good if unmoved is None else good & ~unmoved)
+            if isinstance(unmoved, Tensor):
+                good = good & ~unmoved.to(good.device)
+            if unmoved is not True:
+                self._commit_sums(sums, good)
         elif good and not unmoved:
             self._commit_sums(sums, None)
         self._step += 1

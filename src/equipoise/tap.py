@@ -38,15 +38,21 @@ class Tapped(Protocol):
         ...
 
 
-def tapped(loss: Tensor, balancer: Tapped, micro_batch: MicroBatch, scale: float | None) -> Tensor:
-    """Returns ``loss``; ``scale`` replaces the gradient that arrives."""
-    return _Tap.apply(loss, balancer, micro_batch, scale)
+def tapped(
+    loss: Tensor,
+    balancer: Tapped,
+    micro_batch: MicroBatch,
+    scale: float | None,
+    tokens: Tensor | float | None = None,
+) -> Tensor:
+    """Returns ``loss``. ``scale`` replaces the gradient that arrives; ``tokens``, of a sum over so many, multiplies it."""
+    return _Tap.apply(loss, balancer, micro_batch, scale, tokens)
 
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss, balancer, micro_batch, scale):
-        ctx.balancer, ctx.micro_batch, ctx.scale = balancer, micro_batch, scale
+    def forward(ctx, loss, balancer, micro_batch, scale, tokens):
+        ctx.balancer, ctx.micro_batch, ctx.scale, ctx.tokens = balancer, micro_batch, scale, tokens
         ctx.bound, ctx.generation = None, None
         return loss.clone()  # not a view: zero-bubble schedules detach losses and activations in place
 
@@ -55,10 +61,12 @@ class _Tap(torch.autograd.Function):
         (grad,) = grad_outputs
         balancer: Tapped = ctx.balancer
         scale = (grad if ctx.scale is None else grad.new_full((), ctx.scale)).detach()
+        if ctx.tokens is not None:
+            scale = scale * ctx.tokens
         again = ctx.generation == balancer.generation  # a second backward of this loss: pushes again, counts nothing
         if not again:
             ctx.bound = balancer.bind(scale, ctx.micro_batch)
             ctx.generation = balancer.generation
         balancer.press(ctx.micro_batch.part, ctx.bound, scale, count=not again)
         torch.autograd.Variable._execution_engine.queue_callback(balancer.end_backward)
-        return grad, None, None, None
+        return grad, None, None, None, None

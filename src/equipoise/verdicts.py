@@ -10,23 +10,31 @@ from torch import Tensor
 from .declared import Declared
 from .faults import Expected, Faults, verdict
 from .ledger import Sheet
+from .looking import sent
 from .reconcile import Row
 
 __all__ = ["judge"]
 
 
 def judge(
-    faults: Faults, sheets: Sequence[Sheet], sums: Sequence[Tensor], declared: Declared, passes: int, step: int
+    faults: Faults, sheets: Sequence[Sheet], sums: Sequence[Tensor], declared: Declared, data_ranks: int, step: int
 ) -> Tensor | bool:
-    """As `Faults.settle`, from the sums of the step: those of every sheet, and the tail behind them."""
+    """As `Faults.settle`, from the sums of the step: those of every sheet, and the tail behind them.
+
+    Args:
+        data_ranks: how many ranks hold each layer.
+    """
     *rows, tail = sums
+    passes: Tensor | float = 0.0
+    if declared.tokens is not None:  # of all ranks together, or a stage without routers would see another number
+        passes = tail[4] / tail[3].clamp(min=1) * data_ranks
     flags, names, expected = [], [], []
     for sheet, summed in zip(sheets, rows, strict=True):
         plan = sheet.plan
         said = [declared.of_router(name) for name in sheet.names]
         tokens: Tensor | float | None = said[0]
         if len(set(said)) > 1:
-            tokens = torch.tensor([float(one or 0) for one in said], dtype=torch.float64, device=summed.device)
+            tokens = sent([float(one or 0) for one in said], summed.device)
         probs_LE = summed[:, plan.num_experts : 2 * plan.num_experts]
         flags.append(
             verdict(

@@ -7,6 +7,7 @@ at least one tapped or counted backward. Inside a backward it is over when that 
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -92,8 +93,6 @@ class Watch:
         self._listeners: list = []
         self._witness: nn.Parameter | None = None
         self._only: weakref.ref[torch.optim.Optimizer] | None = None  # the optimizer that was named
-        self._stepping: weakref.ref[torch.optim.Optimizer] | None = None  # the outermost that is in its step
-        self._depth = 0  # how often its step is on the stack
         self._unmoved: torch.Tensor | None = None  # whether the step that just ended changed nothing
         self.inside_closure = False  # an optimizer that calls forward and backward itself (LBFGS) moves as it likes
         self.stepped_in_backward = False  # an optimizer that steps inside backward: the step is over when that is
@@ -127,32 +126,40 @@ class Watch:
         if not self._concerns(stepping):
             self._note_stranger(stepping)
             return
-        if _skips(stepping):
-            return
-        if self._stepping is not None:  # an optimizer inside an optimizer, or step() calls that of its base class
-            self._depth += stepping is self._stepping()
+        if _skips(stepping) or self._is_inside_another():
             return
         if torch._C._current_graph_task_id() != -1:
             self.stepped_in_backward, self.ends_with = True, f"the backward in which {type(stepping).__name__} steps"
             steps.inside_backward()
             return
-        self._stepping, self._depth, self.inside_closure = weakref.ref(stepping), 1, closure is not None
+        self.inside_closure = closure is not None
         self.ends_with = f"a step of {type(stepping).__name__}"
         if closure is None:  # else forward and backward are still to come
-            try:
-                steps.before()
-            except BaseException:
-                self._stepping = None
-                raise
+            steps.before()
 
     def _after(self, steps: Steps, stepping: torch.optim.Optimizer) -> None:
-        if self._stepping is None or self._stepping() is not stepping:
+        if not self._concerns(stepping) or _skips(stepping) or self._is_inside_another():
             return
-        self._depth -= 1
-        if self._depth == 0:
-            self._stepping, self.inside_closure = None, False
+        if torch._C._current_graph_task_id() == -1:
+            self.inside_closure = False
             self._unmoved = self._changed_nothing(stepping)
             steps.after()
+
+    def _is_inside_another(self) -> bool:
+        """Whether the step that calls is part of another: an optimizer inside an optimizer, a base class's step.
+
+        Read off the stack: what a step that raised left behind could not be told from one that still runs.
+        """
+        frame: Any = sys._getframe(1)
+        own = True
+        while frame is not None:
+            if frame.f_code.co_name == "wrapper" and frame.f_globals.get("__name__") == "torch.optim.optimizer":
+                stepping = frame.f_locals.get("self")
+                if not own and isinstance(stepping, torch.optim.Optimizer) and self._concerns(stepping):
+                    return True
+                own = False
+            frame = frame.f_back
+        return False
 
     def _concerns(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether this optimizer's step is the step: it was named, or it holds the witness."""
@@ -163,7 +170,7 @@ class Watch:
 
     def _note_stranger(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises StateError when other optimizers of this model step and step, and never one with the routers."""
-        if not self._tapped_since or self._stepping is not None or self._witness is None:
+        if not self._tapped_since or self._witness is None or self._is_inside_another():
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"][:1]}
         if not any(id(p) in held for part in self._parts for p in part.parameters()):
@@ -184,8 +191,6 @@ class Watch:
     def tapped(self, taps: int, dropped: int) -> None:
         """A micro-batch was tapped. Raises StateError after very many of them without any step."""
         self._tapped_since = True
-        if self._stepping is not None and not self.inside_closure:  # its step ended in an error
-            self._stepping = None
         if taps >= TAPPED or dropped >= DROPPED:
             raise StateError(
                 expected="an optimizer step that the balancer sees, now and then",
@@ -219,6 +224,8 @@ class Watch:
         witness = self._plain
         if self._touched and witness is not None and witness.grad is None:
             self.gradients_leave = True
+        elif self._touched and witness is not None and witness.grad is not None:
+            self._filled = witness.grad._version  # engines write to it after our hook
         self._touched = False
 
     def gradients_were_dropped(self) -> bool:
@@ -242,11 +249,6 @@ class Watch:
         """At a step: it has no gradient to work with, so an engine keeps them elsewhere."""
         witness = self._plain
         return witness is not None and witness.grad is None
-
-    @property
-    def saw_no_backward(self) -> bool:
-        """Whether no backward reached the witness since the last step; a sharded one cannot tell."""
-        return self._plain is not None and self._filled is None and not self._touched
 
     @property
     def has_gradients(self) -> bool:

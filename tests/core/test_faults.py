@@ -281,6 +281,21 @@ class TestRanks:
         assert ranks.run("core._fault_cases:all_empty", size=2) == [(2, 1)] * 2
 
 
+def test_after_a_checkpoint_was_loaded_an_old_fault_is_forgotten(far):
+    """The message's own remedy: back to the last checkpoint, and go on."""
+    model, balancer, optimizer = setup(MICRO, BIAS)
+    train_step(model, balancer, optimizer, make_step(0))
+    weights, state = {k: v.clone() for k, v in model.state_dict().items()}, balancer.state_dict()
+    balancer.tap(nan_logits(model, make_step(1)[0])).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.load_state_dict(weights)
+    balancer.load_state_dict(state)
+    for seed in range(2, 5):
+        train_step(model, balancer, optimizer, make_step(seed))
+    assert balancer.step_count == 4
+
+
 def test_errors_of_other_kinds_pass_through():
     """A guard is no net for a user's own mistakes."""
     model, balancer, _ = setup(MICRO)

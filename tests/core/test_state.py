@@ -219,6 +219,8 @@ def test_a_router_that_came_later_is_noticed_at_the_next_tap(how, policies):
     optimizer.add_param_group({"params": list(new.parameters())})
     with pytest.raises(StateError, match=r"(?s)routers that were there.*gate', which nobody.*strict=False"):
         balancer.tap(loss_of(model, make_step(1)[0]))
+    with pytest.raises(StateError, match="which nobody"):  # and again: nothing trains silently
+        balancer.tap(loss_of(model, make_step(1)[0]))
     state = balancer.state_dict()  # the remedy, to the letter
     balancer.remove()
     again = Balancer(model, policies)

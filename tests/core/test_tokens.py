@@ -163,6 +163,18 @@ def test_a_sum_and_its_number_of_tokens(as_tensor):
     assert_close(got, train_step(other, second, plain, step), 1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_a_micro_batch_of_no_tokens_is_a_zero_and_no_nan(scale):
+    """Megatron's (0, 0), of a micro-batch that is all padding; and what is tapped is returned to the bit."""
+    model, balancer, optimizer = setup(AuxLoss("micro_batch", 0.3))
+    total = (model(make_step(0)[0].x_BSD) * scale).sum()
+    tapped = balancer.tap(total, tokens=7.0 * scale)
+    assert torch.equal(tapped, total)
+    tapped.backward()
+    assert all(bool(g.isfinite().all()) for g in gradients(model).values())
+    optimizer.step()
+
+
 # ---------------------------------------------------------------- choices per token
 
 

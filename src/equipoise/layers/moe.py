@@ -115,7 +115,10 @@ class MoE(nn.Module):
         )
         known = x_BSD.dim() == 3 and (self.batch_first is not None or told)
         batch = _batch(num_sequences, length, token_mask_BS, document_ids_BS, self.gate)
-        routing = self.gate(x_TD, batch if known else batch._replace(num_sequences=None))
+        if not known:  # documents tell by themselves where flat tokens belong, but not which of two axes is the batch
+            documents_T = batch.document_T if x_BSD.dim() == 2 else None
+            batch = batch._replace(num_sequences=None, document_T=documents_T)
+        routing = self.gate(x_TD, batch)
         y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
