@@ -45,7 +45,7 @@ def tapped(
     scale: float | None,
     tokens: Tensor | float | None = None,
 ) -> Tensor:
-    """Returns ``loss``. ``scale`` replaces the gradient that arrives; ``tokens``, of a sum over so many, multiplies it."""
+    """Returns ``loss``; ``scale`` replaces the gradient that arrives, and that of a sum is multiplied by ``tokens``."""
     return _Tap.apply(loss, balancer, micro_batch, scale, tokens)
 
 

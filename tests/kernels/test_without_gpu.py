@@ -75,7 +75,7 @@ def test_a_training_step_never_waits_for_the_gpu(pretended, monkeypatch, policie
         real = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda data, *a, real=real, **k: sent.append(data) or real(data, *a, **k))
     gate = "sigmoid" if policies == "all" else "softmax"
-    model = MoE(32, 64, 8, 2, gate=gate, selection_bias=policies == "all").to("meta", parameters)
+    model = MoE(32, 64, 8, 2, batch_first=True, gate=gate, selection_bias=policies == "all").to("meta", parameters)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     balancer = Balancer(model, POLICIES[policies], optimizer=optimizer) if POLICIES[policies] else None
     mask = torch.ones(2, 16, device="meta", dtype=torch.bool) if masked else None
