@@ -24,6 +24,12 @@ PRECISIONS = ("fp32", "bf16")
 LOGGERS = ("wandb", "mlflow")  # see `lab.events`
 
 
+def _precision() -> str:
+    from .process import fast_precision  # needs torch, which reading a configuration does not
+
+    return fast_precision()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only mixture-of-experts language model.
@@ -153,7 +159,8 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     clip: float = 1.0  # of the gradient norm; 0 = none
-    precision: str = "bf16"  # products in bf16 with fp32 master weights, or all fp32
+    # Products in bf16 with fp32 master weights, or all fp32: what is fast on this machine.
+    precision: str = field(default_factory=_precision)
     eval_every: int = 60  # steps; 0 = only at the end
     eval_sequences: int = 64  # held-out sequences per domain; 0 = all
     checkpoint_every: int = 100  # steps; 0 = only at the end
