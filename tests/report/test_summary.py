@@ -109,7 +109,7 @@ def test_other_settings_are_said_aloud(tmp_path, table, key, value, same_text):
     found = summary_of(tmp_path / "a", tmp_path / "b")
     assert any(f"{table}.{key}" in text and str(value) in text for text in found.warnings)
     assert bool(found["global"].differences) is same_text
-    assert (f"{table}.{key}" if same_text else "cannot be ranked") in found.headline
+    assert (f"{table}.{key}" if same_text else "cannot be ranked") in found.headline + found.quality
 
 
 def test_settings_that_change_nothing_are_not_a_warning(tmp_path):
@@ -142,7 +142,8 @@ def test_a_run_that_did_not_get_there_is_shown_but_not_compared(tmp_path):
     assert late.differences == {}
     assert any("loss-free was not evaluated at step 100" in text for text in found.warnings)
     assert any("failed at step 60: the loss is NaN" in text for text in found.problems)
-    assert found.headline.startswith("global reaches")
+    assert found.headline.startswith("The experts of global tell")
+    assert "loss-free" not in found.headline + found.quality
 
 
 def test_running_runs_are_compared_at_their_last_common_step(tmp_path):

@@ -63,8 +63,10 @@ class _Sections:
         if len(c.strategies) > 1:
             text += f"Small: the difference from {clean(c.baseline)}"
             if any(d and d.n > 1 for one in c.strategies for d in one.differences.values()):
-                text += ", paired by seed, with its 95% interval; coloured only where the interval leaves out zero"
-            text += ". Bold: the best value."
+                text += ", paired by seed, with its 95% interval; coloured, and bold where it is better, only if the "
+                text += "interval leaves out zero."
+            else:
+                text += ". One seed has no interval: nothing is coloured or bold."
         return section("All numbers", text, tables.numbers_table(c))
 
     def domains_of_experts(self) -> str:
