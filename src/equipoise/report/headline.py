@@ -180,12 +180,12 @@ def _one_seed(
     if spread is None:
         return text + (
             "One seed cannot tell a winner: how much seeds of this model differ is not known. "
-            f"--seeds {ENOUGH} measures it."
+            f"Runs with --seeds {ENOUGH} measure it."
         )
     return text + (
         f"One seed cannot tell a winner: from seed to seed such a difference varies by {100 * spread.sd:.1f} % "
-        f"(standard deviation over {spread.seeds} seeds of this model, {spread.source}). --seeds {ENOUGH} gives an "
-        "interval."
+        f"(standard deviation over {spread.seeds} seeds of this model, {spread.source}). With --seeds {ENOUGH} it "
+        "has an interval."
     )
 
 

@@ -47,7 +47,7 @@ class _Sections:
         quality = self._lines(
             "perplexity", "Held-out perplexity", figures.perplexity_curves(self.comparison),
             "How many tokens the model hesitates between on text it has not seen: lower is better. The first, steep "
-            "part of the run lies above the frame.",
+            "part of the run lies above the frame." + self._band(),
         )  # fmt: skip
         balance = self._lines(
             "training", "During training", figures.training_curves(self.comparison),
@@ -118,6 +118,14 @@ class _Sections:
 <div class="tools" role="group" aria-label="shown strategies">{self._chips()}</div>
 {self.parts.lines(name, figure, title, chips=True)}"""
         return section(title, lead, body)
+
+    def _band(self) -> str:
+        if not any(one.charts.difference for one in self.comparison.strategies):
+            return ""
+        return (
+            " A band holds all seeds, easy and hard ones; of the difference, which goes seed by seed, it is the 95% "
+            "interval."
+        )
 
     def _menu(self, name: str, figure: Figure) -> str:
         return self.parts.select(name, [view["label"] for view in figure["views"]], "Show")

@@ -210,6 +210,7 @@ def _strategy(
         for group in (own, seen[baseline])
     )
     compare = same_text and step is not None and label != baseline
+    against = [one.run for one in seen[baseline]] if compare else []
     shown = at or own
     values, differences = {}, {}
     for measure in MEASURES:
@@ -235,7 +236,7 @@ def _strategy(
         },
         layers=_layers(shown),
         estimators=_estimators(own),
-        charts=charts([one.run for one in own], shown[0], metrics, len(seen)),
+        charts=charts([one.run for one in own], shown[0], metrics, len(seen), against),
     )
 
 

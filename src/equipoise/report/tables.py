@@ -41,18 +41,19 @@ def _stacked(comparison: Comparison, name: str, first: str, rows: list[str], mor
 
 
 def card(comparison: Comparison, strategy: StrategySummary, index: int) -> str:
+    """What is certain stands out; perplexity below it, with all that is known of its difference."""
     perplexity = strategy.values.get("perplexity")
     facts = (
-        ("Domain info", _shown(strategy, "mutual_information"), "nats"),
+        ("Perplexity", rough_perplexity(perplexity.mean if perplexity else None), ""),
         ("MaxVio", _shown(strategy, "heldout_maxvio_global"), ""),
         ("Tokens/s", _shown(strategy, "tokens_per_second"), ""),
     )
     rows = "".join(f"<dt>{name}</dt><dd>{value} {unit}</dd>" for name, value, unit in facts)
     return f"""<article class="card" {dot(index)}>
 <h3>{breakable(strategy.name)}</h3>
-<p class="big">{rough_perplexity(perplexity.mean if perplexity else None)} <small>perplexity</small></p>
-<p class="delta">{_delta(comparison, strategy, perplexity)}</p>
+<p class="big">{_shown(strategy, "mutual_information")} <small>nats of domain information</small></p>
 <dl>{rows}</dl>
+<p class="delta">{_delta(comparison, strategy, perplexity)}</p>
 </article>"""
 
 
@@ -62,7 +63,7 @@ def _delta(comparison: Comparison, strategy: StrategySummary, perplexity: Estima
     seeds = ""
     if perplexity:
         low, high = rough_perplexity(perplexity.low), rough_perplexity(perplexity.high)
-        seeds = f"{low} to {high}, {perplexity.n} seeds"
+        seeds = f"perplexity {low} to {high}, {perplexity.n} seeds"
     seeds = seeds if perplexity and perplexity.n > 1 else "one seed" if perplexity else "not evaluated"
     if strategy.name == comparison.baseline:
         return f"{'baseline<br>' if len(comparison.strategies) > 1 else ''}{seeds}"
@@ -70,7 +71,7 @@ def _delta(comparison: Comparison, strategy: StrategySummary, perplexity: Estima
     if difference is None:
         return seeds
     text = f'<b class="{_tone(difference, "lower")}">{_minus(percent(difference.mean))}</b>'
-    text += f" against {safe(comparison.baseline)}"
+    text += f" perplexity against {safe(comparison.baseline)}"
     if difference.low is None or difference.high is None:
         return f"{text}<br>{seeds}, no interval"
     level = "" if difference.is_clear else ": level"
