@@ -247,4 +247,7 @@ def test_a_seed_that_did_not_get_there_is_said_aloud(tmp_path):
     write_run(tmp_path / "global2", header("global", 2, steps=100), until=60, end="interrupted")
     found = summary_of(*sorted(tmp_path.iterdir()))
     assert "global: seed 2 was not evaluated at step 100 and left out." in found.warnings
-    assert list(gain(found, "global").by_seed) == [0, 1]
+    difference, micro = gain(found, "global"), found["micro"].values["perplexity"]
+    assert list(difference.by_seed) == [0, 1]
+    assert micro is not None
+    assert f"against micro ({math.sqrt(micro.by_seed[0] * micro.by_seed[1]):.1f}): " in found.quality

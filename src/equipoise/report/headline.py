@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .spread import known_spread
-from .statistics import Difference
+from .statistics import Difference, estimate
 from .wording import clean, listed, number, percent, rough_perplexity, signed
 
 if TYPE_CHECKING:
@@ -134,8 +134,8 @@ def _quality(ranked: Sequence[StrategySummary], reference: StrategySummary, conf
     differences = [(one, difference) for one in ranked if (difference := one.differences["perplexity"]) is not None]
     several = [(one, d) for one, d in differences if d.low is not None]
     if not several:
-        return _one_seed(differences, reference, config)
-    old = f"{clean(reference.name)} ({_perplexity(reference)})"
+        return _one_seed(differences, _with_value(reference, differences), config)
+    old = _with_value(reference, several)
     if len(several) > MOST_NAMED:
         text = _counted(several, old)
     else:
@@ -169,12 +169,12 @@ def _counted(several: Sequence[tuple[StrategySummary, Difference]], old: str) ->
 
 def _one_seed(
     differences: Sequence[tuple[StrategySummary, Difference]],
-    reference: StrategySummary,
+    old: str,
     config: Mapping[str, object],
 ) -> str:
     shown = [f"{clean(one.name)} {percent(difference.mean)}" for one, difference in differences[:MOST_NAMED]]
     more = len(differences) - len(shown)
-    text = f"Perplexity against {clean(reference.name)} ({_perplexity(reference)}), one seed: {', '.join(shown)}"
+    text = f"Perplexity against {old}, one seed: {', '.join(shown)}"
     text += f" and {more} more below. " if more else ". "
     spread = known_spread(config)
     if spread is None:
@@ -187,6 +187,15 @@ def _one_seed(
         f"(standard deviation over {spread.seeds} seeds of this model, {spread.source}). With --seeds {ENOUGH} it "
         "has an interval."
     )
+
+
+def _with_value(reference: StrategySummary, differences: Sequence[tuple[StrategySummary, Difference]]) -> str:
+    """The baseline's name and its perplexity over the seeds that it shares with the others."""
+    shared = {seed for _, difference in differences for seed in difference.by_seed}
+    known = reference.values["perplexity"]
+    by_seed = {seed: value for seed, value in known.by_seed.items() if seed in shared} if known else {}
+    found = estimate(by_seed, ratio=True)
+    return f"{clean(reference.name)} ({rough_perplexity(found.mean if found else None)})"
 
 
 def _interval(difference: Difference) -> str:
