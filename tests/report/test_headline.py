@@ -8,8 +8,10 @@ import pytest
 
 from equipoise.records import Header, RecordWriter, read_run
 from equipoise.report import Comparison, render_terminal, summarize
+from equipoise.report.headline import headline
 from equipoise.report.html import render_html
 from equipoise.report.spread import DEFAULT, known_spread
+from equipoise.report.statistics import Difference
 from equipoise.report.wording import width
 from report.synthetic import KINDS, Kind, header, write_run
 
@@ -157,6 +159,18 @@ def test_what_the_experts_know_is_told_against_chance(tmp_path, before, after, s
     kinds = {"micro": replace(MICRO, sharpness=before, maxvio=0.0),
              "global": replace(MICRO, sharpness=after, maxvio=0.0, loss=MICRO.loss - 0.1)}  # fmt: skip
     assert says in compared(tmp_path, kinds, seeds=seeds).headline
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "interval", "says"),
+    [({0: 0.1, 1: 0.3}, (-1.0, 1.4), "x better than"),  # two seeds prove little, yet both are many times larger
+     ({0: 0.4, 1: -0.1}, (-2.0, 2.4), "as well as"), ({0: 0.2, 1: 0.2}, (0.1, 0.3), "x better than")],
+)  # fmt: skip
+def test_information_many_times_larger_in_every_seed_needs_no_interval(tmp_path, by_seed, interval, says):
+    found = compared(tmp_path, {"micro": MICRO, "global": GLOBAL}, seeds=2)
+    difference = Difference(sum(by_seed.values()) / 2, *interval, 2, by_seed)
+    other = replace(found["global"], differences=found["global"].differences | {"mutual_information": difference})
+    assert says in headline([found["micro"], other], "micro", 50, True)[0]
 
 
 def test_strategies_that_know_alike_share_a_clause(tmp_path):

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["headline"]
 
 MOST_NAMED = 3  # strategies beside the baseline that a sentence names one by one
-ALIKE = 1.5  # of one seed: information within this factor is as much; seeds of one strategy differ by less
+# Information within this factor is as much: where no interval tells it apart (seeds of one strategy differ by less),
+# and where one does.
+ALIKE, SAME = 1.5, 1.1
 ENOUGH = 5  # seeds, with which an interval is narrow enough to be worth its time
 
 
@@ -91,8 +93,9 @@ def _how_well(one: StrategySummary, reference: StrategySummary) -> str:
         case True, False:
             return "do"
     times, difference = _information(one) / _information(reference), one.differences.get("mutual_information")
-    several = difference is not None and difference.low is not None
-    if (several and difference is not None and not difference.is_clear) or (not several and 1 / ALIKE < times < ALIKE):
+    agree = difference is None or len({value > 0 for value in difference.by_seed.values()}) == 1
+    least = SAME if difference is not None and difference.is_clear else ALIKE
+    if not agree or 1 / least < times < least:
         return "as well as"
     return "better" if times > 1 else "less well"
 
