@@ -76,7 +76,7 @@ def test_one_seed_never_names_a_winner_however_large_the_difference(tmp_path, by
     found = compared(tmp_path, {"micro": MICRO, "global": better(GLOBAL, by)}, default=default)
     assert "One seed cannot tell a winner" in found.quality
     assert "--seeds 5" in found.quality
-    for word in ("beats", "reaches", "lower", "higher", "wins", "best", "level"):
+    for word in ("beats", "reaches", "lower", "higher", "wins", "best", "told apart"):
         assert word not in found.quality
     page = render_html(found)
     for mark in ('class="best"', 'class="good"', 'class="bad"'):
@@ -114,20 +114,20 @@ def test_a_strategy_may_be_worse(tmp_path):
     assert "global is lower, -1.0% [-1.0, -1.0]; loss-free is higher, +22.3% [+22.0, +22.6]" in found.quality
 
 
-def test_an_interval_that_holds_zero_is_level(tmp_path):
+def test_an_interval_that_holds_zero_tells_nothing_apart(tmp_path):
     kinds = {"micro": MICRO, "global": better(GLOBAL, 0.0), "loss-free": better(FREE, 0.08)}
     found = compared(tmp_path, kinds, seeds=5, shift=lambda name, seed: 0.01 * (seed - 2) * (name == "global"))
     assert "loss-free is lower" in found.quality
-    assert "global is level, not told apart, 0.0% [-1.9, +2.0]" in found.quality
+    assert "global is not told apart, 0.0% [-1.9, +2.0]" in found.quality
     assert "--seeds" not in found.quality  # five are there
     page = render_html(found).replace("−", "-")
-    assert "95% [-1.9, +2.0]: level" in page
+    assert "95% [-1.9, +2.0]: not told apart" in page
 
 
 def test_two_seeds_that_agree_prove_little(tmp_path):
     kinds = {"micro": MICRO, "global": better(GLOBAL, 0.08)}
     found = compared(tmp_path, kinds, seeds=2, shift=lambda name, seed: -0.04 * seed * (name == "global"))
-    assert "global is level, not told apart, -9.5% [" in found.quality
+    assert "global is not told apart, -9.5% [" in found.quality
     assert "2 seeds" in found.quality
     assert found.quality.endswith("More seeds would tell more: --seeds 5.")
 

@@ -155,7 +155,7 @@ def _told(one: StrategySummary, difference: Difference) -> str:
     name, numbers = clean(one.name), _interval(difference)
     if difference.is_clear:
         return f"{name} is {'lower' if difference.mean < 0 else 'higher'}, {numbers}"
-    return f"{name} is level, not told apart, {numbers}"
+    return f"{name} is not told apart, {numbers}"
 
 
 def _counted(several: Sequence[tuple[StrategySummary, Difference]], old: str) -> str:

@@ -74,8 +74,8 @@ def _delta(comparison: Comparison, strategy: StrategySummary, perplexity: Estima
     text += f" perplexity against {safe(comparison.baseline)}"
     if difference.low is None or difference.high is None:
         return f"{text}<br>{seeds}, no interval"
-    level = "" if difference.is_clear else ": level"
-    return f"{text}<br>95% {_interval(difference, ratio=True)}{level}"
+    apart = "" if difference.is_clear else ": not told apart"
+    return f"{text}<br>95% {_interval(difference, ratio=True)}{apart}"
 
 
 def numbers_table(comparison: Comparison) -> str:
