@@ -7,7 +7,7 @@ import json
 import tomllib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.errors import ConfigError
@@ -62,6 +62,7 @@ runs = st.builds(
 )
 
 
+@settings(deadline=None)  # the first default of precision imports what asks the processor
 @given(runs)
 def test_dictionary_json_and_toml_bring_a_configuration_back(config):
     assert from_dict(RunConfig, to_dict(config)) == config
