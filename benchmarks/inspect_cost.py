@@ -34,11 +34,12 @@ VOCAB, LENGTH, BATCH = 4096, 512, 4
 
 
 def lab_model(device: torch.device) -> Subject:
-    """The lab's default: 3 layers, width 128, 16 experts, top-2, bf16."""
+    """A model of the lab: 3 layers, width 128, 16 experts, top-2, bf16."""
     from equipoise.lab.config import ModelConfig
     from equipoise.lab.model import LanguageModel
 
-    model: Any = LanguageModel(ModelConfig(vocab_size=VOCAB), compute_dtype=torch.bfloat16).to(device).eval()
+    config = ModelConfig(layers=3, width=128, heads=4, experts=16, expert_hidden=128, vocab_size=VOCAB)
+    model: Any = LanguageModel(config, compute_dtype=torch.bfloat16).to(device).eval()
     routers = find_routers(model, lambda: None)
     return Subject("lab", model, routers, model.hidden, device, torch.bfloat16, VOCAB, None)
 

@@ -51,11 +51,12 @@ AGREE = {"fp32": 1e-4, "bf16": 1e-2}
 
 
 def configuration(precision: str, threads: int, strategy: str = "micro") -> Any:
-    from equipoise.lab.config import RunConfig, TrainConfig
+    from equipoise.lab.config import ModelConfig, RunConfig, TrainConfig
 
     train = TrainConfig(precision=precision, threads=threads, fidelity_every=0, eval_every=0, checkpoint_every=0,
                         tensorboard=False)  # fmt: skip
-    return RunConfig(train=train, strategy=f"{strategy}@{COEFFICIENT}")
+    model = ModelConfig(layers=3, width=128, heads=4, experts=16, expert_hidden=128)
+    return RunConfig(model=model, train=train, strategy=f"{strategy}@{COEFFICIENT}")
 
 
 @contextmanager

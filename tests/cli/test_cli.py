@@ -89,13 +89,27 @@ def test_printed_settings_are_a_file_that_gives_the_same_settings(capsys, here):
     assert capsys.readouterr().out == printed
 
 
+def test_help_of_compare_says_what_is_trained_and_why_several_seeds(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    default = CompareConfig()
+    assert (default.strategies, default.seeds) == (("micro", "global", "loss-free"), 5)
+    tokens = default.train.sequences_per_step * default.data.sequence_length
+    assert f"five seeds each, {default.train.steps} steps of {tokens} tokens" in text
+    model = default.model
+    assert f"{model.layers} layers of width {model.width} with {model.experts} experts, top-{model.top_k}" in text
+    assert "Why several seeds" in text
+
+
 def test_quick_is_a_preset_below_the_flags(capsys):
     assert main(["compare", "--quick", "--strategies", "micro", "--seeds", "3", "--print-config"]) == 0
     config = from_dict(CompareConfig, tomllib.loads(capsys.readouterr().out))
     assert config.train.steps < CompareConfig().train.steps
     assert (config.strategies, config.seeds) == (("micro",), 3)
     assert main(["compare", "--quick", "--steps", "77", "--print-config"]) == 0
-    assert from_dict(CompareConfig, tomllib.loads(capsys.readouterr().out)).train.steps == 77
+    config = from_dict(CompareConfig, tomllib.loads(capsys.readouterr().out))
+    assert (config.train.steps, config.seeds) == (77, 1)
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra():

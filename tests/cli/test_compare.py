@@ -44,7 +44,7 @@ def steps_of(folder: Path) -> int:
 
 
 def test_strategies_are_paired_reported_and_extended(tiny, here, capsys):
-    assert main(["compare", "--strategies", "micro,none", "--out", "all", *tiny]) == 0
+    assert main(["compare", "--strategies", "micro,none", "--out", "all", "--seeds", "1", *tiny]) == 0
     shown = capsys.readouterr()
     assert "micro" in shown.out
     assert "report: all" in shown.out
@@ -56,11 +56,11 @@ def test_strategies_are_paired_reported_and_extended(tiny, here, capsys):
     assert [run.status for run in runs] == ["finished", "finished"]
 
     before = (here / "all" / "micro-seed0" / "record.jsonl").read_bytes()
-    assert main(["compare", "--strategies", "global", "--out", "all", *tiny]) == 0
+    assert main(["compare", "--strategies", "global", "--out", "all", "--seeds", "1", *tiny]) == 0
     assert status(here / "all") == dict.fromkeys(["micro-seed0", "none-seed0", "global-seed0"], "finished")
     assert (here / "all" / "micro-seed0" / "record.jsonl").read_bytes() == before
 
-    assert main(["compare", "--strategies", "global", "--out", "all", *tiny, "--lr", "0.5"]) == 5
+    assert main(["compare", "--strategies", "global", "--out", "all", "--seeds", "1", *tiny, "--lr", "0.5"]) == 5
     assert "train.lr" in capsys.readouterr().err
     assert status(here / "all")["micro-seed0"] == "finished"
 
@@ -69,7 +69,7 @@ def test_a_failing_run_is_shown_and_the_others_go_on(tiny, here, capsys):
     (here / "own.toml").write_text(
         '[[strategy]]\nname = "wild"\npolicies = [{ kind = "AuxLoss", scope = "micro_batch", coef = 1e30 }]\n'
     )
-    assert main(["compare", "own.toml", "--strategies", "wild,none", "--out", "some", *tiny]) == 3
+    assert main(["compare", "own.toml", "--strategies", "wild,none", "--out", "some", "--seeds", "1", *tiny]) == 3
     shown = capsys.readouterr()
     assert "finite loss and gradient" in shown.err
     assert status(here / "some") == {"wild-seed0": "failed", "none-seed0": "finished"}
@@ -78,7 +78,17 @@ def test_a_failing_run_is_shown_and_the_others_go_on(tiny, here, capsys):
 
 
 def test_a_stopped_comparison_is_saved_and_the_same_command_goes_on(tiny, here, start):
-    command = ["compare", "--strategies", "micro,none", *tiny, "--steps", "30", "--set=train.checkpoint_every=0"]
+    command = [
+        "compare",
+        "--strategies",
+        "micro,none",
+        "--seeds",
+        "1",
+        *tiny,
+        "--steps",
+        "30",
+        "--set=train.checkpoint_every=0",
+    ]
     process = start(*command)
     wait_until(lambda: any(steps_of(folder) >= 2 for folder in here.glob("runs/*/micro-seed0")), "two steps")
     workers = children(process.pid)
@@ -87,6 +97,7 @@ def test_a_stopped_comparison_is_saved_and_the_same_command_goes_on(tiny, here, 
     assert process.returncode == 130
     (folder,) = (here / "runs").iterdir()
     assert f"--resume runs/{folder.name}" in said
+    assert f"equipoise report runs/{folder.name}" in said
     assert not any(is_worker(worker) for worker in workers)
     assert "running" not in status(folder).values()
     assert main(command) == 0
@@ -98,7 +109,17 @@ def test_a_stopped_comparison_is_saved_and_the_same_command_goes_on(tiny, here, 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc, which only Linux has")
 def test_workers_do_not_outlive_a_killed_parent(tiny, here, start):
     process = start(
-        "compare", "--strategies", "micro", "--out", "one", *tiny, "--steps", "100000", "--set=train.eval_every=0"
+        "compare",
+        "--strategies",
+        "micro",
+        "--out",
+        "one",
+        "--seeds",
+        "1",
+        *tiny,
+        "--steps",
+        "100000",
+        "--set=train.eval_every=0",
     )
     wait_until(lambda: steps_of(here / "one" / "micro-seed0") >= 2, "two steps")
     workers = [child for child in children(process.pid) if is_worker(child)]
@@ -110,7 +131,7 @@ def test_workers_do_not_outlive_a_killed_parent(tiny, here, start):
 
 def test_two_comparisons_do_not_share_a_folder(tiny, here, capsys):
     with locked(here / "all"):
-        assert main(["compare", "--strategies", "micro", "--out", "all", *tiny]) == 5
+        assert main(["compare", "--strategies", "micro", "--out", "all", "--seeds", "1", *tiny]) == 5
     assert "another process" in capsys.readouterr().err
 
 

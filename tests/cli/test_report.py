@@ -39,7 +39,7 @@ def sheet(path):
 def test_prints_a_table_and_writes_a_page(folder, tmp_path, capsys):
     assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
     text = capsys.readouterr().out
-    assert "where micro has" in text
+    assert "better than those of micro" in text
     assert str(tmp_path / "page.html") in text
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
@@ -48,7 +48,7 @@ def test_runs_and_inspections_on_one_page(folder, inspected, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert main(["report", str(inspected), str(folder), "--out", str(page)]) == 0
     out = capsys.readouterr().out
-    assert "where micro has" in out
+    assert "better than those of micro" in out
     assert "In olmoe the experts tell domains apart" in out
     assert max(map(len, out.splitlines()[:-1])) <= 80
     text = page.read_text()

@@ -13,7 +13,7 @@ from equipoise.lab.compare import MANIFEST_NAME, find_unfinished, new_folder, op
 from equipoise.lab.config import CompareConfig, StrategyConfig, TrainConfig, to_dict
 from equipoise.lab.workers import Job, locked
 
-TWO = CompareConfig(strategies=("micro", "global"))
+TWO = CompareConfig(strategies=("micro", "global"), seeds=1)
 OWN = StrategyConfig(name="own", policies=({"kind": "ZLoss", "coef": 0.1},))
 
 
@@ -36,6 +36,14 @@ def test_runs_of_a_seed_differ_in_nothing_but_the_strategy(tmp_path):
     same = [replace(job.config, strategy="", policies=()) for job in jobs[:3]]
     assert same[0] == same[1] == same[2]
     assert len({job.folder for job in jobs}) == 6
+
+
+def test_a_comparison_stopped_at_any_time_is_one_of_whole_seeds(tmp_path):
+    jobs = plan(CompareConfig(), tmp_path)
+    seeds = [job.config.train.seed for job in jobs]
+    assert seeds == sorted(seeds)
+    assert {seeds.count(seed) for seed in seeds} == {len(CompareConfig().strategies)}
+    assert len(set(seeds)) >= 5  # fewer give an interval that tells nothing
 
 
 @pytest.mark.parametrize(

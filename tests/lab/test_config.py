@@ -7,10 +7,11 @@ import json
 import tomllib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.errors import ConfigError
+from equipoise.lab import process
 from equipoise.lab.config import (
     CompareConfig,
     DataConfig,
@@ -61,6 +62,7 @@ runs = st.builds(
 )
 
 
+@settings(deadline=None)  # the first default of precision imports what asks the processor
 @given(runs)
 def test_dictionary_json_and_toml_bring_a_configuration_back(config):
     assert from_dict(RunConfig, to_dict(config)) == config
@@ -205,3 +207,11 @@ def test_a_broken_file_is_a_config_error(tmp_path, text):
 def test_a_missing_file_is_a_config_error(tmp_path):
     with pytest.raises(ConfigError, match=r"no\.toml"):
         load_config(RunConfig, tmp_path / "no.toml")
+
+
+@pytest.mark.parametrize(("supported", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_products_are_bf16_only_where_the_processor_multiplies_it(monkeypatch, supported, precision):
+    monkeypatch.setattr(process.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(process.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert TrainConfig().precision == precision
+    assert load_config(RunConfig, overrides={"train.precision": "bf16"}).train.precision == "bf16"

@@ -59,6 +59,25 @@ def test_a_table_shows_each_run_in_80_columns(job):
     assert any("0 of 1 runs" in line for line in lines)
 
 
+def test_of_more_runs_than_lines_those_at_work_stay_in_sight(tmp_path):
+    shown = console(terminal=True)
+    shown.height = 12
+    jobs = [Job(f"run{n:02}", tmp_path / f"{n}", RunConfig(train=TrainConfig(steps=10))) for n in range(30)]
+    for job in jobs[:12]:
+        job.status = "finished"
+    jobs[12].status = jobs[13].status = "running"
+    table = RunTable(jobs, shown)
+    names = [job.name for job in table._in_sight()]
+    assert len(names) <= 8
+    assert {"run12", "run13"} <= set(names)
+    jobs[20].status, jobs[20].error = "failed", "no"
+    assert "run20" in [job.name for job in table._in_sight()]
+    with table:
+        table.update([])
+        assert "run29" not in text(shown)
+    assert "run29" in text(shown)  # at the end all of them
+
+
 def test_without_a_terminal_lines_come_when_something_changes_and_now_and_then(job):
     shown, clock = console(terminal=False), Clock()
     job.status = "running"

@@ -109,7 +109,7 @@ def test_other_settings_are_said_aloud(tmp_path, table, key, value, same_text):
     found = summary_of(tmp_path / "a", tmp_path / "b")
     assert any(f"{table}.{key}" in text and str(value) in text for text in found.warnings)
     assert bool(found["global"].differences) is same_text
-    assert (f"{table}.{key}" if same_text else "cannot be ranked") in found.headline
+    assert (f"{table}.{key}" if same_text else "cannot be ranked") in found.headline + found.quality
 
 
 def test_settings_that_change_nothing_are_not_a_warning(tmp_path):
@@ -142,7 +142,8 @@ def test_a_run_that_did_not_get_there_is_shown_but_not_compared(tmp_path):
     assert late.differences == {}
     assert any("loss-free was not evaluated at step 100" in text for text in found.warnings)
     assert any("failed at step 60: the loss is NaN" in text for text in found.problems)
-    assert found.headline.startswith("global reaches")
+    assert found.headline.startswith("The experts of global tell")
+    assert "loss-free" not in found.headline + found.quality
 
 
 def test_running_runs_are_compared_at_their_last_common_step(tmp_path):
@@ -224,3 +225,29 @@ def test_json_holds_the_numbers_and_only_what_json_knows(comparison):
     assert data["strategies"][1]["values"]["perplexity"]["mean"] == comparison["global"].values["perplexity"].mean
     assert set(KINDS) == {one["name"] for one in data["strategies"]}
     assert len(text) < 100_000
+
+
+def test_the_difference_over_the_run_is_paired_and_has_its_interval(comparison, folder):
+    curve = comparison["global"].charts.difference
+    assert curve is not None
+    assert curve.steps[-1] == comparison.step
+    found = gain(comparison, "global")
+    last = (curve.mean[-1], curve.low[-1], curve.high[-1])
+    assert last == pytest.approx([100 * found.mean, 100 * found.low, 100 * found.high])
+    assert comparison["micro"].charts.difference is None
+    one = summarize([read_run(folder / f"{name}-s0") for name in ("micro", "global")])
+    assert one["global"].charts.difference is None
+
+
+def test_a_seed_that_did_not_get_there_is_said_aloud(tmp_path):
+    for name in ("micro", "global"):
+        for seed in (0, 1):
+            write_run(tmp_path / f"{name}{seed}", header(name, seed, steps=100))
+    write_run(tmp_path / "micro2", header("micro", 2, steps=100))
+    write_run(tmp_path / "global2", header("global", 2, steps=100), until=60, end="interrupted")
+    found = summary_of(*sorted(tmp_path.iterdir()))
+    assert "global: seed 2 was not evaluated at step 100 and left out." in found.warnings
+    difference, micro = gain(found, "global"), found["micro"].values["perplexity"]
+    assert list(difference.by_seed) == [0, 1]
+    assert micro is not None
+    assert f"against micro ({math.sqrt(micro.by_seed[0] * micro.by_seed[1]):.1f}): " in found.quality

@@ -37,8 +37,9 @@ The library itself is two lines in a training loop of yours: see `python -c "imp
 """
 EPILOG = """\
 begin with:
-  equipoise compare --quick                       four strategies on the text of this machine, a few minutes
-  equipoise compare --data my.jsonl --strategies micro,global,loss-free --seeds 3
+  equipoise compare --quick                       a look: three strategies on the text of this machine, one seed
+  equipoise compare                               the same to the end, five seeds: differences with intervals
+  equipoise compare --data my.jsonl --strategies micro,global,loss-free
   equipoise train --strategy global@0.01+micro --set model.experts=32 --print-config > run.toml
   equipoise train run.toml                        one run; Ctrl-C saves it, `equipoise resume RUN` goes on
   equipoise inspect MODEL --data val.jsonl        which expert reads what, of any MoE model of transformers

@@ -39,6 +39,7 @@ MAY_DIFFER = ("strategies", "seeds", "strategy", "workers")  # between two comma
 LOOK_EVERY = 0.5  # seconds between two looks at the workers
 
 QUICK: dict[str, Any] = {
+    "seeds": 1,
     "train.steps": 40,
     "train.warmup": 10,
     "train.eval_every": 10,

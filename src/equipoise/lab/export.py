@@ -102,7 +102,7 @@ def model_config(settings: Mapping[str, Any], folder: str) -> ModelConfig:
 
     >>> from equipoise.lab.config import ModelConfig
     >>> model_config(hugging_face_config(ModelConfig(gate="softmax"), max_positions=256), "my-model").experts
-    16
+    8
     >>> model_config({"model_type": "mixtral"}, "my-model")
     Traceback (most recent call last):
     equipoise.errors.ConfigError: expected a model that the lab's own holds: qwen3_moe or dots1 as it writes them

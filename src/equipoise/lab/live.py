@@ -49,13 +49,13 @@ class RunTable:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live:
-            self._live.update(self.table())
+            self._live.update(self.table(self.jobs))
             self._live.stop()
 
     def update(self, changed: list[Job]) -> None:
         """Draws the table again; without a terminal, a line for what changed and now and then one for each run."""
         if self._live:
-            self._live.update(self.table(), refresh=True)
+            self._live.update(self.table(self._in_sight()), refresh=True)
         now = self._clock()
         for job in self.jobs:
             if job in changed and job.status == "failed":
@@ -76,14 +76,23 @@ class RunTable:
         seen += [f"{left} left"] * bool(left)
         return f"{job.name}: " + ", ".join(seen)
 
-    def table(self) -> Table:
+    def _in_sight(self) -> list[Job]:
+        """As many as the terminal has lines for: of those that wait and have finished, the nearest to what runs."""
+        too_many = len(self.jobs) - max(self.console.height - 4, 3)
+        waiting = [job.name for job in self.jobs if job.status == "waiting"]
+        finished = [job.name for job in self.jobs if job.status == "finished"]
+        gone = waiting[::-1][: max(too_many, 0)]
+        gone += finished[: max(too_many - len(gone), 0)]
+        return [job for job in self.jobs if job.name not in gone]
+
+    def table(self, jobs: list[Job]) -> Table:
         done = sum(job.status in ("finished", "failed") for job in self.jobs)
         caption = f"{done} of {len(self.jobs)} runs, {duration(self._clock() - self._began)}"
         left = self.seconds_left()
         table = Table(caption=caption + (f", about {duration(left)} left" if left else ""), box=None, pad_edge=False)
         for name in ("run", "step", "loss", "MaxVio", "tokens/s", "left"):
             table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
-        for job in self.jobs:
+        for job in jobs:
             loss, vio, speed, left = _numbers(job)
             step = f"{job.follower.step}/{job.steps}" if job.status != "waiting" else ""
             state = left if job.status == "running" else job.status

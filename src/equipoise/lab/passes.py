@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["largest_pass", "passes_of", "shuffles"]
 
 PIECE = 4  # micro-batches of a pass where a step has to come in pieces
-# Tokens x width x layers: a step of 8192 tokens of the default model is one pass. Beyond, tensors grow out of the cache
-# and memory counts.
+# Tokens x width x layers: 8192 tokens of 3 layers of width 128 are one pass. Beyond, tensors grow out of the cache and
+# memory counts.
 FITS = 1 << 22
 
 
@@ -31,7 +31,7 @@ def largest_pass(config: RunConfig, policies: Sequence[Policy], *, compares: boo
 
     >>> from equipoise.lab.config import RunConfig
     >>> largest_pass(RunConfig(), [AuxLoss(estimator="exact")], compares=False)
-    42
+    128
     >>> largest_pass(RunConfig(), [AuxLoss(estimator="prefix")], compares=False)
     4
     """

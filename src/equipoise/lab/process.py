@@ -13,13 +13,23 @@ from typing import Any
 
 import torch
 
-__all__ = ["keep_freed_memory", "peak_memory", "stop_signals", "threads"]
+__all__ = ["fast_precision", "keep_freed_memory", "peak_memory", "stop_signals", "threads"]
+
+
+def fast_precision() -> str:
+    """``bf16`` where the machine multiplies it, else ``fp32``.
+
+    A processor without such instructions (AVX-512 on x86) takes 40 times longer for a product in bf16 than in fp32.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return "bf16" if torch.cuda.is_available() or (supported is not None and supported()) else "fp32"
 
 
 def keep_freed_memory() -> None:
     """Lets glibc keep what tensors free, instead of handing it back to the system and asking again a moment later.
 
-    That would be 40,000 page faults a step and 15 % of its time at the default size. Without glibc it does nothing.
+    That would be 40,000 page faults a step of 8192 tokens of width 128, and 15 % of its time. Without glibc it does
+    nothing.
     """
     trim_threshold, mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError):

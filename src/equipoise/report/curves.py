@@ -10,6 +10,7 @@ import numpy as np
 
 from ..records import Run, Step
 from .observation import Observation, is_number, mean, usable
+from .statistics import paired_difference
 
 __all__ = ["Charts", "Curve", "LoadMap", "charts", "thin", "training_metrics"]
 
@@ -24,7 +25,7 @@ MOST_CURVES = 240
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean over seeds at each step; ``low`` and ``high`` are the extreme seeds, None with one seed."""
+    """Mean over seeds at each step; ``low`` and ``high`` are the extreme seeds (`paired`: the interval), else None."""
 
     steps: list[int]
     mean: list[float]
@@ -45,6 +46,7 @@ class Charts:
     """Everything of one strategy that is drawn and not printed. Maps are those of the first seed."""
 
     perplexity: Curve | None = None
+    difference: Curve | None = None  # from the baseline's perplexity, % with interval; of two seeds or more
     domain_perplexity: dict[str, Curve] = field(default_factory=dict)
     training: dict[str, Curve] = field(default_factory=dict)
     relative_error: dict[str, Curve] = field(default_factory=dict)
@@ -53,13 +55,19 @@ class Charts:
     domain_share: list[list[list[float]]] = field(default_factory=list)  # [layer][domain][expert], 1 is even
 
 
-def charts(runs: Sequence[Run], first: Observation, metrics: Sequence[str], strategies: int = 1) -> Charts:
-    """``runs`` are the seeds of one of ``strategies``, ``first`` the observation of the first of them."""
+def charts(
+    runs: Sequence[Run], first: Observation, metrics: Sequence[str], strategies: int = 1, baseline: Sequence[Run] = ()
+) -> Charts:
+    """``runs`` are the seeds of one of ``strategies``, ``first`` the observation of the first of them.
+
+    ``baseline`` are the runs that this strategy is compared with; none where it is not.
+    """
     evaluations = [usable(run)[0] for run in runs]
     domains = first.header.domains
     layers, share = domain_share(first, MOST_DOMAIN_CELLS // strategies)
     return Charts(
         perplexity=join([{one.step: one.perplexity for one in each} for each in evaluations]),
+        difference=paired(runs, baseline),
         domain_perplexity={
             name: curve
             for name in domains
@@ -112,6 +120,23 @@ def join(seeds: Sequence[dict[int, float]]) -> Curve | None:
     if len(seeds) == 1:
         return Curve(steps, [column[0] for column in columns])
     return Curve(steps, [mean(column) for column in columns], [min(c) for c in columns], [max(c) for c in columns])
+
+
+def paired(runs: Sequence[Run], baseline: Sequence[Run]) -> Curve | None:
+    """Difference in perplexity at each evaluation, paired by seed, in percent; a band is the 95 % interval."""
+    own, base = ({run.header.seed: {one.step: one.perplexity for one in usable(run)[0]} for run in group}
+                 for group in (runs, baseline))  # fmt: skip
+    found = {}
+    for step in sorted({step for series in own.values() for step in series}):
+        at, base_at = ({seed: one[step] for seed, one in group.items() if step in one} for group in (own, base))
+        difference = paired_difference(at, base_at, ratio=True)
+        if difference is not None and difference.low is not None and difference.high is not None:
+            found[step] = (difference.mean, difference.low, difference.high)
+    if not found:
+        return None
+    steps = thin(sorted(found))
+    mean, low, high = ([100 * found[step][part] for step in steps] for part in range(3))
+    return Curve(steps, mean, low, high)
 
 
 def binned(seeds: Sequence[dict[int, float]]) -> Curve | None:

@@ -48,7 +48,7 @@ HEAD = 0.35  # part of a run whose loss lies far above what follows and would fl
 
 
 def perplexity_curves(comparison: Comparison) -> Figure | None:
-    """Held-out perplexity at each evaluation: the mean over domains, then each domain."""
+    """Held-out perplexity at each evaluation: the mean over domains, differences from the baseline, each domain."""
     choices: list[tuple[str, list[Curve | None]]] = [
         ("Mean of all domains", [one.charts.perplexity for one in comparison.strategies])
     ]
@@ -60,6 +60,10 @@ def perplexity_curves(comparison: Comparison) -> Figure | None:
         if any(curves):
             layout = _over_steps(_without_head(curves), "log", _end(curves))
             views.append({"label": clean(label), "data": _lines(curves), "layout": layout})
+    differences = [one.charts.difference for one in comparison.strategies]
+    if any(differences):
+        view = {"label": f"Difference from {clean(comparison.baseline)}, %", "data": _lines(differences)}
+        views.insert(1, view | {"layout": _over_steps(_around_zero(differences), "linear", _end(differences))})
     return {"views": views, "height": 330} if views else None
 
 
@@ -215,6 +219,21 @@ def _without_head(curves: Sequence[Curve | None]) -> list[float] | None:
     if len(late) < 2 or min(late) == max(late):
         return None
     return [min(late) * 0.97, max(late) * 1.03]
+
+
+def _around_zero(curves: Sequence[Curve | None]) -> list[float] | None:
+    """A range that shows zero and the intervals of the last steps."""
+    end = _end(curves)
+    late = [
+        value
+        for curve in curves
+        if curve
+        for bound in (curve.low or [], curve.high or [])
+        for step, value in zip(curve.steps, bound, strict=True)
+        if step >= HEAD * end and math.isfinite(value)
+    ]
+    low, high = min([0.0, *late]), max([0.0, *late])
+    return [low - 0.08 * (high - low), high + 0.08 * (high - low)] if low < high else None
 
 
 def _end(curves: Sequence[Curve | None]) -> int:

@@ -115,6 +115,7 @@ def _head(
     headline = comparison.headline if comparison else headline_of(found) if found else "Nothing to show yet."
     facts = run_facts(comparison) if comparison else []
     cards = run_cards(comparison) if comparison else inspection_cards(found) if found else ""
+    quality = comparison.quality if comparison else ""
     links = re.findall(r'<h2 id="([a-z0-9-]+)"[^>]*>(.*?)</h2>', body)
     contents = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in links)
     refresh = (
@@ -124,6 +125,7 @@ def _head(
     return f"""<header>
 <p class="mark"><b>equipoise</b> &nbsp;load balancing of mixture-of-experts training</p>
 <h1>{_minus(escape(headline))}</h1>
+{f'<p class="quality">{_minus(escape(quality))}</p>' if quality else ""}
 <p class="facts">{" · ".join(facts)}</p>
 {refresh if live else ""}
 {aside}

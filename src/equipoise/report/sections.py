@@ -47,7 +47,7 @@ class _Sections:
         quality = self._lines(
             "perplexity", "Held-out perplexity", figures.perplexity_curves(self.comparison),
             "How many tokens the model hesitates between on text it has not seen: lower is better. The first, steep "
-            "part of the run lies above the frame.",
+            "part of the run lies above the frame." + self._band(),
         )  # fmt: skip
         balance = self._lines(
             "training", "During training", figures.training_curves(self.comparison),
@@ -63,8 +63,10 @@ class _Sections:
         if len(c.strategies) > 1:
             text += f"Small: the difference from {clean(c.baseline)}"
             if any(d and d.n > 1 for one in c.strategies for d in one.differences.values()):
-                text += ", paired by seed, with its 95% interval; coloured only where the interval leaves out zero"
-            text += ". Bold: the best value."
+                text += ", paired by seed, with its 95% interval; coloured, and bold where it is better, only if the "
+                text += "interval leaves out zero."
+            else:
+                text += ". One seed has no interval: nothing is coloured or bold."
         return section("All numbers", text, tables.numbers_table(c))
 
     def domains_of_experts(self) -> str:
@@ -116,6 +118,14 @@ class _Sections:
 <div class="tools" role="group" aria-label="shown strategies">{self._chips()}</div>
 {self.parts.lines(name, figure, title, chips=True)}"""
         return section(title, lead, body)
+
+    def _band(self) -> str:
+        if not any(one.charts.difference for one in self.comparison.strategies):
+            return ""
+        return (
+            " A band holds all seeds, easy and hard ones; of the difference, which goes seed by seed, it is the 95% "
+            "interval."
+        )
 
     def _menu(self, name: str, figure: Figure) -> str:
         return self.parts.select(name, [view["label"] for view in figure["views"]], "Show")

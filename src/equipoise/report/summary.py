@@ -15,7 +15,7 @@ from .headline import headline
 from .measures import MEASURES
 from .observation import Observation, mean, observe, usable
 from .statistics import Difference, Estimate, estimate, paired_difference, random_maxvio
-from .wording import clean
+from .wording import clean, listed
 
 __all__ = ["Comparison", "EstimatorSummary", "RunFacts", "StrategySummary", "null", "summarize", "to_json"]
 
@@ -72,7 +72,8 @@ class StrategySummary:
 class Comparison:
     """What a report says. ``step`` is None when the strategies have no evaluated step in common."""
 
-    headline: str
+    headline: str  # what is certain: the experts and their load
+    quality: str  # perplexity: who is told apart; may be empty
     baseline: str
     step: int | None
     strategies: list[StrategySummary]
@@ -116,9 +117,14 @@ def summarize(runs: Sequence[Run], *, baseline: str | None = None, problems: Seq
     for one in strategies:
         if not one.compared and step is not None:
             warnings.append(f"{clean(one.name)} was not evaluated at step {step}: it is shown, not compared.")
+        elif late := [str(run.seed) for run in one.runs if step is not None and run.seen_at != step]:
+            seeds = f"seed {late[0]} was" if len(late) == 1 else f"seeds {listed(late)} were"
+            warnings.append(f"{clean(one.name)}: {seeds} not evaluated at step {step} and left out.")
     first = seen[baseline][0]
+    certain, quality = headline(strategies, baseline, step, same_text, others, first.config)
     return Comparison(
-        headline=headline(strategies, baseline, step, same_text, others),
+        headline=certain,
+        quality=quality,
         baseline=baseline,
         step=step,
         strategies=strategies,
@@ -204,6 +210,7 @@ def _strategy(
         for group in (own, seen[baseline])
     )
     compare = same_text and step is not None and label != baseline
+    against = [one.run for one in seen[baseline]] if compare else []
     shown = at or own
     values, differences = {}, {}
     for measure in MEASURES:
@@ -229,7 +236,7 @@ def _strategy(
         },
         layers=_layers(shown),
         estimators=_estimators(own),
-        charts=charts([one.run for one in own], shown[0], metrics, len(seen)),
+        charts=charts([one.run for one in own], shown[0], metrics, len(seen), against),
     )
 
 

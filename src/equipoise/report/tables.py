@@ -41,18 +41,19 @@ def _stacked(comparison: Comparison, name: str, first: str, rows: list[str], mor
 
 
 def card(comparison: Comparison, strategy: StrategySummary, index: int) -> str:
+    """What is certain stands out; perplexity below it, with all that is known of its difference."""
     perplexity = strategy.values.get("perplexity")
     facts = (
-        ("Domain info", _shown(strategy, "mutual_information"), "nats"),
+        ("Perplexity", rough_perplexity(perplexity.mean if perplexity else None), ""),
         ("MaxVio", _shown(strategy, "heldout_maxvio_global"), ""),
         ("Tokens/s", _shown(strategy, "tokens_per_second"), ""),
     )
     rows = "".join(f"<dt>{name}</dt><dd>{value} {unit}</dd>" for name, value, unit in facts)
     return f"""<article class="card" {dot(index)}>
 <h3>{breakable(strategy.name)}</h3>
-<p class="big">{rough_perplexity(perplexity.mean if perplexity else None)} <small>perplexity</small></p>
-<p class="delta">{_delta(comparison, strategy, perplexity)}</p>
+<p class="big">{_shown(strategy, "mutual_information")} <small>nats of domain information</small></p>
 <dl>{rows}</dl>
+<p class="delta">{_delta(comparison, strategy, perplexity)}</p>
 </article>"""
 
 
@@ -62,7 +63,7 @@ def _delta(comparison: Comparison, strategy: StrategySummary, perplexity: Estima
     seeds = ""
     if perplexity:
         low, high = rough_perplexity(perplexity.low), rough_perplexity(perplexity.high)
-        seeds = f"{low} to {high}, {perplexity.n} seeds"
+        seeds = f"perplexity {low} to {high}, {perplexity.n} seeds"
     seeds = seeds if perplexity and perplexity.n > 1 else "one seed" if perplexity else "not evaluated"
     if strategy.name == comparison.baseline:
         return f"{'baseline<br>' if len(comparison.strategies) > 1 else ''}{seeds}"
@@ -70,14 +71,15 @@ def _delta(comparison: Comparison, strategy: StrategySummary, perplexity: Estima
     if difference is None:
         return seeds
     text = f'<b class="{_tone(difference, "lower")}">{_minus(percent(difference.mean))}</b>'
-    text += f" against {safe(comparison.baseline)}"
+    text += f" perplexity against {safe(comparison.baseline)}"
     if difference.low is None or difference.high is None:
-        return f"{text}<br>{seeds}"
-    return f"{text}<br>95% {_interval(difference, ratio=True)}"
+        return f"{text}<br>{seeds}, no interval"
+    apart = "" if difference.is_clear else ": not told apart"
+    return f"{text}<br>95% {_interval(difference, ratio=True)}{apart}"
 
 
 def numbers_table(comparison: Comparison) -> str:
-    """Every measure, every strategy, what it means; differences have a colour only where the interval leaves out 0."""
+    """Every measure, every strategy, what it means; coloured, and bold where better, if the interval leaves out 0."""
     span = len(comparison.strategies) + 2
     rows = []
     for group in GROUPS:
@@ -91,14 +93,11 @@ def numbers_table(comparison: Comparison) -> str:
 
 def _measure_row(comparison: Comparison, measure: Measure) -> str:
     values = [one.values.get(measure.key) for one in comparison.strategies]
-    comparable = [v.mean for v, one in zip(values, comparison.strategies, strict=True) if v and one.compared]
-    best = None
-    if measure.better and len(comparable) > 1 and max(comparable) > min(comparable):
-        best = min(comparable) if measure.better == "lower" else max(comparable)
     cells = []
     for value, one in zip(values, comparison.strategies, strict=True):
-        small = _small(one.differences.get(measure.key), measure)
-        mark = ' class="best"' if value is not None and value.mean == best and one.compared else ""
+        difference = one.differences.get(measure.key)
+        small = _small(difference, measure)
+        mark = ' class="best"' if _tone(difference, measure.better) == "good" else ""
         exact = value.mean if value is not None else ""
         shown = f'<span class="value">{_shown(one, measure.key)}</span>{small}'
         cells.append(f'<td{mark} data-value="{exact}">{shown}</td>')
@@ -128,8 +127,9 @@ def _interval(difference: Difference, *, ratio: bool) -> str:
     return _minus(f"[{low}, {high}]")
 
 
-def _tone(difference: Difference, better: str) -> str:
-    if not better or not difference.is_clear:
+def _tone(difference: Difference | None, better: str) -> str:
+    """good, bad, or nothing where the interval holds zero, or one seed gives none."""
+    if not better or difference is None or not difference.is_clear:
         return ""
     return "good" if (difference.mean < 0) == (better == "lower") else "bad"
 
@@ -150,15 +150,13 @@ def per_domain_table(comparison: Comparison) -> str:
     rows = []
     for name in comparison.domains:
         values = [one.domain_perplexity.get(name) for one in comparison.strategies]
-        rivals = [v.mean for v, one in zip(values, comparison.strategies, strict=True) if v and one.compared]
-        best = min(rivals) if len(rivals) > 1 else math.nan
         cells = []
         for value, one in zip(values, comparison.strategies, strict=True):
             difference, bits = one.domain_differences.get(name), one.domain_bits.get(name)
-            tone = _tone(difference, "lower") if difference else ""
+            tone = _tone(difference, "lower")
             small = f'<small class="{tone}">{_minus(percent(difference.mean))}</small>' if difference else ""
             small += f" <small>{number(bits.mean, 3)} b/B</small>" if bits else ""
-            mark = ' class="best"' if value and one.compared and value.mean == best else ""
+            mark = ' class="best"' if tone == "good" else ""
             shown = fine_perplexity(value.mean if value else None)
             exact = value.mean if value else ""
             cells.append(f'<td{mark} data-value="{exact}"><span class="value">{shown}</span>{small}</td>')

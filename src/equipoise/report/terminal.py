@@ -21,6 +21,7 @@ def render_terminal(comparison: Comparison) -> str:
     blocks = [
         _wrap(_title(comparison)),
         _wrap(comparison.headline),
+        _wrap(comparison.quality),
         *("\n".join(_wrap(f"! {text}", "  ") for text in texts) for texts in _remarks(comparison) if texts),
         _quality(comparison),
         _balance(comparison),
@@ -219,5 +220,5 @@ def _grid(
 
 def _wrap(text: str, indent: str = "") -> str:
     """Wrapped at 80 columns; what is too long for a line by itself is broken."""
-    lines = textwrap.wrap(text, COLUMNS, subsequent_indent=indent)
+    lines = textwrap.wrap(text, COLUMNS, subsequent_indent=indent, break_on_hyphens=False)
     return "\n".join(clip(line, COLUMNS) for line in lines)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Sequence
 
-__all__ = ["bytes_text", "clean", "clip", "count", "duration", "fine_perplexity", "number", "percent",
+__all__ = ["bytes_text", "clean", "clip", "count", "duration", "fine_perplexity", "listed", "number", "percent",
            "rough_perplexity", "signed", "width"]  # fmt: skip
 
 
@@ -73,6 +74,14 @@ def count(value: float | None) -> str:
     ('2', '2.5', '–')
     """
     return number(value, 0 if value is not None and value == round(value) else 1)
+
+
+def listed(names: Sequence[str]) -> str:
+    """
+    >>> listed(["a"]), listed(["a", "b", "c"])
+    ('a', 'a, b and c')
+    """
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def signed(value: float | None, places: int | None = None) -> str:
