@@ -129,6 +129,8 @@ def _unfit_layer(layer: Layer, state: Mapping[str, Any]) -> list[str]:
     if bias_E is None:
         lost = "a bias in the state, and no policy that would keep it: add ExpertBias(rate=0.0)"
         return [lost] if bool(saved_E.any()) else []
+    if getattr(layer.router, "own_bias", None) is not None:
+        return []  # beside another library's router: it is in no weights, so this state alone has it
     if not _may_be_overwritten(bias_E.detach().cpu(), saved_E.cpu()):
         return ["other expert biases in the model's weights than in the state"]
     return []

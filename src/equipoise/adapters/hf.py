@@ -180,9 +180,9 @@ class BalanceCallback(TrainerCallback):
 
     def _load(self, folder: Path) -> None:
         state = read_state(folder / FILE)
-        self._balancer().load_state_dict(state)
-        if self._moves_biases:
+        if self._moves_biases:  # first: a LoRA adapter's files do not bring those of its model
             _put_biases(self._balancer(), state.get("biases", {}))
+        self._balancer().load_state_dict(state)
 
     def _warn_of_biases(self) -> None:
         """Of biases that move and are in no file that ``save_model`` writes."""
