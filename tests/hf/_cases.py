@@ -286,7 +286,7 @@ def check_own_bias(family: str) -> None:
         before = balancer.load()
         worst = [int(c.argmax()) for c in before]
         for layer, e in zip(state["layers"].values(), worst, strict=True):
-            layer["own_bias_E"][e] = -10.0
+            layer["expert_bias_E"][e] = -10.0
         balancer.load_state_dict(state)
         _step(model, balancer, optimizer)
         assert all(int(c[e]) == 0 for c, e in zip(balancer.load(), worst, strict=True))
