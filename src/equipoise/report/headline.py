@@ -145,7 +145,7 @@ def _quality(ranked: Sequence[StrategySummary], reference: StrategySummary, conf
         text = f"Perplexity against {old}: " + "; ".join(_told(one, d) for one, d in several)
     seeds = sorted({d.n for _, d in several})
     many = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
-    text += f" (95% intervals of differences paired by seed, {many} seeds)."
+    text += f" (95% intervals, paired by seed, {many} seeds)."
     if seeds[-1] < ENOUGH and any(not d.is_clear for _, d in several):
         text += f" More seeds would tell more: --seeds {ENOUGH}."
     return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
-from .statistics import Estimate
+from .statistics import Difference, Estimate
 from .summary import Comparison, StrategySummary
 from .wording import bytes_text, clean, clip, count, fine_perplexity, number, percent, signed, width
 
@@ -95,7 +95,7 @@ def _cost(comparison: Comparison) -> str:
     columns: dict[str, Cell] = {
         "tokens/s": _value("tokens_per_second", 0),
         "s/step": _value("seconds_per_step", None),
-        "vs base": lambda one: percent(d.mean) if (d := one.differences.get("seconds_per_step")) else "",
+        "vs base": lambda one: _shown(d) if (d := one.differences.get("seconds_per_step")) else "",
         "memory": lambda one: bytes_text(_mean(one.values.get("peak_memory"))),
         "runs": _statuses,
     }
@@ -165,6 +165,11 @@ def _relative(strategy: StrategySummary, baseline: str) -> str:
     difference = strategy.differences.get("perplexity")
     if difference is None:
         return "" if strategy.name == baseline else "–"
+    return _shown(difference)
+
+
+def _shown(difference: Difference) -> str:
+    """In percent, with the interval where there is one."""
     if difference.low is None or difference.high is None:
         return percent(difference.mean)
     return f"{percent(difference.mean)} [{signed(100 * difference.low, 1)}, {signed(100 * difference.high, 1)}]"
