@@ -72,9 +72,14 @@ def test_presets_have_the_published_number_of_parameters(name):
 
 def test_the_labs_preset_is_the_labs_model():
     from equipoise.lab.config import CompareConfig
+    from equipoise.lab.model import LanguageModel
 
     c, model = describe("lab"), CompareConfig().model
     assert (c.layers, c.experts, c.top_k, c.width, c.expert_hidden) == (
         model.layers, model.experts, model.top_k, model.width, model.expert_hidden
     )  # fmt: skip
+    assert c.attention_width == model.heads * model.head_dim
     assert c.tokens == CompareConfig().data.sequence_length
+    apart = ("model.embed_tokens", "experts")
+    dense = sum(p.numel() for name, p in LanguageModel(model).named_parameters() if not any(a in name for a in apart))
+    assert c.dense_parameters == pytest.approx(dense, rel=0.03)

@@ -18,7 +18,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek-v3": model(58, 256, 8, 7168, 2048, dense=16.2e9, attention=20480, gpus=2048, ep=64),
     "gpt-oss-120b": model(36, 128, 4, 2880, 2880, dense=1.55e9, attention=4096),
     "kimi-k2": model(60, 384, 8, 7168, 2048, dense=10.55e9, attention=10240, gpus=1024, ep=16),
-    "lab": model(3, 16, 2, 128, 128, dense=0.46e6, attention=128, tokens=256, sequence=256, micro_batches=4),
+    "lab": model(2, 8, 2, 64, 64, dense=0.165e6, attention=64, tokens=256, sequence=256, micro_batches=4),
     "mixtral-8x7b": model(32, 8, 2, 4096, 14336, dense=1.474e9, attention=4096),
     "olmoe-1b-7b": model(16, 64, 8, 2048, 1024, dense=0.373e9, attention=2048),
     "qwen3-30b-a3b": model(48, 128, 8, 2048, 768, dense=1.23e9, attention=4096),
