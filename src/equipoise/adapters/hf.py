@@ -7,24 +7,26 @@ Here the balance gradient is coef · E · f / T in all of them, T the router's t
 
 from __future__ import annotations
 
-import sys
+import textwrap
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ..balancer import Balancer
 from ..collectives import Ranks
-from ..errors import ConfigError, DataError, StateError
-from ..layout import router_tokens
+from ..errors import ConfigError, DataError, EquipoiseError, StateError
 from ..policies import ExpertBias, Policy, Sequences
 from ..policies.switch import timeline
 from .files import FILE, read_state, write_state
+from .logs import worth_logging
+from .tokens import StepTokens
+from .trainers import Hooked, calling, calls, changes_batches, check, in_words_of_trainer, inner
 
 __all__ = ["BalanceCallback", "load_biases"]
 
@@ -35,13 +37,20 @@ class BalanceCallback(TrainerCallback):
     """``Trainer(..., callbacks=[BalanceCallback([AuxLoss("global_batch", coef=1e-2)])])``.
 
     Args:
-        policies: see ``Balancer``.
+        policies: see ``Balancer``; ``[]`` only measures, and leaves the model's own balance loss as it is.
+        tokens: what each step is divided by. "counted": the tokens of its batches, so that each weighs the same;
+            "micro_batch": not known before, so that each micro-batch weighs the same; a function that returns how
+            many tokens of a batch the routers will see. Default: counted where the batch is what the model gets, else
+            "micro_batch", with a warning where that makes a difference (see docs/fine-tuning.md).
+        strict: in a resumed run, whether the checkpoint has to hold the balancer's state of these policies. False:
+            takes what fits, begins the rest anew, and warns of it.
+        layers: whether logs have the numbers of each layer too, and not only those of the whole model.
         ranks: which ranks see different tokens; default: all.
         options: further keywords of ``Balancer``.
 
     The balancer lives from the beginning of training to its end; its metrics are in the Trainer's logs, its state in
     each checkpoint (``balancer.safetensors``), from which a resumed run goes on; with ``load_best_model_at_end`` the
-    best one's comes back. The balance loss of the model, and the one that TRL adds, are switched off.
+    best one's comes back. The balance loss of the model, and the one that TRL adds, are switched off meanwhile.
 
     Raises, when training begins, ConfigError for a Trainer that is set up to run a model in a way that was never
     tested here (DataParallel, DeepSpeed, context parallelism), DataError for a checkpoint without the balancer's state.
@@ -51,33 +60,51 @@ class BalanceCallback(TrainerCallback):
     True
     """
 
-    def __init__(self, policies: Sequence[Policy], *, ranks: Ranks | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        policies: Sequence[Policy],
+        *,
+        tokens: str | Callable[[Any], Tensor | int] | None = None,
+        strict: bool = True,
+        layers: bool = False,
+        ranks: Ranks | None = None,
+        **options: Any,
+    ) -> None:
         self.policies, self.ranks, self.options = list(policies), ranks, options
+        self.tokens, self.strict, self.layers = tokens, strict, layers
         self.balancer: Balancer | None = None
         self._ranks = Ranks()
+        self._tokens = StepTokens(tokens, "", self._ranks)  # raises for a word that it does not know
         self._trainer: Any = None
         self._trial: Any = None
-        self._wrapped: list[str] = []
+        self._hooked = Hooked()
+        self._aux_loss_enabled = self._warned = False
+        self._first: Any = None  # batch of the step that has not begun
+        self._total: float | None = None  # tokens of that step
         self._micro_batches = 1
         self._begun_at = 0  # steps of the balancer when this training began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        trainer, names = _calling(self)
+        trainer, names = calling(self)
         self._release()
         _end_what_failed(kwargs["model"])
-        _check(trainer)
+        check(trainer)
         self._trainer, self._trial = trainer, names.get("trial")
         self._ranks = self.ranks or Ranks.default()
-        if getattr(trainer, "aux_loss_enabled", False):  # TRL adds the model's loss itself; the balancer says that it
+        self._tokens = StepTokens(self.tokens, changes_batches(trainer), self._ranks)
+        self._aux_loss_enabled, self._warned = getattr(trainer, "aux_loss_enabled", False), False
+        if self._aux_loss_enabled:  # TRL adds the model's loss itself; the balancer says that it
             trainer.aux_loss_enabled = False  # is switched off, as TRL has set output_router_logits too
-        optimizer = _inner(kwargs.get("optimizer"))
+        optimizer = inner(kwargs.get("optimizer"))
         self.balancer = Balancer(kwargs["model"], self.policies, optimizer=optimizer, ranks=self._ranks, **self.options)
+        self.balancer._faults.translate = in_words_of_trainer
         _ACTIVE.add(self)
-        for name in ("get_batch_samples", "compute_loss", "log"):
-            self._wrap(trainer, name)
+        for owner, name in ((trainer, "get_batch_samples"), (trainer.accelerator, "backward"), (trainer, "log")):
+            self._hooked.hook(owner, name, getattr(self, f"_{name}"))
         self._warn_of_biases()
+        self._warn_of_weights()
         if state.global_step:
-            self._load(Path(names.get("resume_from_checkpoint") or self._folder(state)))
+            self._resume(Path(names.get("resume_from_checkpoint") or self._folder(state)))
         self._begun_at = self.balancer.step_count
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -108,59 +135,57 @@ class BalanceCallback(TrainerCallback):
         biases = {_plain_name(layer.name): layer.router.expert_bias for layer in layers}
         write_state(self.balancer.state_dict() | {"biases": biases}, Path(folder) / FILE)
 
+    def describe(self) -> str:
+        """What was found and assumed: how this Trainer's tokens are weighed, and ``Balancer.describe``.
+
+        Raises StateError before a training.
+        """
+        if self.balancer is None:
+            raise StateError(expected="a balancer", got="none before training begins", do="train first")
+        law = textwrap.fill(f"weights       {self._tokens.describe()}", 80, subsequent_indent=" " * 14)
+        return f"{law}\n{self.balancer.describe()}"
+
     def _release(self) -> None:
         if self._trainer is None:
             return
-        for name in self._wrapped:
-            delattr(self._trainer, name)
-        self._wrapped, self._trainer = [], None
+        self._hooked.release()
+        if self._aux_loss_enabled:
+            self._trainer.aux_loss_enabled = True
+        self._trainer = self._first = None
         _ACTIVE.discard(self)
         if self.balancer is not None:
             self.balancer.remove()
 
     # ---------------------------------------------------------------- what the Trainer calls through us
 
-    def _wrap(self, trainer: Trainer, name: str) -> None:
-        """An attribute of this one Trainer hides the method of its class until training ends."""
-        mine, theirs = getattr(self, f"_{name}"), getattr(trainer, name)
-        setattr(trainer, name, lambda *args, **kwargs: mine(theirs, *args, **kwargs))
-        self._wrapped.append(name)
-
     def _get_batch_samples(self, theirs: Any, *args: Any, **kwargs: Any) -> Any:
-        """All micro-batches of the step: the only place where its tokens can be counted before it begins."""
+        """All micro-batches of the step, before it begins."""
         batches, items = theirs(*args, **kwargs)
         if batches:
-            device = next(self._model().parameters()).device
-            counts = [torch.as_tensor(_tokens(batch), dtype=torch.float64, device=device) for batch in batches]
-            total = float(self._ranks.tokens.sum(torch.stack(counts).sum(dim=0, keepdim=True)))  # waits once a step
-            self._micro_batches = len(batches)
+            self._micro_batches, self._first = len(batches), batches[0]
+            self._total = self._tokens.of_step(batches, next(self._model().parameters()).device)
             self._warn_of_packing(batches[0])
-            self._balancer().begin_step(tokens=total, micro_batches=len(batches))
+            self._warn_of_weights()
         return batches, items
 
-    def _compute_loss(self, theirs: Any, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        result = theirs(model, inputs, *args, **kwargs)
-        if not model.training:
-            return result
-        loss = result[0] if isinstance(result, tuple) else result
-        items = args[1] if len(args) > 1 else kwargs.get("num_items_in_batch")  # after return_outputs
-        factor = self._micro_batches if self._is_normalised(items) else 1
-        # the balancer reckons with losses that are divided by M after the tap; here that is done already, or not at all
-        loss = self._balancer().tap(loss * factor) / factor if factor > 1 else self._balancer().tap(loss)
-        return (loss, *result[1:]) if isinstance(result, tuple) else loss
+    def _backward(self, theirs: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The loss as it counts in the step: whatever divided it, it is 1/M of the mean over M micro-batches."""
+        balancer = self._balancer()
+        if self._first is not None:  # the batch's forward is over: what the routers saw is known
+            self._tokens.look(self._first, balancer._meters)
+            self._warn_of_weights()
+            total, self._first = None if self._tokens.left_open else self._total, None
+            balancer.begin_step(tokens=total, micro_batches=self._micro_batches)
+        try:
+            return theirs(balancer.tap(loss, tokens=1 / self._micro_batches), *args, **kwargs)
+        except EquipoiseError as error:
+            raise in_words_of_trainer(error) from None
 
     def _log(self, theirs: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         balancer = self._balancer()
         if "loss" in logs and balancer.step_count > self._begun_at:
-            logs = logs | balancer.metrics()
+            logs = logs | worth_logging(balancer.metrics(), layers=self.layers)
         return theirs(logs, *args, **kwargs)
-
-    def _is_normalised(self, items: Any) -> bool:
-        """Whether the Trainer will not divide this loss by the number of micro-batches; its own condition."""
-        known = getattr(self._trainer, "loss_is_scaled_for_ga", None)
-        if known is not None:
-            return known
-        return (self._trainer.model_accepts_loss_kwargs and items is not None) or bool(self._trainer.compute_loss_func)
 
     # ---------------------------------------------------------------- small parts
 
@@ -178,11 +203,44 @@ class BalanceCallback(TrainerCallback):
     def _folder(self, state: Any) -> Path:
         return Path(self._trainer._get_output_dir(self._trial)) / f"checkpoint-{state.global_step}"
 
-    def _load(self, folder: Path) -> None:
+    def _resume(self, folder: Path) -> None:
+        """Raises DataError, ConfigError where the checkpoint's state is not of these policies."""
+        if not (folder / FILE).is_file():
+            if self.strict:
+                raise DataError(
+                    expected=f"the balancer's state in {folder}",
+                    got=f"no {FILE}: this run was not balanced, or not by BalanceCallback",
+                    do="BalanceCallback(..., strict=False) begins balancing in the middle of a run",
+                )
+            warnings.warn(
+                f"no {FILE} in {folder}: balancing begins here, its steps count from 0 (strict=False)", stacklevel=3
+            )
+            return
+        try:
+            unfit = self._load(folder, strict=self.strict)
+        except ConfigError as error:
+            do = "resume with the model and policies of the checkpoint; after a change on purpose "
+            do += "BalanceCallback(..., strict=False) takes what fits and warns of what it left out"
+            raise ConfigError(expected=error.expected, got=error.got, do=do) from None
+        if unfit:
+            warnings.warn(f"not restored from {folder / FILE} (strict=False): {'; '.join(unfit)}", stacklevel=3)
+
+    def _load(self, folder: Path, *, strict: bool = True) -> list[str]:
         state = read_state(folder / FILE)
         if self._moves_biases:  # first: a LoRA adapter's files do not bring those of its model
             _put_biases(self._balancer(), state.get("biases", {}))
-        self._balancer().load_state_dict(state)
+        return self._balancer().load_state_dict(state, strict=strict)
+
+    def _warn_of_weights(self) -> None:
+        """Once, where each micro-batch weighs the same, nobody asked for it, and there are several."""
+        several = self._trainer.args.gradient_accumulation_steps > 1 or self._ranks.tokens.size > 1
+        if self._tokens.left_open and several and not self._warned and self._trainer.is_world_process_zero():
+            self._warned = True
+            warnings.warn(
+                f"{self._tokens.describe()}; BalanceCallback(..., tokens=...) takes 'counted', 'micro_batch', or a "
+                "function that counts a batch",
+                stacklevel=4,
+            )
 
     def _warn_of_biases(self) -> None:
         """Of biases that move and are in no file that ``save_model`` writes."""
@@ -201,7 +259,7 @@ class BalanceCallback(TrainerCallback):
 
     def _warn_of_packing(self, batch: Any) -> None:
         """B58: a row of documents that follow each other without padding is no sequence."""
-        positions = batch.get("position_ids")
+        positions = batch.get("position_ids") if isinstance(batch, Mapping) else None
         if not isinstance(positions, Tensor) or positions.dim() != 2 or self._balancer().step_count > self._begun_at:
             return
         scopes = [getattr(t.policy, "scope", None) for t in timeline(self.policies)]
@@ -263,70 +321,9 @@ def _plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _check(trainer: Any) -> None:
-    """Ways to run a model in which the gradient was never compared with the law."""
-    shards = max(trainer.get_cp_size(), trainer.get_sp_size())
-    for found, got, do in (
-        (trainer.args.n_gpu > 1, f"DataParallel over {trainer.args.n_gpu}", "start with torchrun or accelerate launch"),
-        (trainer.is_deepspeed_enabled, "DeepSpeed", "use FSDP2: fsdp=True, fsdp_config={'version': 2}"),
-        (shards > 1, f"sequences cut over {shards} ranks", "use Balancer(ranks=Ranks.of_mesh(...)) in your own loop"),
-    ):
-        if found:
-            raise ConfigError(expected="one process, DDP or FSDP with one device per process", got=got, do=do)
-    collator = trainer.data_collator
-    if getattr(collator, "padding_free", False) and getattr(collator, "pad_to_multiple_of", None):
-        raise ConfigError(
-            expected="packed rows without padding",
-            got=f"pad_to_multiple_of={collator.pad_to_multiple_of}, and no mask that says what is padding",
-            do="leave pad_to_multiple_of out, or padding_free and packing",
-        )
-
-
-def _calls() -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Trainers that are running, innermost first, with the local names of each call."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, Trainer):
-            yield found, frame.f_locals
-        frame = frame.f_back
-
-
-def _calling(callback: BalanceCallback) -> tuple[Any, dict[str, Any]]:
-    """The Trainer that calls, and the names of its training loop: callbacks are told of the model only."""
-    calls = [(trainer, names) for trainer, names in _calls() if callback in trainer.callback_handler.callbacks]
-    if not calls:
-        raise StateError(
-            expected="a transformers Trainer that begins to train",
-            got="a call from elsewhere",
-            do="pass BalanceCallback in Trainer(callbacks=[...]); in a loop of your own use Balancer and balancer.tap",
-        )
-    trainer = calls[0][0]
-    return trainer, next((names for t, names in calls if t is trainer and "resume_from_checkpoint" in names), {})
-
-
 def _end_what_failed(model: nn.Module) -> None:
     """A training of this model that ended in an error said no goodbye; one that still runs keeps its balancer."""
-    running = [trainer for trainer, _ in _calls()]
+    running = [trainer for trainer, _ in calls()]
     for other in list(_ACTIVE):
         if other._model() is model and not any(other._trainer is trainer for trainer in running):
             other._release()
-
-
-def _inner(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The torch optimizer below accelerate's, whose hooks fire once for each step that is made."""
-    while optimizer is not None and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _tokens(batch: Any) -> Tensor | int:
-    """Router tokens of a micro-batch. Raises StateError where they cannot be counted."""
-    if (tokens := router_tokens(batch)) is None:
-        keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(next(iter(batch), None)).__name__
-        raise StateError(
-            expected="batches with input_ids: the step's tokens are counted before it begins",
-            got=f"a {type(batch).__name__} of {keys}",
-            do="of a Trainer that makes its tokens itself (GRPO), call balancer.tap in a subclass's compute_loss",
-        )
-    return tokens
