@@ -26,6 +26,7 @@ __all__ = [
     "TokenLayout",
     "clear_slots",
     "overwrite",
+    "recomputes",
     "take",
 ]
 
@@ -100,6 +101,13 @@ class Plan(NamedTuple):
     shards: int = 1  # ranks that hold parts of the same sequences: the tap adds up their loads
     weights: tuple[bool, float] | None = None  # (normalized, scale) of scores: the norm behind, if no probe can stand
     idle: int = 0  # expert ids from num_experts on that may be chosen and do no work: they are no load
+    looks: bool = False  # nothing is pushed: what forward proposes is all there is, and backward is left as it was
+
+    @property
+    def to_look(self) -> Plan:
+        """Of the same router, without what only a policy asks for."""
+        few = {"terms": (), "z_loss": False, "norms": False, "gram": False, "shards": 1, "looks": True}
+        return self._replace(**few)
 
     @property
     def unbiased(self) -> bool:
@@ -162,6 +170,11 @@ class Taken(NamedTuple):
     placed: list[list[Placed]]  # of each router, one per call with gradient, where it is another library's
 
 
+def recomputes() -> bool:
+    """Whether this forward runs inside a backward, for gradient checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class ForwardPass:
     """How a part of the model is being run: set around its forward, shared by its meters."""
 
@@ -174,8 +187,9 @@ class Meter:
     ``pressure`` keeps its address for life: compiled graphs and saved tensors hold it, and the tap writes it late.
     """
 
-    def __init__(self, plan: Plan, device: torch.device | str = "cpu") -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, device: torch.device | str = "cpu", name: str = "") -> None:
+        self.plan, self.name = plan, name
+        self.evaluation: Tensor | None = None  # (to_look.forward_size,) while `Balancer.evaluation` runs
         self.forward_pass = ForwardPass()
         self.at_once = True  # a guard in forward may raise where it stands: see `equipoise.faults`
         self._make(device)
@@ -199,6 +213,10 @@ class Meter:
         square = (plan.num_experts, plan.num_experts) if plan.gram else (0, 0)
         self.slots = [torch.zeros(plan.forward_size, **fp64) for _ in range(3)]
         self.grams = [torch.zeros(square, **fp64) for _ in range(3)]
+
+    def sees(self, *, training: bool) -> bool:
+        """Whether a forward in this mode is measured; who only looks has seen what runs again in backward."""
+        return not (self.plan.looks and recomputes()) if training else self.evaluation is not None
 
     @staticmethod
     def of(key: int) -> Meter:
@@ -224,6 +242,7 @@ class Meter:
         self.pressure = self.pressure.to(device)
         self.written, self.bad_documents = self.pressure.data, self.bad_documents.to(device)
         self.slots, self.grams = [s.to(device) for s in self.slots], [g.to(device) for g in self.grams]
+        self.evaluation = None if self.evaluation is None else self.evaluation.to(device)
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copied model (an EMA, a teacher) is not balanced by anybody: its routers get no meter."""

@@ -40,8 +40,9 @@ class Layer:
 
     name: str
     router: Any  # has num_experts, top_k, gate, meter, expert_bias, parameters()
-    meter: Meter
+    meter: Meter = field(init=False)
     part: int = 0  # of the model, where it comes in parts (pipeline stages of one rank)
+    makes_bias: bool = False  # it had no bias before
 
     @property
     def trainable(self) -> bool:

@@ -60,6 +60,7 @@ class Stepping:
         self._micro_steps = [0] * len(self._parts)
         self._silent: Tensor | None = None  # taps of this step before which no router ran, where a GPU knows
         self._evaluated = False  # a loss of a model in evaluation was to be tapped
+        self._evaluating = False  # inside `Balancer.evaluation`
         self._untapped = 0  # steps in a row before which nothing was tapped
         self.generation = 0  # rises when a step is over or given up: what was bound before is of no use then
         self._backward: int | None = None  # the backward that was bound and has not ended

@@ -102,6 +102,7 @@ class Router(nn.Module):
             normalize=self.normalize,
             scale=self.scale,
             check=meter is None or meter.at_once,
+            name="" if meter is None else meter.name,
         )
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         if meter is not None:
