@@ -92,18 +92,22 @@ class BalanceCallback(TrainerCallback):
         self._trainer, self._trial = trainer, names.get("trial")
         self._ranks = self.ranks or Ranks.default()
         self._tokens = StepTokens(self.tokens, changes_batches(trainer), self._ranks)
-        self._aux_loss_enabled, self._warned = getattr(trainer, "aux_loss_enabled", False), False
+        self._warned = False
+        self._aux_loss_enabled = bool(self.policies) and getattr(trainer, "aux_loss_enabled", False)
         if self._aux_loss_enabled:  # TRL adds the model's loss itself; the balancer says that it
             trainer.aux_loss_enabled = False  # is switched off, as TRL has set output_router_logits too
         optimizer = inner(kwargs.get("optimizer"))
         self.balancer = Balancer(kwargs["model"], self.policies, optimizer=optimizer, ranks=self._ranks, **self.options)
         self.balancer._faults.translate = in_words_of_trainer
         _ACTIVE.add(self)
-        for owner, name in ((trainer, "get_batch_samples"), (trainer.accelerator, "backward"), (trainer, "log")):
-            self._hooked.hook(owner, name, getattr(self, f"_{name}"))
+        self._hooked.hook(trainer.accelerator, "backward", self._backward)
+        self._hooked.hook(trainer, "get_batch_samples", self._get_batch_samples)
+        self._hooked.hook(trainer, "evaluation_loop", self._evaluation_loop)
+        self._hooked.hook(trainer, "log", self._log)
+        self._hooked.hook(trainer, "_save", self._save)
         self._warn_of_biases()
         self._warn_of_weights()
-        if state.global_step:
+        if state.global_step and self.policies:
             self._resume(Path(names.get("resume_from_checkpoint") or self._folder(state)))
         self._begun_at = self.balancer.step_count
 
@@ -115,13 +119,13 @@ class BalanceCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """The model keeps its biases and is balanced by nobody; ``balancer`` still tells of the last step."""
         try:
-            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None and self.policies:
                 self._load(Path(state.best_model_checkpoint))
         finally:
             self._release()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        if self.balancer is not None and args.should_save:
+        if self.policies and self.balancer is not None and args.should_save:
             self.save(self._folder(state))
 
     def save(self, folder: str | Path) -> None:
@@ -186,6 +190,26 @@ class BalanceCallback(TrainerCallback):
         if "loss" in logs and balancer.step_count > self._begun_at:
             logs = logs | worth_logging(balancer.metrics(), layers=self.layers)
         return theirs(logs, *args, **kwargs)
+
+    def _evaluation_loop(self, theirs: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Loads of the evaluation are among its metrics, so they are logged and returned with them."""
+        output = None
+        try:
+            with self._balancer().evaluation() as found:
+                output = theirs(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        except StateError:
+            if output is None:  # it is not ours
+                raise
+            warnings.warn(f"no {metric_key_prefix}_balance/...: no router ran in evaluation mode", stacklevel=2)
+            return output
+        numbers = worth_logging(found, layers=self.layers)
+        output.metrics.update({f"{metric_key_prefix}_{name}": number for name, number in numbers.items()})
+        return output
+
+    def _save(self, theirs: Any, *args: Any, **kwargs: Any) -> Any:
+        """What a checkpoint says of the model's own loss is what the user said."""
+        with self._balancer().own_loss.as_it_was():
+            return theirs(*args, **kwargs)
 
     # ---------------------------------------------------------------- small parts
 
