@@ -1,14 +1,14 @@
 """TRL's trainers on a tiny MoE model in float64, and what the law says of a step of theirs, found without equipoise.
 
-Three trainings of one seed and still weights: ``plain``, which notes what every router saw; ``wanted``, where the law is
-added by hand to each loss where it goes backward; and ``balanced``, with the callback. Which trainer divides its loss by
-what is none of the reference's business: what arrives at backward counts in full.
+Three trainings of one seed and still weights: ``plain``, which notes what every router saw; ``wanted``, where the law
+is added by hand to each loss where it goes backward; and ``balanced``, with the callback. Which trainer divides its
+loss by what is none of the reference's business: what arrives at backward counts in full.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import functools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,13 +43,26 @@ def words() -> Any:
     return made
 
 
+def letters() -> Any:
+    """The same of letters, as byte-level ones are."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {c: i + 3 for i, c in enumerate("w0123456789Ġ")}
+    rust = Tokenizer(models.BPE(known, []))
+    rust.pre_tokenizer, rust.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=rust, pad_token="<pad>", eos_token="<eos>")
+    made.chat_template = TEMPLATE
+    return made
+
+
 def text(i: int, length: int) -> str:
     return " ".join(f"w{3 + (7 * i + 5 * j) % 60}" for j in range(length))
 
 
 def some(i: int) -> int:
     """Lengths that differ from row to row, and between micro-batches."""
-    return 1 + (3 * i) % 5
+    return 1 + (3 * i) % 8
 
 
 COMPLETIONS = [{"prompt": text(i, some(i)), "completion": " " + text(i + 9, 1 + i % 4)} for i in range(32)]
@@ -122,14 +135,17 @@ class Spy:
 def run(
     kind: str, accumulate: int, *, callbacks: Any = (), add: Callable | None = None, steps: int = 2, **more: Any
 ) -> Run:
-    """A training of ``kind``; ``add(step, micro_batch, calls, masks)`` is what a loss gets added at its backward."""
+    """A training of ``kind``; ``add(step, micro_batch, calls, masks)`` is what a loss gets added at its backward.
+
+    ``narrow``: norms and softmax in fp32, as the model asks for, because a recompute knows nothing of ``Float64``.
+    """
     from transformers import TrainerCallback, set_seed
 
     quiet()
     found = Run()
     model = rewarding() if kind == "reward" else build(FAMILY).double()
     model.set_experts_implementation("eager")  # grouped_mm knows no float64
-    prepare = more.pop("prepare", None)
+    prepare, narrow = more.pop("prepare", None), more.pop("narrow", False)
     spy = Spy(model)
 
     class Record(TrainerCallback):
@@ -142,9 +158,8 @@ def run(
             named = kwargs["model"].named_parameters()
             found.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
 
-    with tempfile.TemporaryDirectory() as folder, Float64():
-        other().save_pretrained(reference := f"{folder}/reference")  # where some load it from by themselves
-        model.config._name_or_path = reference
+    model.config._name_or_path = reference().name
+    with tempfile.TemporaryDirectory() as folder, contextlib.nullcontext() if narrow else Float64():
         set_seed(3)
         settings = {"learning_rate": 0.0, "optim": "sgd", "bf16": False, "seed": 3, "disable_dropout": True}
         settings |= {"gradient_checkpointing": False, "router_aux_loss_coef": 0.0, "max_grad_norm": 0.0}
@@ -259,9 +274,19 @@ def rewarding() -> Any:
     return AutoModelForSequenceClassification.from_config(config).double()
 
 
+@functools.cache
+def reference() -> tempfile.TemporaryDirectory:
+    """The folder that some trainers load their reference, or the teacher's tokenizer, from by themselves."""
+    folder = tempfile.TemporaryDirectory()
+    build(FAMILY).double().save_pretrained(folder.name)
+    words().save_pretrained(folder.name)
+    return folder
+
+
 def other() -> Any:
-    """A teacher or a reference, not the student."""
+    """A teacher, not the student."""
     made = build(FAMILY).double()
+    made.config._name_or_path = reference().name
     made.set_experts_implementation("eager")
     with torch.no_grad():
         for parameter in made.parameters():
@@ -269,7 +294,7 @@ def other() -> Any:
     return made
 
 
-DRAW = {"num_generations": 2, "max_completion_length": 5}
+SHORT = {"max_completion_length": 5, "num_generations": 2}
 KINDS: dict[str, Callable[..., Any]] = {
     "sft": _made("SFTTrainer", "SFTConfig", "trl", COMPLETIONS),
     "sft_packed": _made("SFTTrainer", "SFTConfig", "trl", COMPLETIONS, packing=True, max_length=16),
@@ -281,18 +306,19 @@ KINDS: dict[str, Callable[..., Any]] = {
     "kto": _made("KTOTrainer", "KTOConfig", "trl", LABELLED),
     "reward": _made("RewardTrainer", "RewardConfig", "trl", PAIRS),
     "grpo": _made("GRPOTrainer", "GRPOConfig", "trl", PROMPTS, keywords={"reward_funcs": [reward]},
-                  loss_type="grpo", beta=0.0, **DRAW),
+                  loss_type="grpo", beta=0.0, **SHORT),
     "grpo_dapo": _made("GRPOTrainer", "GRPOConfig", "trl", PROMPTS, keywords={"reward_funcs": [reward]},
-                       loss_type="dapo", beta=0.1, **DRAW),
-    "rloo": _made("RLOOTrainer", "RLOOConfig", "trl", PROMPTS, keywords={"reward_funcs": [reward]}, **DRAW),
+                       loss_type="dapo", beta=0.1, **SHORT),
+    "rloo": _made("RLOOTrainer", "RLOOConfig", "trl", PROMPTS, keywords={"reward_funcs": [reward]}, **SHORT),
     "distillation": _made("DistillationTrainer", "DistillationConfig", "trl", ASKED,
                           keywords={"teacher_model": other}, max_completion_length=5),
     "gkd_off": _made("GKDTrainer", "GKDConfig", "trl.experimental.gkd", TALKS, keywords={"teacher_model": other},
                      lmbda=0.0, max_new_tokens=5, max_length=32),
     "gkd_on": _made("GKDTrainer", "GKDConfig", "trl.experimental.gkd", TALKS, keywords={"teacher_model": other},
                     lmbda=1.0, max_new_tokens=5, max_length=32),
-    "gold": _made("GOLDTrainer", "GOLDConfig", "trl.experimental.gold", TALKS, keywords={"teacher_model": other},
-                  max_completion_length=5, max_length=32),
+    "gold": _made("GOLDTrainer", "GOLDConfig", "trl.experimental.gold", TALKS,
+                  keywords={"teacher_model": other, "processing_class": letters},
+                  max_completion_length=5, max_length=32, use_uld_loss=False),
     "cpo": _made("CPOTrainer", "CPOConfig", "trl.experimental.cpo", PAIRS, max_length=32),
     "orpo": _made("ORPOTrainer", "ORPOConfig", "trl.experimental.orpo", PAIRS, max_length=32),
     "tpo": _made("TPOTrainer", "TPOConfig", "trl.experimental.tpo",
@@ -300,14 +326,15 @@ KINDS: dict[str, Callable[..., Any]] = {
     "online_dpo": _made("OnlineDPOTrainer", "OnlineDPOConfig", "trl.experimental.online_dpo", PROMPTS,
                         keywords={"reward_funcs": [reward]}, max_new_tokens=5),
     "gmpo": _made("GMPOTrainer", "GMPOConfig", "trl.experimental.gmpo", PROMPTS, keywords={"reward_funcs": [reward]},
-                  **DRAW),
+                  **SHORT),
     "sdft": _made("SDFTTrainer", "SDFTConfig", "trl.experimental.sdft",
-                  [{**row, "privileged_context": text(i, 2)} for i, row in enumerate(PROMPTS)], max_completion_length=5, num_generations=2),
+                  [{**row, "privileged_context": text(i, 2)} for i, row in enumerate(PROMPTS)],
+                  distillation_mode="full_logits", **SHORT),
     "sdpo": _made("SDPOTrainer", "SDPOConfig", "trl.experimental.sdpo", PROMPTS, keywords={"reward_funcs": [reward]},
-                  **DRAW),
+                  **SHORT),
     "a2po": _made("A2POTrainer", "A2POConfig", "trl.experimental.a2po", PROMPTS, keywords={"reward_funcs": [reward]},
-                  **DRAW),
-    "iw_opd": _made("IWOPDTrainer", "IWOPDConfig", "trl.experimental.iw_opd", ASKED,
+                  **SHORT),
+    "iw_opd": _made("IWOPDTrainer", "IWOPDConfig", "trl.experimental.iw_opd", TALKS,
                     keywords={"teacher_model": other}, max_completion_length=5),
 }  # fmt: skip
 MADE = {"grpo", "grpo_dapo", "rloo", "distillation", "gkd_off", "gkd_on", "gold", "online_dpo", "gmpo", "sdft", "sdpo",
