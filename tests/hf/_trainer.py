@@ -19,6 +19,7 @@ from core._model import policy as loss_policy
 from hf.families import build
 
 VOCABULARY, LENGTH, SAMPLES = 64, 10, 32
+HOOKED = ("get_batch_samples", "evaluation_loop", "log", "_save", "backward")
 
 
 def model(**config: Any) -> Any:
@@ -56,12 +57,12 @@ def policy(description: dict) -> Any:
 class Recorder:
     """What a training gave: gradients and biases at each optimizer step, loads, logs, the end's weights."""
 
-    def __init__(self, policies: list[dict]) -> None:
+    def __init__(self, policies: list[dict], **options: Any) -> None:
         from transformers import TrainerCallback
 
         from equipoise.adapters.hf import BalanceCallback
 
-        self.balance = BalanceCallback([policy(p) for p in policies])
+        self.balance = BalanceCallback([policy(p) for p in policies], **options)
         self.gradients: list[dict[str, Tensor]] = []
         self.biases: list[dict[str, Tensor]] = []
         self.loads: list[list[list[int]]] = []
@@ -92,7 +93,7 @@ class Recorder:
             "logs": trainer.state.log_history,
             "weights": {n: whole(p).detach().clone() for n, p in built.named_parameters()},
             "coefficient": getattr(built, "router_aux_loss_coef", None),
-            "own": [name for name in ("compute_loss", "log", "get_batch_samples") if name in vars(trainer)],
+            "own": [name for owner in (trainer, trainer.accelerator) for name in HOOKED if name in vars(owner)],
             "sharded": any(hasattr(p, "full_tensor") for p in built.parameters()),
         }
 
@@ -138,13 +139,13 @@ def make(
     Args:
         arguments: of TrainingArguments, and ``family`` (of families.py; else a Qwen3-MoE), ``config`` (of the model),
             ``model`` (used as it is), ``prepare`` (a function of it), ``sharded`` (FSDP2), ``trainer`` (keywords of
-            the Trainer), ``kind`` (a subclass of it).
+            the Trainer), ``kind`` (a subclass of it), ``balance`` (keywords of BalanceCallback).
     """
     from transformers import TrainingArguments
 
     quiet()
     family, config, sharded = (arguments.pop(key, None) for key in ("family", "config", "sharded"))
-    options, prepare, kind = (arguments.pop(key, None) for key in ("trainer", "prepare", "kind"))
+    options, prepare, kind, balance = (arguments.pop(k, None) for k in ("trainer", "prepare", "kind", "balance"))
     built = arguments.pop("model", None) or (build(family, **config or {}) if family else model(**config or {}))
     if prepare is not None:
         built = prepare(built) or built
@@ -152,7 +153,7 @@ def make(
     args = TrainingArguments(**arguments_of(folder, batch, accumulate, steps, **more | arguments))
     if sharded:
         let_accelerate_shard(args)
-    recorder = Recorder(policies)
+    recorder = Recorder(policies, **balance or {})
     options = {"train_dataset": Text(), "eval_dataset": Text()} | (options or {})
     options["callbacks"] = [*recorder.callbacks, *options.pop("callbacks", [])]
     return in_order(kind)(None if "model_init" in options else built, args, **options), recorder

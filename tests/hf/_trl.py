@@ -163,6 +163,8 @@ def run(
         set_seed(3)
         settings = {"learning_rate": 0.0, "optim": "sgd", "bf16": False, "seed": 3, "disable_dropout": True}
         settings |= {"gradient_checkpointing": False, "router_aux_loss_coef": 0.0, "max_grad_norm": 0.0}
+        if more.pop("evaluates", False):
+            settings |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
         settings = arguments_of(folder, 2, accumulate, steps) | settings | more
         trainer = KINDS[kind](prepare(model) if prepare else model, settings, [Record(), *callbacks])
         for loaded in vars(trainer).values():
@@ -259,6 +261,8 @@ def _made(trainer: str, config: str, module: str, rows: list[dict], **fixed: Any
         known = inspect.signature(configuration).parameters
         asked = {key: value for key, value in (settings | fix).items() if key in known}
         given = {"train_dataset": data(rows), "processing_class": words(), "callbacks": callbacks}
+        if "eval_strategy" in settings:
+            given["eval_dataset"] = data(rows[:4])
         return kind(model=model, args=configuration(**asked), **given | keywords)
 
     return make
