@@ -133,9 +133,11 @@ class Spy:
 
 
 def run(
-    kind: str, accumulate: int, *, callbacks: Any = (), add: Callable | None = None, steps: int = 2, **more: Any
+    kind: Any, accumulate: int, *, callbacks: Any = (), add: Callable | None = None, steps: int = 2, **more: Any
 ) -> Run:
-    """A training of ``kind``; ``add(step, micro_batch, calls, masks)`` is what a loss gets added at its backward.
+    """A training of ``kind``, one of KINDS or a function like them.
+
+    ``add(step, micro_batch, calls, masks)`` is what a loss gets added at its backward.
 
     ``narrow``: norms and softmax in fp32, as the model asks for, because a recompute knows nothing of ``Float64``.
     """
@@ -166,7 +168,8 @@ def run(
         if more.pop("evaluates", False):
             settings |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
         settings = arguments_of(folder, 2, accumulate, steps) | settings | more
-        trainer = KINDS[kind](prepare(model) if prepare else model, settings, [Record(), *callbacks])
+        make = KINDS.get(kind, kind)
+        trainer = make(prepare(model) if prepare else model, settings, [Record(), *callbacks])
         for loaded in vars(trainer).values():
             if hasattr(loaded, "set_experts_implementation"):
                 loaded.set_experts_implementation("eager")
@@ -186,11 +189,11 @@ def run(
     return found
 
 
-def plain(kind: str, accumulate: int, **more: Any) -> Run:
+def plain(kind: Any, accumulate: int, **more: Any) -> Run:
     return run(kind, accumulate, **more)
 
 
-def wanted(kind: str, accumulate: int, bare: Run, *, counted: bool, **more: Any) -> Run:
+def wanted(kind: Any, accumulate: int, bare: Run, *, counted: bool, **more: Any) -> Run:
     """coef · E · <f, p_t> for f of the micro-batch, and once more for f of the step before; mean over layers' tokens.
 
     Args:
@@ -230,7 +233,7 @@ def _load(of_router: list, masks: list) -> Tensor:
     return sum(counts).double()  # type: ignore[union-attr]
 
 
-def balanced(kind: str, accumulate: int, options: dict | None = None, **more: Any) -> Run:
+def balanced(kind: Any, accumulate: int, options: dict | None = None, **more: Any) -> Run:
     from equipoise import AuxLoss
     from equipoise.adapters.hf import BalanceCallback
 

@@ -71,13 +71,16 @@ def changes_batches(trainer: Any) -> str:
     """
     for kind in type(trainer).__mro__[: type(trainer).__mro__.index(Trainer)]:
         for name, at in (("training_step", 2), ("_prepare_inputs", 1)):
-            if name in vars(kind) and not _passes_on(vars(kind)[name], at):
+            if name in vars(kind) and not _passes_on(vars(kind)[name], at, may_look=name == "training_step"):
                 return f"{kind.__name__}.{name}"
     return ""
 
 
-def _passes_on(method: Any, at: int) -> bool:
-    """Whether a method does nothing to its argument number ``at`` that would change it."""
+def _passes_on(method: Any, at: int, *, may_look: bool) -> bool:
+    """Whether a method does nothing to its argument number ``at`` that would change it.
+
+    ``may_look``: it may read entries of it, as what it returns is no batch.
+    """
     try:
         (node,) = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(method)))).body
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -85,24 +88,30 @@ def _passes_on(method: Any, at: int) -> bool:
     if not isinstance(node, ast.FunctionDef):
         return False
     names = [one.arg for one in (*node.args.posonlyargs, *node.args.args)]
-    batch = {names[at]} if at < len(names) else {one.arg for one in (node.args.vararg, node.args.kwarg) if one}
-    return all(_leaves(part, batch) for part in node.body)
+    if at < len(names):
+        return all(_leaves(part, {names[at]}, may_look=may_look) for part in node.body)
+    rest = {one.arg for one in (node.args.vararg, node.args.kwarg) if one}  # an entry of these is the batch itself
+    return all(_leaves(part, rest, may_look=False) for part in node.body)
 
 
-def _leaves(node: ast.AST, batch: set[str]) -> bool:
+def _leaves(node: ast.AST, batch: set[str], *, may_look: bool) -> bool:
     """Whether this part of a method leaves the batch of these names alone."""
+    inside: list[ast.AST] = list(ast.iter_child_nodes(node))
     match node:
-        case ast.Name(id=name) if name in batch:
-            return False  # as a part of something that is not known below
+        case ast.Name(id=name):
+            return name not in batch  # unless it is a part of what is known below
         case ast.Lambda(args=args) | ast.FunctionDef(args=args):
             batch = batch - {one.arg for one in ast.walk(args) if isinstance(one, ast.arg)}
         case ast.Call(func=ast.Attribute(attr="training_step" | "_prepare_inputs" | "compute_loss")):
-            return True
+            given = [one.value if isinstance(one, ast.Starred) else one for one in node.args]
+            given += [keyword.value for keyword in node.keywords]
+            rest = [n for one in given if not isinstance(one, ast.Name) for n in ast.walk(one)]  # not as it is
+            return not any(isinstance(n, ast.Name) and n.id in batch for n in rest)
         case ast.Call(func=ast.Name(id="len")) | ast.Compare() | ast.Subscript(value=ast.Name(), ctx=ast.Load()):
-            return True
-        case ast.Assign(targets=[ast.Name()], value=ast.Call(func=ast.Attribute(attr="_prepare_inputs"))):
-            return True
-    return all(_leaves(child, batch) for child in ast.iter_child_nodes(node))
+            inside = [] if may_look else inside
+        case ast.Assign(targets=[ast.Name()], value=ast.Call(func=ast.Attribute(attr="_prepare_inputs")) as call):
+            inside = [call]
+    return all(_leaves(child, batch, may_look=may_look) for child in inside)
 
 
 def check(trainer: Any) -> None:
