@@ -29,7 +29,7 @@ def model(**config: Any) -> Any:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
     experts = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
-    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **heads, **experts, **config))
+    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes | heads | experts | config))
 
 
 class Text(Dataset):

@@ -81,7 +81,7 @@ def test_an_adapter_whose_base_is_the_reference(kind):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "reward", "grpo", "rloo"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto", "grpo", "rloo"])
 def test_trls_own_loss_is_off_and_comes_back(kind):
     """B75: on unless told otherwise; the gradient is the one without it, and the Trainer has it back afterwards."""
     got = compared(kind, 2, router_aux_loss_coef=0.01)
