@@ -20,10 +20,11 @@ from transformers import Trainer, TrainerCallback
 
 from ..balancer import Balancer
 from ..collectives import Ranks
-from ..errors import ConfigError, DataError, StateError
+from ..errors import ConfigError, StateError
 from ..layout import router_tokens
 from ..policies import ExpertBias, Policy, Sequences
 from ..policies.switch import timeline
+from .biases import load_biases, plain_name, put_biases
 from .files import FILE, read_state, write_state
 
 __all__ = ["BalanceCallback", "load_biases"]
@@ -105,7 +106,7 @@ class BalanceCallback(TrainerCallback):
         if self.balancer is None:
             raise StateError(expected="a balancer", got="none before training begins", do="train first")
         layers = self.balancer._layers if self._moves_biases else []
-        biases = {_plain_name(layer.name): layer.router.expert_bias for layer in layers}
+        biases = {plain_name(layer.name): layer.router.expert_bias for layer in layers}
         write_state(self.balancer.state_dict() | {"biases": biases}, Path(folder) / FILE)
 
     def _release(self) -> None:
@@ -181,7 +182,7 @@ class BalanceCallback(TrainerCallback):
     def _load(self, folder: Path) -> None:
         state = read_state(folder / FILE)
         if self._moves_biases:  # first: a LoRA adapter's files do not bring those of its model
-            _put_biases(self._balancer(), state.get("biases", {}))
+            put_biases(self._balancer(), state.get("biases", {}))
         self._balancer().load_state_dict(state)
 
     def _warn_of_biases(self) -> None:
@@ -213,54 +214,6 @@ class BalanceCallback(TrainerCallback):
                 "AuxLoss('document', ...) balances each for itself",
                 stacklevel=3,
             )
-
-
-def load_biases(model: nn.Module, folder: str | Path) -> None:
-    """Puts expert biases back that a model's own files do not hold: of LoRA adapters, and of families without one.
-
-    Args:
-        model: the model whose training wrote ``folder``, with its weights loaded; an adapter may be merged.
-        folder: with ``balancer.safetensors``: a checkpoint, or where ``BalanceCallback.save`` wrote it.
-
-    A model without a bias of its own chooses with it from now on, by hooks on its routers. Raises DataError for a file
-    that cannot be read or is of another model.
-
-    >>> load_biases(torch.nn.Linear(1, 1), "nowhere")
-    Traceback (most recent call last):
-    equipoise.errors.DataError: expected the balancer's state in nowhere
-      got: no balancer.safetensors
-      do:  pass a checkpoint that was saved with BalanceCallback
-    """
-    biases = read_state(Path(folder) / FILE).get("biases", {})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="every router of this model is frozen")
-        balancer = Balancer(model, [ExpertBias(rate=0.0)])
-    try:
-        known = {_plain_name(layer.name) for layer in balancer._layers}
-        if not biases or not biases.keys() <= known:
-            raise DataError(
-                expected=f"expert biases of {', '.join(sorted(known))}",
-                got=", ".join(biases) or "none",
-                do="load them into the model that they were trained with",
-            )
-        _put_biases(balancer, biases)
-    finally:
-        balancer.remove()
-
-
-def _put_biases(balancer: Balancer, biases: dict[str, Tensor]) -> None:
-    """Into the model's routers, by name."""
-    with torch.no_grad():
-        for layer in balancer._layers:
-            if (bias_E := biases.get(_plain_name(layer.name))) is not None:
-                layer.router.expert_bias.copy_(bias_E)
-
-
-def _plain_name(name: str) -> str:
-    """A router's name in the model below PEFT's wrappers."""
-    for part in (".base_layer", ".modules_to_save.default"):
-        name = name.removesuffix(part)
-    return name.removeprefix("base_model.model.")
 
 
 def _check(trainer: Any) -> None:
