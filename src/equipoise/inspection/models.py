@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.biases import biases_beside, put_back
+from ..adapters.files import FILE
 from ..errors import ConfigError, DataError
 from ..records import RECORD_NAME, read_run
 from .routers import Found, find_routers
@@ -34,7 +36,7 @@ __all__ = [
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
                    "source.spm", "sentencepiece.bpe.model", "tokenizer_config.json")  # fmt: skip
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.json")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.json", f"*{Path(FILE).suffix}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Subject:
     dtype: torch.dtype
     vocab_size: int
     longest: int | None  # positions that the model knows
+    biases: str | None = None  # where those are from that it chooses with and its weights do not hold
     held: Any = None  # what has to live as long as the model
 
 
@@ -120,7 +123,7 @@ def _run_subject(folder: Path, device: torch.device, dtype: str) -> Subject:
         held = _chosen_with(model, config, found[1])
         routers = find_routers(model, lambda: model.hidden(torch.arange(8, device=device).view(1, 8)))
     return Subject(config.model.family or "equipoise", model, routers, model.hidden, device, compute,
-                   config.model.vocab_size, None, held)  # fmt: skip
+                   config.model.vocab_size, None, str(folder / CHECKPOINTS) if held else None, held)  # fmt: skip
 
 
 def _chosen_with(model: Any, config: Any, state: dict[str, Any]) -> Any:
@@ -177,6 +180,8 @@ def _foreign_subject(folder: Path, device: torch.device, dtype: str) -> Subject:
     with _quiet():
         config = _config(folder)
         model = _load(folder, config, DTYPES[dtype]).to(device).eval()  # type: ignore[arg-type]
+        if (biases := biases_beside(folder)) is not None:
+            put_back(model, *biases)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         for one in (config, text):
             one.use_cache = False
@@ -201,6 +206,7 @@ def _foreign_subject(folder: Path, device: torch.device, dtype: str) -> Subject:
         dtype=next(model.parameters()).dtype,
         vocab_size=vocab_size,
         longest=getattr(text, "max_position_embeddings", None),
+        biases=str(biases[0]) if biases else None,
     )
 
 
