@@ -30,6 +30,7 @@ from .config import CompareConfig, ModelConfig, RunConfig
 from .export import from_hugging_face, join_experts, model_config
 from .folder import read_settings, read_weights
 from .model import LanguageModel
+from .quantised import dequantised, how_quantised, unreadable
 from .strategies import strategy_of
 from .tokenizer import GivenTokenizer, given_tokenizer
 
@@ -231,20 +232,33 @@ def _biases(folder: str | None, file: str) -> dict[str, Tensor]:
 
 def _load(folder: str, biases: str | None = None) -> nn.Module:
     """The folder's model in fp32, offline and without code of its own; it chooses with the ``biases`` of that file."""
-    read_settings(folder)
-    from transformers import AutoModelForCausalLM
+    settings = read_settings(folder)
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    loaded: Any
+    expected = f"a causal language model of transformers in {folder}"
     try:
         with _silent():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
-            network, said = loaded
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if (how := how_quantised(settings)) is not None and not dequantised(config):
+                raise ConfigError(
+                    expected="a model whose weights can be trained",
+                    got=f"weights in {folder} that are quantised with {how}",
+                    do="name the model from before it was quantised",
+                )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
+                output_loading_info=True,
+            )  # fmt: skip
+            network, said = loaded[0].float(), loaded[1]
+            if how is not None:  # it is saved as a plain model, not by the way back through what was dequantised
+                network._weight_conversions = None
+    except ConfigError:
+        raise
     except Exception as error:  # of many kinds: a class that is not known, a file that is cut off, code that is needed
-        raise DataError(
-            expected=f"a causal language model of transformers in {folder}",
-            got=f"{type(error).__name__}: {error}".partition("\n")[0][:200],
+        got = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise unreadable(settings, expected, got, cuda=False) or DataError(
+            expected=expected,
+            got=got,
             do="check that AutoModelForCausalLM.from_pretrained loads it without remote code",
         ) from None
     lacking = [*said["missing_keys"], *(str(one[0]) for one in said["mismatched_keys"])]
