@@ -14,22 +14,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..balancer import Balancer
 from ..collectives import Ranks
 from ..errors import ConfigError, DataError, EquipoiseError, StateError
-from ..policies import ExpertBias, Policy, Sequences
+from ..policies import AuxLoss, ExpertBias, Policy, Sequences
 from ..policies.switch import timeline
-from .files import FILE, read_state, write_state
+from .biases import load_biases, plain_name, put_biases
+from .files import FILE, read_state, remove_state, state_file, write_state
 from .logs import worth_logging
 from .tokens import StepTokens
 from .trainers import Hooked, calling, calls, changes_batches, check, in_words_of_trainer, inner
 
 __all__ = ["BalanceCallback", "load_biases"]
 
+KEY = "equipoise"  # among the states of callbacks in trainer_state.json
 _ACTIVE: weakref.WeakSet[BalanceCallback] = weakref.WeakSet()  # in a training that has not ended
 
 
@@ -49,11 +50,13 @@ class BalanceCallback(TrainerCallback):
         options: further keywords of ``Balancer``.
 
     The balancer lives from the beginning of training to its end; its metrics are in the Trainer's logs, its state in
-    each checkpoint (``balancer.safetensors``), from which a resumed run goes on; with ``load_best_model_at_end`` the
-    best one's comes back. The balance loss of the model, and the one that TRL adds, are switched off meanwhile.
+    each checkpoint (``balancer.equipoise``, where there are biases or loads of the past to keep), from which a resumed
+    run goes on; with ``load_best_model_at_end`` the best one's comes back. A run that was not balanced before is from
+    the checkpoint on. The balance loss of the model, and the one that TRL adds, are switched off meanwhile.
 
     Raises, when training begins, ConfigError for a Trainer that is set up to run a model in a way that was never
-    tested here (DataParallel, DeepSpeed, context parallelism), DataError for a checkpoint without the balancer's state.
+    tested here (DataParallel, DeepSpeed, context parallelism), DataError for a checkpoint that lost the balancer's
+    state.
 
     >>> from equipoise import AuxLoss
     >>> BalanceCallback([AuxLoss("global_batch", coef=1e-2)]).balancer is None  # until training begins
@@ -82,6 +85,7 @@ class BalanceCallback(TrainerCallback):
         self._first: Any = None  # batch of the step that has not begun
         self._total: float | None = None  # tokens of that step
         self._micro_batches = 1
+        self._keeps = False  # whether its state is more than the step
         self._begun_at = 0  # steps of the balancer when this training began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -108,7 +112,11 @@ class BalanceCallback(TrainerCallback):
         self._warn_of_biases()
         self._warn_of_weights()
         if state.global_step and self.policies:
-            self._resume(Path(names.get("resume_from_checkpoint") or self._folder(state)))
+            folder = names.get("resume_from_checkpoint") or self._folder(state)
+            self._load(Path(folder), state.global_step, state.stateful_callbacks.get(KEY), strict=self.strict)
+        self._keeps = self._remembers()
+        if self.policies:
+            state.stateful_callbacks[KEY] = {"args": {}, "attributes": {"file": FILE if self._keeps else ""}}
         self._begun_at = self.balancer.step_count
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -120,23 +128,27 @@ class BalanceCallback(TrainerCallback):
         """The model keeps its biases and is balanced by nobody; ``balancer`` still tells of the last step."""
         try:
             if args.load_best_model_at_end and state.best_model_checkpoint is not None and self.policies:
-                self._load(Path(state.best_model_checkpoint))
+                best = state.best_global_step
+                self._load(Path(state.best_model_checkpoint), best, state.stateful_callbacks.get(KEY))
         finally:
             self._release()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if self.policies and self.balancer is not None and args.should_save:
-            self.save(self._folder(state))
+            folder, own = self._folder(state), self.balancer.state_dict()
+            remove_state(folder)
+            if self._keeps or (own["step"], own["skipped"]) != (state.global_step, 0):
+                self.save(folder)
 
     def save(self, folder: str | Path) -> None:
-        """Writes ``balancer.safetensors`` into an existing folder; ``load_biases`` reads it.
+        """Writes ``balancer.equipoise`` into an existing folder; ``load_biases`` reads it.
 
         Raises StateError before a training, OutputError where the file cannot be written.
         """
         if self.balancer is None:
             raise StateError(expected="a balancer", got="none before training begins", do="train first")
         layers = self.balancer._layers if self._moves_biases else []
-        biases = {_plain_name(layer.name): layer.router.expert_bias for layer in layers}
+        biases = {plain_name(layer.name): layer.router.expert_bias for layer in layers}
         write_state(self.balancer.state_dict() | {"biases": biases}, Path(folder) / FILE)
 
     def describe(self) -> str:
@@ -227,33 +239,47 @@ class BalanceCallback(TrainerCallback):
     def _folder(self, state: Any) -> Path:
         return Path(self._trainer._get_output_dir(self._trial)) / f"checkpoint-{state.global_step}"
 
-    def _resume(self, folder: Path) -> None:
-        """Raises DataError, ConfigError where the checkpoint's state is not of these policies."""
-        if not (folder / FILE).is_file():
-            if self.strict:
-                raise DataError(
-                    expected=f"the balancer's state in {folder}",
-                    got=f"no {FILE}: this run was not balanced, or not by BalanceCallback",
-                    do="BalanceCallback(..., strict=False) begins balancing in the middle of a run",
-                )
+    def _remembers(self) -> bool:
+        """Whether the next step needs more than the Trainer's own files bring: biases, or loads of the past."""
+        losses = [t.policy for t in timeline(self.policies) if isinstance(t.policy, AuxLoss)]
+        past = any(loss.scope == "global_batch" and loss.estimator in ("previous", "ema", "filled") for loss in losses)
+        return past or any(layer.router.expert_bias is not None for layer in self._balancer()._layers)
+
+    def _load(self, folder: Path, step: int, before: Any, *, strict: bool = True) -> None:
+        """The state of a checkpoint. ``before``: what its training said that it keeps; None: it was not balanced."""
+        balancer = self._balancer()
+        if (file := state_file(folder)) is not None:
+            self._load_file(file, strict=strict)
+        elif before is None or (before["attributes"]["file"] and not strict):
+            why = "was in the training that saved" if before is None else "is in"
             warnings.warn(
-                f"no {FILE} in {folder}: balancing begins here, its steps count from 0 (strict=False)", stacklevel=3
+                f"no balancer {why} {folder}: this one begins there with its own step 0, without biases and loads of "
+                "the past",
+                stacklevel=3,
             )
-            return
+        elif before["attributes"]["file"]:
+            raise DataError(
+                expected=f"the balancer's state in {folder}, whose training kept biases or loads of the past",
+                got=f"no {FILE}",
+                do="bring the file back, or resume from a checkpoint that has one; BalanceCallback(..., strict=False) "
+                "begins there without it",
+            )
+        else:
+            balancer.load_state_dict(balancer.state_dict() | {"step": step})
+
+    def _load_file(self, file: Path, *, strict: bool) -> None:
+        """Raises ConfigError where it is of other policies, or of another model, and ``strict`` is set."""
+        balancer, state = self._balancer(), read_state(file)
+        if self._moves_biases:  # first: a LoRA adapter's files do not bring those of its model
+            put_biases(balancer, {plain_name(name): bias_E for name, bias_E in state.get("biases", {}).items()})
         try:
-            unfit = self._load(folder, strict=self.strict)
+            unfit = balancer.load_state_dict(state, strict=strict)
         except ConfigError as error:
             do = "resume with the model and policies of the checkpoint; after a change on purpose "
             do += "BalanceCallback(..., strict=False) takes what fits and warns of what it left out"
             raise ConfigError(expected=error.expected, got=error.got, do=do) from None
         if unfit:
-            warnings.warn(f"not restored from {folder / FILE} (strict=False): {'; '.join(unfit)}", stacklevel=3)
-
-    def _load(self, folder: Path, *, strict: bool = True) -> list[str]:
-        state = read_state(folder / FILE)
-        if self._moves_biases:  # first: a LoRA adapter's files do not bring those of its model
-            _put_biases(self._balancer(), state.get("biases", {}))
-        return self._balancer().load_state_dict(state, strict=strict)
+            warnings.warn(f"not restored from {file} (strict=False): {'; '.join(unfit)}", stacklevel=4)
 
     def _warn_of_weights(self) -> None:
         """Once, where each micro-batch weighs the same, nobody asked for it, and there are several."""
@@ -295,54 +321,6 @@ class BalanceCallback(TrainerCallback):
                 "AuxLoss('document', ...) balances each for itself",
                 stacklevel=3,
             )
-
-
-def load_biases(model: nn.Module, folder: str | Path) -> None:
-    """Puts expert biases back that a model's own files do not hold: of LoRA adapters, and of families without one.
-
-    Args:
-        model: the model whose training wrote ``folder``, with its weights loaded; an adapter may be merged.
-        folder: with ``balancer.safetensors``: a checkpoint, or where ``BalanceCallback.save`` wrote it.
-
-    A model without a bias of its own chooses with it from now on, by hooks on its routers. Raises DataError for a file
-    that cannot be read or is of another model.
-
-    >>> load_biases(torch.nn.Linear(1, 1), "nowhere")
-    Traceback (most recent call last):
-    equipoise.errors.DataError: expected the balancer's state in nowhere
-      got: no balancer.safetensors
-      do:  pass a checkpoint that was saved with BalanceCallback
-    """
-    biases = read_state(Path(folder) / FILE).get("biases", {})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="every router of this model is frozen")
-        balancer = Balancer(model, [ExpertBias(rate=0.0)])
-    try:
-        known = {_plain_name(layer.name) for layer in balancer._layers}
-        if not biases or not biases.keys() <= known:
-            raise DataError(
-                expected=f"expert biases of {', '.join(sorted(known))}",
-                got=", ".join(biases) or "none",
-                do="load them into the model that they were trained with",
-            )
-        _put_biases(balancer, biases)
-    finally:
-        balancer.remove()
-
-
-def _put_biases(balancer: Balancer, biases: dict[str, Tensor]) -> None:
-    """Into the model's routers, by name."""
-    with torch.no_grad():
-        for layer in balancer._layers:
-            if (bias_E := biases.get(_plain_name(layer.name))) is not None:
-                layer.router.expert_bias.copy_(bias_E)
-
-
-def _plain_name(name: str) -> str:
-    """A router's name in the model below PEFT's wrappers."""
-    for part in (".base_layer", ".modules_to_save.default"):
-        name = name.removesuffix(part)
-    return name.removeprefix("base_model.model.")
 
 
 def _end_what_failed(model: nn.Module) -> None:
