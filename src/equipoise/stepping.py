@@ -232,6 +232,8 @@ class Stepping:
 
     def _before_step(self) -> None:
         """Right before the optimizer: all gradients are there, so the sum may travel while the optimizer works."""
+        if not self._timeline and self._empty:  # forwards of another loss, which no backward of ours will take
+            clear_slots(self._meters)
         if self._is_no_step():
             self._ready = True
             return

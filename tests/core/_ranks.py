@@ -107,3 +107,15 @@ def exact_in_one_pass(sequences: int) -> tuple[list[float], float, list[int]]:
     gradient /= dist.get_world_size()
     optimizer.step()
     return gradient.flatten().tolist(), balancer.metrics()["balance/policy_0/loss"], balancer.load()[0].tolist()
+
+
+def evaluated(only: int | None = None) -> dict[str, float]:
+    """An evaluation of four batches, dealt out to the ranks, or all on one of them."""
+    model = net().eval()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batches = make_step(seed=3, micro_batches=4, masked=True)
+    with Balancer(model, [AuxLoss("sequence", 0.3)]).evaluation() as found:
+        for i, one in enumerate(batches):
+            if rank == (i % size if only is None else only):
+                model(one.x_BSD, one.mask_BS)
+    return found
