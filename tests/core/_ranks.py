@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from core._model import loss_of, make_step, net
-from equipoise import AuxLoss, Balancer, ConfigError, EquipoiseError, MoE, Ranks, StateError
+from equipoise import AuxLoss, Balancer, ConfigError, EquipoiseError, ExpertBias, MoE, Ranks, StateError
 from equipoise.collectives import Group
 
 
@@ -31,9 +31,9 @@ def made_too_early() -> str:
 def different_layers() -> str:
     layer = MoE(8, 8, 4 if dist.get_rank() else 6, 2)
     try:
-        Balancer(layer, [AuxLoss("global_batch", 0.3)])
+        Balancer(layer, [AuxLoss("global_batch", 0.3), ExpertBias("proportional", rate=0.01)])
     except ConfigError as error:
-        assert layer.gate.meter is None, "refused, and left as it was"
+        assert layer.gate.meter is layer.gate.expert_bias is None, "refused, and left as it was"
         return str(error)
     return ""
 
