@@ -41,11 +41,11 @@ def step_sums(bank: Bank) -> Tensor:
     if bank.step_taken is not None:
         taken_LS = torch.nn.functional.pad(bank.step_taken, (0, plan.size - late), value=torch.nan)  # norms
         ahead_LS = taken_LS - counted_LS
-        calls_L1 = ahead_LS[:, [plan.at("calls")]]
+        calls_L1 = ahead_LS[:, plan.at("calls"), None]  # a list of one number would be sent to the device
         changed_L1 = ahead_LS[:, : plan.num_experts].abs().sum(dim=1, keepdim=True) / 2
         flips_L1 = torch.where(calls_L1 == 0, changed_L1, 0.0)
         if bank.step_pushes and not bank.step_split:
-            unpushed_L1 = ahead_LS[:, [plan.at("reached")]].clamp(min=0)
+            unpushed_L1 = ahead_LS[:, plan.at("reached"), None].clamp(min=0)
             if not all(trainable := [layer.trainable for layer in bank.layers]):
                 unpushed_L1 = unpushed_L1 * sent(trainable, unpushed_L1.device).unsqueeze(1)
         counted_LS = torch.where(calls_L1 > 0, taken_LS, counted_LS)

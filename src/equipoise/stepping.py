@@ -16,7 +16,7 @@ from .faults import Faults, Letter, gradients_moved
 from .forwards import Forwards
 from .ledger import Ledger, rows_of
 from .looking import at_hand
-from .meter import Meter, clear_slots, gathered
+from .meter import clear_slots, gathered
 from .policies.losses import AuxLoss
 from .policies.switch import Timed, losses_at
 from .pressure import Bank, Bound, Layer, MicroStep, banks_of, bind
@@ -116,12 +116,16 @@ class Stepping:
     def end_backward(self) -> None:
         """Recompute proposed again what was already taken, and the push is done: forget both."""
         self._backward = None
-        clear_slots(self._meters)
+        self._clear_slots()
         for bank in self._banks:
             bank.release()
         self._watch.backward_ended()
         if self._watch.stepped_in_backward:
             self._commit()
+
+    def _clear_slots(self, first: int = 0) -> None:
+        for bank in self._banks:
+            clear_slots(bank.meters, first)
 
     def _of(self, part: int) -> list[Bank]:
         return [bank for bank in self._banks if bank.part == part]
@@ -131,10 +135,6 @@ class Stepping:
         if self._banks:
             return self._banks[0].device
         return next((p.device for part in self._parts for p in part.parameters()), torch.device("cpu"))
-
-    @property
-    def _meters(self) -> list[Meter]:
-        return [layer.meter for layer in self._layers]
 
     # ---------------------------------------------------------------- guards
 
@@ -233,7 +233,7 @@ class Stepping:
     def _before_step(self) -> None:
         """Right before the optimizer: all gradients are there, so the sum may travel while the optimizer works."""
         if not self._timeline and self._empty:  # forwards of another loss, which no backward of ours will take
-            clear_slots(self._meters)
+            self._clear_slots()
         if self._is_no_step():
             self._ready = True
             return
