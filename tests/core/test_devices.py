@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from core._devices import SECOND, Moved, OnSecond, move, second_device
 from core._model import gradients, make_step, net, train_step
-from equipoise import AuxLoss, Balancer, ExpertBias, Sequences, ZLoss
+from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, Sequences, ZLoss
 from equipoise.functional.routing import count_choices
 from equipoise.meter import LocalTerm, Meter, Plan, take
 
@@ -174,6 +174,19 @@ def test_a_model_of_transformers_whose_layers_lie_apart():
                 found.append([gradient, balancer.metrics(), *map(held, balancer.load())])
             found[-1] += [held(layer.router.expert_bias) for layer in balancer._layers]
     assert equal(found[:2], found[2:])
+
+
+@pytest.mark.parametrize("policies", [[], [AuxLoss()]])
+def test_parameters_that_are_loaded_for_each_forward_are_refused(policies):
+    pytest.importorskip("transformers")
+    accelerate = pytest.importorskip("accelerate")
+    from hf.families import build
+
+    model: Any = accelerate.cpu_offload(build("qwen3_moe"), execution_device="cpu")
+    with pytest.raises(ConfigError, match="loads from CPU or disk for each forward"):
+        Balancer(model, policies)
+    whole: Any = accelerate.dispatch_model(build("qwen3_moe"), {"": "cpu"}, force_hooks=True)  # what it says to do
+    Balancer(whole, policies)
 
 
 def _all_there(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
