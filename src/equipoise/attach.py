@@ -57,6 +57,8 @@ def attach(
     ``may_be_empty``: a pipeline stage without MoE layers is one of several.
     """
     _check_options(micro_sequences)
+    for part in parts:
+        _check_offload(part)
     routers = _routers(parts, example, look=not timed)
     if not routers and not may_be_empty:
         raise no_router(parts, example)
@@ -143,6 +145,19 @@ def _unhook(routers: Iterable[Any]) -> None:
     """Routers that were found and never tied leave hooks of their layouts behind."""
     for layout in {id(at): at for router in routers if (at := getattr(router, "layout", None)) is not None}.values():
         layout.remove()
+
+
+def _check_offload(part: nn.Module) -> None:
+    """Parameters that accelerate loads for each forward and drops again are nowhere to be measured or moved."""
+    if any(getattr(module, "_hf_hook", None) is not None for module in part.modules()):
+        away = [name for name, p in part.named_parameters() if p.is_meta]
+        if away:
+            raise ConfigError(
+                expected="a model whose parameters lie on devices",
+                got=f"{away[0]!r} and {len(away) - 1} more, which accelerate loads from CPU or disk for each forward",
+                do="load it without offload: device_map='auto' with max_memory= of GPUs that hold all of it, or "
+                "device_map={'': 0}; where memory lacks, quantise what is frozen or shard with FSDP",
+            )
 
 
 def _check_free(routers: Sequence[tuple[int, str, Any]]) -> None:

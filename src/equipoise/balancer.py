@@ -17,7 +17,7 @@ from .describe import describe
 from .errors import ConfigError, InputError, StateError
 from .evaluation import evaluating
 from .faults import Faults, no_forward
-from .meter import clear_slots, take
+from .meter import take
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss
 from .policies.switch import Policy, losses_at, timeline
@@ -188,7 +188,7 @@ class Balancer(Stepping):
                 (sum, number of tokens)): the scale is then that of their mean.
         """
         if not (torch.is_grad_enabled() and loss.requires_grad):
-            clear_slots(self._meters, first=2)  # and not a training forward whose loss is still to be tapped
+            self._clear_slots(first=2)  # and not a training forward whose loss is still to be tapped
             return loss
         part = self._forwards.last_part
         banks = self._of(part)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .errors import StateError
 from .faults import not_finite
 from .ledger import Ledger
+from .meter import gathered
 from .pressure import Bank
 from .readout import Committed, metrics
 from .reconcile import sums_size
@@ -64,7 +65,7 @@ def _numbers(ledger: Ledger, device: torch.device) -> dict[str, float]:
 def _sums(bank: Bank) -> Tensor:
     """(L, sums_size): what the routers of a bank saw; of sequences that are cut over ranks their parts tell nothing."""
     plan = bank.plan.to_look
-    seen_LS = torch.stack([meter.evaluation for meter in bank.meters if meter.evaluation is not None])
+    seen_LS = gathered([meter.evaluation for meter in bank.meters if meter.evaluation is not None], bank.device)
     if bank.plan.shards > 1:
         for name in OF_WHOLE_SEQUENCES:
             seen_LS[:, plan.at(name)] = 0.0

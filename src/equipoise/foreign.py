@@ -150,7 +150,7 @@ class ForeignRouter:
         return parts.put(weights_TK, None if self.own_bias is None else ids_TK)
 
     def _tie(self, meter: Meter, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        _, batch, rows_T = self._placed(meter, len(ids_TK))
+        _, batch, rows_T = self.layout.on(self._placed(meter, len(ids_TK)), ids_TK.device)
         given_TK = weights_TK
         if rows_T is not None:  # back to where the tokens lie in their sequences; the others are masked
             assert batch.valid_T is not None

@@ -50,6 +50,7 @@ class Layout:
         self.before_each: list[Callable[[], None]] = []  # called before each forward
         self.noted_in = -1  # the backward whose recompute called the model; -1 in forward
         self._placed: dict[tuple[int, bool | None], Placed] = {}  # of this forward, for all of its layers
+        self._elsewhere: dict[tuple[int, torch.device], tuple[Placed, Placed]] = {}  # the same on other devices
         self.runs = False
         self._hooks = [
             model.register_forward_pre_hook(self._note, with_kwargs=True),
@@ -64,7 +65,7 @@ class Layout:
         tokens = next((kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), first)
         self.shape = self.mask_BS = self.position_BS = self.kind_BS = None
         if not torch.compiler.is_compiling():
-            self.noted_in, self._placed = torch._C._current_graph_task_id(), {}
+            self.noted_in, self._placed, self._elsewhere = torch._C._current_graph_task_id(), {}, {}
         if not isinstance(tokens, Tensor) or tokens.dim() < 2:
             return
         self.shape = (tokens.shape[0], tokens.shape[1])
@@ -108,6 +109,19 @@ class Layout:
         if whole != tokens:
             return Placed(tokens, TokenLayout())
         return Placed(tokens, TokenLayout(self.shape[0], mask_T, self._documents()))
+
+    def on(self, placed: Placed, device: torch.device) -> Placed:
+        """The same on a router's device, moved once a forward."""
+        tensors = (*placed.batch[1:], placed.rows_T)
+        if all(tensor is None or tensor.device == device for tensor in tensors):
+            return placed
+        rows_T = None if placed.rows_T is None else placed.rows_T.to(device)
+        if torch.compiler.is_compiling():
+            return placed._replace(batch=placed.batch.on(device), rows_T=rows_T)
+        key = (id(placed), device)
+        if key not in self._elsewhere:  # with what it was made of, whose id is not to be used again
+            self._elsewhere[key] = (placed, placed._replace(batch=placed.batch.on(device), rows_T=rows_T))
+        return self._elsewhere[key][1]
 
     def _documents(self) -> Tensor | None:
         if self.position_BS is None or self.shape is None:

@@ -82,9 +82,9 @@ class Ledger:
 
     def sum_tokens(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """One sum over the ranks that hold these layers, whatever their number of experts."""
-        flat = self._ranks.tokens.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+        flat = self._ranks.tokens.sum(torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors]))
         pieces = flat.split([tensor.numel() for tensor in tensors])
-        return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
+        return [piece.view_as(tensor).to(tensor.device) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 def rows_of(sums: Tensor, rows: list[int]) -> Tensor:

@@ -25,6 +25,7 @@ __all__ = [
     "Taken",
     "TokenLayout",
     "clear_slots",
+    "gathered",
     "overwrite",
     "recomputes",
     "take",
@@ -66,6 +67,15 @@ class TokenLayout(NamedTuple):
     def rows(self) -> int:
         """B, and 1 where it is not known."""
         return 1 if self.num_sequences is None else self.num_sequences
+
+    def on(self, device: torch.device) -> TokenLayout:
+        """The same on a layer's device: of a model on several GPUs the arguments lie on one of them.
+
+        >>> TokenLayout(2, torch.ones(4, dtype=torch.bool)).on(torch.device("meta")).token_mask_T.device
+        device(type='meta')
+        """
+        masks = (self.token_mask_T, self.document_T, self.valid_T)
+        return TokenLayout(self.num_sequences, *(None if mask is None else mask.to(device) for mask in masks))
 
 
 Batch = TokenLayout  # its name in scripts that were written before it was public
@@ -255,21 +265,32 @@ class Meter:
 def take(meters: Sequence[Meter]) -> Taken:
     """The micro-batch that just went forward through the routers of one plan; empties their slots."""
     plan = meters[0].plan
-    slots_3LS = torch.stack([slot for which in range(3) for slot in (m.slots[which] for m in meters)])
+    device = meters[0].leaf.device
+    slots_3LS = gathered([slot for which in range(3) for slot in (m.slots[which] for m in meters)], device)
     slots_3LS = slots_3LS.view(3, len(meters), -1)
-    ran_3L1 = slots_3LS[:, :, plan.at("calls"), None] > 0
+    ran_3L1 = slots_3LS.select(2, plan.at("calls")).unsqueeze(-1) > 0
 
     def first_that_ran(of_3: Tensor, ran_3: Tensor) -> Tensor:
-        return torch.where(ran_3[0], of_3[0], torch.where(ran_3[1], of_3[1], of_3[2]))
+        (ran, again, _), (one, other, last) = ran_3.unbind(), of_3.unbind()
+        return torch.where(ran, one, torch.where(again, other, last))
 
     gram_LEE = None
     if plan.gram:
-        grams_3LEE = torch.stack([torch.stack([m.grams[which] for m in meters]) for which in range(3)])
+        grams_3LEE = torch.stack([gathered([m.grams[which] for m in meters], device) for which in range(3)])
         gram_LEE = first_that_ran(grams_3LEE, ran_3L1.unsqueeze(-1))
     tables = [next((tables for tables in m.tables if tables), []) for m in meters]
     taken = Taken(first_that_ran(slots_3LS, ran_3L1), gram_LEE, tables, [m.placed for m in meters])
     clear_slots(meters)
     return taken
+
+
+def gathered(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Stacked on one device: layers that were together when a balancer was made may lie apart since.
+
+    >>> gathered([torch.zeros(2), torch.ones(2)], torch.device("cpu")).shape
+    torch.Size([2, 2])
+    """
+    return torch.stack([tensor.to(device) for tensor in tensors])
 
 
 def overwrite(tensors: Sequence[Tensor], values: Sequence[Tensor] | None = None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .functional.losses import load_fractions
 from .functional.metrics import cv, dead_experts, maxvio, normalized_entropy
+from .looking import sent
 from .meter import Plan
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss
@@ -133,7 +134,8 @@ def _layer_metrics(one: Committed) -> dict[str, Tensor]:
     for rows, bias in one.biases:
         if bias is not None:
             largest = found.setdefault("bias_max", torch.full_like(one.sums[:, 0], torch.nan))
-            largest[rows] = bias.abs().amax(dim=1).double()
+            at = sent(rows, largest.device).long()
+            found["bias_max"] = largest.index_copy(0, at, bias.abs().amax(dim=1).double().to(largest.device))
     return found
 
 
@@ -180,7 +182,7 @@ def fidelity_sums(
                 fraction_LE = known[name]
                 off_LE = fraction_LE - truth_LE
                 terms += [product(off_LE, off_LE), product(fraction_LE, truth_LE), product(fraction_LE, fraction_LE)]
-            sums += torch.stack(terms)
+            sums += torch.stack(terms).to(sums.device)
     return sums
 
 

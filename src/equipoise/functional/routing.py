@@ -159,7 +159,7 @@ def count_choices(
     if token_mask_T is None:
         ones = torch.ones((), dtype=torch.int64, device=ids_TK.device).expand(tokens * top_k)
     else:
-        ones = token_mask_T.to(torch.int64).unsqueeze(1).expand(-1, top_k).reshape(-1)
+        ones = token_mask_T.to(ids_TK.device, torch.int64).unsqueeze(1).expand(-1, top_k).reshape(-1)
     counts = torch.zeros(num_sequences * num_experts, dtype=torch.int64, device=ids_TK.device)
     return counts.scatter_add_(0, ids_TK.reshape(-1), ones).view(num_sequences, num_experts)
 

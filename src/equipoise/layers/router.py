@@ -137,8 +137,8 @@ class Router(nn.Module):
         check_mask_dtype(mask_T)
         return TokenLayout(
             batch.num_sequences,
-            None if mask_T is None else mask_T.bool(),
-            None if document_T is None else document_T.long(),
+            None if mask_T is None else mask_T.to(x_TD.device, torch.bool),
+            None if document_T is None else document_T.to(x_TD.device, torch.long),
         )
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
