@@ -123,7 +123,8 @@ def test_a_number_that_is_wrong_after_all(monkeypatch, hands, kind, options):
         balanced(of(kind), 2, options, steps=4)
     assert "begin_step" not in str(error.value) and 'tokens="micro_batch"' in error.value.do
     monkeypatch.undo()
-    compared(kind, counted=False, tokens="micro_batch")
+    if kind is Short and hands:
+        compared(kind, counted=False, tokens="micro_batch")
 
 
 def test_a_step_without_accelerate_is_told_what_to_call():

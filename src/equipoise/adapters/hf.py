@@ -188,7 +188,7 @@ class BalanceCallback(TrainerCallback):
         """The loss as it counts in the step: whatever divided it, it is 1/M of the mean over M micro-batches."""
         balancer = self._balancer()
         if self._first is not None:  # the batch's forward is over: what the routers saw is known
-            self._tokens.look(self._first, balancer._meters)
+            self._tokens.look(self._first, [layer.meter for layer in balancer._layers])
             self._warn_of_weights()
             total, self._first = None if self._tokens.left_open else self._total, None
             balancer.begin_step(tokens=total, micro_batches=self._micro_batches)

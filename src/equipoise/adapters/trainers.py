@@ -105,8 +105,7 @@ def _leaves(node: ast.AST, batch: set[str], *, may_look: bool) -> bool:
         case ast.Call(func=ast.Attribute(attr="training_step" | "_prepare_inputs" | "compute_loss")):
             given = [one.value if isinstance(one, ast.Starred) else one for one in node.args]
             given += [keyword.value for keyword in node.keywords]
-            rest = [n for one in given if not isinstance(one, ast.Name) for n in ast.walk(one)]  # not as it is
-            return not any(isinstance(n, ast.Name) and n.id in batch for n in rest)
+            inside, may_look = [one for one in given if not isinstance(one, ast.Name)], False  # else handed on as it is
         case ast.Call(func=ast.Name(id="len")) | ast.Compare() | ast.Subscript(value=ast.Name(), ctx=ast.Load()):
             inside = [] if may_look else inside
         case ast.Assign(targets=[ast.Name()], value=ast.Call(func=ast.Attribute(attr="_prepare_inputs")) as call):
