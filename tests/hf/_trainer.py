@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -120,6 +121,16 @@ def quiet() -> None:
     torch.set_num_threads(1)
 
 
+@contextlib.contextmanager
+def little_garbage() -> Iterator[None]:
+    """A Trainer collects garbage when it begins: not in all that pytest and the libraries hold, which takes longer."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def in_order(kind: Any = None) -> Any:
     """A Trainer that takes rows in their order."""
     from transformers import Trainer
@@ -167,7 +178,8 @@ def train(
     if wide:
         arguments["model"] = build(arguments["family"]).double()
         arguments["model"].set_experts_implementation("eager")  # grouped_mm knows no float64
-    with Float64() if wide else contextlib.nullcontext(), tempfile.TemporaryDirectory() as scratch:
+    width = Float64() if wide else contextlib.nullcontext()
+    with width, little_garbage(), tempfile.TemporaryDirectory() as scratch:
         trainer, recorder = make(policies, batch, accumulate, steps, folder or scratch, **arguments)
         trainer.train(resume_from_checkpoint=resume)
         return recorder.result(trainer)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from _rounding import Float64
-from hf._trainer import arguments_of, quiet
+from hf._trainer import arguments_of, little_garbage, quiet
 from hf.families import build
 
 __all__ = ["COEF", "KINDS", "MADE", "Run", "balanced", "plain", "wanted", "words"]
@@ -139,6 +139,7 @@ def run(
 
     ``add(step, micro_batch, calls, masks)`` is what a loss gets added at its backward.
 
+    ``folder``, ``resume``: where checkpoints go, and which to begin with.
     ``narrow``: norms and softmax in fp32, as the model asks for, because a recompute knows nothing of ``Float64``.
     """
     from transformers import TrainerCallback, set_seed
@@ -147,7 +148,7 @@ def run(
     found = Run()
     model = rewarding() if kind == "reward" else build(FAMILY).double()
     model.set_experts_implementation("eager")  # grouped_mm knows no float64
-    prepare, narrow = more.pop("prepare", None), more.pop("narrow", False)
+    prepare, narrow, resume, kept = (more.pop(key, None) for key in ("prepare", "narrow", "resume", "folder"))
     spy = Spy(model)
 
     class Record(TrainerCallback):
@@ -161,13 +162,14 @@ def run(
             found.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
 
     model.config._name_or_path = reference().name
-    with tempfile.TemporaryDirectory() as folder, contextlib.nullcontext() if narrow else Float64():
+    width = contextlib.nullcontext() if narrow else Float64()
+    with tempfile.TemporaryDirectory() as folder, width, little_garbage():
         set_seed(3)
         settings = {"learning_rate": 0.0, "optim": "sgd", "bf16": False, "seed": 3, "disable_dropout": True}
         settings |= {"gradient_checkpointing": False, "router_aux_loss_coef": 0.0, "max_grad_norm": 0.0}
         if more.pop("evaluates", False):
             settings |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
-        settings = arguments_of(folder, 2, accumulate, steps) | settings | more
+        settings = arguments_of(kept or folder, 2, accumulate, steps) | settings | more
         make = KINDS.get(kind, kind)
         trainer = make(prepare(model) if prepare else model, settings, [Record(), *callbacks])
         for loaded in vars(trainer).values():
@@ -184,7 +186,7 @@ def run(
             theirs(loss, **kwargs)
 
         trainer.accelerator.backward = backward
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
     found.logs, found.trainer = [entry for entry in trainer.state.log_history if "loss" in entry], trainer
     return found
 

@@ -79,7 +79,7 @@ def of(kind: type) -> Any:
     return make
 
 
-def compared(kind: type, *, counted: bool, accumulate: int = 3, **options: Any) -> Any:
+def compared(kind: type, *, counted: bool, accumulate: int = 2, **options: Any) -> Any:
     """The callback's gradient is the law's."""
     bare = plain(of(kind), accumulate)
     assert all(len(set(bare.tokens(step))) > 1 for step in range(2)), "all laws would be the same"

@@ -96,3 +96,14 @@ def test_evaluation_between_steps(kind):
     (first, *_) = [entry for entry in got.trainer.state.log_history if "eval_loss" in entry]
     assert first["eval_balance/tokens"] > 0
     assert first["eval_balance/maxvio_global"] > 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo", "gkd_on"])
+def test_resumed(kind, tmp_path):
+    """The third step of a run that was cut behind its second is that of the run: f of the step before came back."""
+    whole = balanced(kind, 2, steps=3, folder=str(tmp_path), save_strategy="steps", save_steps=2)
+    again = balanced(kind, 2, steps=3, folder=str(tmp_path / "new"), resume=str(tmp_path / "checkpoint-2"))
+    assert len(again.gradients) == 1
+    assert again.logs[2]["balance/policy_1/loss"] == pytest.approx(whole.logs[2]["balance/policy_1/loss"], rel=OURS)
+    assert distance(again.gradients[0], whole.gradients[2]) < OURS
