@@ -43,8 +43,9 @@ class Adds(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         two = {"input_ids": 5, "attention_mask": 1, "labels": -100}
-        wider = {key: torch.nn.functional.pad(inputs[key], (2, 0), value=value) for key, value in two.items()}
-        return super().compute_loss(model, wider, *args, **kwargs)
+        for key, value in two.items():
+            inputs[key] = torch.nn.functional.pad(inputs[key], (2, 0), value=value)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 class Short(Trainer):

@@ -82,8 +82,7 @@ class BalanceCallback(TrainerCallback):
         self._trial: Any = None
         self._hooked = Hooked()
         self._aux_loss_enabled = self._warned = False
-        self._first: Any = None  # batch of the step that has not begun
-        self._total: float | None = None  # tokens of that step
+        self._waiting: tuple[float | None, int] | None = None  # the first step of all, not begun until it is looked at
         self._micro_batches = 1
         self._keeps = False  # whether its state is more than the step
         self._begun_at = 0  # steps of the balancer when this training began
@@ -167,7 +166,7 @@ class BalanceCallback(TrainerCallback):
         self._hooked.release()
         if self._aux_loss_enabled:
             self._trainer.aux_loss_enabled = True
-        self._trainer = self._first = None
+        self._trainer = self._waiting = None
         _ACTIVE.discard(self)
         if self.balancer is not None:
             self.balancer.remove()
@@ -178,20 +177,23 @@ class BalanceCallback(TrainerCallback):
         """All micro-batches of the step, before it begins."""
         batches, items = theirs(*args, **kwargs)
         if batches:
-            self._micro_batches, self._first = len(batches), batches[0]
-            self._total = self._tokens.of_step(batches, next(self._model().parameters()).device)
+            self._micro_batches = len(batches)
+            total = self._tokens.of_step(batches, next(self._model().parameters()).device)
             self._warn_of_packing(batches[0])
             self._warn_of_weights()
+            self._waiting = (total, len(batches)) if self._tokens.looks else None
+            if self._waiting is None:
+                self._balancer().begin_step(tokens=total, micro_batches=len(batches))
         return batches, items
 
     def _backward(self, theirs: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The loss as it counts in the step: whatever divided it, it is 1/M of the mean over M micro-batches."""
         balancer = self._balancer()
-        if self._first is not None:  # the batch's forward is over: what the routers saw is known
-            self._tokens.look(self._first, [layer.meter for layer in balancer._layers])
+        if self._waiting is not None:  # its first forward is over: what the routers saw of it is known
+            (total, micro_batches), self._waiting = self._waiting, None
+            self._tokens.look([layer.meter for layer in balancer._layers])
             self._warn_of_weights()
-            total, self._first = None if self._tokens.left_open else self._total, None
-            balancer.begin_step(tokens=total, micro_batches=self._micro_batches)
+            balancer.begin_step(tokens=None if self._tokens.left_open else total, micro_batches=micro_batches)
         try:
             return theirs(balancer.tap(loss, tokens=1 / self._micro_batches), *args, **kwargs)
         except EquipoiseError as error:

@@ -38,8 +38,9 @@ class StepTokens:
                 do="leave it out: they are counted where a batch is what the model gets",
             )
         self._how, self._ranks = how, ranks
-        self._to_look_at = how is None  # whether routers see what is counted, at the first micro-batch of all
+        self.looks = how is None  # still has to, at the first micro-batch of all: do routers see what is counted?
         self.why = ""  # tokens are not counted
+        self._first: Tensor | float = 0.0  # tokens of the first micro-batch of the last step
         if how is None and changed_by:
             self._leave_open(f"{changed_by} may change a batch before the model gets it")
 
@@ -49,7 +50,7 @@ class StepTokens:
         return bool(self.why)
 
     def _leave_open(self, why: str) -> None:
-        self._how, self._to_look_at, self.why = OPEN, False, why
+        self._how, self.looks, self.why = OPEN, False, why
 
     def describe(self) -> str:
         """The law of this training, in words."""
@@ -64,6 +65,7 @@ class StepTokens:
         if self._how == OPEN:
             return None
         counts = [torch.as_tensor(self._count(batch), dtype=torch.float64, device=device) for batch in batches]
+        self._first = counts[0]  # before anybody changes the batch
         total = float(self._ranks.tokens.sum(torch.stack(counts).sum(dim=0, keepdim=True)))
         if not math.isnan(total):
             return total
@@ -83,15 +85,13 @@ class StepTokens:
             do=f"tokens='{OPEN}', or a function of a batch: BalanceCallback(..., tokens=lambda batch: ...)",
         )
 
-    def look(self, batch: Any, meters: Sequence[Meter]) -> None:
-        """After the first forward of all, before its backward: did the routers see what is in its batch?
+    def look(self, meters: Sequence[Meter]) -> None:
+        """After the first forward of all, before its backward: did the routers see what was counted in its batch?
 
         All ranks agree: one that counts and one that does not would train something that neither says.
         """
-        if not self._to_look_at:
-            return
-        self._to_look_at = False
-        counted, seen = float(torch.as_tensor(self._count(batch))), sorted(set(filter(None, map(_seen, meters))))
+        self.looks = False
+        counted, seen = float(self._first), sorted({n for n in map(_seen, meters) if n is not None})
         device = meters[0].pressure.device if meters else torch.device("cpu")
         other = torch.full((1,), float(seen not in ([], [counted])), dtype=torch.float64, device=device)
         if float(self._ranks.tokens.sum(other)):
