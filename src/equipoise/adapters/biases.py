@@ -17,8 +17,9 @@ from .files import FILE, read_state, state_file
 
 __all__ = ["biases_beside", "check_biases", "load_biases", "plain_name", "put_back", "put_biases"]
 
-WRAPPED = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")  # what PEFT puts around a module
-AROUND = re.compile(r"^((module|_orig_mod|base_model\.model)\.)+")
+AROUND = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+FIRST = re.compile(rf"^((module|{AROUND}|base_model\.model)\.)+")
+WITHIN = re.compile(rf"\.({AROUND}|base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")  # the latter are PEFT's
 SHOWN = 3  # names in a message
 
 
@@ -100,7 +101,7 @@ def plain_name(name: str) -> str:
     >>> plain_name("base_model.model.model.layers.0.mlp.gate.modules_to_save.policy")
     'model.layers.0.mlp.gate'
     """
-    return WRAPPED.sub("", AROUND.sub("", name))
+    return WITHIN.sub("", FIRST.sub("", name))
 
 
 def _routers(experts: Mapping[str, int]) -> str:
