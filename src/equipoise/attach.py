@@ -19,7 +19,7 @@ from .policies.losses import AuxLoss, ZLoss
 from .policies.switch import Timed
 from .pressure import Layer
 
-__all__ = ["attach", "detach", "unbalanced_routers"]
+__all__ = ["attach", "detach", "part_of", "unbalanced_routers"]
 
 
 def _routers(parts: Sequence[nn.Module], example: Mapping[str, Any] | None) -> list[tuple[int, str, Any]]:
@@ -111,6 +111,20 @@ def _warn_of_frozen(layers: Sequence[Layer]) -> None:
     if frozen:
         which = "every router of this model is frozen" if len(frozen) == len(layers) else f"frozen: {', '.join(frozen)}"
         warnings.warn(f"{which}; loads are measured, nothing is pushed and no bias moves", stacklevel=4)
+
+
+def part_of(model: nn.Module, name: str) -> nn.Module:
+    """The module of this name, in whatever wraps the model. Raises ConfigError where there is none, or several."""
+    found = [n for n, _ in model.named_modules() if n == name or n.endswith(f".{name}")]
+    outermost = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+    if len(outermost) != 1:
+        names = ", ".join(found or [n for n, _ in model.named_children()]) or "no parts"
+        raise ConfigError(
+            expected="part= that names one module of the model",
+            got=f"{name!r}; {'it may be any of' if found else 'the model has'} {names}",
+            do="pass its name as named_modules() has it",
+        )
+    return model.get_submodule(outermost[0])
 
 
 def detach(layers: Sequence[Layer]) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attach import attach, detach
+from .attach import attach, detach, part_of
 from .collectives import Ranks
 from .declared import Declared
 from .describe import describe
 from .errors import ConfigError, InputError, StateError
 from .faults import Faults, no_forward
-from .meter import clear_slots, take
+from .meter import TokenLayout, clear_slots, take
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss
 from .policies.switch import Policy, losses_at, timeline
@@ -45,7 +45,9 @@ class Balancer(Stepping):
             micro-batches and ranks) or "sum" (they add up to the step's loss; needs ``begin_step(tokens=)``).
         sequences_per_micro_batch: for a loop that runs several micro-batches as one pass, which is often faster: scope
             "micro_batch" is then every so many sequences of a pass, as if each had run alone.
-        example: arguments of forward, to find another library's routers with; models of transformers bring their own.
+        example: arguments of forward, to find another library's routers with; models of transformers bring their own,
+            also inside a wrapper.
+        part: the name of what to balance inside ``model``, where a wrapper holds other MoE models too: "llm".
         measure_estimators: compare prefix, previous, ema and filled with the exact f at every step; see ``fidelity()``.
         gradient_norms: measure each policy's gradient against the language model's at the routers.
         on_fault: what a guard does that finds a bad step (NaN logits, a push that never arrived, ...): "raise" on all
@@ -79,6 +81,7 @@ class Balancer(Stepping):
         reduction: str = "mean",
         sequences_per_micro_batch: int | None = None,
         example: Mapping[str, Any] | None = None,
+        part: str | None = None,
         measure_estimators: bool = False,
         gradient_norms: bool = True,
         on_fault: str = "raise",
@@ -89,6 +92,7 @@ class Balancer(Stepping):
             )
         self.policies = list(policies)
         schedule, parts = timeline(self.policies), [model] if isinstance(model, nn.Module) else list(model)
+        parts = parts if part is None else [part_of(one, part) for one in parts]
         ranks, ends_steps = ranks or Ranks.default(), hookable(optimizer)
         self._example = example
         faults = Faults(on_fault, ranks.everyone)
@@ -211,6 +215,22 @@ class Balancer(Stepping):
         self._forget()
         self._faults.noted = None
         self._untapped = 0
+
+    @contextmanager
+    def layout(self, lies: TokenLayout) -> Iterator[None]:
+        """Around forwards of another library's model: how their tokens lie, over what its arguments tell.
+
+        For masks that say who sees whom, and documents that nothing else numbers. Holds for routers whose tokens are
+        as many: ``with balancer.layout(TokenLayout(B, token_mask_T)): loss = model(...).loss``.
+        """
+        layouts = list({id(at): at for one in self._layers if (at := getattr(one.router, "layout", None))}.values())
+        for at in layouts:
+            at.said = lies
+        try:
+            yield
+        finally:
+            for at in layouts:
+                at.said = None
 
     def skip(self) -> None:
         """Says that the optimizer skips this step (a spike, an overflow): forgotten like `discard`, and counted.

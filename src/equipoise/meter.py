@@ -76,6 +76,8 @@ class Placed(NamedTuple):
     tokens: int  # rows of the call
     batch: TokenLayout
     rows_T: Tensor | None = None  # which tokens of the batch its rows are; None: all of them, in order
+    piece: int | None = None  # its first token, where the router sees other tokens than the model: perhaps in pieces
+    unread: str = ""  # what was passed as a mask and tells nobody what is padding
 
 
 class LocalTerm(NamedTuple):
