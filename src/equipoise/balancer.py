@@ -200,7 +200,7 @@ class Balancer(Stepping):
                 got=f"shape {tuple(loss.shape)}",
                 do="tap the mean loss, or pass scale= with a stage's activations",
             )
-        taken = [take(bank.meters) for bank in banks]
+        taken = self._passes[part].take(loss)
         if rehearsing():  # what it proposed is taken, and forgotten
             return loss
         if not any(self._micro_steps):

@@ -146,7 +146,7 @@ class Layout:
             if not torch.compiler.is_compiling():
                 self.noted_in, self._pieces = torch._C._current_graph_task_id(), {}
             if self.forward_pass is not None and not level.outermost:  # a loop with a head of its own
-                self.forward_pass.without_grad = not torch.is_grad_enabled()
+                self.forward_pass.enter()
         self._placed = {}
         level.note(args, kwargs)
         level.open = True
@@ -154,8 +154,8 @@ class Layout:
     def leave(self, level: Level) -> None:
         level.open = False
         if not self.runs:
-            if self.forward_pass is not None:
-                self.forward_pass.without_grad = False
+            if self.forward_pass is not None and not level.outermost:
+                self.forward_pass.leave()
             self._check_pieces()
 
     def place(self, way: Sequence[Level], tokens: int, pictures: bool | None = None, *, router: str = "") -> Placed:

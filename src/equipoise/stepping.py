@@ -17,6 +17,7 @@ from .forwards import Forwards
 from .ledger import Ledger, rows_of
 from .looking import at_hand
 from .meter import Meter, clear_slots
+from .passes import Passes
 from .policies.losses import AuxLoss
 from .policies.switch import Timed, losses_at
 from .pressure import Bank, Bound, Layer, MicroStep, banks_of, bind
@@ -70,7 +71,8 @@ class Stepping:
         self._declared = Declared()
         self._committed: list[Committed] | None = None
         self._fidelity: dict[str, dict[str, float]] | None = None
-        self._forwards = Forwards(self._parts, self._layers)
+        self._passes = [Passes(self._of(part)) for part in range(len(self._parts))]
+        self._forwards = Forwards(self._parts, self._layers, self._passes)
         self._watch = Watch(self._parts, self._layers)
 
     # ---------------------------------------------------------------- backward and the optimizer call these
@@ -116,6 +118,8 @@ class Stepping:
         """Recompute proposed again what was already taken, and the push is done: forget both."""
         self._backward = None
         clear_slots(self._meters)
+        for passes in self._passes:
+            passes.forget()
         for bank in self._banks:
             bank.release()
         self._watch.backward_ended()
@@ -321,6 +325,8 @@ class Stepping:
     def _forget(self) -> None:
         for bank in self._banks:
             bank.forget_step()
+        for passes in self._passes:
+            passes.forget()
         if self._pending is not None:  # others take part in it
             self._pending()
         self._pending = self._backward = self._silent = self._good = None
