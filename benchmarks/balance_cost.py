@@ -122,8 +122,9 @@ def counted_sums(layers: int, experts: int, estimator: str = "previous", micro_b
 
 # ---------------------------------------------------------------- a training step
 
-POLICIES: dict[str, list[Any]] = {
-    "none": [],
+POLICIES: dict[str, list[Any] | None] = {
+    "none": None,
+    "look": [],
     "micro": [AuxLoss("micro_batch")],
     "sequence": [AuxLoss("sequence")],
     "global filled": [AuxLoss("global_batch")],
@@ -153,7 +154,7 @@ class Trained:
 
     def step(self, policies: str, watched: Callable[[Callable[[], None]], None]) -> None:
         """Runs a step under ``watched``, with what the policies kept from their last step."""
-        balancer = Balancer(self.model, POLICIES[policies]) if POLICIES[policies] else None
+        balancer = Balancer(self.model, chosen) if (chosen := POLICIES[policies]) is not None else None
         if balancer and policies in self.states:
             balancer.load_state_dict(self.states[policies])
 
@@ -222,7 +223,7 @@ def routers_alone(policies: str, shape: tuple[int, ...], rounds: int = 20) -> li
     layers, width, experts, top_k, tokens = shape
     routers = nn.ModuleList(Router(width, experts, top_k) for _ in range(layers))
     free, x_TD = copy.deepcopy(routers), torch.randn(tokens, width)
-    balancer = Balancer(routers, POLICIES[policies])
+    balancer = Balancer(routers, POLICIES[policies] or [])
     without, balanced = trained(free, None, x_TD), trained(routers, balancer, x_TD)
     added = []
     for index in range(rounds + 2):
@@ -301,7 +302,7 @@ def show_step(arguments: argparse.Namespace) -> None:
         low, middle, high = statistics.quantiles(found, n=4)
         start, end = bootstrap(found)
         cells = f"{name:>16} {f'{middle:.4f} [{start:.4f}-{end:.4f}] ({low:.3f}-{high:.3f})':>32}"
-        if POLICIES[name]:
+        if POLICIES[name] is not None:
             alone = routers_alone(name, shape)
             one, (least, most) = statistics.median(plain), bootstrap(alone)
             finer = f"{1 + statistics.median(alone) / one:.4f} [{1 + least / one:.4f}-{1 + most / one:.4f}]"

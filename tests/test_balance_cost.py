@@ -35,6 +35,7 @@ CEILINGS = {
     "loss-free": (52, 185, 10, 4),
     "deepseek-v3": (90, 195, 20, 264),
     "z": (66, 165, 18, 260),
+    "look": (31, 150, 5, 0),
 }
 
 
@@ -45,7 +46,7 @@ def test_what_a_policy_adds_to_a_step(bench, policies):
     assert 0 < added.operations[0] <= each
     assert 0 < added.operations[1] <= once + GUARDS
     assert 0 < added.bytes_touched[0] <= passes * 4 * 64
-    assert added.bytes_kept <= kept
+    assert added.bytes_kept <= kept  # of who only looks: nothing at all
     assert added.sums == 0  # alone: a group of one sums nothing
 
 

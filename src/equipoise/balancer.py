@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attach import attach, detach, part_of
+from .attach import attach, detach, part_of, undo
 from .collectives import Ranks
 from .declared import Declared
 from .describe import describe
 from .errors import ConfigError, InputError, StateError
+from .evaluation import evaluating
 from .faults import Faults, no_forward
-from .meter import TokenLayout, clear_slots, take
+from .layout import saying
+from .meter import TokenLayout, take
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss
 from .policies.switch import Policy, losses_at, timeline
@@ -36,7 +38,8 @@ class Balancer(Stepping):
     Args:
         model: any module with ``equipoise.layers.Router`` inside, or a MoE model of transformers; a list of the parts
             that this rank holds of one (interleaved and zero-bubble pipelines).
-        policies: what measures and what pushes; their gradients add up (see ``equipoise.policies``).
+        policies: what pushes; their gradients add up (see ``equipoise.policies``). With none, ``[]``, everything is
+            measured and nothing changed: gradients, the model's own balance loss and its outputs are as without.
         optimizer: whose step ends a step. Default: the torch optimizer that holds the routers' parameters.
         ranks: which ranks see different tokens, and hold other layers (see ``equipoise.collectives``). Default: all
             ranks of ``torch.distributed`` hold the same layers and see other sequences. All ranks make their balancer
@@ -53,8 +56,11 @@ class Balancer(Stepping):
         on_fault: what a guard does that finds a bad step (NaN logits, a push that never arrived, ...): "raise" on all
             ranks, or "warn": leave the step unbalanced, count it (``balance/faulty_steps``) and go on.
 
+    While it is attached, ``own_loss`` (see `equipoise.own_loss`) holds what policies replace of the model's own
+    balance loss; ``remove()`` puts that back.
+
     Raises:
-        ConfigError: no policy, no router, an unknown name, or a bias rule known to fail with the router's gate.
+        ConfigError: no router, an unknown name, or a bias rule known to fail with the router's gate.
         StateError: the model already has a balancer; later, calls in an order that would train something else.
 
     What counts as a step, which tokens are divided by, and how they lie is in docs/what-counts.md; ``describe()`` says
@@ -96,7 +102,7 @@ class Balancer(Stepping):
         ranks, ends_steps = ranks or Ranks.default(), hookable(optimizer)
         self._example = example
         faults = Faults(on_fault, ranks.everyone)
-        layers, self._switched_off = attach(
+        layers, self.own_loss = attach(
             parts,
             schedule,
             measure_estimators=measure_estimators,
@@ -109,8 +115,8 @@ class Balancer(Stepping):
         estimators = ("prefix", "previous", "ema", "filled") if measure_estimators else ()
         try:
             super().__init__(parts, layers, schedule, ranks, faults, reduction=reduction, estimators=estimators)
-        except ConfigError:
-            detach(layers)
+        except BaseException:
+            undo(layers, self.own_loss)
             raise
         self._watch.listen(Steps(self._before_step, self._commit, self._step_inside_backward), ends_steps)
         for layer in layers:
@@ -187,12 +193,12 @@ class Balancer(Stepping):
                 (sum, number of tokens)): the scale is then that of their mean.
         """
         if not (torch.is_grad_enabled() and loss.requires_grad):
-            clear_slots(self._meters, first=2)  # and not a training forward whose loss is still to be tapped
+            self._clear_slots(first=2)  # and not a training forward whose loss is still to be tapped
             return loss
         part = self._forwards.last_part
         banks = self._of(part)
         if not any(layer.router.training for bank in banks for layer in bank.layers):
-            self._evaluated = bool(banks)
+            self._evaluated = bool(banks) and not self._evaluating
             return loss
         if scale is None and loss.numel() != 1:
             raise InputError(
@@ -210,27 +216,51 @@ class Balancer(Stepping):
         self._note_silence(banks, [one.statistics_LS for one in taken], silent)
         return tapped(loss, self, MicroBatch(part, taken), scale, tokens)
 
+    @contextmanager
+    def evaluation(self) -> Iterator[dict[str, float]]:
+        """Around forwards of the model in ``eval()`` mode, without gradient: counts what its routers see there.
+
+        Yields a dict that is filled when the context is left, with the names of `metrics` (loads alone: nothing is
+        pushed). Padding is left out, and all ranks are summed: they enter together, and one without batches takes part
+        all the same. Nothing of it reaches the step under way; outside of it evaluation counts nothing.
+
+        Where sequences are cut over ranks, what is measured inside a sequence or micro-batch is left out. Raises
+        StateError inside another evaluation, and where no router ran.
+
+        >>> from equipoise import Balancer, MoE
+        >>> model = MoE(dim=8, hidden=16, num_experts=4, top_k=2).eval()
+        >>> with Balancer(model, []).evaluation() as found:
+        ...     _ = model(torch.randn(2, 6, 8))
+        >>> found["balance/tokens"]
+        12.0
+        """
+        attached = all(layer.router.meter is layer.meter for layer in self._layers)
+        if self._evaluating or not attached:
+            raise StateError(
+                expected="one evaluation at a time, of a model that is balanced",
+                got="an evaluation inside another" if self._evaluating else "one after remove()",
+                do="leave the first before the next" if self._evaluating else "evaluate before you call remove()",
+            )
+        self._evaluating = True
+        try:
+            with evaluating(self._banks, self._ledger, self._device) as found:
+                yield found
+        finally:
+            self._evaluating = False
+
     def discard(self) -> None:
         """Forgets the micro-batches since the last step: after out-of-memory, or with ``zero_grad`` without a step."""
         self._forget()
         self._faults.noted = None
         self._untapped = 0
 
-    @contextmanager
-    def layout(self, lies: TokenLayout) -> Iterator[None]:
+    def layout(self, lies: TokenLayout) -> AbstractContextManager[None]:
         """Around forwards of another library's model: how their tokens lie, over what its arguments tell.
 
         For masks that say who sees whom, and documents that nothing else numbers. Holds for routers whose tokens are
         as many: ``with balancer.layout(TokenLayout(B, token_mask_T)): loss = model(...).loss``.
         """
-        layouts = list({id(at): at for one in self._layers if (at := getattr(one.router, "layout", None))}.values())
-        for at in layouts:
-            at.said = lies
-        try:
-            yield
-        finally:
-            for at in layouts:
-                at.said = None
+        return saying([layer.router.layout for layer in self._layers if hasattr(layer.router, "layout")], lies)
 
     def skip(self) -> None:
         """Says that the optimizer skips this step (a spike, an overflow): forgotten like `discard`, and counted.
@@ -248,14 +278,16 @@ class Balancer(Stepping):
         """Optimizer steps committed so far."""
         return self._step
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, layers: bool = True) -> dict[str, float]:
         """The last committed step as flat names: loss and gradient_ratio per policy, MaxVio per scope, ...
 
         ``balance/policy_0/loss`` is 1 in balance; ``.../gradient_ratio`` is the norm of the policy's gradient at the
         router logits over that of the language-model loss; ``balance/maxvio_micro_batch`` and ``_sequence`` are means.
+        ``layers=False`` leaves out the numbers of each layer, ``balance/layer_03/...``, and keeps their means.
         """
-        found = metrics(self._last(), self._timeline, self._step - 1, self._skipped)
-        return found | {"balance/faulty_steps": float(self._faults.steps)}
+        found = metrics(self._last(), self._timeline, self._step - 1, layers=layers)
+        left = {"skipped_steps": self._skipped, "faulty_steps": self._faults.steps}
+        return found | {f"balance/{key}": float(number) for key, number in left.items()}
 
     def load(self) -> list[Tensor]:
         """Counts of the last committed global batch, one (E,) int64 tensor a layer."""
@@ -272,7 +304,7 @@ class Balancer(Stepping):
             self._layers,
             self._timeline,
             self._ranks,
-            switched_off=self._switched_off,
+            switched_off=self.own_loss.words,
             ends_with=self._watch.ends_with,
             declared=self._declared,
             reduction=self._reduction,
@@ -345,12 +377,15 @@ class Balancer(Stepping):
         self._commit()
 
     def remove(self) -> None:
-        """Detaches from the model and the optimizers; biases stay where they are."""
+        """Detaches from the model and the optimizers, and puts the model's own balance loss back as it was.
+
+        Biases stay where they are, and the model goes on choosing with them.
+        """
         if (fault := self._faults.late()) is not None:
             warnings.warn(fault, stacklevel=2)
         self._watch.remove()
         self._forwards.remove()
-        detach(self._layers)
+        detach(self._layers, self.own_loss)
 
     def _last(self) -> list[Committed]:
         if self._committed is None:

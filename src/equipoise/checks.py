@@ -30,7 +30,8 @@ def check_before_step(
     """
     pushes = any(isinstance(t.policy, AuxLoss | ZLoss) and t.active(step) for t in timeline)
     counted = any(layer.meter.leaf.grad is not None for layer in layers)
-    if not any(micro_steps) and pushes and any(layer.trainable for layer in layers):
+    learns = any(layer.trainable for layer in layers)
+    if not any(micro_steps) and (not timeline or (pushes and learns)):
         raise StateError(
             expected="loss = balancer.tap(loss) before backward in every step",
             got="an optimizer step whose backward passed no tap"

@@ -16,6 +16,7 @@ from .pressure import Layer
 __all__ = ["describe"]
 
 WIDTH = 80
+LOOKS = "none: loads are measured and nothing is balanced; the model's own balance loss is as it was"
 
 
 def describe(
@@ -39,7 +40,7 @@ def describe(
     facts = {
         "routers": f"{len(layers)}",
         "layouts": "; ".join(dict.fromkeys(_layout(layer) for layer in layers)),
-        "policies": "; ".join(_policy(timed) for timed in timeline),
+        "policies": "; ".join(_policy(timed) for timed in timeline) or LOOKS,
         "tokens": _tokens(declared, reduction),
         "a step ends": f"with {ends_with}, as the last one did" if ends_with else _step_to_come(),
         "ranks": _ranks(ranks),

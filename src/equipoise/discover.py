@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, EquipoiseError
-from .facts import facts_of
+from .facts import facts_of, facts_seen
 from .foreign import ForeignRouter
 from .layout import Layout
 from .native import NativeBias, find_native, managed_by_fsdp
@@ -22,15 +22,18 @@ from .probing import Call, Probe, kept, unwrapped
 from .readers import Read, named_parts, special_of, take_apart
 from .registry import registered_for
 
-__all__ = ["example_of", "find_foreign", "switch_off_own_loss"]
+__all__ = ["example_of", "find_foreign"]
 
 
-def find_foreign(model: nn.Module, example: Mapping[str, Any] | None) -> list[tuple[str, ForeignRouter]]:
+def find_foreign(
+    model: nn.Module, example: Mapping[str, Any] | None, *, look: bool = False
+) -> list[tuple[str, ForeignRouter]]:
     """Runs the model a few times on a small example, in evaluation, and returns its routers by name.
 
     Args:
         example: arguments of the model's forward; default: what a transformers model, or one inside, calls its
             ``dummy_inputs``.
+        look: nothing is to be pushed, so that a router has to show its choices and nothing more.
 
     Raises ConfigError for a router of a kind that cannot be balanced, by name and with what is missing.
     """
@@ -47,7 +50,7 @@ def find_foreign(model: nn.Module, example: Mapping[str, Any] | None) -> list[tu
     if (ran := _first_with_routers(model, example, modules)) is None:
         return []
     probe, calls, shells = ran
-    fixed = [name for name in calls if special_of(modules[name]).fixed]
+    fixed = [name for name in calls if special_of(modules[name]).fixed and not look]
     for name in fixed:
         del calls[name]
     if not calls:
@@ -59,10 +62,11 @@ def find_foreign(model: nn.Module, example: Mapping[str, Any] | None) -> list[tu
     for name in calls:
         kinds.setdefault((type(modules[name]), type(modules[blocks[name]])), []).append(name)
     natives = {name: find_native(modules[name], modules[blocks[name]]) for name in calls}
-    facts = {name: facts_of(modules[name], name, call) for name, call in calls.items()}
-    swapped = {name for name, of_it in facts.items() if of_it.swapped}
-    _check_weights_are_used(probe, modules, list(kinds.values()), swapped)
-    deaf = _ignoring_ids(probe, modules, [names for names in kinds.values() if natives[names[0]] is None], swapped)
+    facts = {name: (facts_seen if look else facts_of)(modules[name], name, call) for name, call in calls.items()}
+    swapped, deaf = {name for name, of_it in facts.items() if of_it.swapped}, set()
+    if not look:
+        _check_weights_are_used(probe, modules, list(kinds.values()), swapped)
+        deaf = _ignoring_ids(probe, modules, [names for names in kinds.values() if natives[names[0]] is None], swapped)
     if fixed:
         warnings.warn(f"not balanced, because {special_of(modules[fixed[0]]).fixed}: {', '.join(fixed)}", stacklevel=4)
     layout, managed = Layout(model, list(facts)), list(managed_by_fsdp(model))
@@ -296,27 +300,3 @@ def _ignoring_ids(probe: Probe, modules: dict[str, nn.Module], kinds: list[list[
             dimmed = probe({modules[name]: changing(name, 0.5, turn=False) for name in names})
             deaf |= set() if all(map(torch.equal, plain, dimmed)) else set(names)
     return deaf
-
-
-def switch_off_own_loss(model: nn.Module) -> list[str]:
-    """So that nothing is balanced twice (B09, B11, B12: that loss is pooled over layers and scaled by the engine).
-
-    Returns what was switched off, in words.
-    """
-    done = []
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    on = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
-    for config in on:
-        config.output_router_logits = False
-        done.append(f"{type(config).__name__}.output_router_logits, the model's own balance loss")
-    for module in model.modules():
-        if isinstance(getattr(module, "router_aux_loss_coef", None), float):
-            if module.router_aux_loss_coef:
-                done.append(f"{type(module).__name__}.router_aux_loss_coef, which was {module.router_aux_loss_coef}")
-            module.router_aux_loss_coef = 0.0  # type: ignore[assignment]
-    if on:
-        warnings.warn(
-            "this model's own balance loss (output_router_logits) is switched off: the balancer's policies replace it",
-            stacklevel=4,
-        )
-    return done

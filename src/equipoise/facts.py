@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from .probing import Call, in_mode, run_again, run_in_training
 from .readers import Read, special_of
 from .registry import registered_for
 
-__all__ = ["CLOSE", "Facts", "distance", "facts_of", "logits_of", "made_of", "may_drop"]
+__all__ = ["CLOSE", "Facts", "distance", "facts_of", "facts_seen", "logits_of", "made_of", "may_drop"]
 
 CLOSE = 2e-2  # weights may be bf16
 SPREAD = 2.0  # of the logits that tell the gates apart
@@ -81,6 +82,21 @@ def facts_of(module: nn.Module, name: str, call: Call) -> Facts:
     why = "" if plain or drops else "it leaves out experts that a choice by its logits would take (groups, masks)"
     return Facts(experts, top_k, best.gate, probabilities, best.normalize, best.scale, not drops, why, 0, pictures,
                  swapped, may_drop(module))  # fmt: skip
+
+
+def facts_seen(module: nn.Module, name: str, call: Call) -> Facts:
+    """For who only looks: where weights follow from no gate, that of the probabilities is taken to be softmax."""
+    try:
+        return facts_of(module, name, call)
+    except ConfigError:
+        warnings.warn(
+            f"what the weights of {type(module).__name__} ({name}) follow from is not known: balance/maxvio_gate there "
+            "is that of a softmax of its logits",
+            stacklevel=6,
+        )
+        experts, top_k = call.read.logits_TE.shape[1], call.read.weights_TK.shape[1]
+        return Facts(experts, top_k, "softmax", _are_probabilities(call.read.logits_TE), False, 1.0, False,
+                     may_drop=may_drop(module))  # fmt: skip
 
 
 def _drops(module: nn.Module, call: Call, seen: Read) -> bool:

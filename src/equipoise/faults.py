@@ -19,7 +19,7 @@ from .collectives import Group
 from .errors import ConfigError, EquipoiseError, InputError, StateError
 from .looking import at_hand
 
-__all__ = ["Expected", "Faults", "Letter", "Verdict", "gradients_moved", "no_forward", "verdict"]
+__all__ = ["Expected", "Faults", "Letter", "Verdict", "gradients_moved", "no_forward", "not_finite", "verdict"]
 
 CLOSE = 1e-6  # of a number of tokens that was declared
 

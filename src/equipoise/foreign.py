@@ -144,17 +144,20 @@ class ForeignRouter:
                 normalize=self.facts.normalize,
                 scale=self.facts.scale,
                 masked=True,
+                check=self._meter is None or self._meter.at_once,
+                name="" if self._meter is None else self._meter.name,
             )
             weights_TK = again_TK.to(weights_TK.dtype)
-        if self._meter is not None:
+        if self._meter is not None and self._meter.sees(training=module.training):
             weights_TK = self._tie(self._meter, weights_TK, logits_TE[:, : self.num_experts], ids_TK)
+        if weights_TK is parts.found.weights_TK:  # only looked at
+            return None
         return parts.put(weights_TK, None if self.own_bias is None else ids_TK)
 
     def _tie(self, meter: Meter, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        placed = self._placed(meter, len(ids_TK))
-        if self.training and torch.is_grad_enabled():
-            self._check(placed, meter)
-        batch, rows_T = placed.batch, placed.rows_T
+        placed = self.layout.on(self._placed(meter, len(ids_TK)), ids_TK.device)
+        self._check(placed, meter)
+        batch, rows_T, given_TK = placed.batch, placed.rows_T, weights_TK
         if rows_T is not None:  # back to where the tokens lie in their sequences; the others are masked
             assert batch.valid_T is not None
             whole = len(batch.valid_T)
@@ -166,14 +169,17 @@ class ForeignRouter:
             ids_TK = ids_TK.masked_fill(ids_TK < 0, choices - 1)
         counts_BE = count_choices(ids_TK, choices, batch.token_mask_T, batch.rows)[:, : self.num_experts]
         tied_TK = tie(meter, weights_TK, logits_TE, ids_TK, counts_BE, batch, training=self.module.training)
+        if tied_TK is weights_TK:
+            return given_TK
         return tied_TK if rows_T is None else tied_TK[rows_T]
 
     def _check(self, placed: Placed, meter: Meter) -> None:
         """Raises InputError where padding is not known, or a load inside a micro-batch comes in pieces."""
-        if placed.unread:
+        trains = self.training and torch.is_grad_enabled()
+        if placed.unread and (trains or meter.evaluation is not None):
             raise not_read(self.name, placed.tokens, placed.unread)
         inside = [term.kind for term in meter.plan.terms if term.kind != "late"]
-        if placed.piece and inside:
+        if placed.piece and inside and trains:
             raise InputError(
                 expected="all tokens of a forward in one call of a router, for a scope inside a micro-batch",
                 got=f"router {self.name!r} that sees them in pieces (tiles), and scope {inside[0]!r}",
@@ -185,14 +191,15 @@ class ForeignRouter:
 
         Raises StateError where a loss was made of several passes and nothing tells which of them runs again.
         """
-        name = self.name if self.training else ""
+        name = self.name if self.training or meter.evaluation is not None else ""
         if torch.compiler.is_compiling():
             return self.layout.place(self._way, tokens, self.facts.pictures)
         backward = torch._C._current_graph_task_id()
         forward = backward == self.layout.noted_in  # or all of the model runs again
         known = [] if forward else [placed for placed in meter.placed_late if placed.tokens == tokens]
         if not known:
-            if forward and self.training and meter.which_slot == 0 and not self.layout.runs:
+            counts = meter.which_slot == 0 if self.training else meter.evaluation is not None
+            if forward and counts and not self.layout.runs:
                 raise StateError(
                     expected="a forward of the model that Balancer was given: its arguments tell padding and sequences",
                     got=f"a {type(self.module).__name__} that runs in a call of a part of it",

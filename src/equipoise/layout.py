@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from .errors import InputError
 from .meter import ForwardPass, Placed, TokenLayout
 
-__all__ = ["Layout", "Level", "not_read", "router_tokens"]
+__all__ = ["Layout", "Level", "not_read", "router_tokens", "saying"]
 
 TOKENS = ("input_ids", "inputs_embeds")
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")  # (N + 1,) where documents begin and end
@@ -119,6 +120,7 @@ class Layout:
         self.said: TokenLayout | None = None  # by the user, over what was read
         self.forward_pass: ForwardPass | None = None
         self._placed: dict[tuple[int, int, bool | None], Placed] = {}  # of this forward, for all of its layers
+        self._elsewhere: dict[tuple[int, torch.device], tuple[Placed, Placed]] = {}  # the same on other devices
         self._pieces: dict[str, _Piece] = {}  # router -> its tokens so far, where it sees a forward's in pieces
         self._levels: dict[str, Level] = {}
         self._hooks = []
@@ -147,7 +149,7 @@ class Layout:
                 self.noted_in, self._pieces = torch._C._current_graph_task_id(), {}
             if self.forward_pass is not None and not level.outermost:  # a loop with a head of its own
                 self.forward_pass.enter()
-        self._placed = {}
+        self._placed, self._elsewhere = {}, {}
         level.note(args, kwargs)
         level.open = True
 
@@ -215,9 +217,35 @@ class Layout:
                 self._pieces = {}
                 raise not_read(router, piece.until, f"a mask of {piece.whole} tokens")
 
+    def on(self, placed: Placed, device: torch.device) -> Placed:
+        """The same on a router's device, moved once a forward."""
+        tensors = (*placed.batch[1:], placed.rows_T)
+        if all(tensor is None or tensor.device == device for tensor in tensors):
+            return placed
+        rows_T = None if placed.rows_T is None else placed.rows_T.to(device)
+        if torch.compiler.is_compiling():
+            return placed._replace(batch=placed.batch.on(device), rows_T=rows_T)
+        key = (id(placed), device)
+        if key not in self._elsewhere:  # with what it was made of, whose id is not to be used again
+            self._elsewhere[key] = (placed, placed._replace(batch=placed.batch.on(device), rows_T=rows_T))
+        return self._elsewhere[key][1]
+
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+
+@contextmanager
+def saying(layouts: Iterable[Layout], lies: TokenLayout) -> Iterator[None]:
+    """Over what these read in forwards inside."""
+    layouts = list(layouts)
+    for layout in layouts:
+        layout.said = lies
+    try:
+        yield
+    finally:
+        for layout in layouts:
+            layout.said = None
 
 
 class _Piece(NamedTuple):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .collectives import Ranks
 from .errors import ConfigError
+from .looking import sent
 from .meter import Plan
 from .pressure import Bank, Layer
 from .reconcile import step_sums, sums_size
@@ -62,34 +63,33 @@ class Ledger:
         """Of all routers of all stages."""
         return [name for sheet in self.sheets for name in sheet.names]
 
-    def start(self, tail: Tensor) -> Callable[[], list[Tensor]]:
+    def start(self, tail: Tensor, known: Callable[[Bank], Tensor] = step_sums) -> Callable[[], list[Tensor]]:
         """Begins the sum of the step over everyone; returns what waits for it: (rows, sums_size) for each sheet, and
-        the sum of ``tail``, a few numbers of this rank."""
-        parts = [*(self._filled(sheet, tail.device) for sheet in self.sheets), tail]
+        the sum of ``tail``, a few numbers of this rank. ``known``: what a bank adds up to, if not the step's."""
+        parts = [*(self._filled(sheet, tail.device, known) for sheet in self.sheets), tail]
         wait = self._ranks.everyone.start_sum(torch.cat([part.flatten() for part in parts]))
         sizes = [part.numel() for part in parts]
         return lambda: [sums.view_as(part) for sums, part in zip(wait().split(sizes), parts, strict=True)]
 
-    def _filled(self, sheet: Sheet, device: torch.device) -> Tensor:
+    def _filled(self, sheet: Sheet, device: torch.device, known: Callable[[Bank], Tensor]) -> Tensor:
         """The sheet with what this rank knows; zero elsewhere."""
         if len(sheet.own) == 1 and sheet.own[0][1] == list(range(len(sheet.places))):
-            return step_sums(sheet.own[0][0])  # as a rule
-        own = [(step_sums(bank), rows) for bank, rows in sheet.own]
+            return known(sheet.own[0][0]).to(device)  # as a rule
         filled = torch.zeros(len(sheet.places), sums_size(sheet.plan), dtype=torch.float64, device=device)
-        for sums, rows in own:
-            filled[torch.tensor(rows, device=device)] = sums
+        for bank, rows in sheet.own:
+            filled[sent(rows, device).long()] = known(bank).to(device)
         return filled
 
     def sum_tokens(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """One sum over the ranks that hold these layers, whatever their number of experts."""
-        flat = self._ranks.tokens.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+        flat = self._ranks.tokens.sum(torch.cat([tensor.flatten().to(tensors[0].device) for tensor in tensors]))
         pieces = flat.split([tensor.numel() for tensor in tensors])
-        return [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
+        return [piece.view_as(tensor).to(tensor.device) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 def rows_of(sums: Tensor, rows: list[int]) -> Tensor:
     """Some rows of a sheet; the sheet itself where they are all of it."""
-    return sums if rows == list(range(len(sums))) else sums[torch.tensor(rows, device=sums.device)]
+    return sums if rows == list(range(len(sums))) else sums[sent(rows, sums.device).long()]
 
 
 def _sheet(plan: Plan, everything: Sequence[tuple], stage: tuple[int, ...], banks: Sequence[Bank]) -> Sheet:

@@ -27,6 +27,5 @@ def sent(numbers: Sequence[float], device: torch.device) -> Tensor:
     >>> sent([1, 2], torch.device("cpu"))
     tensor([1., 2.], dtype=torch.float64)
     """
-    if device.type != "cuda":
-        return torch.tensor(numbers, dtype=torch.float64, device=device)
-    return torch.tensor(numbers, dtype=torch.float64, pin_memory=True).to(device, non_blocking=True)
+    pinned = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.float64, pin_memory=pinned).to(device, non_blocking=pinned)

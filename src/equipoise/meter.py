@@ -25,7 +25,9 @@ __all__ = [
     "Taken",
     "TokenLayout",
     "clear_slots",
+    "gathered",
     "overwrite",
+    "recomputes",
     "take",
 ]
 
@@ -66,6 +68,15 @@ class TokenLayout(NamedTuple):
         """B, and 1 where it is not known."""
         return 1 if self.num_sequences is None else self.num_sequences
 
+    def on(self, device: torch.device) -> TokenLayout:
+        """The same on a layer's device: of a model on several GPUs the arguments lie on one of them.
+
+        >>> TokenLayout(2, torch.ones(4, dtype=torch.bool)).on(torch.device("meta")).token_mask_T.device
+        device(type='meta')
+        """
+        masks = (self.token_mask_T, self.document_T, self.valid_T)
+        return TokenLayout(self.num_sequences, *(None if mask is None else mask.to(device) for mask in masks))
+
 
 Batch = TokenLayout  # its name in scripts that were written before it was public
 
@@ -102,6 +113,13 @@ class Plan(NamedTuple):
     shards: int = 1  # ranks that hold parts of the same sequences: the tap adds up their loads
     weights: tuple[bool, float] | None = None  # (normalized, scale) of scores: the norm behind, if no probe can stand
     idle: int = 0  # expert ids from num_experts on that may be chosen and do no work: they are no load
+    looks: bool = False  # nothing is pushed: what forward proposes is all there is, and backward is left as it was
+
+    @property
+    def to_look(self) -> Plan:
+        """Of the same router, without what only a policy asks for."""
+        few = {"terms": (), "z_loss": False, "norms": False, "gram": False, "shards": 1, "looks": True}
+        return self._replace(**few)
 
     @property
     def unbiased(self) -> bool:
@@ -164,6 +182,11 @@ class Taken(NamedTuple):
     placed: list[list[Placed]]  # of each router, one per call with gradient, where it is another library's
 
 
+def recomputes() -> bool:
+    """Whether this forward runs inside a backward, for gradient checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class ForwardPass:
     """How a part of the model is being run: set around its forward, shared by its meters."""
 
@@ -194,8 +217,9 @@ class Meter:
     ``pressure`` keeps its address for life: compiled graphs and saved tensors hold it, and the tap writes it late.
     """
 
-    def __init__(self, plan: Plan, device: torch.device | str = "cpu") -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, device: torch.device | str = "cpu", name: str = "") -> None:
+        self.plan, self.name = plan, name
+        self.evaluation: Tensor | None = None  # (to_look.forward_size,) while `Balancer.evaluation` runs
         self.forward_pass = ForwardPass()
         self.at_once = True  # a guard in forward may raise where it stands: see `equipoise.faults`
         self._make(device)
@@ -219,6 +243,10 @@ class Meter:
         square = (plan.num_experts, plan.num_experts) if plan.gram else (0, 0)
         self.slots = [torch.zeros(plan.forward_size, **fp64) for _ in range(3)]
         self.grams = [torch.zeros(square, **fp64) for _ in range(3)]
+
+    def sees(self, *, training: bool) -> bool:
+        """Whether a forward in this mode is measured; who only looks has seen what runs again in backward."""
+        return not (self.plan.looks and recomputes()) if training else self.evaluation is not None
 
     @staticmethod
     def of(key: int) -> Meter:
@@ -244,6 +272,7 @@ class Meter:
         self.pressure = self.pressure.to(device)
         self.written, self.bad_documents = self.pressure.data, self.bad_documents.to(device)
         self.slots, self.grams = [s.to(device) for s in self.slots], [g.to(device) for g in self.grams]
+        self.evaluation = None if self.evaluation is None else self.evaluation.to(device)
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copied model (an EMA, a teacher) is not balanced by anybody: its routers get no meter."""
@@ -256,21 +285,32 @@ class Meter:
 def take(meters: Sequence[Meter]) -> Taken:
     """The micro-batch that just went forward through the routers of one plan; empties their slots."""
     plan = meters[0].plan
-    slots_3LS = torch.stack([slot for which in range(3) for slot in (m.slots[which] for m in meters)])
+    device = meters[0].leaf.device
+    slots_3LS = gathered([slot for which in range(3) for slot in (m.slots[which] for m in meters)], device)
     slots_3LS = slots_3LS.view(3, len(meters), -1)
-    ran_3L1 = slots_3LS[:, :, plan.at("calls"), None] > 0
+    ran_3L1 = slots_3LS.select(2, plan.at("calls")).unsqueeze(-1) > 0
 
     def first_that_ran(of_3: Tensor, ran_3: Tensor) -> Tensor:
-        return torch.where(ran_3[0], of_3[0], torch.where(ran_3[1], of_3[1], of_3[2]))
+        (ran, again, _), (one, other, last) = ran_3.unbind(), of_3.unbind()
+        return torch.where(ran, one, torch.where(again, other, last))
 
     gram_LEE = None
     if plan.gram:
-        grams_3LEE = torch.stack([torch.stack([m.grams[which] for m in meters]) for which in range(3)])
+        grams_3LEE = torch.stack([gathered([m.grams[which] for m in meters], device) for which in range(3)])
         gram_LEE = first_that_ran(grams_3LEE, ran_3L1.unsqueeze(-1))
     tables = [next((tables for tables in m.tables if tables), []) for m in meters]
     taken = Taken(first_that_ran(slots_3LS, ran_3L1), gram_LEE, tables, [m.placed for m in meters])
     clear_slots(meters)
     return taken
+
+
+def gathered(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Stacked on one device: layers that were together when a balancer was made may lie apart since.
+
+    >>> gathered([torch.zeros(2), torch.ones(2)], torch.device("cpu")).shape
+    torch.Size([2, 2])
+    """
+    return torch.stack([tensor.to(device) for tensor in tensors])
 
 
 def overwrite(tensors: Sequence[Tensor], values: Sequence[Tensor] | None = None) -> None:

@@ -1,6 +1,7 @@
 """The start of backward binds: from the scale of the loss and the load known so far to the pressure on every router.
 
-Layers that measure alike are a bank, a row of (L, ...) each: the operations of a micro-batch do not grow with L.
+Layers that measure alike, on one device, are a bank, a row of (L, ...) each: the operations of a micro-batch do not
+grow with L.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from .errors import ConfigError, StateError
 from .functional.losses import load_fractions
 from .looking import sent
-from .meter import Meter, Placed, Plan, Tables, Taken, clear_slots, overwrite
+from .meter import Meter, Placed, Plan, Tables, Taken, clear_slots, gathered, overwrite
 from .policies.estimators import ESTIMATORS, LoadHistory
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss, ZLoss, coefficient
@@ -40,8 +41,9 @@ class Layer:
 
     name: str
     router: Any  # has num_experts, top_k, gate, meter, expert_bias, parameters()
-    meter: Meter
+    meter: Meter = field(init=False)
     part: int = 0  # of the model, where it comes in parts (pipeline stages of one rank)
+    makes_bias: bool = False  # it had no bias before
 
     @property
     def trainable(self) -> bool:
@@ -121,11 +123,12 @@ class Bank:
         rows = [i for i, layer in enumerate(self.layers) if layer.trainable]
         for place, timed in enumerate(timeline):
             if rows and isinstance(timed.policy, ExpertBias) and timed.active(step):
-                bias_LE = torch.stack([layer.router.expert_bias for layer in self.layers])
+                bias_LE = gathered([layer.router.expert_bias for layer in self.layers], counts_LE.device)
                 old_LE = self.momentum.get(place, torch.zeros_like(counts_LE))
                 new_LE, momentum_LE = timed.policy.step(bias_LE, counts_LE, old_LE, step)
                 if len(rows) < len(self.layers):
-                    momentum_LE = old_LE.index_copy(0, torch.tensor(rows, device=old_LE.device), momentum_LE[rows])
+                    own = sent([layer.trainable for layer in self.layers], old_LE.device).unsqueeze(1) > 0
+                    momentum_LE = torch.where(own, momentum_LE, old_LE)
                 if keep is not None:
                     new_LE, momentum_LE = torch.where(keep, new_LE, bias_LE), torch.where(keep, momentum_LE, old_LE)
                 if timed.policy.rule == "momentum":
@@ -139,14 +142,14 @@ class Bank:
         if all(bias_E is None for bias_E in found):
             return None
         nan_E = torch.full((self.plan.num_experts,), torch.nan, device=self.device)
-        return torch.stack([nan_E if bias_E is None else bias_E for bias_E in found])
+        return gathered([nan_E if bias_E is None else bias_E for bias_E in found], self.device)
 
 
 def banks_of(layers: Sequence[Layer]) -> list[Bank]:
-    """The layers of each part and plan, in order, ready for a step."""
-    banks: dict[tuple[int, Plan], Bank] = {}
+    """The layers of each part, plan and device, in order, ready for a step."""
+    banks: dict[tuple[int, Plan, torch.device], Bank] = {}
     for layer in layers:
-        key = (layer.part, layer.meter.plan)
+        key = (layer.part, layer.meter.plan, layer.meter.leaf.device)
         banks.setdefault(key, Bank([], layer.meter.plan, layer.part)).layers.append(layer)
     for bank in banks.values():
         bank.forget_step()
@@ -189,7 +192,7 @@ def bind(
     unit_L = _unit(bank, taken_LS, micro)
     trainable = [layer.trainable for layer in bank.layers]
     if not all(trainable):
-        unit_L = unit_L * torch.tensor(trainable, device=unit_L.device)
+        unit_L = unit_L * sent(trainable, unit_L.device)
     zero_LE, zero_L = torch.zeros_like(own_LE), torch.zeros_like(unit_L)
     terms: list[tuple[Tensor, Tensor, Tensor]] = []  # of each loss: (row (L, E), factor (L,), late value (L,))
     z_L = zero_L

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .functional.losses import load_fractions
 from .functional.metrics import cv, dead_experts, maxvio, normalized_entropy
+from .looking import sent
 from .meter import Plan
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss
@@ -61,10 +62,12 @@ class Committed:
         return self.counts.sum(dim=1) < self.of("reached") * self.plan.num_experts
 
 
-def metrics(committed: Sequence[Committed], timeline: Sequence[Timed], step: int, skipped: int) -> dict[str, float]:
+def metrics(
+    committed: Sequence[Committed], timeline: Sequence[Timed], step: int, *, layers: bool = True
+) -> dict[str, float]:
     """Flat names to numbers: ``balance/x`` is a mean over layers (SUMMED: a sum), ``balance/layer_03/x`` one.
 
-    What a layer without tokens, or without a choice, cannot know is left out of both.
+    What a layer without tokens, or without a choice, cannot know is left out of both. ``layers``: those of one as well.
     """
     loads, policies = (
         _numbers(committed, _layer_metrics),
@@ -73,7 +76,7 @@ def metrics(committed: Sequence[Committed], timeline: Sequence[Timed], step: int
     known = {key: _known(numbers) for key, numbers in loads.items()}
     found = {
         f"layer_{i:02d}/{key}": numbers[i]
-        for i in range(sum(len(one.places) for one in committed))
+        for i in range(layers * sum(len(one.places) for one in committed))
         for key, numbers in loads.items()
         if numbers[i] == numbers[i]  # not every layer has a bias, or tokens
     }
@@ -87,9 +90,8 @@ def metrics(committed: Sequence[Committed], timeline: Sequence[Timed], step: int
             # not known where autograd left the meter alone (``backward(inputs=...)``): left out rather than called 0
             found[key] = math.sqrt(sum(numbers) / language)
     found["tokens"] = min(number if number > 0 else max(tokens) for number in tokens)  # a layer may run twice, or never
-    if found["recompute_flips"]:
+    if found.get("recompute_flips"):
         warnings.warn(FLIPS, stacklevel=3)
-    found["skipped_steps"] = skipped
     return {f"balance/{key}": float(number) for key, number in found.items()}
 
 
@@ -126,12 +128,14 @@ def _layer_metrics(one: Committed) -> dict[str, Tensor]:
         "entropy_global": normalized_entropy(counts),
         "dead_experts": dead_experts(counts),
         "topk_score": one.of("topk_score") / one.of("reached"),
-        "recompute_flips": one.sums[:, -1],
     }
+    if not one.plan.looks:  # in backward nothing was looked at
+        found["recompute_flips"] = one.sums[:, -1]
     for rows, bias in one.biases:
         if bias is not None:
             largest = found.setdefault("bias_max", torch.full_like(one.sums[:, 0], torch.nan))
-            largest[rows] = bias.abs().amax(dim=1).double()
+            at = sent(rows, largest.device).long()
+            found["bias_max"] = largest.index_copy(0, at, bias.abs().amax(dim=1).double().to(largest.device))
     return found
 
 
@@ -178,7 +182,7 @@ def fidelity_sums(
                 fraction_LE = known[name]
                 off_LE = fraction_LE - truth_LE
                 terms += [product(off_LE, off_LE), product(fraction_LE, truth_LE), product(fraction_LE, fraction_LE)]
-            sums += torch.stack(terms)
+            sums += torch.stack(terms).to(sums.device)
     return sums
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .looking import sent
-from .meter import Plan
+from .meter import Plan, gathered
 from .pressure import Bank
 
 __all__ = ["Row", "step_sums", "sums_size"]
@@ -34,30 +34,30 @@ def step_sums(bank: Bank) -> Tensor:
     There, and only there, it is no fault that a leaf got less than forward proposed.
     """
     plan, late = bank.plan, bank.plan.forward_size
-    counted_LS = _collected([meter.leaf for meter in bank.meters])
-    counted_LS[:, late : late + 1] += _collected([meter.language for meter in bank.meters])
+    counted_LS = _collected([meter.leaf for meter in bank.meters], bank.device)
+    counted_LS[:, late : late + 1] += _collected([meter.language for meter in bank.meters], bank.device)
     zero_L1 = counted_LS.new_zeros(len(bank.layers), 1)
     flips_L1 = unpushed_L1 = documents_L1 = zero_L1
     if bank.step_taken is not None:
         taken_LS = torch.nn.functional.pad(bank.step_taken, (0, plan.size - late), value=torch.nan)  # norms
         ahead_LS = taken_LS - counted_LS
-        calls_L1 = ahead_LS[:, [plan.at("calls")]]
+        calls_L1 = ahead_LS[:, plan.at("calls"), None]  # a list of one number would be sent to the device
         changed_L1 = ahead_LS[:, : plan.num_experts].abs().sum(dim=1, keepdim=True) / 2
         flips_L1 = torch.where(calls_L1 == 0, changed_L1, 0.0)
         if bank.step_pushes and not bank.step_split:
-            unpushed_L1 = ahead_LS[:, [plan.at("reached")]].clamp(min=0)
+            unpushed_L1 = ahead_LS[:, plan.at("reached"), None].clamp(min=0)
             if not all(trainable := [layer.trainable for layer in bank.layers]):
                 unpushed_L1 = unpushed_L1 * sent(trainable, unpushed_L1.device).unsqueeze(1)
         counted_LS = torch.where(calls_L1 > 0, taken_LS, counted_LS)
         if bank.step_shift is not None:
             counted_LS = counted_LS + torch.nn.functional.pad(bank.step_shift, (0, plan.size - late))
     if any(term.kind == "document" for term in plan.terms):
-        documents_L1 = torch.stack([meter.bad_documents for meter in bank.meters])
+        documents_L1 = gathered([meter.bad_documents for meter in bank.meters], bank.device)
     values_LN = zero_L1.expand(-1, len(plan.terms)) if bank.step_values is None else bank.step_values
     return torch.cat([counted_LS, values_LN, documents_L1, unpushed_L1, flips_L1], dim=1)
 
 
-def _collected(leaves: Sequence[Tensor]) -> Tensor:
+def _collected(leaves: Sequence[Tensor], device: torch.device) -> Tensor:
     """(L, ...): the gradients of the leaves, zero where there is none."""
     zero = leaves[0].new_zeros(leaves[0].shape) if any(leaf.grad is None for leaf in leaves) else leaves[0]
-    return torch.stack([zero if leaf.grad is None else leaf.grad for leaf in leaves])
+    return gathered([zero if leaf.grad is None else leaf.grad for leaf in leaves], device)

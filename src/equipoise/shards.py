@@ -16,7 +16,7 @@ from torch import Tensor, library
 from .collectives import Group
 from .functional.losses import load_fractions
 from .measure import group_counts, micro_batches, shared_counts, violations
-from .meter import Meter, Plan, Tables
+from .meter import Meter, Plan, Tables, gathered
 
 __all__ = ["Late", "correct", "late_fractions", "propose", "sum_tables"]
 
@@ -63,9 +63,10 @@ def sum_tables(layers: Sequence[Sequence[Tables]], shards: Group) -> list[list[T
         return [[] for _ in layers]
     documents = _documents(calls, shards)
     parts = [part for tables in calls for part in (tables.counts_CBE, *_document_rows(tables, documents))]
-    flat = shards.sum(torch.cat([part.flatten() for part in parts]))
+    device = parts[0].device
+    flat = shards.sum(torch.cat([part.flatten().to(device) for part in parts]))
     pieces = flat.split([part.numel() for part in parts])
-    sums = iter([piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)])
+    sums = iter([piece.view(part.shape).to(part.device) for piece, part in zip(pieces, parts, strict=True)])
     summed = []
     for of_layer in layers:
         summed.append([])
@@ -82,7 +83,7 @@ def _documents(calls: Sequence[Tables], shards: Group) -> int:
     if not held:
         return 0
     largest = [number_T.amax() + 1 for number_T in held if len(number_T)] or [held[0].new_zeros(())]
-    return int(shards.max(torch.stack(largest).amax()))
+    return int(shards.max(gathered(largest, held[0].device).amax()))
 
 
 def _rows(tables: Tables) -> int:

@@ -16,7 +16,7 @@ from .faults import Faults, Letter, gradients_moved
 from .forwards import Forwards
 from .ledger import Ledger, rows_of
 from .looking import at_hand
-from .meter import Meter, clear_slots
+from .meter import clear_slots, gathered
 from .passes import Passes
 from .policies.losses import AuxLoss
 from .policies.switch import Timed, losses_at
@@ -61,6 +61,7 @@ class Stepping:
         self._micro_steps = [0] * len(self._parts)
         self._silent: Tensor | None = None  # taps of this step before which no router ran, where a GPU knows
         self._evaluated = False  # a loss of a model in evaluation was to be tapped
+        self._evaluating = False  # inside `Balancer.evaluation`
         self._untapped = 0  # steps in a row before which nothing was tapped
         self.generation = 0  # rises when a step is over or given up: what was bound before is of no use then
         self._backward: int | None = None  # the backward that was bound and has not ended
@@ -117,14 +118,18 @@ class Stepping:
     def end_backward(self) -> None:
         """Recompute proposed again what was already taken, and the push is done: forget both."""
         self._backward = None
-        clear_slots(self._meters)
-        for passes in self._passes:
-            passes.forget()
+        self._clear_slots()
         for bank in self._banks:
             bank.release()
         self._watch.backward_ended()
         if self._watch.stepped_in_backward:
             self._commit()
+
+    def _clear_slots(self, first: int = 0) -> None:
+        for bank in self._banks:
+            clear_slots(bank.meters, first)
+        for passes in self._passes if not first else ():
+            passes.forget()
 
     def _of(self, part: int) -> list[Bank]:
         return [bank for bank in self._banks if bank.part == part]
@@ -134,10 +139,6 @@ class Stepping:
         if self._banks:
             return self._banks[0].device
         return next((p.device for part in self._parts for p in part.parameters()), torch.device("cpu"))
-
-    @property
-    def _meters(self) -> list[Meter]:
-        return [layer.meter for layer in self._layers]
 
     # ---------------------------------------------------------------- guards
 
@@ -172,7 +173,7 @@ class Stepping:
                 self._faults.note(error)
             return
         calls = [one_LS[:, bank.plan.at("calls")].sum() for bank, one_LS in zip(banks, statistics, strict=True)]
-        silent = (torch.stack(calls).sum() == 0).double()
+        silent = (gathered(calls, self._device).sum() == 0).double()
         self._silent = silent if self._silent is None else self._silent + silent
 
     def _drop_if_gradients_were(self, *, begins: bool = False) -> None:
@@ -235,6 +236,8 @@ class Stepping:
 
     def _before_step(self) -> None:
         """Right before the optimizer: all gradients are there, so the sum may travel while the optimizer works."""
+        if not self._timeline and self._empty:  # forwards of another loss, which no backward of ours will take
+            self._clear_slots()
         if self._is_no_step():
             self._ready = True
             return
@@ -307,7 +310,7 @@ class Stepping:
         losses = [t.policy for t in self._timeline if isinstance(t.policy, AuxLoss)]
         decays = {loss.decay for loss in losses if loss.estimator == "ema"} | ({0.9} if self._estimators else set())
         sheets = list(zip(self._ledger.sheets, sums, strict=True))
-        mine = [(bank, rows_of(summed, rows)) for sheet, summed in sheets for bank, rows in sheet.own]
+        mine = [(bank, rows_of(summed, rows).to(bank.device)) for sheet, summed in sheets for bank, rows in sheet.own]
         if self._estimators:
             known = fidelity_sums(
                 self._estimators, [(bank.step_fidelity, bank.counts(summed)) for bank, summed in mine]
@@ -315,8 +318,15 @@ class Stepping:
             self._fidelity = fidelity(self._estimators, self._ranks.everyone.sum(known))
         with torch.no_grad():
             for bank, summed in mine:
-                bank.move_biases(self._timeline, bank.counts(summed), self._step, keep)
-                bank.history.commit(bank.counts(summed), decays, keep)
+                good = None if keep is None else keep.to(bank.device)
+                bank.move_biases(self._timeline, bank.counts(summed), self._step, good)
+                bank.history.commit(bank.counts(summed), decays, good)
+        if keep is not None:  # of a bad step, which is said one step later, nothing is to be seen
+            before = [None] * len(sheets) if self._committed is None else [one.sums for one in self._committed]
+            sheets = [
+                (sheet, torch.where(keep, summed, torch.zeros_like(summed) if old is None else old))
+                for (sheet, summed), old in zip(sheets, before, strict=True)
+            ]
         self._committed = [
             Committed(sheet.plan, sheet.places, summed, [(rows, bank.biases()) for bank, rows in sheet.own])
             for sheet, summed in sheets

@@ -15,10 +15,10 @@ from torch import Tensor, library
 from .functional.routing import gate_log_scores, gate_scores, gate_slope
 from .layouts import check_layout
 from .measure import Measured, measure
-from .meter import Meter, Plan, TokenLayout
+from .meter import Meter, Plan, TokenLayout, recomputes
 from .shards import late_fractions, propose
 
-__all__ = ["probe", "tie"]
+__all__ = ["note_evaluation", "probe", "tie"]
 
 softmax_gradient = torch.ops.aten._softmax_backward_data.default
 
@@ -38,31 +38,36 @@ def tie(
 
     ``probs_TE``: p, from a router that has it and whose own backward keeps it: then it is kept once.
 
-    Bypassed in evaluation. Without gradient (``no_grad``, frozen teacher, the first pass of a reentrant checkpoint) it
-    only proposes: what it counts is used if this micro-batch is tapped, and forgotten otherwise.
+    In evaluation `Balancer.evaluation` alone counts. Without gradient (``no_grad``, frozen teacher, the first pass of a
+    reentrant checkpoint) it only proposes: what it counts is used if this micro-batch is tapped, and forgotten
+    otherwise.
     """
-    if not training:
+    if not meter.sees(training=training):
         return weights_TK
-    if torch.is_grad_enabled():  # a pass without gradient may be nobody's
+    if training and torch.is_grad_enabled():  # a pass without gradient may be nobody's
         check_layout(meter.plan, batch, len(logits_TE))
     if meter.leaf.device != logits_TE.device:
         meter.move(logits_TE.device)
-    measured = measure(meter.plan, logits_TE, ids_TK, counts_BE, batch, probs_TE)
+    plan = meter.plan if training else meter.plan.to_look
+    measured = measure(plan, logits_TE, ids_TK, counts_BE, batch, probs_TE)
+    if not training:
+        note_evaluation(meter, measured.statistics)
+        return weights_TK
     _propose(meter, measured, ids_TK, batch)
-    if not (torch.is_grad_enabled() and (weights_TK.requires_grad or logits_TE.requires_grad)):
+    if plan.looks or not (torch.is_grad_enabled() and (weights_TK.requires_grad or logits_TE.requires_grad)):
         return weights_TK
     return _Tie.apply(
         weights_TK,
         logits_TE,
         meter.leaf,
-        ids_TK if meter.plan.norms and meter.plan.weights is not None else None,
+        ids_TK if plan.norms and plan.weights is not None else None,
         measured.probs_TE,
         measured.statistics,
         measured.fraction_NBE,
         measured.fraction_NTE,
         batch.token_mask_T,
         meter.pressure,
-        meter.plan,
+        plan,
         meter.key,
     )
 
@@ -79,10 +84,16 @@ def probe(meter: Meter, logits_TE: Tensor, *, training: bool) -> Tensor:
     return _Probe.apply(logits_TE, meter.language, meter.pressure)
 
 
+@torch.no_grad()
+def note_evaluation(meter: Meter, statistics: Tensor) -> None:
+    assert meter.evaluation is not None
+    meter.evaluation.add_(statistics)
+
+
 def _propose(meter: Meter, measured: Measured, ids_TK: Tensor, batch: TokenLayout) -> None:
     """Forward proposes: added to a slot, which the tap takes before backward begins."""
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-        return  # a recompute: it runs inside a backward, where nobody would take or clear it (zero-bubble schedules)
+    if recomputes():
+        return  # inside a backward, where nobody would take or clear it (zero-bubble schedules)
     which = meter.which_slot
     with torch.no_grad():
         meter.slots[which].add_(measured.statistics)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from core._model import loss_of, make_step, net
-from equipoise import AuxLoss, Balancer, ConfigError, EquipoiseError, MoE, Ranks, StateError
+from equipoise import AuxLoss, Balancer, ConfigError, EquipoiseError, ExpertBias, MoE, Ranks, StateError
 from equipoise.collectives import Group
 
 
@@ -31,9 +31,9 @@ def made_too_early() -> str:
 def different_layers() -> str:
     layer = MoE(8, 8, 4 if dist.get_rank() else 6, 2)
     try:
-        Balancer(layer, [AuxLoss("global_batch", 0.3)])
+        Balancer(layer, [AuxLoss("global_batch", 0.3), ExpertBias("proportional", rate=0.01)])
     except ConfigError as error:
-        assert layer.gate.meter is None, "refused, and left as it was"
+        assert layer.gate.meter is layer.gate.expert_bias is None, "refused, and left as it was"
         return str(error)
     return ""
 
@@ -107,3 +107,15 @@ def exact_in_one_pass(sequences: int) -> tuple[list[float], float, list[int]]:
     gradient /= dist.get_world_size()
     optimizer.step()
     return gradient.flatten().tolist(), balancer.metrics()["balance/policy_0/loss"], balancer.load()[0].tolist()
+
+
+def evaluated(only: int | None = None) -> dict[str, float]:
+    """An evaluation of four batches, dealt out to the ranks, or all on one of them."""
+    model = net().eval()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    batches = make_step(seed=3, micro_batches=4, masked=True)
+    with Balancer(model, [AuxLoss("sequence", 0.3)]).evaluation() as found:
+        for i, one in enumerate(batches):
+            if rank == (i % size if only is None else only):
+                model(one.x_BSD, one.mask_BS)
+    return found

@@ -159,7 +159,7 @@ def count_choices(
     if token_mask_T is None:
         ones = torch.ones((), dtype=torch.int64, device=ids_TK.device).expand(tokens * top_k)
     else:
-        ones = token_mask_T.to(torch.int64).unsqueeze(1).expand(-1, top_k).reshape(-1)
+        ones = token_mask_T.to(ids_TK.device, torch.int64).unsqueeze(1).expand(-1, top_k).reshape(-1)
     counts = torch.zeros(num_sequences * num_experts, dtype=torch.int64, device=ids_TK.device)
     return counts.scatter_add_(0, ids_TK.reshape(-1), ones).view(num_sequences, num_experts)
 
@@ -222,16 +222,18 @@ def choose(
     scale: float,
     masked: bool = False,
     check: bool = True,
+    name: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``route`` without its checks of the arguments and without counting.
 
     ``masked``: logits may be -inf, as those of another library's router; that costs two operations beside a bias.
     ``check``: NaN logits are an error here, where that can be seen; else whoever sums up the step has to look.
+    ``name``: of the router, for that error.
 
     Returns (weights_TK, expert_ids_TK, p (T, E) where the weights were taken from it).
     """
     if check:
-        _check_finite(logits_TE, masked)
+        _check_finite(logits_TE, masked, name)
     if selection_bias_E is None and num_groups == 1:
         ids_TK = select_experts(logits_TE.detach(), top_k)  # every gate grows with its logit: no score needed to choose
     else:
@@ -293,27 +295,27 @@ def _weights(logits_TE: Tensor, ids_TK: Tensor, gate: str, normalize: bool) -> t
     return gate_scores(chosen_TK, gate), None
 
 
-def _check_finite(logits_TE: Tensor, masked: bool) -> None:
+def _check_finite(logits_TE: Tensor, masked: bool, name: str) -> None:
     if not at_hand(logits_TE.device) or torch.compiler.is_compiling():
         return
     total = logits_TE.detach().sum()  # in fp32: no copy of the logits; huge ones that overflow are looked at below
     if torch.isfinite(total):
         return
-    bad_TE = ~torch.isfinite(logits_TE)
+    bad_TE, where = ~torch.isfinite(logits_TE), f", in {name!r}" if name else ""
     if masked:
         none_TE = logits_TE == float("-inf")
         bad_TE, without = bad_TE & ~none_TE, int(none_TE.all(dim=-1).sum())
         if without and not rehearsing():
             raise InputError(
                 expected="an expert that each token may choose",
-                got=f"logits of -inf for all of them in {without} of {len(logits_TE)} tokens",
+                got=f"logits of -inf for all of them in {without} of {len(logits_TE)} tokens{where}",
                 do="leave each token at least one expert whose logit is not -inf",
             )
     bad = int(bad_TE.any(dim=-1).sum())
     if bad and not rehearsing():  # none when only the sum of huge fp64 logits overflows
         raise InputError(
             expected="finite router logits" + (", or -inf for an expert that a token may not choose" if masked else ""),
-            got=f"NaN or infinity in {bad} of {logits_TE.shape[0]} tokens",
+            got=f"NaN or infinity in {bad} of {logits_TE.shape[0]} tokens{where}",
             do="look at the loss and the gradient norm of the steps before; lower the learning rate",
         )
 

@@ -12,7 +12,7 @@ from ..kernels import RouterForm, choose_and_count, fits, router_gradient, summa
 from ..layouts import check_layout
 from ..measure import Measured
 from ..meter import LocalTerm, Meter, Plan, TokenLayout
-from ..tie import _keep_pressure, _late, _propose
+from ..tie import _keep_pressure, _late, _propose, note_evaluation
 
 __all__ = ["fused_route", "fuses"]
 
@@ -42,7 +42,9 @@ def fused_route(
     training: bool,
 ) -> Routing:
     """Routes, and ties the weights to the meter while training. ``meter`` None: no balancer."""
-    plan = meter.plan if meter is not None and training else None
+    plan = None
+    if meter is not None and meter.sees(training=training):
+        plan = meter.plan if training else meter.plan.to_look
     chosen = choose_and_count(
         logits_TE.detach(),
         form,
@@ -55,7 +57,7 @@ def fused_route(
     )
     statistics = fraction_NBE = None
     if meter is not None and plan is not None:
-        if torch.is_grad_enabled():
+        if training and torch.is_grad_enabled():
             check_layout(plan, batch, len(logits_TE))
         if meter.leaf.device != logits_TE.device:
             meter.move(logits_TE.device)
@@ -65,7 +67,12 @@ def fused_route(
         statistics, fraction_NBE = summarize(chosen, plan.forward_size, spans, unbiased, micro)
         if batch.num_sequences is None:  # which tokens are one sequence is not known, so nothing is said of sequences
             statistics[plan.at("sequences")] = statistics[plan.at("maxvio_sequence")] = 0.0
-        _propose(meter, Measured(logits_TE, statistics, fraction_NBE, None, None, None), chosen.ids_TK, batch)
+        if training:
+            _propose(meter, Measured(logits_TE, statistics, fraction_NBE, None, None, None), chosen.ids_TK, batch)
+        else:
+            note_evaluation(meter, statistics)
+    if plan is not None and plan.looks:  # backward is that of a router without a meter
+        plan = statistics = fraction_NBE = None
     weights_TK, counts_E = chosen.weights_TK, chosen.counts_BE.sum(dim=0)
     if torch.is_grad_enabled() and logits_TE.requires_grad:
         leaf, pressure = (meter.leaf, meter.pressure) if meter is not None and plan is not None else (None, None)

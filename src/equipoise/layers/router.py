@@ -102,6 +102,7 @@ class Router(nn.Module):
             normalize=self.normalize,
             scale=self.scale,
             check=meter is None or meter.at_once,
+            name="" if meter is None else meter.name,
         )
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         if meter is not None:
@@ -136,8 +137,8 @@ class Router(nn.Module):
         check_mask_dtype(mask_T)
         return TokenLayout(
             batch.num_sequences,
-            None if mask_T is None else mask_T.bool(),
-            None if document_T is None else document_T.long(),
+            None if mask_T is None else mask_T.to(x_TD.device, torch.bool),
+            None if document_T is None else document_T.to(x_TD.device, torch.long),
         )
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:

@@ -1,0 +1,98 @@
+"""A model's own balance loss: switched off while policies of ours push, and put back exactly as it was."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import nn
+
+__all__ = ["OwnLoss"]
+
+
+class _Change(NamedTuple):
+    """One attribute that means "balance yourself", with what it held and what it holds while that is off."""
+
+    owner: Any  # a configuration, or a module
+    name: str
+    was: Any
+    off: Any
+
+    def put_back(self) -> bool:
+        """Whether it was changed: what somebody else set meanwhile is theirs."""
+        if getattr(self.owner, self.name, None) != self.off:
+            return False
+        setattr(self.owner, self.name, self.was)
+        return True
+
+    @property
+    def in_words(self) -> str:
+        kind = type(self.owner).__name__
+        if self.name == "output_router_logits":
+            return f"{kind}.{self.name}, the model's own balance loss"
+        return f"{kind}.{self.name}, which was {self.was}"
+
+
+class OwnLoss:
+    """What was changed on a model so that nothing is balanced twice (B09, B11, B12: its own loss is pooled over layers
+    and scaled by the engine), and the way back.
+
+    >>> from types import SimpleNamespace
+    >>> model = nn.Linear(1, 1)
+    >>> model.config = SimpleNamespace(output_router_logits=True)
+    >>> own = OwnLoss()
+    >>> with warnings.catch_warnings(action="ignore"):
+    ...     own.switch_off(model)
+    >>> with own.as_it_was():
+    ...     model.config.output_router_logits
+    True
+    >>> model.config.output_router_logits, own.words
+    (False, ["SimpleNamespace.output_router_logits, the model's own balance loss"])
+    >>> own.restore()
+    >>> model.config.output_router_logits, own.words
+    (True, [])
+    """
+
+    def __init__(self) -> None:
+        self._changes: list[_Change] = []
+
+    @property
+    def words(self) -> list[str]:
+        """What is switched off now, one entry for each."""
+        return [change.in_words for change in self._changes]
+
+    def switch_off(self, model: nn.Module) -> None:
+        """Switches it off in all parts of a model; says so where the model added that loss by itself."""
+        configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+        on = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
+        found = [_Change(config, "output_router_logits", config.output_router_logits, False) for config in on]
+        for module in model.modules():
+            coef = getattr(module, "router_aux_loss_coef", None)
+            if isinstance(coef, float) and coef:
+                found.append(_Change(module, "router_aux_loss_coef", coef, 0.0))
+        for change in found:
+            setattr(change.owner, change.name, change.off)
+            self._changes.append(change)
+        if on:
+            warnings.warn(
+                "this model's own balance loss (output_router_logits) is switched off: the balancer's policies replace "
+                "it until balancer.remove()",
+                stacklevel=4,
+            )
+
+    def restore(self) -> None:
+        """Puts back what was switched off, but for what was set to something else meanwhile."""
+        while self._changes:
+            self._changes.pop().put_back()
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """The user's values for a while: around saving, so that ``config.json`` holds them and not ours."""
+        back = [change for change in self._changes if change.put_back()]
+        try:
+            yield
+        finally:
+            for change in back:
+                setattr(change.owner, change.name, change.off)
