@@ -18,11 +18,16 @@ from .facts import facts_of, facts_seen
 from .foreign import ForeignRouter
 from .layout import Layout
 from .native import NativeBias, find_native, managed_by_fsdp
-from .probing import Call, Probe, kept, unwrapped
+from .probing import Call, Probe, kept, unlike, unwrapped
 from .readers import Read, named_parts, special_of, take_apart
 from .registry import registered_for
 
 __all__ = ["example_of", "find_foreign"]
+
+NOT_TOLD = (
+    "other expert ids change nothing: its experts are copies of each other or its block ignores the ids, and weights "
+    "that are quantised, or elsewhere between passes, do not tell which"
+)
 
 
 def find_foreign(
@@ -63,10 +68,12 @@ def find_foreign(
         kinds.setdefault((type(modules[name]), type(modules[blocks[name]])), []).append(name)
     natives = {name: find_native(modules[name], modules[blocks[name]]) for name in calls}
     facts = {name: (facts_seen if look else facts_of)(modules[name], name, call) for name, call in calls.items()}
-    swapped, deaf = {name for name, of_it in facts.items() if of_it.swapped}, set()
+    swapped = {name for name, of_it in facts.items() if of_it.swapped}
+    deaf: dict[str, str] = {}
     if not look:
         _check_weights_are_used(probe, modules, list(kinds.values()), swapped)
-        deaf = _ignoring_ids(probe, modules, [names for names in kinds.values() if natives[names[0]] is None], swapped)
+        ours = [names for names in kinds.values() if natives[names[0]] is None]
+        deaf = _ignoring_ids(probe, modules, ours, swapped, blocks)
     if fixed:
         warnings.warn(f"not balanced, because {special_of(modules[fixed[0]]).fixed}: {', '.join(fixed)}", stacklevel=4)
     layout, managed = Layout(model, list(facts)), list(managed_by_fsdp(model))
@@ -75,7 +82,7 @@ def find_foreign(
         place = natives[name]
         native = None if place is None else NativeBias(*place, of_it.num_experts, managed)
         if name in deaf:
-            of_it = of_it._replace(no_bias=_why_deaf(modules[name]))
+            of_it = of_it._replace(no_bias=deaf[name])
         trains = _with_parameters(modules, shells[name])
         router = ForeignRouter(modules[name], trains, of_it, native, calls[name])
         router.lies_in(layout, name)
@@ -276,11 +283,17 @@ def _in_graph(outputs: list[Tensor], leaves: dict[int, str]) -> tuple[set[str], 
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(map(torch.equal, one, other))
+    return all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(one, other, strict=True))
 
 
-def _ignoring_ids(probe: Probe, modules: dict[str, nn.Module], kinds: list[list[str]], swapped: set[str]) -> set[str]:
-    """Routers whose block does not use the expert ids that they return: a bias of ours would choose for nobody."""
+def _ignoring_ids(
+    probe: Probe, modules: dict[str, nn.Module], kinds: list[list[str]], swapped: set[str], blocks: dict[str, str]
+) -> dict[str, str]:
+    """Routers whose block ignores the expert ids that they return, and why: a bias of ours would choose for nobody.
+
+    Of experts that are copies of one another, as in a model upcycled from a dense one, any will do: they are told apart
+    by the signs of their weights, of which a random half is turned while the model is asked again.
+    """
 
     def changing(name: str, weights: float, turn: bool) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -293,10 +306,16 @@ def _ignoring_ids(probe: Probe, modules: dict[str, nn.Module], kinds: list[list[
 
         return hook
 
-    plain, deaf = (probe({}) if kinds else []), set()
+    def silent(before: list[Tensor], names: list[str], weights: float = 1.0, *, turn: bool = False) -> bool:
+        after = probe({modules[name]: changing(name, weights, turn) for name in names})
+        return _same(before, after)
+
+    plain, deaf = (probe({}) if kinds else []), dict[str, str]()
     for names in kinds:
-        turned = probe({modules[name]: changing(name, 1.0, turn=True) for name in names})
-        if all(map(torch.equal, plain, turned)):  # unless experts give 0, whoever is chosen
-            dimmed = probe({modules[name]: changing(name, 0.5, turn=False) for name in names})
-            deaf |= set() if all(map(torch.equal, plain, dimmed)) else set(names)
+        if not silent(plain, names, turn=True) or silent(plain, names, 0.5):  # experts may give 0, whoever is chosen
+            continue
+        routers = [modules[name] for name in names]
+        with unlike([modules[blocks[name]] for name in names], without=routers) as whole:
+            if silent(probe({}), names, turn=True):
+                deaf |= dict.fromkeys(names, _why_deaf(routers[0]) if whole else NOT_TOLD)
     return deaf

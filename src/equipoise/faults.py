@@ -244,7 +244,8 @@ def no_forward(got: str) -> StateError:
         expected="a forward of the routers in training mode before each tap",
         got=got,
         do="tap each loss once, right after its own forward and before the next one; of a loss in chunks tap the sum, "
-        "or the hidden states that the chunks are made of: h = balancer.tap(h, scale=1.0)",
+        "or the hidden states that the chunks are made of: h = balancer.tap(h, scale=1.0); a block's forward that was "
+        "replaced since the Balancer was made has to call its router",
     )
 
 

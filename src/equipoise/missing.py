@@ -51,10 +51,7 @@ def no_router(parts: Sequence[nn.Module], example: Mapping[str, Any] | None) -> 
             saw = f"{', '.join(called[:SHOWN])}, and no module returned which experts it chose"
             return _error(kinds, saw, f"{MOVE}: five lines, in {GUIDE}")
         if silent:
-            saw = f"{silent[0]} was not called, so nothing shows which experts are chosen"
-            return _error(
-                kinds, saw, f"let its block call it (a replaced or fused forward passes it by), or see {GUIDE}"
-            )
+            return _passed_by(kinds, part, silent[0])
     if all(example_of(part, example) is None for part in parts):
         found = ", and no example= to run it on" if any(True for part in parts for _ in part.children()) else ""
         return _error(kinds + " without a router" + found, "", _pass_example(parts[0]), begun=True)
@@ -64,6 +61,26 @@ def no_router(parts: Sequence[nn.Module], example: Mapping[str, Any] | None) -> 
 def _error(kinds: str, saw: str, do: str, *, begun: bool = False) -> ConfigError:
     got = kinds if begun else f"{kinds} without a router"
     return ConfigError(expected=CONTRACT, got=f"{got}: {saw}" if saw else got, do=do)
+
+
+def _passed_by(kinds: str, model: nn.Module, gate: str) -> ConfigError:
+    """A gate that nobody called: where its block has another forward than its class was written with, that is why."""
+    module, place = model.get_submodule(gate), gate.rpartition(".")[0]
+    block = model.get_submodule(place)
+    own, now = type(block).forward, vars(block).get("forward")
+    saw = f"{gate} ({type(module).__name__}) was not called"
+    call = f"let the forward of its block call {gate} and use what that returns"
+    if now is not None and not hasattr(block, "_hf_hook"):  # accelerate puts one of its own around each
+        by = getattr(now, "__qualname__", type(now).__name__)
+        saw += f": the forward of {place} was replaced, by {by}"
+        do = f"put its own back (del model.get_submodule({place!r}).forward, in every layer), or {call}"
+    elif own.__module__ != type(block).__module__:
+        saw += f": the forward of {type(block).__name__} was replaced, by {own.__module__}.{own.__qualname__}"
+        do = f"load the model without {own.__module__.partition('.')[0]}, which replaced it, or {call}"
+    else:
+        saw += ", so nothing shows which experts are chosen"
+        do = f"{MOVE}: five lines, in {GUIDE}" if isinstance(module, nn.Linear) else f"{call}: see {GUIDE}"
+    return _error(kinds, saw, do)
 
 
 def _look(model: nn.Module, example: Mapping[str, Any]) -> tuple[list[Near], list[str], list[str]]:
@@ -85,7 +102,7 @@ def _look(model: nn.Module, example: Mapping[str, Any]) -> tuple[list[Near], lis
     Probe(model, example)({module: note(name) for name, module in modules.items()})
     inner = [one for name, one in near.items() if not any(other.startswith(f"{name}.") for other in near)]
     gates = {n: m for n, m in modules.items() if _is_gate(n) and next(m.parameters(), None) is not None}
-    silent = [f"{n} ({type(m).__name__})" for n, m in gates.items() if n not in returned and n not in near]
+    silent = [name for name in gates if name not in returned and name not in near]
     return inner, list(returned.values()), silent
 
 

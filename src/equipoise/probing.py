@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .readers import Parts, Read, entries_of, take_apart
 
-__all__ = ["Call", "Probe", "devices_of", "in_mode", "kept", "run_again", "run_in_training", "unwrapped"]
+__all__ = ["Call", "Probe", "devices_of", "in_mode", "kept", "run_again", "run_in_training", "unlike", "unwrapped"]
 
 
 class Call(NamedTuple):
@@ -50,6 +50,41 @@ class Probe:
             for module in self.model.modules():
                 if hasattr(module, "reshard"):  # FSDP2 leaves its root gathered
                     module.reshard()  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def unlike(modules: Iterable[nn.Module], without: Iterable[nn.Module]) -> Iterator[bool]:
+    """While it is open, a random half of the elements in some modules have the other sign; afterwards all is as it was.
+
+    Args:
+        modules: whose parameters and tables are changed, in place and one at a time; of sharded ones this rank's part.
+        without: parts of them that are left as they are.
+
+    Gives whether that is all they hold: no integers, as quantised weights are, and none that lie elsewhere (meta).
+    """
+    spared = {id(p) for module in without for p in module.parameters()}
+    every = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    held = list({id(t): t for t in every if t.dim() > 1 and id(t) not in spared}.values())
+    able = [t for t in held if t.is_floating_point() and t.element_size() > 1 and not t.is_meta]
+    turned: list[int] = []
+    try:
+        for place, tensor in enumerate(able):
+            _turn_signs(tensor, place)
+            turned.append(place)
+        yield len(able) == len(held)
+    finally:
+        for place in turned:
+            _turn_signs(able[place], place)
+
+
+@torch.no_grad()
+def _turn_signs(tensor: Any, seed: int) -> None:
+    """Of a random half; done twice, each is again what it was, to the bit."""
+    mesh = getattr(tensor, "device_mesh", None)
+    local = tensor if mesh is None else tensor.to_local()
+    rank = 0 if mesh is None else mesh.get_rank()  # each may hold one of the copies: they must not turn alike
+    generator = torch.Generator(local.device).manual_seed((seed << 20) + rank)
+    local.mul_(torch.empty_like(local, dtype=torch.int8).random_(2, generator=generator).mul_(2).sub_(1))
 
 
 def unwrapped(model: nn.Module) -> list[nn.Module]:

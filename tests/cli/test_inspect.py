@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from equipoise.records import read_run
 from equipoise.report.inspection import read_inspection
 from hf._cases import quiet
 from hf.families import build
-from inspection._folders import write_text, write_tokenizer
+from inspection._folders import windows_of, write_text, write_tokenizer
 
 # softmax and sigmoid, with groups and biases, scores only, choices made in blocks, in attention, with capacity
 FAMILIES = ["qwen3_moe", "mixtral", "olmoe", "deepseek_v3", "gpt_oss", "llama4", "granitemoe", "phimoe", "dbrx",
@@ -102,6 +103,69 @@ def test_a_run_of_a_given_model_chooses_with_its_bias(here, tmp_path, capsys):
     run, found = read_run("run"), read_inspection("inspections/run")
     last = run.evaluations[-1]
     assert found.arrays.counts_DLE.tolist() == [last.counts[run.header.domains.index(d.name)] for d in found.domains]
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory):
+    """A checkpoint of a Trainer that moved biases which Mixtral's files have no place for."""
+    pytest.importorskip("accelerate", reason="the hf extra is not installed")
+    from hf._trainer import checkpoint, make
+
+    root = tmp_path_factory.mktemp("biased")
+    bias = {"kind": "bias", "rule": "proportional", "rate": 0.5}
+    trainer, _ = make([bias], 4, 1, 2, str(root), family="mixtral", save_strategy="steps", save_steps=2)
+    with pytest.warns(UserWarning, match="load_biases"):
+        trainer.train()
+    write_tokenizer(checkpoint(root, 2))
+    return Path(checkpoint(root, 2))
+
+
+def choices(folder, words, biased):
+    """(L, E) of all windows, from what reaches the experts of the class itself."""
+    from transformers import AutoModelForCausalLM
+
+    from equipoise.adapters.hf import load_biases
+
+    windows = [one for rows in windows_of(words, 24) for one in rows[:8]]
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        if biased:
+            load_biases(model, folder)
+    counts: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if name.endswith("experts"):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: counts.update({name: torch.bincount(args[1].flatten(), minlength=8)})
+            )
+    with torch.no_grad():
+        model(torch.tensor(windows))
+    return [counts_E.tolist() for counts_E in counts.values()]
+
+
+def test_a_checkpoint_chooses_with_the_biases_of_its_training(biased, words, start, here, capsys):
+    """In a process of its own: what is counted is what the trained model does; where the biases are from is said."""
+    done = start("inspect", str(biased), *small(words), "--out", "out", "--json")
+    said, errors = done.communicate(timeout=120)
+    assert done.returncode == 0, errors
+    assert json.loads(said)["facts"]["biases"] == str(biased / "balancer.equipoise")
+    counts = read_inspection("out").arrays.counts_DLE.sum(0).tolist()
+    assert counts == choices(biased, words, True) != choices(biased, words, False)
+    assert main(["inspect", str(biased), *small(words), "--out", "out"]) == 0
+    assert "chosen with the expert biases of" in " ".join(capsys.readouterr().out.split())
+
+    shutil.copytree(biased, "plain")
+    Path("plain", "balancer.equipoise").unlink()
+    assert main(["inspect", "plain", *small(words)]) == 0
+    assert "biases" not in capsys.readouterr().out
+    assert read_inspection("inspections/plain").arrays.counts_DLE.sum(0).tolist() == choices(biased, words, False)
+
+
+def test_biases_of_another_model_are_refused(biased, words, here, capsys):
+    written("qwen3_moe", Path("model"), num_experts=4)
+    shutil.copyfile(biased / "balancer.equipoise", "model/balancer.equipoise")
+    assert main(["inspect", "model", *small(words)]) == 4
+    said = capsys.readouterr().err
+    assert "(4 experts)" in said and "(8 experts)" in said and "of another training" in said
 
 
 def test_json_and_a_second_call(qwen, words, capsys, here):

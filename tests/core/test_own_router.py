@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,35 @@ def test_a_gate_that_nobody_calls_is_named() -> None:
 
     error = refused(Chain(Fused()).double(), {"x": X})
     assert "blocks.0.gate (Linear) was not called" in error.got
+
+
+@pytest.mark.parametrize("whole_class", [False, True])
+def test_a_forward_that_was_replaced_is_the_reason(monkeypatch, whole_class: bool) -> None:
+    """As kernels and Unsloth do: fast code reads the gate's weight and never calls it. What is advised helps."""
+
+    class Own(Block):
+        def __init__(self) -> None:
+            super().__init__(Gate())
+
+    def fast(self: Any, x: Tensor) -> Tensor:
+        return x + self.mixed(x, *F.linear(x, self.router.linear.weight).softmax(dim=-1).topk(2, dim=-1))
+
+    model = Chain(Own()).double()
+    if whole_class:
+        fast.__module__ = "sloth.kernels"
+        monkeypatch.setattr(Own, "forward", fast, raising=False)
+    else:
+        model.blocks[0].forward = types.MethodType(fast, model.blocks[0])  # type: ignore[method-assign]
+    error = refused(model, {"x": X})
+    assert "blocks.0.router (Gate) was not called: the forward of" in error.got
+    assert "let the forward of its block call blocks.0.router" in error.do
+    if whole_class:
+        assert "load the model without sloth, which replaced it" in error.do
+        monkeypatch.undo()
+    else:
+        assert "del model.get_submodule('blocks.0').forward" in error.do
+        del model.get_submodule("blocks.0").forward
+    Balancer(model, [AuxLoss("micro_batch", 0.1)], example={"x": X})
 
 
 def test_without_an_example_it_is_asked_for_and_explained() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf._cases import inputs, loss_of, quiet
 from hf.families import NATIVE, build
 
-__all__ = ["ddp_step", "fsdp_step", "whole_step"]
+__all__ = ["ddp_step", "fsdp_step", "upcycled_step", "whole_step"]
 
 TOKENS, STEPS = 15, 2  # of `inputs`, two halves
 
@@ -60,6 +60,24 @@ def fsdp_step(family: str, attach_first: bool, mixed: bool, rate: float = 0.005)
         start = 2 * dist.get_rank()
         found = train(model, model, balancer, rows(range(start, start + 2)), dist.get_world_size())
         return found | {"saved": get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))}
+
+
+def upcycled_step() -> bool:
+    """Attaches a bias to two experts that are copies, one on each rank; whether this rank's shards are unchanged."""
+    from torch.distributed.fsdp import fully_shard
+
+    from equipoise import Balancer, ExpertBias
+
+    with quiet():
+        model = build("qwen3_moe", num_experts=2, num_experts_per_tok=1, norm_topk_prob=False)
+        for layer in model.model.layers:
+            for parameter in layer.mlp.experts.parameters():
+                parameter.data.copy_(parameter.data[:1].expand_as(parameter))
+            fully_shard(layer)
+        before = {name: value.to_local().clone() for name, value in model.named_parameters() if "layers" in name}
+        assert {len(local) for name, local in before.items() if "experts" in name} == {1}
+        Balancer(model, [ExpertBias("proportional", rate=1e-3)])
+        return all(torch.equal(dict(model.named_parameters())[name].to_local(), x) for name, x in before.items())
 
 
 def ddp_step(family: str, rate: float = 0.005) -> dict[str, Any]:

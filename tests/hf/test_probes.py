@@ -72,6 +72,59 @@ def test_a_block_that_ignores_the_ids_gets_no_bias_of_ours() -> None:
         Balancer(Model("own ids"), [ExpertBias("proportional", rate=1e-3)], example=EXAMPLE)
 
 
+@torch.no_grad()
+def upcycled(model: nn.Module) -> nn.Module:
+    """All experts of a layer are copies of its first one, as in a model made of a dense one."""
+    for name, parameter in model.named_parameters():
+        if "experts" in name:
+            parameter.copy_(parameter[:1].expand_as(parameter))
+    return model
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_that_are_copies_are_no_reason_to_refuse(family: str, experts: str) -> None:
+    """Other ids change nothing there, whoever uses them; the weights are afterwards those from before, to the bit."""
+    with quiet():
+        model = upcycled(build(family))
+        model.set_experts_implementation(experts)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        balancer = Balancer(model, [ExpertBias("proportional", rate=1e-3)])
+    assert all(layer.router.expert_bias is not None for layer in balancer._layers)
+    assert all(torch.equal(bits(value), bits(state[name])) for name, value in model.state_dict().items())
+
+
+def bits(x: Tensor) -> Tensor:
+    """-0 is not 0."""
+    return x.view({4: torch.int32, 2: torch.int16}[x.element_size()]) if x.is_floating_point() else x
+
+
+def test_a_block_that_ignores_ids_is_refused_also_where_experts_are_copies() -> None:
+    with pytest.raises(ConfigError, match="chooses by itself and ignores the expert ids"):
+        Balancer(upcycled(Model("own ids")), [ExpertBias("proportional", rate=1e-3)], example=EXAMPLE)
+    Balancer(upcycled(Model("all")), [ExpertBias("proportional", rate=1e-3)], example=EXAMPLE)
+
+
+def test_copies_in_integers_are_refused_without_a_guess() -> None:
+    """Their signs cannot be turned, so nothing tells them from a block that ignores ids."""
+
+    class Eighth(Block):
+        def __init__(self) -> None:
+            super().__init__("all")
+            self.register_buffer("packed", (8 * self.experts.data[:1]).round().to(torch.int8).expand(4, 8, 8).clone())
+            del self.experts
+
+        @property
+        def experts(self) -> Tensor:
+            return self.packed / 8
+
+    model = Model("all")
+    model.layers = nn.ModuleList([Eighth() for _ in range(2)])
+    with pytest.raises(ConfigError, match="copies of each other or its block ignores the ids, and weights that are"):
+        Balancer(model, [ExpertBias("proportional", rate=1e-3)], example=EXAMPLE)
+    Balancer(model, [AuxLoss("micro_batch", 0.1)], example=EXAMPLE)
+
+
 def test_experts_that_give_nothing_yet_are_no_reason_to_refuse() -> None:
     """Where experts begin at 0, the output is the same with any weights and ids."""
     model = Model("all")

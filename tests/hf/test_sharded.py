@@ -58,6 +58,11 @@ def test_a_bias_that_is_a_parameter_stays_whole_and_fp32_under_mixed_precision(
     assert all(torch.equal(bias_E, both[0]["biases"][name]) for name, bias_E in bias_of(model).items())
 
 
+def test_copies_of_an_expert_on_two_ranks_are_told_apart_and_left_as_they_were(ranks) -> None:
+    """One of the two experts on each rank: signs that turned alike on both would leave them copies."""
+    assert ranks.run(f"{HERE}:upcycled_step", size=2) == [True, True]
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "ernie4_5_moe"])
 def test_ddp_leaves_the_same_biases_everywhere(ranks, family: str) -> None:
     """Rank 0's buffers are sent to the others before each pass."""

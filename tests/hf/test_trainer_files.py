@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
     pytest.mark.filterwarnings("ignore:ExpertBias moves biases"),
 ]
-FILE = "balancer.safetensors"
+FILE = "balancer.equipoise"
 BIAS = {"kind": "bias", "rule": "momentum", "rate": 0.05}
 LOSSES: list[dict] = [
     {"kind": "aux", "scope": "global_batch", "coef": 0.3, "estimator": "previous"},
@@ -116,7 +116,57 @@ def test_a_checkpoint_without_it_or_with_part_of_it_is_refused(tmp_path):
         file.write_bytes(content[:length])
         refused("cut short")
     file.unlink()
-    refused("saved with BalanceCallback")
+    refused("whose training kept biases or loads of the past")
+
+
+def test_what_servers_take_for_weights_is_the_models(tmp_path):
+    """vLLM and its kind load every file that ends like weights. The name that ended so, of before, is still read."""
+    whole = train([*LOSSES, BIAS], 4, 2, 3, str(tmp_path), family="gpt_oss", **SAVES)
+    file = Path(checkpoint(tmp_path, 2)) / FILE
+    taken = [one.name for one in file.parent.iterdir() if one.suffix in (".safetensors", ".bin", ".pt", ".pth")]
+    theirs = ["model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"]
+    assert sorted(taken) == theirs
+    file.rename(file.with_name("balancer.safetensors"))
+    again = train([*LOSSES, BIAS], 4, 2, 3, str(tmp_path), family="gpt_oss", resume=str(file.parent))
+    assert steps_of(again, 3) == steps_of(whole, 3)
+
+
+def test_without_a_past_there_is_no_file_and_a_resumed_run_is_the_run(tmp_path):
+    """Losses of this step alone need nothing but the step, which the Trainer knows; the change at step 3 is on time."""
+    from equipoise import AuxLoss, Switch
+
+    def run(folder, **resume):
+        trainer, recorder = make([], 4, 2, 4, str(folder), family="gpt_oss", **SAVES)
+        recorder.balance.policies = [
+            AuxLoss("sequence", coef=0.3),
+            Switch(at=3, to=AuxLoss("global_batch", coef=0.3, estimator="prefix")),
+        ]
+        trainer.train(**resume)
+        return recorder.result(trainer), recorder.balance.balancer.step_count
+
+    (Path(checkpoint(tmp_path, 2))).mkdir(parents=True)
+    (Path(checkpoint(tmp_path, 2)) / FILE).write_text("of an earlier training into this folder")
+    whole, steps = run(tmp_path)
+    assert not list(tmp_path.rglob("balancer*"))
+    again, same = run(tmp_path / "new", resume_from_checkpoint=checkpoint(tmp_path, 2))
+    assert steps == same == 4
+    assert steps_of(again, 3) == steps_of(whole, 3)
+    assert "balance/policy_1/loss" in steps_of(again, 4)[0]
+
+
+def test_balancing_begins_in_a_run_that_had_none(tmp_path):
+    """Its first step is that of a new balancer, also in the checkpoints that follow; and it is said."""
+    plain, other = make([], 4, 2, 2, str(tmp_path), **SAVES)
+    for callback in other.callbacks:
+        plain.remove_callback(callback)
+    plain.train()
+    trainer, recorder = make(LOSSES, 4, 2, 4, str(tmp_path), **SAVES)
+    with pytest.warns(UserWarning, match="begins there with its own step 0"):
+        trainer.train(resume_from_checkpoint=checkpoint(tmp_path, 2))
+    assert recorder.balance.balancer.step_count == 2
+    trainer, recorder = make(LOSSES, 4, 2, 5, str(tmp_path))
+    trainer.train(resume_from_checkpoint=checkpoint(tmp_path, 4))
+    assert recorder.balance.balancer.step_count == 3
 
 
 def biased(folder: Path, family: str, bias: dict, **arguments: Any) -> tuple[Any, Any, list[dict[str, torch.Tensor]]]:
@@ -173,8 +223,29 @@ def test_biases_of_ours_go_with_the_model(tmp_path):
         assert not torch.allclose(again(ids).logits, want, atol=1e-3)
         load_biases(again, tmp_path / "model")
         assert torch.allclose(again(ids).logits, want, atol=1e-5)
-    with pytest.raises(DataError, match=r"expert biases of model\.layers\.0\.mlp\.router"):
-        load_biases(build("gpt_oss"), tmp_path / "model")
+    for other, said in [
+        (build("gpt_oss"), r"model\.layers\.0\.mlp\.router \(8 experts\)"),
+        (build("mixtral", num_hidden_layers=3), r"model\.layers\.2\.mlp\.gate"),
+        (build("mixtral", num_experts=4), r"model\.layers\.0\.mlp\.gate \(4 experts\)"),
+    ]:
+        with pytest.raises(DataError, match=rf"biases of this model, .*{said}.*in .*{FILE}"):
+            load_biases(other, tmp_path / "model")
+
+
+def test_a_folder_without_biases_is_refused(tmp_path):
+    """Never trained with a bias, or none at all: the error says which, and that nothing has to be put back."""
+    from equipoise.adapters.hf import load_biases
+
+    trainer, recorder = make(LOSSES, 4, 2, 1, str(tmp_path))
+    trainer.train()
+    model = trainer.model
+    with pytest.raises(DataError, match="got: no such folder"):
+        load_biases(model, tmp_path / "nowhere")
+    with pytest.raises(DataError, match=rf"(?s)got: no {FILE}.*its model is whole as it is"):
+        load_biases(model, tmp_path)
+    recorder.balance.save(tmp_path)
+    with pytest.raises(DataError, match=rf"(?s)got: {FILE} without any.*its model is whole as it is"):
+        load_biases(model, tmp_path)
 
 
 def test_a_disk_that_takes_no_more_is_an_error(tmp_path):

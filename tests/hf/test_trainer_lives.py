@@ -198,5 +198,5 @@ def test_a_model_made_for_each_training(tmp_path):
         trainer={"model_init": lambda: made.append(build("qwen3_moe")) or made[-1]},
     )  # fmt: skip
     trainer.train()
-    assert (tmp_path / "run-7" / "checkpoint-1" / "balancer.safetensors").exists()
+    assert (tmp_path / "run-7" / "checkpoint-1" / "balancer.equipoise").exists()
     assert recorder.balance.balancer._layers[0].router.module in list(made[-1].modules())

@@ -150,3 +150,36 @@ def test_a_reference_model_inside_the_step(tmp_path):
     trainer, recorder = make(POLICIES, 2, 4, 2, str(tmp_path), **given)
     trainer.train()
     check(recorder.result(trainer), expected("qwen3_moe", prepare=prepare))
+
+
+@pytest.mark.filterwarnings("ignore:ExpertBias moves biases")
+def test_an_adapter_of_any_name_finds_its_biases(tmp_path):
+    """PEFT saves one that is not called "default" in a folder of its own; ours lies beside it, for routers by name."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def prepare(net: Any) -> Any:
+        return get_peft_model(net, LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=["gate"]), "policy")
+
+    bias = {"kind": "bias", "rule": "proportional", "rate": 0.5}
+    given = {"family": "qwen3_moe", "prepare": prepare, "save_strategy": "steps", "save_steps": 2}
+    trainer, _ = make([bias], 4, 2, 2, str(tmp_path), **given)
+    trainer.train()
+    folder, ids = checkpoint(tmp_path, 2), torch.arange(3, 43).view(4, 10)
+    with torch.no_grad():
+        want = trainer.model.eval()(ids).logits
+        plain = PeftModel.from_pretrained(build("qwen3_moe"), f"{folder}/policy").eval()
+        assert not torch.allclose(plain(ids).logits, want, atol=1e-3)
+        for name, place, merged in [
+            ("policy", folder, False),
+            ("default", f"{folder}/policy", False),
+            ("other", folder, True),
+            ("policy", f"{folder}/policy", True),
+        ]:
+            served: Any = PeftModel.from_pretrained(build("qwen3_moe"), f"{folder}/policy", adapter_name=name)
+            served = (served.merge_and_unload() if merged else served).eval()
+            load_biases(served, place)
+            allowed = logits_rounding("qwen3_moe", ids) if merged else 0.0
+            assert distance({"logits": served(ids).logits}, {"logits": want}) <= allowed
+    resumed, recorder = make([bias], 4, 2, 3, str(tmp_path / "again"), **given)
+    resumed.train(resume_from_checkpoint=folder)
+    assert recorder.balance.balancer.step_count == 3

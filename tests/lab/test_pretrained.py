@@ -8,6 +8,8 @@ import shutil
 import pytest
 import torch
 
+from equipoise.adapters.biases import load_biases
+from equipoise.adapters.files import FILE, write_state
 from equipoise.cli import main
 from equipoise.errors import ConfigError, DataError
 from equipoise.lab.config import CompareConfig, DataConfig, ModelConfig, RunConfig
@@ -157,6 +159,56 @@ def test_strategies_on_a_given_model(folders, corpus_file):
     assert len(policies("micro", softmax)) == 1
     with pytest.raises(ConfigError, match="the gate that this model has: softmax"):
         policies("micro:sigmoid", softmax)
+
+
+@pytest.fixture(scope="module")
+def biased(folders, tmp_path_factory):
+    """A folder whose training moved biases that its class has no place for."""
+    folder = tmp_path_factory.mktemp("biased") / "model"
+    shutil.copytree(folders["qwen3_moe"], folder)
+    draw = torch.Generator().manual_seed(0)
+    biases = {f"model.layers.{i}.mlp.gate": 0.1 * torch.randn(8, generator=draw) for i in range(2)}
+    write_state({"biases": biases}, folder / FILE)
+    return folder, biases
+
+
+@pytest.mark.parametrize("through", ["lab", "transformers"])
+def test_a_run_begins_with_the_biases_beside_the_weights(biased, corpus_file, tmp_path, through):
+    """It chooses as the model did that was trained, keeps them under a strategy without a bias, and says so."""
+    folder, biases = biased
+    config = run_of(folder, corpus_file, "micro", through, steps=2)
+    assert (config.model.biases, config.model.selection_bias) == (str(folder / FILE), True)
+    assert strategy_of(config).policies[-1] == {"kind": "ExpertBias", "rate": 0.0}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokens = torch.arange(60).view(2, 30)
+    with torch.no_grad():
+        found = build(config)(tokens)
+        assert not torch.allclose(found, theirs(tokens).logits, atol=1e-2)
+        load_biases(theirs, folder)
+        assert torch.allclose(found, theirs(tokens).logits, atol=1e-5)
+
+    run = train(config, tmp_path / "run")
+    assert read_run(run).header.config["model"]["biases"] == str(folder / FILE)
+    kept = weights(run)["balancer"]["layers"]
+    assert [
+        torch.equal(one["expert_bias_E"], biases[f"model.layers.{i}.mlp.gate"]) for i, one in enumerate(kept.values())
+    ] == [True] * 2
+    with pytest.raises(ConfigError, match="bias"):
+        export_run(run, tmp_path / "out")
+
+
+def test_biases_that_are_gone_or_of_another_model(biased, corpus_file, tmp_path):
+    folder, biases = biased
+    shutil.copytree(folder, tmp_path / "model")
+    config = run_of(tmp_path / "model", corpus_file, through="lab")
+    (tmp_path / "model" / FILE).unlink()
+    with pytest.raises(DataError, match="as they were when the run was set up"):
+        build(config)
+    for other in ({"model.layers.0.mlp.gate": torch.ones(8)}, {name: bias_E[:4] for name, bias_E in biases.items()}):
+        write_state({"biases": other}, tmp_path / "model" / FILE)
+        for through in ("lab", "transformers"):
+            with pytest.raises(DataError, match="of another training"):
+                run_of(tmp_path / "model", corpus_file, through=through)
 
 
 def test_the_folders_tokenizer_cuts_the_text(folders, corpus_file, tmp_path):

@@ -1,4 +1,4 @@
-"""The balancer's state as one file beside a checkpoint's own: tensors in safetensors, the rest as JSON."""
+"""The balancer's state as one file beside a checkpoint's own: tensors as safetensors writes them, the rest as JSON."""
 
 from __future__ import annotations
 
@@ -10,9 +10,23 @@ from torch import Tensor
 
 from ..errors import DataError, OutputError
 
-__all__ = ["FILE", "read_state", "write_state"]
+__all__ = ["FILE", "NAMES", "read_state", "remove_state", "state_file", "write_state"]
 
-FILE = "balancer.safetensors"
+FILE = "balancer.equipoise"  # servers take every *.safetensors, *.bin and *.pt of a folder for weights
+NAMES = (FILE, "balancer.safetensors")  # its name before
+
+
+def state_file(folder: str | Path) -> Path | None:
+    """The balancer's state in a checkpoint, or in the one that an adapter's folder lies in; None: there is none."""
+    folder = Path(folder)
+    places = [folder, folder.parent] if (folder / "adapter_config.json").is_file() else [folder]
+    return next((place / name for place in places for name in NAMES if (place / name).is_file()), None)
+
+
+def remove_state(folder: Path) -> None:
+    """What an earlier training left in a folder that is written again."""
+    for name in NAMES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:
@@ -42,14 +56,9 @@ def write_state(state: dict[str, Any], path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
+    """What ``write_state`` was given. Raises DataError for a file that is none of its."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise DataError(
-            expected=f"the balancer's state in {path.parent}",
-            got=f"no {path.name}",
-            do="pass a checkpoint that was saved with BalanceCallback",
-        )
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
@@ -65,5 +74,5 @@ def read_state(path: Path) -> dict[str, Any]:
         raise DataError(
             expected=f"the balancer's state in {path}",
             got=f"a file that is cut short or of another kind ({error})",
-            do="resume from the checkpoint before it",
+            do="take the checkpoint before it",
         ) from error

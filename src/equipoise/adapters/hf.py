@@ -22,12 +22,14 @@ from ..balancer import Balancer
 from ..collectives import Ranks
 from ..errors import ConfigError, DataError, StateError
 from ..layout import router_tokens
-from ..policies import ExpertBias, Policy, Sequences
+from ..policies import AuxLoss, ExpertBias, Policy, Sequences
 from ..policies.switch import timeline
-from .files import FILE, read_state, write_state
+from .biases import load_biases, plain_name, put_biases
+from .files import FILE, read_state, remove_state, state_file, write_state
 
 __all__ = ["BalanceCallback", "load_biases"]
 
+KEY = "equipoise"  # among the states of callbacks in trainer_state.json
 _ACTIVE: weakref.WeakSet[BalanceCallback] = weakref.WeakSet()  # in a training that has not ended
 
 
@@ -40,11 +42,13 @@ class BalanceCallback(TrainerCallback):
         options: further keywords of ``Balancer``.
 
     The balancer lives from the beginning of training to its end; its metrics are in the Trainer's logs, its state in
-    each checkpoint (``balancer.safetensors``), from which a resumed run goes on; with ``load_best_model_at_end`` the
-    best one's comes back. The balance loss of the model, and the one that TRL adds, are switched off.
+    each checkpoint (``balancer.equipoise``, where there are biases or loads of the past to keep), from which a resumed
+    run goes on; with ``load_best_model_at_end`` the best one's comes back. A run that was not balanced before is from
+    the checkpoint on. The balance loss of the model, and the one that TRL adds, are switched off.
 
     Raises, when training begins, ConfigError for a Trainer that is set up to run a model in a way that was never
-    tested here (DataParallel, DeepSpeed, context parallelism), DataError for a checkpoint without the balancer's state.
+    tested here (DataParallel, DeepSpeed, context parallelism), DataError for a checkpoint that lost the balancer's
+    state.
 
     >>> from equipoise import AuxLoss
     >>> BalanceCallback([AuxLoss("global_batch", coef=1e-2)]).balancer is None  # until training begins
@@ -59,6 +63,7 @@ class BalanceCallback(TrainerCallback):
         self._trial: Any = None
         self._wrapped: list[str] = []
         self._micro_batches = 1
+        self._keeps = False  # whether its state is more than the step
         self._begun_at = 0  # steps of the balancer when this training began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -77,7 +82,10 @@ class BalanceCallback(TrainerCallback):
             self._wrap(trainer, name)
         self._warn_of_biases()
         if state.global_step:
-            self._load(Path(names.get("resume_from_checkpoint") or self._folder(state)))
+            folder = names.get("resume_from_checkpoint") or self._folder(state)
+            self._load(Path(folder), state.global_step, state.stateful_callbacks.get(KEY))
+        self._keeps = self._remembers()
+        state.stateful_callbacks[KEY] = {"args": {}, "attributes": {"file": FILE if self._keeps else ""}}
         self._begun_at = self.balancer.step_count
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -89,23 +97,27 @@ class BalanceCallback(TrainerCallback):
         """The model keeps its biases and is balanced by nobody; ``balancer`` still tells of the last step."""
         try:
             if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                self._load(Path(state.best_model_checkpoint))
+                best = state.best_global_step
+                self._load(Path(state.best_model_checkpoint), best, state.stateful_callbacks.get(KEY))
         finally:
             self._release()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if self.balancer is not None and args.should_save:
-            self.save(self._folder(state))
+            folder, own = self._folder(state), self.balancer.state_dict()
+            remove_state(folder)
+            if self._keeps or (own["step"], own["skipped"]) != (state.global_step, 0):
+                self.save(folder)
 
     def save(self, folder: str | Path) -> None:
-        """Writes ``balancer.safetensors`` into an existing folder; ``load_biases`` reads it.
+        """Writes ``balancer.equipoise`` into an existing folder; ``load_biases`` reads it.
 
         Raises StateError before a training, OutputError where the file cannot be written.
         """
         if self.balancer is None:
             raise StateError(expected="a balancer", got="none before training begins", do="train first")
         layers = self.balancer._layers if self._moves_biases else []
-        biases = {_plain_name(layer.name): layer.router.expert_bias for layer in layers}
+        biases = {plain_name(layer.name): layer.router.expert_bias for layer in layers}
         write_state(self.balancer.state_dict() | {"biases": biases}, Path(folder) / FILE)
 
     def _release(self) -> None:
@@ -178,11 +190,34 @@ class BalanceCallback(TrainerCallback):
     def _folder(self, state: Any) -> Path:
         return Path(self._trainer._get_output_dir(self._trial)) / f"checkpoint-{state.global_step}"
 
-    def _load(self, folder: Path) -> None:
-        state = read_state(folder / FILE)
-        if self._moves_biases:  # first: a LoRA adapter's files do not bring those of its model
-            _put_biases(self._balancer(), state.get("biases", {}))
-        self._balancer().load_state_dict(state)
+    def _remembers(self) -> bool:
+        """Whether the next step needs more than the Trainer's own files bring: biases, or loads of the past."""
+        losses = [t.policy for t in timeline(self.policies) if isinstance(t.policy, AuxLoss)]
+        past = any(loss.scope == "global_batch" and loss.estimator in ("previous", "ema", "filled") for loss in losses)
+        return past or any(layer.router.expert_bias is not None for layer in self._balancer()._layers)
+
+    def _load(self, folder: Path, step: int, before: Any) -> None:
+        """The state of a checkpoint. ``before``: what its training said that it keeps; None: it was not balanced."""
+        balancer = self._balancer()
+        if (file := state_file(folder)) is not None:
+            state = read_state(file)
+            if self._moves_biases:  # first: a LoRA adapter's files do not bring those of its model
+                put_biases(balancer, {plain_name(name): bias_E for name, bias_E in state.get("biases", {}).items()})
+            balancer.load_state_dict(state)
+        elif before is None:
+            warnings.warn(
+                f"no balancer was in the training that saved {folder}: this one begins there with its own step 0, "
+                "without biases and loads of the past",
+                stacklevel=3,
+            )
+        elif before["attributes"]["file"]:
+            raise DataError(
+                expected=f"the balancer's state in {folder}, whose training kept biases or loads of the past",
+                got=f"no {FILE}",
+                do="bring the file back, or resume from a checkpoint that has one",
+            )
+        else:
+            balancer.load_state_dict(balancer.state_dict() | {"step": step})
 
     def _warn_of_biases(self) -> None:
         """Of biases that move and are in no file that ``save_model`` writes."""
@@ -213,54 +248,6 @@ class BalanceCallback(TrainerCallback):
                 "AuxLoss('document', ...) balances each for itself",
                 stacklevel=3,
             )
-
-
-def load_biases(model: nn.Module, folder: str | Path) -> None:
-    """Puts expert biases back that a model's own files do not hold: of LoRA adapters, and of families without one.
-
-    Args:
-        model: the model whose training wrote ``folder``, with its weights loaded; an adapter may be merged.
-        folder: with ``balancer.safetensors``: a checkpoint, or where ``BalanceCallback.save`` wrote it.
-
-    A model without a bias of its own chooses with it from now on, by hooks on its routers. Raises DataError for a file
-    that cannot be read or is of another model.
-
-    >>> load_biases(torch.nn.Linear(1, 1), "nowhere")
-    Traceback (most recent call last):
-    equipoise.errors.DataError: expected the balancer's state in nowhere
-      got: no balancer.safetensors
-      do:  pass a checkpoint that was saved with BalanceCallback
-    """
-    biases = read_state(Path(folder) / FILE).get("biases", {})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="every router of this model is frozen")
-        balancer = Balancer(model, [ExpertBias(rate=0.0)])
-    try:
-        known = {_plain_name(layer.name) for layer in balancer._layers}
-        if not biases or not biases.keys() <= known:
-            raise DataError(
-                expected=f"expert biases of {', '.join(sorted(known))}",
-                got=", ".join(biases) or "none",
-                do="load them into the model that they were trained with",
-            )
-        _put_biases(balancer, biases)
-    finally:
-        balancer.remove()
-
-
-def _put_biases(balancer: Balancer, biases: dict[str, Tensor]) -> None:
-    """Into the model's routers, by name."""
-    with torch.no_grad():
-        for layer in balancer._layers:
-            if (bias_E := biases.get(_plain_name(layer.name))) is not None:
-                layer.router.expert_bias.copy_(bias_E)
-
-
-def _plain_name(name: str) -> str:
-    """A router's name in the model below PEFT's wrappers."""
-    for part in (".base_layer", ".modules_to_save.default"):
-        name = name.removesuffix(part)
-    return name.removeprefix("base_model.model.")
 
 
 def _check(trainer: Any) -> None:

@@ -78,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         config = from_dict(CompareConfig, (compare.read_manifest(folder) or {})["config"])
     comparison = compare.open_comparison(folder, config, overwrite=arguments.overwrite)
     console.print(f"{len(comparison.jobs)} runs in {folder}", markup=False, soft_wrap=True)
+    if config.model.biases:
+        console.print(f"all begin with the expert biases of {config.model.biases}", markup=False, soft_wrap=True)
     with Preparation(console) as shown:
         compare.prepare_all(comparison, shown)
     try:

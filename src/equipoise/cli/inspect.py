@@ -29,7 +29,8 @@ examples:
 
 MODEL is a folder of transformers (config.json, weights, tokenizer) or a run of this lab. The text is what `equipoise
 train --data` reads, of a source with a held-out part that part; by default a run's own held-out text, or the text of
-this installation. The same command again goes on with an inspection that was stopped.
+this installation. Expert biases beside the weights (balancer.equipoise of a Trainer's checkpoint) are chosen with. The
+same command again goes on with an inspection that was stopped.
 """
 
 

@@ -147,6 +147,8 @@ def train_in(folder: Path, config: RunConfig, world: World, *, go_on: bool, over
 
         world.decide(open_folder)
         shows = world.writes and not plain
+        if shows and config.model.biases:
+            print(f"begins with the expert biases of {config.model.biases}", file=sys.stderr)
         on_step = stack.enter_context(RunBar(config.train.steps, open_console())) if shows else watch
         try:
             train(config, folder, resume=go_on, on_step=on_step, world=world)

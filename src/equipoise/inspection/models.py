@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.biases import biases_beside, put_back
+from ..adapters.files import FILE
 from ..errors import ConfigError, DataError
+from ..lab.quantised import dequantised, how_quantised, unreadable
 from ..records import RECORD_NAME, read_run
 from .routers import Found, find_routers
 
@@ -34,7 +37,7 @@ __all__ = [
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
                    "source.spm", "sentencepiece.bpe.model", "tokenizer_config.json")  # fmt: skip
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.json")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.json", f"*{Path(FILE).suffix}")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Subject:
     dtype: torch.dtype
     vocab_size: int
     longest: int | None  # positions that the model knows
+    biases: str | None = None  # where those are from that it chooses with and its weights do not hold
     held: Any = None  # what has to live as long as the model
 
 
@@ -120,7 +124,7 @@ def _run_subject(folder: Path, device: torch.device, dtype: str) -> Subject:
         held = _chosen_with(model, config, found[1])
         routers = find_routers(model, lambda: model.hidden(torch.arange(8, device=device).view(1, 8)))
     return Subject(config.model.family or "equipoise", model, routers, model.hidden, device, compute,
-                   config.model.vocab_size, None, held)  # fmt: skip
+                   config.model.vocab_size, None, str(folder / CHECKPOINTS) if held else None, held)  # fmt: skip
 
 
 def _chosen_with(model: Any, config: Any, state: dict[str, Any]) -> Any:
@@ -171,12 +175,18 @@ def _run_words(folder: Path) -> Words:
 
 def _foreign_subject(folder: Path, device: torch.device, dtype: str) -> Subject:
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise DataError(expected=f"a whole model in {folder}", got="an adapter, which is a part of one",
+                            do="merge it: PeftModel.from_pretrained(model, FOLDER).merge_and_unload(), save_pretrained "
+                            f"that to a new folder, and put the tokenizer and a {FILE} beside it")  # fmt: skip
         names = sorted(path.name for path in folder.iterdir())[:5]
         raise DataError(expected=f"a model of transformers (config.json) or a run (record.jsonl) in {folder}",
                         got=", ".join(names) or "an empty folder", do="name the model's own folder")  # fmt: skip
     with _quiet():
         config = _config(folder)
-        model = _load(folder, config, DTYPES[dtype]).to(device).eval()  # type: ignore[arg-type]
+        model = _load(folder, config, DTYPES[dtype], device).eval()
+        if (biases := biases_beside(folder)) is not None:
+            put_back(model, *biases)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         for one in (config, text):
             one.use_cache = False
@@ -201,6 +211,7 @@ def _foreign_subject(folder: Path, device: torch.device, dtype: str) -> Subject:
         dtype=next(model.parameters()).dtype,
         vocab_size=vocab_size,
         longest=getattr(text, "max_position_embeddings", None),
+        biases=str(biases[0]) if biases else None,
     )
 
 
@@ -214,22 +225,30 @@ def _config(folder: Path) -> Any:
                         do="update transformers, or pass another folder") from None  # fmt: skip
 
 
-def _load(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Module:
+def _load(folder: Path, config: Any, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
     """The class that wrote the folder, with all its weights. Raises DataError where some are missing."""
-    cls = _model_class(config)
+    cls, settings, cuda = _model_class(config), config.to_dict(), device.type == "cuda"
+    quantised = how_quantised(settings) is not None
+    dequantised(config, cuda=cuda)
+    more = {"device_map": {"": device}} if quantised and cuda else {}
+    expected = f"the weights of {cls.__name__} in {folder}"
     try:
         model, info = cls.from_pretrained(folder, config=config, dtype=dtype or "auto", local_files_only=True,
-                                          output_loading_info=True)  # fmt: skip
-    except Exception as error:  # safetensors, json, and torch each raise their own
-        raise DataError(expected=f"the weights of {cls.__name__} in {folder}", got=_first_line(error),
-                        do="download the model again") from None  # fmt: skip
+                                          output_loading_info=True, **more)  # fmt: skip
+    except Exception as error:  # safetensors, json, torch and what reads quantised weights each raise their own
+        said = _first_line(error)
+        raise unreadable(settings, expected, said, cuda=cuda) or DataError(
+            expected=expected, got=said, do="bring back the files that belong to its config.json"
+        ) from None
     missing = [name for name in info["missing_keys"] if not name.startswith("lm_head")]
     wrong = [*missing, *(str(one[0] if isinstance(one, tuple) else one) for one in info.get("mismatched_keys", ()))]
     if wrong:
-        raise DataError(expected=f"all weights of {cls.__name__} in {folder}",
-                        got=f"{len(wrong)} missing or of another shape: {', '.join(sorted(wrong)[:3])}",
-                        do="download the model again; what is missing would be random numbers")  # fmt: skip
-    return model
+        said = f"{len(wrong)} missing or of another shape: {', '.join(sorted(wrong)[:3])}"
+        raise unreadable(settings, f"all {expected[4:]}", said, cuda=cuda) or DataError(
+            expected=f"all {expected[4:]}", got=said,
+            do="bring back the files that belong to its config.json; what is missing would be random numbers",
+        )  # fmt: skip
+    return model if more else model.to(device)  # type: ignore[arg-type]
 
 
 def _model_class(config: Any) -> Any:

@@ -125,6 +125,7 @@ def inspect(
             data=_data_name(request), against=str(request.against) if request.against else None,
             device=_device_name(device), dtype=str(subject.dtype).removeprefix("torch."),
             created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=seconds, versions=describe_versions(),
+            biases=" and ".join(one.biases for one in (subject, other) if one and one.biases) or None,
         )  # fmt: skip
         write_inspection(out, found)
         shutil.rmtree(out / STATE, ignore_errors=True)

@@ -20,6 +20,8 @@ def summarize_inspection(found: Inspection) -> str:
     tokens = sum(domain.tokens for domain in found.domains)
     head = (f"{facts.model} ({facts.family}): {len(found.layers)} routers, {_sizes(found)}; "
             f"{tokens:,} tokens of {len(found.domains)} domains")  # fmt: skip
+    if facts.biases is not None:
+        head += f"; chosen with the expert biases of {facts.biases}"
     parts = [_wrap(head), "\n".join(_wrap(line, "  ") for line in _findings(found)), _table(found)]
     if found.problems:
         parts.append("\n".join(_wrap(f"note: {problem}") for problem in found.problems))

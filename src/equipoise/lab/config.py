@@ -66,6 +66,7 @@ class ModelConfig:
     folder: str | None = None  # a Hugging Face model to go on from; it says all above but checkpointing
     through: str = "auto"  # compute it as transformers does, or as the lab's own model where that is the same (auto)
     family: str = ""  # its model_type: written when the folder was read
+    biases: str | None = None  # the file beside its weights with expert biases to begin with: written then too
 
     def __post_init__(self) -> None:
         _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts"))

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapters.biases import biases_beside, check_biases, put_back
+from ..adapters.files import FILE
 from ..discover import find_foreign
 from ..errors import ConfigError, DataError
 from ..foreign import ForeignRouter
@@ -28,6 +30,7 @@ from .config import CompareConfig, ModelConfig, RunConfig
 from .export import from_hugging_face, join_experts, model_config
 from .folder import read_settings, read_weights
 from .model import LanguageModel
+from .quantised import dequantised, how_quantised, unreadable
 from .strategies import strategy_of
 from .tokenizer import GivenTokenizer, given_tokenizer
 
@@ -134,7 +137,7 @@ def build(config: RunConfig, *, compute_dtype: torch.dtype = torch.float32) -> L
     if model.folder is None:
         return LanguageModel(model, seed=seed, compute_dtype=compute_dtype)
     if model.through == "transformers":
-        network = Pretrained(_load(model.folder), config.model, compute_dtype=compute_dtype)
+        network = Pretrained(_load(model.folder, config.model.biases), config.model, compute_dtype=compute_dtype)
         if network.sizes != config.model:
             raise _changed(model.folder)
         return network
@@ -152,6 +155,8 @@ def build(config: RunConfig, *, compute_dtype: torch.dtype = torch.float32) -> L
             got=f"{len(wrong)} tensors missing or of another shape: {', '.join(sorted(wrong)[:3])}",
             do="bring back the files that belong to its config.json",
         )
+    if model.biases is not None:
+        state |= {f"{name}.expert_bias": bias_E for name, bias_E in _biases(model.folder, model.biases).items()}
     own.load_state_dict(state, strict=False)  # a bias that the strategy adds begins at zero
     return own
 
@@ -167,7 +172,7 @@ def fingerprint(model: ModelConfig) -> str:
         return ""
     digest = hashlib.sha256()
     for path in sorted(Path(model.folder).iterdir()):
-        if path.suffix in (".safetensors", ".json", ".model") and path.is_file():
+        if path.suffix in (".safetensors", ".json", ".model", Path(FILE).suffix) and path.is_file():
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
             with open(path, "rb") as file:
                 digest.update(file.read(SAMPLE))
@@ -179,11 +184,12 @@ def fingerprint(model: ModelConfig) -> str:
 def save_pretrained(config: RunConfig, state: dict[str, Any], folder: Path) -> str:
     """Writes a run's weights as transformers does; returns the class. Raises ConfigError for a bias without a place."""
     network: Any = _load(str(config.model.folder))
-    if config.model.selection_bias is False and strategy_of(config).selection_bias:
+    if strategy_of(config).selection_bias and _routers(network)[0].expert_bias is None:
+        other = "" if config.model.biases else "export a run of another strategy; "
         raise ConfigError(
             expected=f"weights that {type(network).__name__} holds",
             got="a selection bias, which this class does not have",
-            do="export a run of another strategy; for this one the bias is in the checkpoint, under balancer",
+            do=f"{other}this run's bias is in its checkpoints, under balancer: `equipoise inspect RUN` chooses with it",
         )
     weights = {key.removeprefix("network."): value for key, value in state["model"].items()}
     network.load_state_dict(weights)
@@ -194,36 +200,65 @@ def save_pretrained(config: RunConfig, state: dict[str, Any], folder: Path) -> s
 
 def _adopted(model: ModelConfig, settings: dict[str, Any]) -> tuple[ModelConfig, int | None]:
     """(the model as its folder says, how many positions it has)."""
-    family = str(settings.get("model_type"))
+    family, folder = str(settings.get("model_type")), str(model.folder)
+    found = biases_beside(folder)
+    file = None if found is None else str(found[0])
     if model.through != "transformers":
         try:
-            found = model_config(settings, str(model.folder))
-            return replace(found, checkpointing=model.checkpointing), settings.get("max_position_embeddings")
+            own = replace(model_config(settings, folder), checkpointing=model.checkpointing, biases=file)
+            if found is not None:
+                check_biases({f"model.layers.{i}.mlp.gate": own.experts for i in range(own.layers)}, *found)
+                own = replace(own, selection_bias=True)
+            return own, settings.get("max_position_embeddings")
         except ConfigError:
             if model.through == "lab":
                 raise
-    network: Any = _load(str(model.folder))
+    network: Any = _load(folder, file)
     text = network.config.get_text_config()
-    named = replace(model, through="transformers", family=family, vocab_size=text.vocab_size)
+    named = replace(model, through="transformers", family=family, vocab_size=text.vocab_size, biases=file)
     return Pretrained(network, named).sizes, getattr(text, "max_position_embeddings", None)
 
 
-def _load(folder: str) -> nn.Module:
-    """The folder's model in fp32, offline and without code of its own."""
-    read_settings(folder)
-    from transformers import AutoModelForCausalLM
+def _biases(folder: str | None, file: str) -> dict[str, Tensor]:
+    """Those that a run begins with. Raises DataError where they are gone."""
+    if (found := biases_beside(str(folder))) is None:
+        raise DataError(
+            expected=f"the expert biases in {file}, as they were when the run was set up",
+            got="none",
+            do="bring the file back, or begin a new run",
+        )
+    return found[1]
 
-    loaded: Any
+
+def _load(folder: str, biases: str | None = None) -> nn.Module:
+    """The folder's model in fp32, offline and without code of its own; it chooses with the ``biases`` of that file."""
+    settings = read_settings(folder)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    expected = f"a causal language model of transformers in {folder}"
     try:
         with _silent():
-            loaded = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
-            network, said = loaded
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if (how := how_quantised(settings)) is not None and not dequantised(config):
+                raise ConfigError(
+                    expected="a model whose weights can be trained",
+                    got=f"weights in {folder} that are quantised with {how}",
+                    do="name the model from before it was quantised",
+                )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=torch.float32, local_files_only=True, trust_remote_code=False,
+                output_loading_info=True,
+            )  # fmt: skip
+            network, said = loaded[0].float(), loaded[1]
+            if how is not None:  # it is saved as a plain model, not by the way back through what was dequantised
+                network._weight_conversions = None
+    except ConfigError:
+        raise
     except Exception as error:  # of many kinds: a class that is not known, a file that is cut off, code that is needed
-        raise DataError(
-            expected=f"a causal language model of transformers in {folder}",
-            got=f"{type(error).__name__}: {error}".partition("\n")[0][:200],
+        got = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise unreadable(settings, expected, got, cuda=False) or DataError(
+            expected=expected,
+            got=got,
             do="check that AutoModelForCausalLM.from_pretrained loads it without remote code",
         ) from None
     lacking = [*said["missing_keys"], *(str(one[0]) for one in said["mismatched_keys"])]
@@ -233,6 +268,8 @@ def _load(folder: str) -> nn.Module:
             got=f"{len(lacking)} missing or of another shape: {', '.join(sorted(lacking)[:3])}",
             do="bring back the files that belong to its config.json: random weights would take their place",
         )
+    if biases is not None:
+        put_back(network, Path(biases), _biases(folder, biases))
     return network
 
 

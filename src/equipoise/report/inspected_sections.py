@@ -38,11 +38,14 @@ def inspection_cards(found: Sequence[Named]) -> str:
             ("Dead experts", str(sum(len(layer.dead) for layer in layers))),
             ("Entropy", f"{number(mean_of(one.inspection, LAYER_MEASURES[4]))} nats"),
         )
+        sizes = f"{safe(facts.family)}, {len(layers)} layers of {layers[0].num_experts if layers else 0}"
+        if facts.biases:
+            sizes += f"<br>chosen with the expert biases of {breakable(facts.biases)}"
         listed = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows)
         cards.append(f"""<article class="card" {dot(one.colour)}>
 <h3>{breakable(one.name)}</h3>
 <p class="big">{number(information)} <small>nats</small></p>
-<p class="delta">{about}<br>{safe(facts.family)}, {len(layers)} layers of {layers[0].num_experts if layers else 0}</p>
+<p class="delta">{about}<br>{sizes}</p>
 <dl>{listed}</dl>
 </article>""")
     return f'<div class="cards">{"".join(cards)}</div>\n'

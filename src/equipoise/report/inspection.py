@@ -15,7 +15,7 @@ import json
 import types
 import typing
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Facts:
     tracked_share: float  # of all tokens, that these ids are
     seed: int
     versions: dict[str, str] = field(default_factory=dict)
+    biases: str | None = None  # where expert biases were from that the choices were made with and the weights lack
 
 
 @dataclass(frozen=True)
@@ -255,9 +256,10 @@ def read_inspection(folder: str | Path) -> Inspection:
 
 
 def _typed(cls: type, data: dict[str, Any]) -> Any:
-    """A dataclass from its JSON; unknown entries are passed over, wrong types are a TypeError."""
+    """A dataclass from its JSON; unknown entries are passed over, ones that came later may be missing."""
     hints = typing.get_type_hints(cls)
-    return cls(**{f.name: _value(hints[f.name], data[f.name], f.name) for f in fields(cls)})
+    there = [f.name for f in fields(cls) if f.name in data or f.default is MISSING]
+    return cls(**{name: _value(hints[name], data[name], name) for name in there})
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:

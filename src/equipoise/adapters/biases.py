@@ -1,0 +1,109 @@
+"""The expert biases of a training beside its weights: put back into a model whose own files do not hold them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..balancer import Balancer
+from ..errors import DataError
+from ..policies import ExpertBias
+from .files import FILE, read_state, state_file
+
+__all__ = ["biases_beside", "check_biases", "load_biases", "plain_name", "put_back", "put_biases"]
+
+AROUND = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+FIRST = re.compile(rf"^((module|{AROUND}|base_model\.model)\.)+")
+WITHIN = re.compile(rf"\.({AROUND}|base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")  # the latter are PEFT's
+SHOWN = 3  # names in a message
+
+
+def load_biases(model: nn.Module, folder: str | Path) -> None:
+    """Puts expert biases back that a model's own files do not hold: of LoRA adapters, and of families without one.
+
+    Args:
+        model: the model whose training wrote ``folder``, with its weights loaded; an adapter of any name, or merged.
+        folder: with ``balancer.equipoise``: a checkpoint, an adapter's folder in one, or where ``BalanceCallback.save``
+            wrote it.
+
+    A model without a bias of its own chooses with it from now on, by hooks on its routers. Raises DataError for a
+    folder without biases, and for a file that cannot be read or is of another model.
+
+    >>> load_biases(torch.nn.Linear(1, 1), "nowhere")
+    Traceback (most recent call last):
+    equipoise.errors.DataError: expected expert biases in nowhere, as a Trainer with BalanceCallback saves them
+      got: no such folder
+      do:  pass the checkpoint that this model's weights are from
+    """
+    expected = f"expert biases in {folder}, as a Trainer with BalanceCallback saves them"
+    if not Path(folder).is_dir():
+        got, do = "no such folder", "pass the checkpoint that this model's weights are from"
+        raise DataError(expected=expected, got=got, do=do)
+    if (found := biases_beside(folder)) is None:
+        file = state_file(folder)
+        raise DataError(
+            expected=expected,
+            got=f"no {FILE}" if file is None else f"{file.name} without any",
+            do="after a training with ExpertBias pass the checkpoint that it saved; one without it moved no bias, and "
+            "its model is whole as it is",
+        )
+    put_back(model, *found)
+
+
+def biases_beside(folder: str | Path) -> tuple[Path, dict[str, Tensor]] | None:
+    """(the file, the biases (E,) in it by plain router name), or None where a folder has none. Raises DataError."""
+    if (file := state_file(folder)) is None:
+        return None
+    found = read_state(file).get("biases", {})
+    biases = {plain_name(name): bias_E for name, bias_E in found.items() if bias_E is not None}
+    return (file, biases) if biases else None
+
+
+def put_back(model: nn.Module, file: Path, biases: Mapping[str, Tensor]) -> None:
+    """Into the model that they belong to. Raises DataError, with no bias changed, where that is another one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(every router of this model is )?frozen")
+        balancer = Balancer(model, [ExpertBias(rate=0.0)])
+    try:
+        check_biases({plain_name(one.name): one.router.num_experts for one in balancer._layers}, file, biases)
+        put_biases(balancer, biases)
+    finally:
+        balancer.remove()
+
+
+def check_biases(experts: Mapping[str, int], file: Path, biases: Mapping[str, Tensor]) -> None:
+    """Raises DataError where a model with these routers, and so many experts at each, is not the file's."""
+    there = {name: len(bias_E) for name, bias_E in biases.items()}
+    if experts != there:
+        raise DataError(
+            expected=f"biases of this model, {_routers(experts)}, in {file}",
+            got=_routers(there),
+            do="bring the file that this model's training saved; one of another training does not belong in its folder",
+        )
+
+
+def put_biases(balancer: Balancer, biases: Mapping[str, Tensor]) -> None:
+    """Into the model's routers, by plain name."""
+    with torch.no_grad():
+        for layer in balancer._layers:
+            if (bias_E := biases.get(plain_name(layer.name))) is not None:
+                layer.router.expert_bias.copy_(bias_E)
+
+
+def plain_name(name: str) -> str:
+    """A router's name in the model below what wraps it: DDP, the compiler, and PEFT, whatever an adapter is called.
+
+    >>> plain_name("base_model.model.model.layers.0.mlp.gate.modules_to_save.policy")
+    'model.layers.0.mlp.gate'
+    """
+    return WITHIN.sub("", FIRST.sub("", name))
+
+
+def _routers(experts: Mapping[str, int]) -> str:
+    named = [f"{name} ({number} experts)" for name, number in list(experts.items())[:SHOWN]]
+    return ", ".join(named) + (f" and {len(experts) - SHOWN} more" if len(experts) > SHOWN else "")
