@@ -9,7 +9,7 @@ at the same place: after that sum, or one step later where the result has to tra
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,6 +106,7 @@ class Faults:
         self.raises, self._everyone = on_fault == "raise", everyone
         self.steps = 0  # that were left unbalanced
         self.noted: EquipoiseError | None = None  # the first of this step
+        self.translate: Callable[[EquipoiseError], EquipoiseError] = lambda error: error  # for who has no loop
         self._sent: _Sent | None = None
 
     @property
@@ -116,7 +117,7 @@ class Faults:
     def note(self, error: EquipoiseError) -> None:
         """Raises the error if that hurts nobody; else it is remembered until the step's sum."""
         if self.at_once:
-            raise error
+            raise self.translate(error)
         self.noted = self.noted or error
 
     def tail(self, silent_taps: Tensor | None, taps: int, *, empty: bool | None, device: torch.device) -> Tensor:
@@ -165,8 +166,8 @@ class Faults:
         if sent is None or not _is_bad(numbers := sent.letter.read()):
             return None
         if numbers[0] > 0:
-            return str(sent.mine) if sent.mine else f"another rank noted an error in step {sent.step}"
-        return str(_in_words(sent))
+            return str(self.translate(sent.mine)) if sent.mine else f"another rank noted an error in step {sent.step}"
+        return str(self.translate(_in_words(sent)))
 
     def _say(self, sent: _Sent) -> bool:
         """Whether there was a fault; raises it, or warns of it."""
@@ -174,7 +175,7 @@ class Faults:
         if not _is_bad(numbers):
             return False
         # every rank reads the number of ranks that noted something, so every rank is here
-        error = _first(sent.mine, self._everyone) if numbers[0] > 0 else _in_words(sent)
+        error = self.translate(_first(sent.mine, self._everyone) if numbers[0] > 0 else _in_words(sent))
         if self.raises:
             raise error
         self.steps += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from core._model import policy as loss_policy
 from hf.families import build
 
 VOCABULARY, LENGTH, SAMPLES = 64, 10, 32
+HOOKED = ("get_batch_samples", "evaluation_loop", "log", "_save", "backward")
 
 
 def model(**config: Any) -> Any:
@@ -28,7 +30,7 @@ def model(**config: Any) -> Any:
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
     experts = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
-    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes, **heads, **experts, **config))
+    return AutoModelForCausalLM.from_config(Qwen3MoeConfig(**sizes | heads | experts | config))
 
 
 class Text(Dataset):
@@ -56,12 +58,12 @@ def policy(description: dict) -> Any:
 class Recorder:
     """What a training gave: gradients and biases at each optimizer step, loads, logs, the end's weights."""
 
-    def __init__(self, policies: list[dict]) -> None:
+    def __init__(self, policies: list[dict], **options: Any) -> None:
         from transformers import TrainerCallback
 
         from equipoise.adapters.hf import BalanceCallback
 
-        self.balance = BalanceCallback([policy(p) for p in policies])
+        self.balance = BalanceCallback([policy(p) for p in policies], **options)
         self.gradients: list[dict[str, Tensor]] = []
         self.biases: list[dict[str, Tensor]] = []
         self.loads: list[list[list[int]]] = []
@@ -92,7 +94,7 @@ class Recorder:
             "logs": trainer.state.log_history,
             "weights": {n: whole(p).detach().clone() for n, p in built.named_parameters()},
             "coefficient": getattr(built, "router_aux_loss_coef", None),
-            "own": [name for name in ("compute_loss", "log", "get_batch_samples") if name in vars(trainer)],
+            "own": [name for owner in (trainer, trainer.accelerator) for name in HOOKED if name in vars(owner)],
             "sharded": any(hasattr(p, "full_tensor") for p in built.parameters()),
         }
 
@@ -119,6 +121,16 @@ def quiet() -> None:
     torch.set_num_threads(1)
 
 
+@contextlib.contextmanager
+def little_garbage() -> Iterator[None]:
+    """A Trainer collects garbage when it begins: not in all that pytest and the libraries hold, which takes longer."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def in_order(kind: Any = None) -> Any:
     """A Trainer that takes rows in their order."""
     from transformers import Trainer
@@ -138,13 +150,13 @@ def make(
     Args:
         arguments: of TrainingArguments, and ``family`` (of families.py; else a Qwen3-MoE), ``config`` (of the model),
             ``model`` (used as it is), ``prepare`` (a function of it), ``sharded`` (FSDP2), ``trainer`` (keywords of
-            the Trainer), ``kind`` (a subclass of it).
+            the Trainer), ``kind`` (a subclass of it), ``balance`` (keywords of BalanceCallback).
     """
     from transformers import TrainingArguments
 
     quiet()
     family, config, sharded = (arguments.pop(key, None) for key in ("family", "config", "sharded"))
-    options, prepare, kind = (arguments.pop(key, None) for key in ("trainer", "prepare", "kind"))
+    options, prepare, kind, balance = (arguments.pop(k, None) for k in ("trainer", "prepare", "kind", "balance"))
     built = arguments.pop("model", None) or (build(family, **config or {}) if family else model(**config or {}))
     if prepare is not None:
         built = prepare(built) or built
@@ -152,7 +164,7 @@ def make(
     args = TrainingArguments(**arguments_of(folder, batch, accumulate, steps, **more | arguments))
     if sharded:
         let_accelerate_shard(args)
-    recorder = Recorder(policies)
+    recorder = Recorder(policies, **balance or {})
     options = {"train_dataset": Text(), "eval_dataset": Text()} | (options or {})
     options["callbacks"] = [*recorder.callbacks, *options.pop("callbacks", [])]
     return in_order(kind)(None if "model_init" in options else built, args, **options), recorder
@@ -166,7 +178,8 @@ def train(
     if wide:
         arguments["model"] = build(arguments["family"]).double()
         arguments["model"].set_experts_implementation("eager")  # grouped_mm knows no float64
-    with Float64() if wide else contextlib.nullcontext(), tempfile.TemporaryDirectory() as scratch:
+    width = Float64() if wide else contextlib.nullcontext()
+    with width, little_garbage(), tempfile.TemporaryDirectory() as scratch:
         trainer, recorder = make(policies, batch, accumulate, steps, folder or scratch, **arguments)
         trainer.train(resume_from_checkpoint=resume)
         return recorder.result(trainer)

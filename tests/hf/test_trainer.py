@@ -195,7 +195,7 @@ def test_the_models_own_loss_is_off_and_logs_show_ours(whole):
     check(train(POLICIES, 4, 2, 2, **STILL, config={"router_aux_loss_coef": 0.0}), whole)
     got = train(POLICIES, 4, 2, 2, **STILL, config={"output_router_logits": True, "router_aux_loss_coef": 0.1})
     check(got, whole)
-    assert got["coefficient"] == 0
+    assert got["coefficient"] == 0.1, "the user's again"
     tokens = [int(reference.rows_of(8 * step, 8)["attention_mask"].sum()) for step in range(2)]
     assert [entry["balance/tokens"] for entry in got["logs"] if "loss" in entry] == tokens
     assert got["own"] == [], "the Trainer is left as it was"

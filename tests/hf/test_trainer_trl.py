@@ -9,9 +9,10 @@ import torch
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from equipoise import ConfigError, StateError
+from equipoise import ConfigError
 from hf._trainer import Recorder, arguments_of, as_rank, in_order, quiet
 from hf._trainer_reference import COEF, POLICIES, check, expected, same_gradients
+from hf._trl import words
 from hf.families import build
 
 pytestmark = [
@@ -28,17 +29,6 @@ DOCUMENTS = [{"kind": "aux", "scope": "document", "coef": COEF}, POLICIES[1]]
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return words()
-
-
-def words() -> Any:
-    """A tokenizer of 64 words, one token each."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    known = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{i}": i for i in range(3, 64)}
-    rust = Tokenizer(models.WordLevel(known, unk_token="<pad>"))
-    rust.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=rust, pad_token="<pad>", eos_token="<eos>")
 
 
 def rows() -> list[tuple[list[int], list[int]]]:
@@ -109,7 +99,7 @@ def test_trls_own_loss_is_off(tmp_path, tokenizer, want):
     with pytest.warns(UserWarning, match="own balance loss .* is switched off"):
         got = sft(tmp_path, tokenizer, POLICIES, batch=4, accumulate=2, config=config)
     check(got, want)
-    assert got["coefficient"] == 0
+    assert got["coefficient"] == 0.5, "the user's again"
     assert not any("aux_loss" in entry for entry in got["logs"])
 
 
@@ -178,24 +168,6 @@ def test_preferences(tmp_path, tokenizer):
     (first, _) = [entry for entry in runs[0]["logs"] if "loss" in entry]
     assert sum(runs[0]["steps"][0][0]) == 2 * int(first["balance/tokens"])  # top-2
     assert int(first["balance/tokens"]) == 4 * (2 + 2 + 1) + 4 * (2 + 1 + 1)  # each answer ends with a token of its own
-
-
-@pytest.mark.full
-def test_a_trainer_that_makes_its_tokens_itself_is_refused(tmp_path, tokenizer):
-    """GRPO's batches are prompts: what the routers will see is not known when the step begins."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
-    quiet()
-    recorder = Recorder(POLICIES)
-    more = {"num_generations": 2, "max_completion_length": 3, "bf16": False}
-    args = GRPOConfig(**arguments_of(str(tmp_path), 2, 1, 1, **more))
-    trainer = GRPOTrainer(
-        build(FAMILY), lambda completions, **_: [0.0 for _ in completions], args, callbacks=recorder.callbacks,
-        train_dataset=Dataset.from_list([{"prompt": "w5 w6"}] * 4), processing_class=tokenizer,
-    )  # fmt: skip
-    with pytest.raises(StateError, match="GRPO"):
-        trainer.train()
 
 
 def test_label_smoothing_runs_the_model_twice(tmp_path, tokenizer):
