@@ -30,6 +30,7 @@ def _routers(
     found: list[tuple[int, str, Any]] = []
     try:
         for i, part in enumerate(parts):
+            _check_offload(part)
             ours = [(name, m) for name, m in part.named_modules() if hasattr(m, "meter") and hasattr(m, "num_experts")]
             found += [(i, name, router) for name, router in ours or find_foreign(part, example, look=look)]
     except BaseException:
@@ -57,8 +58,6 @@ def attach(
     ``may_be_empty``: a pipeline stage without MoE layers is one of several.
     """
     _check_options(micro_sequences)
-    for part in parts:
-        _check_offload(part)
     routers = _routers(parts, example, look=not timed)
     if not routers and not may_be_empty:
         raise no_router(parts, example)

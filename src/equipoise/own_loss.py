@@ -70,7 +70,7 @@ class OwnLoss:
         found = [_Change(config, "output_router_logits", config.output_router_logits, False) for config in on]
         for module in model.modules():
             coef = getattr(module, "router_aux_loss_coef", None)
-            if isinstance(coef, float) and coef:
+            if isinstance(coef, float | int) and coef:
                 found.append(_Change(module, "router_aux_loss_coef", coef, 0.0))
         for change in found:
             setattr(change.owner, change.name, change.off)

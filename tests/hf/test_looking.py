@@ -27,7 +27,7 @@ def labelled() -> dict[str, Tensor]:
 
 
 def own_loss_on(family: str) -> Any:
-    model = build(family, output_router_logits=True)
+    model: Any = build(family, output_router_logits=True)
     for module in (model, *model.modules()):
         if isinstance(getattr(module, "router_aux_loss_coef", None), float):
             module.router_aux_loss_coef = 0.25  # type: ignore[assignment]
@@ -126,12 +126,14 @@ def test_a_checkpoint_of_a_running_training_holds_the_users_values(tmp_path) -> 
     assert (model.config.output_router_logits, model.router_aux_loss_coef) == (True, 0.25)
 
 
-@pytest.mark.parametrize("family", [*AUX, "deepseek_v3", "llama4", "longcat_flash", "gpt_oss"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    ("family", "recompute"),
+    [*((one, False) for one in (*AUX, "deepseek_v3", "llama4", "longcat_flash", "gpt_oss")), ("qwen3_moe", True)],
+)
 def test_who_only_looks_changes_no_gradient(family, recompute) -> None:
     found = []
     for looks in (False, True):
-        model = own_loss_on(family) if family in AUX else build(family)
+        model: Any = own_loss_on(family) if family in AUX else build(family)
         if recompute:
             with quiet():
                 model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -191,7 +193,7 @@ def test_an_evaluation_counts_what_is_no_padding(family, policies) -> None:
 
 def test_a_part_that_is_called_by_itself_is_not_evaluated() -> None:
     """Its padding is told by the arguments of the whole model: those of the call before would be read."""
-    model = build("qwen3_moe").eval()
+    model: Any = build("qwen3_moe").eval()
     with quiet():
         balancer = Balancer(model, [])
     model(**inputs())

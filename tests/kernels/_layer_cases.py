@@ -98,6 +98,29 @@ def test_evaluation_counts_nothing_and_routes_alike(routed):
     assert len(routed) == 3
 
 
+def test_who_only_looks_sees_what_plain_pytorch_sees_and_changes_no_gradient(routed, monkeypatch):
+    (micro,), found = on_device(make_step(4, masked=True)), []
+    for plain, looks in ((False, False), (False, True), (True, True)):
+        if plain:
+            monkeypatch.setattr(router_module, "fuses", lambda *a: False)
+        model = net(experts=(6,), top_k=(2,)).to(DEVICE)
+        balancer = Balancer(model, []) if looks else None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        loss = loss_of(model, micro)
+        (balancer.tap(loss) if balancer else loss).backward()
+        found.append(gradients(model))
+        optimizer.step()
+        if balancer:
+            model.eval()
+            with balancer.evaluation() as seen:
+                model(micro.x_BSD, micro.mask_BS)
+            found.append({**balancer.metrics(), **{f"in evaluation {key}": number for key, number in seen.items()}})
+    without, looked, through_kernels, _, by_pytorch = found
+    assert all(torch.equal(gradient, looked[name]) for name, gradient in without.items())
+    assert through_kernels == pytest.approx(by_pytorch, rel=1e-5, abs=1e-9)
+    assert len(routed) == 3
+
+
 def test_a_loss_on_the_logits_reaches_them():
     layer = MoE(8, 16, 4, 2).to(DEVICE)
     Balancer(layer, [AuxLoss("micro_batch", 0.3)])
