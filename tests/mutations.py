@@ -41,8 +41,8 @@ MUTATIONS = {
     ),
     "counted in forward, so twice under recompute (B20, B22)": Mutation(
         "tie.py",
-        "    measured = measure(meter.plan, logits_TE, ids_TK, counts_BE, batch, probs_TE)\n",
-        "    measured = measure(meter.plan, logits_TE, ids_TK, counts_BE, batch, probs_TE)\n"
+        "    measured = measure(plan, logits_TE, ids_TK, counts_BE, batch, probs_TE)\n",
+        "    measured = measure(plan, logits_TE, ids_TK, counts_BE, batch, probs_TE)\n"
         "    if meter.leaf.grad is None:\n"
         "        meter.leaf.grad = torch.zeros_like(meter.leaf)\n"
         "    meter.leaf.grad[: meter.plan.forward_size] += measured.statistics\n",
@@ -56,8 +56,8 @@ MUTATIONS = {
     ),
     "evaluation counted and pushed (B26, B28)": Mutation(
         "tie.py",
-        "    if not training:\n        return weights_TK\n",
-        "",
+        "    if not meter.sees(training=training):\n        return weights_TK\n",
+        "    training = True\n",
         "core/test_stated_results.py evaluation",
     ),
     "1/dp: divided by ranks once more (B01)": Mutation(
@@ -151,8 +151,8 @@ MUTATIONS = {
     ),
     "shards of a sequence not summed (B14)": Mutation(
         "shards.py",
-        "    flat = shards.sum(torch.cat([part.flatten() for part in parts]))\n",
-        "    flat = torch.cat([part.flatten() for part in parts])\n",
+        "    flat = shards.sum(torch.cat([part.flatten().to(device) for part in parts]))\n",
+        "    flat = torch.cat([part.flatten().to(device) for part in parts])\n",
         "core/test_defects_ranks.py B02",
     ),
     "the step's sum not waited for (B40)": Mutation(

@@ -20,7 +20,7 @@ from .policies.losses import AuxLoss, ZLoss
 from .policies.switch import Timed
 from .pressure import Layer
 
-__all__ = ["attach", "detach", "unbalanced_routers", "undo"]
+__all__ = ["attach", "detach", "part_of", "unbalanced_routers", "undo"]
 
 
 def _routers(
@@ -62,9 +62,8 @@ def attach(
     if not routers and not may_be_empty:
         raise no_router(parts, example)
     _check_free(routers)
-    own_loss, layers = OwnLoss(), [Layer(name, router, part=part) for part, name, router in routers]
-    for layer in layers:
-        layer.makes_bias = layer.router.expert_bias is None
+    own_loss = OwnLoss()
+    layers = [Layer(name, r, part=part, makes_bias=r.expert_bias is None) for part, name, r in routers]
     try:
         _check_routers(routers, timed)
         check_degenerate(routers, timed)
@@ -123,6 +122,20 @@ def _warn_of_frozen(layers: Sequence[Layer]) -> None:
     if frozen:
         which = "every router of this model is frozen" if len(frozen) == len(layers) else f"frozen: {', '.join(frozen)}"
         warnings.warn(f"{which}; loads are measured, nothing is pushed and no bias moves", stacklevel=4)
+
+
+def part_of(model: nn.Module, name: str) -> nn.Module:
+    """The module of this name, in whatever wraps the model. Raises ConfigError where there is none, or several."""
+    found = [n for n, _ in model.named_modules() if n == name or n.endswith(f".{name}")]
+    outermost = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
+    if len(outermost) != 1:
+        names = ", ".join(found or [n for n, _ in model.named_children()]) or "no parts"
+        raise ConfigError(
+            expected="part= that names one module of the model",
+            got=f"{name!r}; {'it may be any of' if found else 'the model has'} {names}",
+            do="pass its name as named_modules() has it",
+        )
+    return model.get_submodule(outermost[0])
 
 
 def detach(layers: Sequence[Layer], own_loss: OwnLoss) -> None:

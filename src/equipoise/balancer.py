@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .attach import attach, detach, undo
+from .attach import attach, detach, part_of, undo
 from .collectives import Ranks
 from .declared import Declared
 from .describe import describe
 from .errors import ConfigError, InputError, StateError
 from .evaluation import evaluating
 from .faults import Faults, no_forward
-from .meter import take
+from .layout import saying
+from .meter import TokenLayout, take
 from .policies.expert_bias import ExpertBias
 from .policies.losses import AuxLoss
 from .policies.switch import Policy, losses_at, timeline
@@ -47,7 +48,9 @@ class Balancer(Stepping):
             micro-batches and ranks) or "sum" (they add up to the step's loss; needs ``begin_step(tokens=)``).
         sequences_per_micro_batch: for a loop that runs several micro-batches as one pass, which is often faster: scope
             "micro_batch" is then every so many sequences of a pass, as if each had run alone.
-        example: arguments of forward, to find another library's routers with; models of transformers bring their own.
+        example: arguments of forward, to find another library's routers with; models of transformers bring their own,
+            also inside a wrapper.
+        part: the name of what to balance inside ``model``, where a wrapper holds other MoE models too: "llm".
         measure_estimators: compare prefix, previous, ema and filled with the exact f at every step; see ``fidelity()``.
         gradient_norms: measure each policy's gradient against the language model's at the routers.
         on_fault: what a guard does that finds a bad step (NaN logits, a push that never arrived, ...): "raise" on all
@@ -84,6 +87,7 @@ class Balancer(Stepping):
         reduction: str = "mean",
         sequences_per_micro_batch: int | None = None,
         example: Mapping[str, Any] | None = None,
+        part: str | None = None,
         measure_estimators: bool = False,
         gradient_norms: bool = True,
         on_fault: str = "raise",
@@ -94,6 +98,7 @@ class Balancer(Stepping):
             )
         self.policies = list(policies)
         schedule, parts = timeline(self.policies), [model] if isinstance(model, nn.Module) else list(model)
+        parts = parts if part is None else [part_of(one, part) for one in parts]
         ranks, ends_steps = ranks or Ranks.default(), hookable(optimizer)
         self._example = example
         faults = Faults(on_fault, ranks.everyone)
@@ -201,7 +206,7 @@ class Balancer(Stepping):
                 got=f"shape {tuple(loss.shape)}",
                 do="tap the mean loss, or pass scale= with a stage's activations",
             )
-        taken = [take(bank.meters) for bank in banks]
+        taken = self._passes[part].take(loss)
         if rehearsing():  # what it proposed is taken, and forgotten
             return loss
         if not any(self._micro_steps):
@@ -248,6 +253,14 @@ class Balancer(Stepping):
         self._forget()
         self._faults.noted = None
         self._untapped = 0
+
+    def layout(self, lies: TokenLayout) -> AbstractContextManager[None]:
+        """Around forwards of another library's model: how their tokens lie, over what its arguments tell.
+
+        For masks that say who sees whom, and documents that nothing else numbers. Holds for routers whose tokens are
+        as many: ``with balancer.layout(TokenLayout(B, token_mask_T)): loss = model(...).loss``.
+        """
+        return saying([layer.router.layout for layer in self._layers if hasattr(layer.router, "layout")], lies)
 
     def skip(self) -> None:
         """Says that the optimizer skips this step (a spike, an overflow): forgotten like `discard`, and counted.

@@ -84,7 +84,7 @@ def _layout(layer: Layer) -> str:
     if known is not None:
         return known
     if hasattr(layer.router, "layout"):
-        return "sequences and padding read from the model's input_ids, attention_mask, position_ids"
+        return "sequences and padding read where the model, or a part of it, is called with a router's tokens"
     return "as the layer is told with each call (MoE(batch_first=), TokenLayout)"
 
 

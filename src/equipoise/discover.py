@@ -36,25 +36,25 @@ def find_foreign(
     """Runs the model a few times on a small example, in evaluation, and returns its routers by name.
 
     Args:
-        example: arguments of the model's forward; default: what a transformers model calls its ``dummy_inputs``.
+        example: arguments of the model's forward; default: what a transformers model, or one inside, calls its
+            ``dummy_inputs``.
         look: nothing is to be pushed, so that a router has to show its choices and nothing more.
 
     Raises ConfigError for a router of a kind that cannot be balanced, by name and with what is missing.
     """
     if known := _known(model):  # tied by a balancer, or still choosing with the bias that an earlier one left
         if all(router.meter is None for _, router in known):
-            layout = Layout(model)
-            for _, router in known:
-                router.layout = layout
+            layout = Layout(model, [name for name, _ in known])
+            for name, router in known:
+                router.lies_in(layout, name)
         return known
-    if (example := example_of(model, example)) is None:
-        return []
     modules = dict(model.named_modules())
     for name, module in modules.items():
         if special_of(module).refuse:
             raise _refusal(module, name, special_of(module).refuse)
-    probe = Probe(model, example)
-    calls, shells = _calls(probe, modules)
+    if (ran := _first_with_routers(model, example, modules)) is None:
+        return []
+    probe, calls, shells = ran
     fixed = [name for name in calls if special_of(modules[name]).fixed and not look]
     for name in fixed:
         del calls[name]
@@ -68,14 +68,15 @@ def find_foreign(
         kinds.setdefault((type(modules[name]), type(modules[blocks[name]])), []).append(name)
     natives = {name: find_native(modules[name], modules[blocks[name]]) for name in calls}
     facts = {name: (facts_seen if look else facts_of)(modules[name], name, call) for name, call in calls.items()}
-    swapped, deaf = {name for name, of_it in facts.items() if of_it.swapped}, dict[str, str]()
+    swapped = {name for name, of_it in facts.items() if of_it.swapped}
+    deaf: dict[str, str] = {}
     if not look:
         _check_weights_are_used(probe, modules, list(kinds.values()), swapped)
         ours = [names for names in kinds.values() if natives[names[0]] is None]
         deaf = _ignoring_ids(probe, modules, ours, swapped, blocks)
     if fixed:
         warnings.warn(f"not balanced, because {special_of(modules[fixed[0]]).fixed}: {', '.join(fixed)}", stacklevel=4)
-    layout, managed = Layout(model), list(managed_by_fsdp(model))
+    layout, managed = Layout(model, list(facts)), list(managed_by_fsdp(model))
     found = []
     for name, of_it in facts.items():
         place = natives[name]
@@ -83,7 +84,9 @@ def find_foreign(
         if name in deaf:
             of_it = of_it._replace(no_bias=deaf[name])
         trains = _with_parameters(modules, shells[name])
-        found.append((name, ForeignRouter(modules[name], trains, of_it, layout, native, calls[name])))
+        router = ForeignRouter(modules[name], trains, of_it, native, calls[name])
+        router.lies_in(layout, name)
+        found.append((name, router))
     return found
 
 
@@ -91,7 +94,32 @@ def example_of(model: nn.Module, example: Mapping[str, Any] | None) -> Mapping[s
     """What to run the model on: ``example``, or what a transformers model calls its ``dummy_inputs``; None: neither."""
     if example is not None:
         return example
-    return next((e for m in unwrapped(model) if isinstance(e := getattr(m, "dummy_inputs", None), Mapping)), None)
+    return next((e for m in unwrapped(model) if (e := _dummy_inputs(m)) is not None), None)
+
+
+def _dummy_inputs(module: nn.Module) -> Mapping[str, Any] | None:
+    inputs = getattr(module, "dummy_inputs", None)
+    return inputs if isinstance(inputs, Mapping) else None
+
+
+def _first_with_routers(
+    model: nn.Module, example: Mapping[str, Any] | None, modules: dict[str, nn.Module]
+) -> tuple[Probe, dict[str, Call], dict[str, str]] | None:
+    """(what ran, a call of every router, what wraps each): of the model, or of one that a wrapper holds."""
+    if (given := example_of(model, example)) is not None:
+        probe = Probe(model, given)
+        return probe, *_calls(probe, modules)
+    inside = [name for name, module in modules.items() if _dummy_inputs(module) is not None]
+    for name in inside:
+        if any(name.startswith(f"{other}.") for other in inside):
+            continue
+        probe = Probe(model, _dummy_inputs(modules[name]) or {}, modules[name])
+        try:
+            if (calls := _calls(probe, modules))[0]:
+                return probe, *calls
+        except ConfigError:  # of pictures or sounds: it does not run on ids
+            continue
+    return None
 
 
 def _why_deaf(module: nn.Module) -> str:
@@ -201,8 +229,16 @@ def _check_weights_are_used(
 
     The balance gradient comes with the gradient of the returned weights, so those have to be in the graph of the
     model's output. Followed edge by edge: experts that give 0, as new ones may, would hide it from any comparison.
+    Only what a function of somebody's own runs again in its backward (tiles) is not in the graph yet: compared.
     """
     leaves: dict[str, Tensor] = {}
+
+    def dim(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+            parts = take_apart(module, args, kwargs, output, swapped=name in swapped)
+            return None if parts is None else parts.put(parts.found.weights_TK * 0.5, None)
+
+        return hook
 
     def mark(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
@@ -222,15 +258,18 @@ def _check_weights_are_used(
         return hook
 
     outputs = probe({modules[name]: mark(name) for names in kinds for name in names}, gradient=True)
-    used = _in_graph(outputs, {id(leaf): name for name, leaf in leaves.items()})
+    used, hidden = _in_graph(outputs, {id(leaf): name for name, leaf in leaves.items()})
     for names in kinds:
         ran = [name for name in names if name in leaves]
         if ran and not used.intersection(ran):
+            if hidden and not _same(probe({}), probe({modules[name]: dim(name) for name in ran})):
+                continue  # whether their gradient arrives is looked at in each step
             reason = "its block ignores the weights that it returns, so no gradient would come back through them"
             raise _refusal(modules[ran[0]], ran[0], reason)
 
 
-def _in_graph(outputs: list[Tensor], leaves: dict[int, str]) -> set[str]:
+def _in_graph(outputs: list[Tensor], leaves: dict[int, str]) -> tuple[set[str], bool]:
+    """(those leaves that are in it, whether it holds a function of Python's, which may hide more)."""
     todo = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen, found = set(todo), set()
     while todo:
@@ -240,7 +279,11 @@ def _in_graph(outputs: list[Tensor], leaves: dict[int, str]) -> set[str]:
         following = {after for after, _ in node.next_functions if after is not None} - seen
         seen |= following
         todo += following
-    return found
+    return found, any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in seen)
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(one, other, strict=True))
 
 
 def _ignoring_ids(
@@ -265,7 +308,7 @@ def _ignoring_ids(
 
     def silent(before: list[Tensor], names: list[str], weights: float = 1.0, *, turn: bool = False) -> bool:
         after = probe({modules[name]: changing(name, weights, turn) for name in names})
-        return all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(before, after, strict=True))
+        return _same(before, after)
 
     plain, deaf = (probe({}) if kinds else []), dict[str, str]()
     for names in kinds:

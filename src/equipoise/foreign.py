@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, StateError
+from .errors import ConfigError, InputError, StateError
 from .facts import Facts
 from .functional.routing import choose, count_choices
-from .layout import Layout
+from .layout import Layout, not_read
 from .meter import Meter, Placed
 from .native import NativeBias
 from .probing import Call
@@ -40,7 +41,6 @@ class ForeignRouter:
         module: nn.Module,
         shell: nn.Module,
         facts: Facts,
-        layout: Layout,
         native: NativeBias | None,
         call: Call | None = None,
     ) -> None:
@@ -48,7 +48,7 @@ class ForeignRouter:
 
         ``call`` is one of the router's own, for what has to be tried before a meter is set.
         """
-        self.module, self.shell, self.facts, self.layout = module, shell, facts, layout
+        self.module, self.shell, self.facts = module, shell, facts
         self.num_experts, self.top_k, self.gate = facts.num_experts, facts.top_k, facts.gate
         self.idle = facts.idle + facts.may_drop
         # the language model's gradient at the logits passes inside the router: it is reckoned from that at the weights
@@ -58,6 +58,11 @@ class ForeignRouter:
         self._native, self._call = native, call
         self._meter: Meter | None = None
         self._hook: Any = None
+        self._again = (-1, 0)  # the backward that runs pieces of a forward again, and how many it has run
+
+    def lies_in(self, layout: Layout, name: str) -> None:
+        """Its tokens are those of the model that ``layout`` follows, where it has this name."""
+        self.layout, self.name, self._way = layout, name, layout.way_to(name)
 
     @property
     def training(self) -> bool:
@@ -150,8 +155,9 @@ class ForeignRouter:
         return parts.put(weights_TK, None if self.own_bias is None else ids_TK)
 
     def _tie(self, meter: Meter, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        _, batch, rows_T = self.layout.on(self._placed(meter, len(ids_TK)), ids_TK.device)
-        given_TK = weights_TK
+        placed = self.layout.on(self._placed(meter, len(ids_TK)), ids_TK.device)
+        self._check(placed, meter)
+        batch, rows_T, given_TK = placed.batch, placed.rows_T, weights_TK
         if rows_T is not None:  # back to where the tokens lie in their sequences; the others are masked
             assert batch.valid_T is not None
             whole = len(batch.valid_T)
@@ -167,14 +173,29 @@ class ForeignRouter:
             return given_TK
         return tied_TK if rows_T is None else tied_TK[rows_T]
 
+    def _check(self, placed: Placed, meter: Meter) -> None:
+        """Raises InputError where padding is not known, or a load inside a micro-batch comes in pieces."""
+        trains = self.training and torch.is_grad_enabled()
+        if placed.unread and (trains or meter.evaluation is not None):
+            raise not_read(self.name, placed.tokens, placed.unread)
+        inside = [term.kind for term in meter.plan.terms if term.kind != "late"]
+        if placed.piece and inside and trains:
+            raise InputError(
+                expected="all tokens of a forward in one call of a router, for a scope inside a micro-batch",
+                got=f"router {self.name!r} that sees them in pieces (tiles), and scope {inside[0]!r}",
+                do="use scope 'global_batch' or 'data_parallel', or switch the tiling off",
+            )
+
     def _placed(self, meter: Meter, tokens: int) -> Placed:
         """How the tokens of this call lie; in a recompute, as they lay in forward: the model may have run since.
 
         Raises StateError where a loss was made of several passes and nothing tells which of them runs again.
         """
+        name = self.name if self.training or meter.evaluation is not None else ""
         if torch.compiler.is_compiling():
-            return self.layout.place(tokens, self.facts.pictures)
-        forward = torch._C._current_graph_task_id() == self.layout.noted_in  # or all of the model runs again
+            return self.layout.place(self._way, tokens, self.facts.pictures)
+        backward = torch._C._current_graph_task_id()
+        forward = backward == self.layout.noted_in  # or all of the model runs again
         known = [] if forward else [placed for placed in meter.placed_late if placed.tokens == tokens]
         if not known:
             counts = meter.which_slot == 0 if self.training else meter.evaluation is not None
@@ -182,12 +203,15 @@ class ForeignRouter:
                 raise StateError(
                     expected="a forward of the model that Balancer was given: its arguments tell padding and sequences",
                     got=f"a {type(self.module).__name__} that runs in a call of a part of it",
-                    do="call the whole model, or make the Balancer of the part that you call",
+                    do="call the whole model, or pass part= to Balancer, the name of the part that you call",
                 )
-            placed = self.layout.place(tokens, self.facts.pictures)
+            placed = self.layout.place(self._way, tokens, self.facts.pictures, router=name)
             if forward and self.training and meter.which_slot < 2:
                 meter.placed.append(placed)
             return placed
+        if _are_pieces(known):  # a router's run again in their order
+            self._again = (backward, self._again[1] + 1 if self._again[0] == backward else 0)
+            return known[self._again[1] % len(known)]
         if not all(_same(known[0], other) for other in known[1:]):
             raise StateError(
                 expected="gradient checkpointing of one pass per loss, or of passes whose padding and documents agree",
@@ -195,6 +219,12 @@ class ForeignRouter:
                 do="send them through the model as one batch, or call gradient_checkpointing_disable()",
             )
         return known[0]
+
+
+def _are_pieces(placed: list[Placed]) -> bool:
+    """Whether these calls of a router were pieces of one forward of the model."""
+    begins = [one.piece for one in placed if one.piece is not None]
+    return len(begins) == len(placed) > 1 and all(a < b for a, b in itertools.pairwise(begins))
 
 
 def _same(one: Placed, other: Placed) -> bool:

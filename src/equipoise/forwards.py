@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import nn
 
 from .meter import ForwardPass
+from .passes import Passes
 from .pressure import Layer
 
 __all__ = ["Forwards"]
@@ -16,10 +16,10 @@ __all__ = ["Forwards"]
 class Forwards:
     """Watches the forwards of a model's parts, and once a step the modules around its routers."""
 
-    def __init__(self, parts: Sequence[nn.Module], layers: Sequence[Layer]) -> None:
+    def __init__(self, parts: Sequence[nn.Module], layers: Sequence[Layer], passes: Sequence[Passes]) -> None:
         self._parts, self._layers = parts, layers
         self._running = _Running()
-        self._hooks = _note_passes(parts, layers, self._running)
+        self._hooks = _note_passes(parts, layers, self._running, passes)
         self._around = list(_around(parts, layers))
         self._seen = self._children()
 
@@ -78,7 +78,10 @@ class _PassHook:
 
     def __call__(self, _module: nn.Module, *_args: object) -> None:
         self._running.part = self._part
-        self._shared.without_grad = self._entering and not torch.is_grad_enabled()
+        if self._entering:
+            self._shared.enter()
+        else:
+            self._shared.leave()
 
     def __reduce__(self):  # deepcopy asks for it too
         return _fresh_pass_hook, ()
@@ -88,13 +91,18 @@ def _fresh_pass_hook() -> _PassHook:
     return _PassHook(ForwardPass(), _Running(), 0, entering=False)
 
 
-def _note_passes(parts: Sequence[nn.Module], layers: Sequence[Layer], running: _Running) -> list:
+def _note_passes(
+    parts: Sequence[nn.Module], layers: Sequence[Layer], running: _Running, passes: Sequence[Passes]
+) -> list:
     hooks = []
     for i, part in enumerate(parts):
         shared = ForwardPass()
+        shared.passes = passes[i]
         for layer in layers:
             if layer.part == i:
                 layer.meter.forward_pass = shared
+                if (layout := getattr(layer.router, "layout", None)) is not None:
+                    layout.forward_pass = shared
         hooks.append(part.register_forward_pre_hook(_PassHook(shared, running, i, entering=True)))
         hooks.append(part.register_forward_hook(_PassHook(shared, running, i, entering=False)))
     return hooks

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +87,8 @@ class Placed(NamedTuple):
     tokens: int  # rows of the call
     batch: TokenLayout
     rows_T: Tensor | None = None  # which tokens of the batch its rows are; None: all of them, in order
+    piece: int | None = None  # its first token, where the router sees other tokens than the model: perhaps in pieces
+    unread: str = ""  # what was passed as a mask and tells nobody what is padding
 
 
 class LocalTerm(NamedTuple):
@@ -189,6 +191,24 @@ class ForwardPass:
     """How a part of the model is being run: set around its forward, shared by its meters."""
 
     without_grad = False
+    passes: Any = None  # what is told of forwards with gradient: see `equipoise.passes`
+
+    def enter(self) -> None:
+        self.without_grad = not torch.is_grad_enabled()
+        if self._is_a_pass:
+            self.passes.begins()
+
+    def leave(self) -> None:
+        self.without_grad = False
+        if self._is_a_pass:
+            self.passes.ends()
+
+    @property
+    def _is_a_pass(self) -> bool:
+        """With gradient, and no recompute; in a compiled graph nobody can look."""
+        if self.passes is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return torch._C._current_graph_task_id() == -1
 
 
 class Meter:

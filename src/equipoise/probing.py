@@ -26,8 +26,9 @@ class Call(NamedTuple):
 class Probe:
     """A model that is run on an example: in evaluation, with the same random numbers each time, and left as it was."""
 
-    def __init__(self, model: nn.Module, example: Mapping[str, Any]) -> None:
-        self.model, self.innermost = model, unwrapped(model)[-1]
+    def __init__(self, model: nn.Module, example: Mapping[str, Any], run: nn.Module | None = None) -> None:
+        """``run``: the module in ``model`` that is called; default: what it wraps."""
+        self.model, self.innermost = model, run or unwrapped(model)[-1]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.devices = devices_of(model.parameters())
         self.inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}

@@ -17,6 +17,7 @@ from .forwards import Forwards
 from .ledger import Ledger, rows_of
 from .looking import at_hand
 from .meter import clear_slots, gathered
+from .passes import Passes
 from .policies.losses import AuxLoss
 from .policies.switch import Timed, losses_at
 from .pressure import Bank, Bound, Layer, MicroStep, banks_of, bind
@@ -71,7 +72,8 @@ class Stepping:
         self._declared = Declared()
         self._committed: list[Committed] | None = None
         self._fidelity: dict[str, dict[str, float]] | None = None
-        self._forwards = Forwards(self._parts, self._layers)
+        self._passes = [Passes(self._of(part)) for part in range(len(self._parts))]
+        self._forwards = Forwards(self._parts, self._layers, self._passes)
         self._watch = Watch(self._parts, self._layers)
 
     # ---------------------------------------------------------------- backward and the optimizer call these
@@ -126,6 +128,8 @@ class Stepping:
     def _clear_slots(self, first: int = 0) -> None:
         for bank in self._banks:
             clear_slots(bank.meters, first)
+        for passes in self._passes if not first else ():
+            passes.forget()
 
     def _of(self, part: int) -> list[Bank]:
         return [bank for bank in self._banks if bank.part == part]
@@ -331,6 +335,8 @@ class Stepping:
     def _forget(self) -> None:
         for bank in self._banks:
             bank.forget_step()
+        for passes in self._passes:
+            passes.forget()
         if self._pending is not None:  # others take part in it
             self._pending()
         self._pending = self._backward = self._silent = self._good = None

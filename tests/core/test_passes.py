@@ -1,109 +1,145 @@
-"""Several micro-batches in one pass: counts, gradients and metrics of each are those of a pass of its own."""
+"""Several forwards before one tap: a pass whose output the loss does not use is as if it had not been."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
-from equipoise import AuxLoss, Balancer, ConfigError, MoE, StateError, ZLoss
+from equipoise import AuxLoss, Balancer, ExpertBias, MoE
 
 POLICIES = {
-    "micro_batch": [AuxLoss("micro_batch", 0.5)],
-    "unbiased": [AuxLoss("micro_batch", 0.5, counts="unbiased")],
-    "sequence": [AuxLoss("sequence", 0.5), ZLoss(0.1)],
-    "exact": [AuxLoss("global_batch", 0.5, estimator="exact"), AuxLoss("micro_batch", 0.1)],
+    "global": [AuxLoss("global_batch", 0.3)],
+    "sequence": [AuxLoss("sequence", 0.3)],
+    "bias": [AuxLoss("micro_batch", 0.3), ExpertBias(rate=0.1)],
 }
 
 
-def step(policies, micro_batches: int, per_pass: int, sequences: int):
-    """One optimizer step over 8 sequences, cut into micro-batches, ``per_pass`` of them at a time."""
-    torch.manual_seed(0)
-    model = MoE(dim=8, hidden=16, num_experts=6, top_k=2, batch_first=True, gate="sigmoid").double()
-    x_BSD = torch.randn(micro_batches * sequences, 5, 8, dtype=torch.float64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    balancer = Balancer(model, policies, sequences_per_micro_batch=sequences)
-    passes = x_BSD.split(sequences * per_pass)
-    if balancer.needs_counting:
-        with balancer.counting():
-            for part_BSD in passes:
-                model(part_BSD)
-    for part_BSD in passes:
-        (balancer.tap(model(part_BSD).square().mean()) / len(passes)).backward()
-    optimizer.step()
-    return [p.grad for p in model.parameters()], balancer.metrics(), balancer.load()
-
-
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("sequences", [1, 2])
-def test_a_pass_of_several_micro_batches_equals_as_many_passes(name, sequences):
-    micro_batches = 8 // sequences
-    alone = step(POLICIES[name], micro_batches, 1, sequences)
-    together = step(POLICIES[name], micro_batches, 4, sequences)
-    for one, other in zip(alone[0], together[0], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
-    assert all(bool((a == b).all()) for a, b in zip(alone[2], together[2], strict=True))
-    assert alone[1] == pytest.approx(together[1], rel=1e-9)
-
-
-@pytest.mark.parametrize("sequences", [None, 1])
-@pytest.mark.parametrize("batch", [1, 32])
-def test_a_step_of_one_pass_needs_no_counting_pass_for_exact(sequences, batch):
-    """The load of the only pass is the step's, however many micro-batches run in it."""
-    found = []
-    for count in (True, False):
+class Model(nn.Module):
+    def __init__(self, recompute: bool | None) -> None:
+        super().__init__()
         torch.manual_seed(0)
-        model = MoE(dim=8, hidden=16, num_experts=6, top_k=2, batch_first=True).double()
-        x_BSD = torch.randn(batch, 5, 8, dtype=torch.float64)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        policies = [AuxLoss("global_batch", 0.5, estimator="exact"), AuxLoss("micro_batch", 0.1)]
-        balancer = Balancer(model, policies, sequences_per_micro_batch=sequences)
-        assert balancer.needs_counting
-        if count:
-            with balancer.counting():
-                model(x_BSD)
-        balancer.tap(model(x_BSD).square().mean()).backward()
-        optimizer.step()
-        found.append(([p.grad for p in model.parameters()], balancer.metrics(), balancer.load()[0].tolist()))
-    for one, other in zip(found[0][0], found[1][0], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
-    assert found[0][1] == pytest.approx(found[1][1], rel=1e-12)
-    assert found[0][2] == found[1][2]
+        self.layers = nn.ModuleList(
+            MoE(dim=8, hidden=16, num_experts=4, top_k=2, gate="sigmoid", batch_first=True) for _ in range(2)
+        )
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.recompute is None:
+                x = x + layer(x)
+            else:
+                x = x + torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=self.recompute)
+        return x
 
 
-@pytest.mark.xdist_group("ranks")
-def test_so_it_is_on_two_ranks(ranks):
-    """Gradients and value of 16 sequences a rank are those of 32 in one process."""
-    (gradient, value, load), *_ = ranks.run("core._ranks:exact_in_one_pass", 32, size=1)
-    for other in ranks.run("core._ranks:exact_in_one_pass", 32, size=2):
-        assert other[2] == load
-        assert other[1] == pytest.approx(value, rel=1e-9)
-        torch.testing.assert_close(torch.tensor(other[0]), torch.tensor(gradient), rtol=1e-9, atol=1e-12)
+def tokens(seed: int, batch: int = 3) -> Tensor:
+    return torch.randn(batch, 5, 8, generator=torch.Generator().manual_seed(seed)).double().requires_grad_()
 
 
-def test_the_shuffle_control_needs_one_where_a_pass_is_several_micro_batches():
-    """f of the whole pass would be the exact f, and the control would show no difference."""
-    for sequences, batch in ((None, 8), (1, 1), (1, 8)):
-        model = MoE(dim=8, hidden=16, num_experts=6, top_k=2, batch_first=True)
-        balancer = Balancer(model, [AuxLoss("shuffle", 0.5)], sequences_per_micro_batch=sequences)
-        loss = balancer.tap(model(torch.randn(batch, 5, 8)).square().mean())
-        if sequences == 1 < batch:
-            with pytest.raises(StateError, match=r"(?s)whole step for scope 'shuffle'.*8 sequences.*counting"):
-                loss.backward()
-        else:
-            loss.backward()
+def step(loss_of: Callable[[Any], Tensor], policies: str, recompute: bool | None = None) -> tuple[list[Tensor], ...]:
+    """(gradients of two micro-batches, loads, biases) of a model of its own."""
+    model = Model(recompute).double()
+    balancer = Balancer(model, POLICIES[policies])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        (balancer.tap(loss_of(model)) / 2).backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    biases = [layer.gate.expert_bias for layer in model.layers]
+    return gradients, balancer.load(), [b for b in biases if b is not None]
 
 
-def test_without_it_a_pass_is_one_micro_batch():
-    grads, _, _ = step(POLICIES["micro_batch"], 8, 4, 1)
-    torch.manual_seed(0)
-    model = MoE(dim=8, hidden=16, num_experts=6, top_k=2, batch_first=True, gate="sigmoid").double()
-    x_BSD = torch.randn(8, 5, 8, dtype=torch.float64)
-    balancer = Balancer(model, POLICIES["micro_batch"])
-    for part_BSD in x_BSD.split(4):
-        (balancer.tap(model(part_BSD).square().mean()) / 2).backward()
-    assert not torch.allclose(grads[0], model.gate.weight.grad, rtol=1e-3)
+def mean(y: Tensor) -> Tensor:
+    return y.square().mean() + y.mean()
 
 
-def test_a_micro_batch_has_a_sequence():
-    with pytest.raises(ConfigError, match="sequences_per_micro_batch >= 1"):
-        Balancer(MoE(dim=8, hidden=16, num_experts=6, top_k=2), [ZLoss()], sequences_per_micro_batch=0)
+def after(model: Any) -> Tensor:
+    loss = mean(model(tokens(0)))
+    unused = model(tokens(1, batch=2))
+    return loss + 0.0 * float(unused.detach().sum())
+
+
+def before(model: Any) -> Tensor:
+    kept = model(tokens(1, batch=2))
+    loss = mean(model(tokens(0)))
+    assert kept.requires_grad
+    return loss
+
+
+def thrown_away(model: Any) -> Tensor:
+    model(tokens(1, batch=2))
+    return mean(model(tokens(0)))
+
+
+def many(model: Any) -> Tensor:
+    for seed in range(1, 12):
+        model(tokens(seed))
+    return mean(model(tokens(0)))
+
+
+def between_two(model: Any) -> Tensor:
+    one = model(tokens(0))
+    model(tokens(1, batch=2))
+    with torch.no_grad():
+        model(tokens(2))
+    return mean(torch.cat([one, model(tokens(3))]))
+
+
+def stopped(model: Any) -> Tensor:
+    def out_of_memory(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.layers[1].register_forward_pre_hook(out_of_memory)  # when the first has counted
+    with pytest.raises(RuntimeError, match="memory"):
+        model(tokens(1))
+    handle.remove()
+    return mean(model(tokens(0)))
+
+
+PLAIN: dict[Any, Callable[[Any], Tensor]] = {between_two: lambda m: mean(torch.cat([m(tokens(0)), m(tokens(3))]))}
+
+
+@pytest.mark.parametrize("policies", POLICIES)
+@pytest.mark.parametrize("loss_of", [after, before, thrown_away, many, between_two, stopped])
+def test_a_pass_that_the_loss_does_not_use_counts_nothing(loss_of, policies):
+    want = step(PLAIN.get(loss_of, lambda model: mean(model(tokens(0)))), policies)
+    got = step(loss_of, policies)
+    for a, b in zip(want, got, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert torch.allclose(x, y, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("loss_of", [after, before, between_two])
+def test_so_it_is_under_recompute(loss_of, recompute):
+    want = step(PLAIN.get(loss_of, lambda model: mean(model(tokens(0)))), "global", recompute)
+    got = step(loss_of, "global", recompute)
+    for a, b in zip(want, got, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert torch.allclose(x, y, rtol=1e-12, atol=1e-15)
+
+
+def test_passes_that_the_loss_uses_are_one_micro_batch():
+    """As many as are held apart, and more; the law does not know how a micro-batch was cut into passes."""
+    one = step(lambda model: mean(model(torch.cat([tokens(seed) for seed in range(10)]))), "global")
+    cut = step(lambda model: mean(torch.cat([model(tokens(seed)) for seed in range(10)])), "global")
+    for a, b in zip(one, cut, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert torch.allclose(x, y, rtol=1e-10, atol=1e-14)
+
+
+def test_nothing_is_walked_where_one_forward_ran(monkeypatch):
+    from equipoise import passes
+
+    walked = []
+    plain = passes._reached
+    monkeypatch.setattr(passes, "_reached", lambda *given: walked.append(1) or plain(*given))
+    step(lambda model: mean(model(tokens(0))), "global")
+    assert not walked
+    step(after, "global")
+    assert len(walked) == 2

@@ -99,7 +99,7 @@ def test_trls_own_loss_is_off(tmp_path, tokenizer, want):
     with pytest.warns(UserWarning, match="own balance loss .* is switched off"):
         got = sft(tmp_path, tokenizer, POLICIES, batch=4, accumulate=2, config=config)
     check(got, want)
-    assert got["coefficient"] == 0.5  # training is over: as it was
+    assert got["coefficient"] == 0.5, "the user's again"
     assert not any("aux_loss" in entry for entry in got["logs"])
 
 

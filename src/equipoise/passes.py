@@ -1,0 +1,99 @@
+"""Several forwards before one tap: what only those counted stays in the step that the tapped loss is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from .meter import Taken, take
+from .pressure import Bank
+
+__all__ = ["Passes"]
+
+MOST = 8  # passes that are held apart before a tap; of more, the oldest become one
+
+
+@dataclass
+class _Pass:
+    """A forward with gradient: autograd numbers its nodes as they are made, so those of a forward are a range."""
+
+    begin: int
+    end: int
+    taken: list[Taken] | None = None  # of each bank; None: still in the slots
+
+
+class Passes:
+    """The forwards of one part of a model since the last tap.
+
+    A pair of them (chosen and rejected answers) is one micro-batch. One whose output the loss does not use pushes
+    nothing, and what it counted would dilute the others: found by walking the loss's graph, which only happens where
+    there were several, and goes no further back than the first of them.
+    """
+
+    def __init__(self, banks: Sequence[Bank]) -> None:
+        self._banks = banks
+        self._passes: list[_Pass] = []
+
+    def begins(self) -> None:
+        if self._passes and self._passes[-1].taken is None:
+            self._passes[-1].taken = self._take()
+        if len(self._passes) >= MOST:
+            first, second = self._passes[:2]
+            taken = _added([one.taken for one in (first, second) if one.taken is not None])
+            self._passes[:2] = [_Pass(first.begin, second.end, taken)]
+        now = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        self._passes.append(_Pass(now, now))
+
+    def ends(self) -> None:
+        if self._passes:
+            self._passes[-1].end = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+
+    def take(self, loss: Tensor) -> list[Taken]:
+        """What the forwards proposed that ``loss`` is made of, for each bank; all of it where that can't be told."""
+        passes, last = self._passes, self._take()
+        self._passes = []
+        if len(passes) < 2:
+            return last
+        passes[-1].taken = last
+        used = [one for one, was in zip(passes, _reached(loss, passes), strict=True) if was] or passes
+        return _added([one.taken for one in used if one.taken is not None])
+
+    def forget(self) -> None:
+        self._passes = []
+
+    def _take(self) -> list[Taken]:
+        return [take(bank.meters) for bank in self._banks]
+
+
+def _reached(loss: Tensor, passes: Sequence[_Pass]) -> list[bool]:
+    """Whether a node of each pass is in the graph of ``loss``; nodes lead to older ones only."""
+    found, oldest = [False] * len(passes), min(one.begin for one in passes)
+    todo = [loss.grad_fn] if loss.grad_fn is not None else []
+    seen = set(todo)
+    while todo and not all(found):
+        node = todo.pop()
+        number = node._sequence_nr()
+        for i, one in enumerate(passes):
+            found[i] = found[i] or one.begin <= number < one.end
+        older = {after for after, _ in node.next_functions if after is not None} - seen
+        older = {after for after in older if oldest <= after._sequence_nr() < 2**63}  # leaves have the largest number
+        seen |= older
+        todo += older
+    return found
+
+
+def _added(of_passes: Sequence[list[Taken]]) -> list[Taken]:
+    """The same of several passes as of one."""
+    return [
+        Taken(
+            torch.stack([one.statistics_LS for one in of_bank]).sum(dim=0),
+            None if of_bank[0].gram_LEE is None else torch.stack([one.gram_LEE for one in of_bank]).sum(dim=0),
+            [list(chain(*calls)) for calls in zip(*(one.tables for one in of_bank), strict=True)],
+            [list(chain(*calls)) for calls in zip(*(one.placed for one in of_bank), strict=True)],
+        )
+        for of_bank in zip(*of_passes, strict=True)
+    ]
