@@ -120,14 +120,14 @@ class Faults:
             raise self.translate(error)
         self.noted = self.noted or error
 
-    def tail(self, silent_taps: Tensor | None, taps: int, *, empty: bool | None, device: torch.device) -> Tensor:
+    def tail(self, silent_taps: Tensor | None, passes: int, *, empty: bool | None, device: torch.device) -> Tensor:
         """(5,) what rides at the end of the step's sum: whether this rank noted something, its taps before which no
-        router ran, whether it has nothing of a step, whether it has something, and how many taps.
+        router ran, whether it has nothing of a step, whether it has something, and of how many forwards.
 
         ``empty``: None where a rank has no routers: it has neither.
         """
         known = torch.zeros(5, dtype=torch.float64, device=device)  # and not made of a list: a GPU would be waited for
-        numbers = (self.noted is not None, 0, empty is True, empty is False, taps)
+        numbers = (self.noted is not None, 0, empty is True, empty is False, passes)
         for at, number in enumerate(numbers):
             if number:
                 known[at].fill_(float(number))

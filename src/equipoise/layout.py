@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,94 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InputError
+from .levels import Level
 from .meter import ForwardPass, Placed, TokenLayout
 
-__all__ = ["Layout", "Level", "not_read", "router_tokens", "saying"]
-
-TOKENS = ("input_ids", "inputs_embeds")
-BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens", "cu_seqlens_q", "cu_seqlens")  # (N + 1,) where documents begin and end
-
-
-def router_tokens(batch: Any) -> Tensor | int | None:
-    """Tokens of a batch that are not padding, on its device; None where it holds neither ids nor embeddings.
-
-    >>> int(router_tokens({"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}))
-    3
-    """
-    if not isinstance(batch, Mapping):
-        return None
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return (mask != 0).sum()
-    ids = next((batch[key] for key in TOKENS if batch.get(key) is not None), None)
-    return None if ids is None else ids.shape[0] * ids.shape[1]
-
-
-class Level:
-    """A module that is given tokens, on the way to the routers: the model, its decoder, one of two stacks.
-
-    Understands, by name or by position, ``input_ids`` or ``inputs_embeds`` (B, S, ...); a 2-D ``attention_mask`` (B, S)
-    whose zeros are padding; documents of a packed row by ``seq_idx`` (B, S), ``cu_seq_lens_q`` (N + 1,), or
-    ``position_ids`` (B, S) that do not go on by one; ``moe_mm_token_type_ids`` (B, S), which tokens are of a picture.
-    """
-
-    def __init__(self, module: nn.Module, *, outermost: bool) -> None:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-        self.names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        self.outermost = outermost
-        self.of_transformers = type(module).__module__.startswith("transformers.")
-        self.open = False  # its forward runs
-        self.shape: tuple[int, int] | None = None  # (B, S)
-        self.takes_mask = False
-        self.mask: Any = None
-        self.positions: Any = None
-        self.numbers: Any = None
-        self.boundaries: Any = None
-        self.kinds: Any = None
-
-    @staticmethod
-    def is_one(module: nn.Module) -> bool:
-        return any(name in inspect.signature(module.forward).parameters for name in TOKENS)
-
-    def note(self, args: tuple, kwargs: dict[str, Any]) -> None:
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        tokens = next((given[k] for k in TOKENS if given.get(k) is not None), None)
-        if tokens is None and self.outermost and args:
-            tokens = args[0]
-        self.shape = None
-        if isinstance(tokens, Tensor) and tokens.dim() >= 2:
-            self.shape = (tokens.shape[0], tokens.shape[1])
-        self.takes_mask = "attention_mask" in given or "attention_mask" in self.names
-        self.mask, self.positions = given.get("attention_mask"), given.get("position_ids")
-        self.numbers = given.get("seq_idx")
-        self.boundaries = next((given[k] for k in BOUNDARIES if given.get(k) is not None), None)
-        self.kinds = given.get("moe_mm_token_type_ids")
-
-    @property
-    def tokens(self) -> int:
-        return -1 if self.shape is None else self.shape[0] * self.shape[1]
-
-    def mask_BS(self) -> Tensor | None:
-        """True where a token is real; of a mask that spans a cache too, the end. None: not said, or not understood."""
-        assert self.shape is not None
-        if isinstance(self.mask, Tensor) and self.mask.dim() == 2 and self.mask.shape[1] >= self.shape[1]:
-            return self.mask[:, -self.shape[1] :] != 0
-        return None
-
-    def documents(self) -> tuple[Tensor | None, Tensor | None]:
-        """(B, S) the number of each token's document in the batch, and where it is in one; None where nobody said."""
-        assert self.shape is not None
-        batch, length = self.shape
-        numbers, ends, positions = self.numbers, self.boundaries, self.positions
-        if isinstance(numbers, Tensor) and numbers.shape == self.shape:
-            return _numbered(_with_first(numbers[:, 1:] != numbers[:, :-1])), None
-        if isinstance(ends, Tensor) and ends.dim() == 1:
-            at_T = torch.arange(batch * length, device=ends.device)
-            number_T = torch.searchsorted(ends.long(), at_T, right=True) - 1
-            return number_T.clamp(min=0).view(batch, length), (at_T < ends[-1]).view(batch, length)
-        if isinstance(positions, Tensor) and positions.dim() >= 2 and positions.shape[-1] == length:
-            return _numbered(_begins(positions).expand(batch, -1)), None
-        return None, None
+__all__ = ["Layout", "not_read", "saying"]
 
 
 class Layout:
@@ -118,6 +33,7 @@ class Layout:
         self.before_each: list[Callable[[], None]] = []  # called before each forward
         self.noted_in = -1  # the backward whose recompute called the model; -1 in forward
         self.said: TokenLayout | None = None  # by the user, over what was read
+        self.heard = False  # whether that was of use to a router
         self.forward_pass: ForwardPass | None = None
         self._placed: dict[tuple[int, int, bool | None], Placed] = {}  # of this forward, for all of its layers
         self._elsewhere: dict[tuple[int, torch.device], tuple[Placed, Placed]] = {}  # the same on other devices
@@ -181,13 +97,15 @@ class Layout:
 
     def _place(self, way: Sequence[Level], tokens: int, pictures: bool | None, router: str) -> Placed:
         if self.said is not None and _fits(self.said, tokens):
+            self.heard = True
             return Placed(tokens, self.said)
         around = [level for level in way if level.shape is not None]
         around = [level for level in around if level.open] or around
         if pictures is not None and (placed := _of_kind(around, tokens, pictures)) is not None:
             return placed
-        here = [level for level in around if level.tokens == tokens]
-        if here:
+        first = next((level for level in around if level.tokens == tokens), None)
+        if first is not None:
+            here = [level for level in around if level.shape == first.shape]
             mask_BS, unread = _mask(here)
             document_BS, inside_BS = next(
                 (two for level in here if (two := level.documents())[0] is not None), (None, None)
@@ -238,14 +156,21 @@ class Layout:
 @contextmanager
 def saying(layouts: Iterable[Layout], lies: TokenLayout) -> Iterator[None]:
     """Over what these read in forwards inside."""
-    layouts = list(layouts)
-    for layout in layouts:
-        layout.said = lies
+    before = [(layout, layout.said, layout.heard) for layout in {id(layout): layout for layout in layouts}.values()]
+    for layout, _, _ in before:
+        layout.said, layout.heard = lies, False
     try:
         yield
+        if not any(layout.heard for layout, _, _ in before):
+            mask_T = lies.token_mask_T
+            raise InputError(
+                expected="forwards inside balancer.layout() whose routers see the tokens that it is about",
+                got=f"none that see {f'{len(mask_T)} tokens' if mask_T is not None else f'{lies.rows} sequences'}",
+                do="pass a mask of the B * S tokens that reach a router, pictures and padding among them",
+            )
     finally:
-        for layout in layouts:
-            layout.said = None
+        for layout, said, heard in before:
+            layout.said, layout.heard = said, heard
 
 
 class _Piece(NamedTuple):
@@ -257,16 +182,26 @@ class _Piece(NamedTuple):
 
 
 class _Enter:
+    """An object and not a function: copied and pickled models keep their hooks, and follow no layout of ours."""
+
     def __init__(self, layout: Layout, level: Level) -> None:
         self.layout, self.level = layout, level
 
     def __call__(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.layout.enter(self.level, args, kwargs)
 
+    def __reduce__(self):  # deepcopy asks for it too
+        return _Nothing, ()
+
 
 class _Leave(_Enter):
     def __call__(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
         self.layout.leave(self.level)
+
+
+class _Nothing:
+    def __call__(self, *_: Any) -> None:
+        return
 
 
 def not_read(router: str, tokens: int, unread: str) -> InputError:
@@ -296,20 +231,28 @@ def _flat(x_BS: Tensor | None) -> Tensor | None:
 def _mask(levels: Sequence[Level]) -> tuple[Tensor | None, str]:
     """(True where a token of these levels is real, or None: all are; what was passed and is not understood).
 
-    A mask that transformers makes of none, or of one further out, is no news; one that a wrapper made is.
+    A mask that transformers makes of none, or of one further out, is no news; one that a wrapper makes is. One of other
+    tokens, as many by chance (another stack's), is not theirs.
     """
-    for level in levels:
-        if (mask_BS := level.mask_BS()) is not None:
+    for i, outer in enumerate(levels):
+        if (mask_BS := outer.mask_BS()) is None:
+            continue
+        between = [level for level in levels[:i] if level.takes_mask and level.mask is None]
+        if all(level.tokens_id == outer.tokens_id for level in between):
             return mask_BS, ""
-    given = [i for i, level in enumerate(levels) if level.mask is not None]
-    if not given:
+        if outer.of_transformers:
+            return None, ""
+        return None, "an attention_mask of a call around it, whose tokens may be others and which was not handed on"
+    given = next((i for i in reversed(range(len(levels))) if levels[i].mask is not None), None)
+    if given is None:
         return None, ""
-    around = next((level for level in levels[given[-1] + 1 :] if level.takes_mask), None)
+    around = next((level for level in levels[given + 1 :] if level.takes_mask), None)
     if around is not None and around.of_transformers:
         return None, ""
-    mask = levels[given[-1]].mask
+    mask, name = levels[given].mask, levels[given].mask_name
     shape = f" of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
-    return None, f"an attention_mask{shape} ({type(mask).__name__}) that says who sees whom and not what is padding"
+    kind = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+    return None, f"{name}{shape} ({kind}), which may say who sees whom and not what is padding"
 
 
 def _of_kind(levels: Sequence[Level], tokens: int, pictures: bool) -> Placed | None:
@@ -325,28 +268,3 @@ def _of_kind(levels: Sequence[Level], tokens: int, pictures: bool) -> Placed | N
             layout = TokenLayout(level.shape[0], here_T & all_T, _flat(level.documents()[0]), all_T)
             return Placed(tokens, layout, rows_T, unread=unread)
     return None
-
-
-def _numbered(begins_BS: Tensor) -> Tensor:
-    """Documents numbered in the batch, those of a row from the number of its first token on."""
-    batch, length = begins_BS.shape
-    start_B1 = torch.arange(batch, device=begins_BS.device).unsqueeze(1) * length
-    return begins_BS.long().cumsum(dim=1) - 1 + start_B1
-
-
-def _with_first(begins_BS: Tensor) -> Tensor:
-    """The first token of a row begins a document."""
-    return torch.cat([torch.ones_like(begins_BS[:, :1], dtype=torch.bool), begins_BS], dim=1)
-
-
-def _begins(positions: Tensor) -> Tensor:
-    """(B, S): where positions do not go on by one, which is how transformers tells packed documents apart too.
-
-    Of three axes (time, height, width) the first stands still inside a picture: there, where it falls back, or all
-    three are 0. Of four, the first is that of text.
-    """
-    axes_ABS = positions.reshape(-1, *positions.shape[-2:])
-    first_BS = axes_ABS[0]
-    if len(axes_ABS) == 3:
-        return _with_first((first_BS[:, 1:] < first_BS[:, :-1]) | (axes_ABS[:, :, 1:] == 0).all(dim=0))
-    return _with_first(first_BS[:, 1:] != first_BS[:, :-1] + 1)

@@ -180,6 +180,7 @@ class Taken(NamedTuple):
     gram_LEE: Tensor | None  # where the plan has one
     tables: list[list[Tables]]  # of each router, one per call
     placed: list[list[Placed]]  # of each router, one per call with gradient, where it is another library's
+    passes: int = 1  # forwards of the model
 
 
 def recomputes() -> bool:
@@ -202,6 +203,9 @@ class ForwardPass:
         self.without_grad = False
         if self._is_a_pass:
             self.passes.ends()
+
+    def __reduce__(self):  # of a copied model: nobody is told
+        return ForwardPass, ()
 
     @property
     def _is_a_pass(self) -> bool:
@@ -258,6 +262,7 @@ class Meter:
         """0 with gradient, 1 without inside a pass that has it (reentrant checkpoint), 2 a pass without."""
         return 0 if torch.is_grad_enabled() else 2 if self.forward_pass.without_grad else 1
 
+    @torch.inference_mode(False)  # what is made in it could not be written later
     def move(self, device: torch.device) -> None:
         """Follows the model to another device, statistics included."""
         if self.leaf.is_meta:  # attached before the model had memory: nothing was measured yet

@@ -68,10 +68,11 @@ class OwnLoss:
         configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
         on = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
         found = [_Change(config, "output_router_logits", config.output_router_logits, False) for config in on]
-        for module in model.modules():
-            coef = getattr(module, "router_aux_loss_coef", None)
+        owners = [module for module in model.modules() if hasattr(module, "router_aux_loss_coef")]
+        for owner in owners or configs.values():  # without one on the model, its forward reads the configuration's
+            coef = getattr(owner, "router_aux_loss_coef", None)
             if isinstance(coef, float | int) and coef:
-                found.append(_Change(module, "router_aux_loss_coef", coef, 0.0))
+                found.append(_Change(owner, "router_aux_loss_coef", coef, 0.0))
         for change in found:
             setattr(change.owner, change.name, change.off)
             self._changes.append(change)

@@ -14,7 +14,7 @@ from .pressure import Bank
 
 __all__ = ["Passes"]
 
-MOST = 8  # passes that are held apart before a tap; of more, the oldest become one
+MOST = 64  # passes that are held apart before a tap; of more, the oldest become one
 
 
 @dataclass
@@ -39,11 +39,13 @@ class Passes:
         self._passes: list[_Pass] = []
 
     def begins(self) -> None:
-        if self._passes and self._passes[-1].taken is None:
-            self._passes[-1].taken = self._take()
+        self.hold()
         if len(self._passes) >= MOST:
             first, second = self._passes[:2]
             taken = _added([one.taken for one in (first, second) if one.taken is not None])
+            for one in taken:
+                for placed in one.placed:
+                    del placed[:-MOST]
             self._passes[:2] = [_Pass(first.begin, second.end, taken)]
         now = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         self._passes.append(_Pass(now, now))
@@ -52,15 +54,26 @@ class Passes:
         if self._passes:
             self._passes[-1].end = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
 
+    def hold(self) -> None:
+        """Takes the last pass out of the slots: another begins, or a backward, whose recompute would mix with it."""
+        if self._passes and self._passes[-1].taken is None:
+            self._passes[-1].taken = self._take()
+
     def take(self, loss: Tensor) -> list[Taken]:
-        """What the forwards proposed that ``loss`` is made of, for each bank; all of it where that can't be told."""
-        passes, last = self._passes, self._take()
-        self._passes = []
-        if len(passes) < 2:
-            return last
-        passes[-1].taken = last
-        used = [one for one, was in zip(passes, _reached(loss, passes), strict=True) if was] or passes
-        return _added([one.taken for one in used if one.taken is not None])
+        """What the forwards proposed that ``loss`` is made of, for each bank; all of it where that can't be told.
+
+        The others wait for a tap of their own, until the step is over.
+        """
+        passes, self._passes = self._passes, []
+        if not passes:  # in a compiled graph
+            return self._take()
+        if passes[-1].taken is None:
+            passes[-1].taken = self._take()
+        was = _reached(loss, passes) if len(passes) > 1 else [True]
+        if any(was):
+            self._passes = [one for one, used in zip(passes, was, strict=True) if not used]
+            passes = [one for one, used in zip(passes, was, strict=True) if used]
+        return _added([one.taken for one in passes if one.taken is not None])
 
     def forget(self) -> None:
         self._passes = []
@@ -88,12 +101,15 @@ def _reached(loss: Tensor, passes: Sequence[_Pass]) -> list[bool]:
 
 def _added(of_passes: Sequence[list[Taken]]) -> list[Taken]:
     """The same of several passes as of one."""
+    if len(of_passes) == 1:
+        return of_passes[0]
     return [
         Taken(
             torch.stack([one.statistics_LS for one in of_bank]).sum(dim=0),
             None if of_bank[0].gram_LEE is None else torch.stack([one.gram_LEE for one in of_bank]).sum(dim=0),
             [list(chain(*calls)) for calls in zip(*(one.tables for one in of_bank), strict=True)],
             [list(chain(*calls)) for calls in zip(*(one.placed for one in of_bank), strict=True)],
+            sum(one.passes for one in of_bank),
         )
         for of_bank in zip(*of_passes, strict=True)
     ]

@@ -168,6 +168,7 @@ class MicroStep:
     ranks: int
     rank: int
     estimators: Sequence[str]  # whose f is kept to be compared with ``exact`` once the step's load is known
+    passes: int = 1  # forwards that this micro-batch is made of
 
 
 def bind(
@@ -244,7 +245,7 @@ def _unit(bank: Bank, taken_LS: Tensor, micro: MicroStep) -> Tensor:
     plan = bank.plan
     tokens_L, calls_L = taken_LS[:, plan.at("tokens")], taken_LS[:, plan.at("calls")]
     if micro.declared_tokens is not None:
-        step_tokens_L = tokens_said(bank, micro.declared_tokens) * calls_L.clamp(min=1)
+        step_tokens_L = tokens_said(bank, micro.declared_tokens) * _in_a_pass(calls_L, micro.passes)
         micro_batches: Tensor | float = (micro.declared_micro_batches or 1) * micro.ranks
     elif bank.counted is not None:
         step_tokens_L = bank.counted[:, plan.at("tokens")]
@@ -254,6 +255,11 @@ def _unit(bank: Bank, taken_LS: Tensor, micro: MicroStep) -> Tensor:
     if micro.reduction == "sum":
         micro_batches = 1.0
     return micro_batches / step_tokens_L.clamp(min=1) * (tokens_L > 0)
+
+
+def _in_a_pass(calls_L: Tensor, passes: int) -> Tensor:
+    """How often a layer runs in one forward of the model."""
+    return (calls_L if passes == 1 else calls_L / passes).clamp(min=1)
 
 
 def tokens_said(bank: Bank, declared: float | Mapping[str, float]) -> Tensor | float:

@@ -59,6 +59,7 @@ class Stepping:
         self._inferred = False  # gradients of this step were taken for dropped
         self._dropped = 0  # micro-batches in a row whose gradients vanished without a step
         self._micro_steps = [0] * len(self._parts)
+        self._micro_passes = [0] * len(self._parts)  # forwards that these are made of
         self._silent: Tensor | None = None  # taps of this step before which no router ran, where a GPU knows
         self._evaluated = False  # a loss of a model in evaluation was to be tapped
         self._evaluating = False  # inside `Balancer.evaluation`
@@ -84,6 +85,9 @@ class Stepping:
         banks = self._of(part)
         self._check_between()
         self._micro_steps[part] += 1
+        self._micro_passes[part] += taken[0].passes
+        for passes in self._passes:
+            passes.hold()
         self._untapped = 0
         declared = self._declared
         if self._reduction == "sum" and declared.tokens is None and banks[0].counted is None:
@@ -96,7 +100,7 @@ class Stepping:
             )
         number, tokens = self._micro_steps[part], self._ranks.tokens
         about = (self._reduction, declared.tokens, declared.micro_batches, tokens.size, tokens.rank, self._estimators)
-        micro = MicroStep(self._step, number, *about)
+        micro = MicroStep(self._step, number, *about, passes=taken[0].passes)
         if not torch.autograd.Variable._execution_engine.is_checkpoint_valid():  # of chosen inputs
             for bank in banks:
                 bank.step_split = True
@@ -128,7 +132,9 @@ class Stepping:
     def _clear_slots(self, first: int = 0) -> None:
         for bank in self._banks:
             clear_slots(bank.meters, first)
-        for passes in self._passes if not first else ():
+
+    def _forget_passes(self) -> None:
+        for passes in self._passes:
             passes.forget()
 
     def _of(self, part: int) -> list[Bank]:
@@ -238,6 +244,7 @@ class Stepping:
         """Right before the optimizer: all gradients are there, so the sum may travel while the optimizer works."""
         if not self._timeline and self._empty:  # forwards of another loss, which no backward of ours will take
             self._clear_slots()
+            self._forget_passes()
         if self._is_no_step():
             self._ready = True
             return
@@ -251,8 +258,8 @@ class Stepping:
         if self._inferred and self._watch.gradients_are_gone:
             self._watch.gradients_leave = True
             self._faults.note(gradients_moved())
-        taps = max(self._micro_steps) if self._layers else 0
-        start = self._ledger.start(self._faults.tail(self._silent, taps, empty=empty, device=self._device))
+        passes = max(self._micro_passes) if self._layers else 0
+        start = self._ledger.start(self._faults.tail(self._silent, passes, empty=empty, device=self._device))
         self._good = self._judge(start()) if self._faults.at_once and at_hand(self._device) else None
         self._pending, self._ready = start, True
 
@@ -335,8 +342,8 @@ class Stepping:
     def _forget(self) -> None:
         for bank in self._banks:
             bank.forget_step()
-        for passes in self._passes:
-            passes.forget()
+        self._forget_passes()
+        self._micro_passes = [0] * len(self._micro_passes)
         if self._pending is not None:  # others take part in it
             self._pending()
         self._pending = self._backward = self._silent = self._good = None

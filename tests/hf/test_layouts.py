@@ -195,7 +195,7 @@ def test_what_lies_behind_the_last_boundary_is_padding():
 
 def test_pictures_inside_a_document_do_not_end_it():
     """Of three axes (time, height, width) the first stands still inside a picture."""
-    from equipoise.layout import _begins
+    from equipoise.levels import _begins
 
     text, picture = torch.arange(2).expand(3, -1), torch.tensor([[2, 2, 2, 2], [2, 2, 3, 3], [2, 3, 2, 3]])
     after = torch.tensor([4, 5]).expand(3, -1)
@@ -309,7 +309,7 @@ def test_a_bias_counts_what_the_call_inside_says():
 
 def test_a_mask_of_a_cache_is_longer():
     """The end of the mask is that of the tokens at hand."""
-    from equipoise.layout import Level
+    from equipoise.levels import Level
 
     level = Level(build(FAMILY), outermost=True)
     level.note((), {"input_ids": torch.zeros(1, 2, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1, 0]])})

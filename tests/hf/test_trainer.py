@@ -184,7 +184,7 @@ class FourDimensions(Text):
         return super().__getitem__(i) | {"attention_mask": torch.ones(1, LENGTH, LENGTH, dtype=torch.bool).tril()}
 
 
-def test_a_mask_of_four_dimensions_is_refused():
+def test_a_mask_of_four_dimensions():
     """B63: it crashes the model's own loss; here it is not taken for a batch without padding."""
     with pytest.raises(InputError, match=r"who sees whom(.|\n)*attention_mask \(B, S\)"):
         train(POLICIES, 2, 4, 2, **STILL, trainer={"train_dataset": FourDimensions()})

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..balancer import Balancer
 from ..collectives import Ranks
 from ..errors import ConfigError, DataError
-from ..layout import router_tokens
+from ..levels import router_tokens
 from ..policies import Policy
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..collectives import Ranks
 from ..errors import ConfigError, StateError
-from ..layout import router_tokens
+from ..levels import router_tokens
 from ..meter import Meter
 
 __all__ = ["StepTokens"]
