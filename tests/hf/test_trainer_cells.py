@@ -1,0 +1,177 @@
+"""Situations of a fine-tuning that meet in one run: each trainer of TRL in all of them at once."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("trl", reason="TRL is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
+
+from _rounding import OURS, distance
+from equipoise import ExpertBias
+from equipoise.adapters.hf import BalanceCallback, load_biases
+from hf._trl import FAMILY, balanced, plain, rewarding, wanted
+from hf.families import build
+from hf.test_trainer_tokens import of
+from lab.test_quantised import fp8, set_quantised
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+pytestmark = [
+    pytest.mark.xdist_group("ranks"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
+    pytest.mark.filterwarnings("ignore:every micro-batch weighs the same"),
+    pytest.mark.filterwarnings("ignore:ExpertBias moves biases"),
+    pytest.mark.filterwarnings("ignore::UserWarning:trl"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
+COUNTED = ["sft", "dpo", "kto", "reward"]
+ALL = [*COUNTED, "grpo", "rloo", "distillation"]
+
+
+def lora(model: Any) -> Any:
+    """An adapter that changes what routers choose, and trains them."""
+    from peft import LoraConfig, get_peft_model
+
+    task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+    options = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["gate.weight"], "task_type": task}
+    torch.manual_seed(3)
+    return get_peft_model(model, LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, **options)).double()
+
+
+def bias() -> Any:
+    return ExpertBias("proportional", rate=0.2)
+
+
+def choices(model: Any) -> list[Tensor]:
+    """Of every router, for the same words, in evaluation mode."""
+    model, seen = model.eval(), []
+    routers = [m for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    hooks = [m.register_forward_hook(lambda _m, _a, out: seen.append(out[2])) for m in routers]
+    with torch.no_grad():
+        model(torch.arange(3, 63).view(6, 10))
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == "sft" else [pytest.mark.full]) for k in ALL])
+def test_all_of_it_at_once(kind, tmp_path):
+    """Accumulation, checkpointing, an adapter whose routers train, evaluation and a checkpoint between the steps."""
+    from peft import PeftModel
+
+    same: dict[str, Any] = {"prepare": lora, "narrow": True, "biased": True, "gradient_checkpointing": True}
+    counted, between = kind in COUNTED, {"evaluates": True}
+    if not counted:  # what is generated depends on what was before
+        same, between = same | between, {}
+    bare = plain(kind, 2, callbacks=[BalanceCallback([bias()])], **same) if counted else None
+    want = wanted(kind, 2, bare, counted=counted, callbacks=[BalanceCallback([bias()])], **same)
+    same |= between | {"also": [bias()], "save_strategy": "steps", "save_steps": 1}
+    got = balanced(kind, 2, folder=str(tmp_path), **same)
+    for found, right in zip(got.gradients, want.gradients, strict=True):
+        assert any("gate" in name for name in found) and distance(found, right) < OURS
+    assert bare is None or min(map(distance, bare.gradients, want.gradients)) > 0.01
+    evaluated = [entry for entry in got.trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluated) == 2 and all(entry["eval_balance/tokens"] > 0 for entry in evaluated)
+
+    again = balanced(kind, 2, folder=str(tmp_path / "new"), resume=str(tmp_path / "checkpoint-1"), **same)
+    assert len(again.gradients) == 1 and distance(again.gradients[0], got.gradients[1]) < OURS
+
+    trained = choices(got.trainer.model)
+    assert all(map(torch.equal, choices(again.trainer.model), trained))
+    base = rewarding() if kind == "reward" else build(FAMILY).double()
+    base.set_experts_implementation("eager")
+    served = PeftModel.from_pretrained(base, tmp_path / "checkpoint-2")
+    assert not all(map(torch.equal, choices(served), trained)), "the biases change nothing"
+    load_biases(served, tmp_path / "checkpoint-2")
+    assert len(trained) == 2 and all(map(torch.equal, choices(served), trained))
+
+
+class Wrapper(PreTrainedModel):
+    """Hands on what it was given by position, and with ``pictures`` tokens of its own before the words."""
+
+    def __init__(self, llm: Any, pictures: int) -> None:
+        super().__init__(llm.config)
+        self.llm, self.pictures, self.generation_config = llm, pictures, llm.generation_config
+        size = (pictures, llm.config.hidden_size)
+        self.picture = torch.nn.Parameter(torch.linspace(-1, 1, size[0] * size[1], dtype=torch.float64).view(size))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+    ) -> Any:
+        assert attention_mask is not None and labels is not None
+        if not self.pictures:
+            out = self.llm(input_ids, attention_mask)
+        else:
+            words = self.llm.get_input_embeddings()(input_ids)
+            whole = torch.cat([self.picture.expand(len(words), -1, -1), words], dim=1)
+            mask = torch.nn.functional.pad(attention_mask, (self.pictures, 0), value=1)
+            out = self.llm(inputs_embeds=whole, attention_mask=mask)
+        out.logits = out.logits[:, self.pictures :]
+        out.loss = self.llm.loss_function(out.logits, labels, self.config.vocab_size)
+        return out
+
+
+@pytest.mark.parametrize("pictures", [0, 5], ids=["by position", "pictures"])
+@pytest.mark.parametrize("kind", ["Trainer", "sft"])
+def test_a_wrapper_of_the_model(kind, pictures):
+    """Its tokens are those that routers see, with the mask of the call inside, whoever trains it."""
+    count = {"tokens": lambda batch: batch["attention_mask"].sum() + pictures * len(batch["input_ids"])}
+    made = of(Trainer) if kind == "Trainer" else kind
+    same: dict[str, Any] = {"prepare": lambda llm: Wrapper(llm, pictures)}
+    bare = plain(made, 2, **same)
+    want = wanted(made, 2, bare, counted=True, **same)
+    got = balanced(made, 2, count if pictures else {}, **same)
+    for found, right, without in zip(got.gradients, want.gradients, bare.gradients, strict=True):
+        assert distance(found, right) < OURS < 0.01 < distance(without, right)
+    assert len(set(bare.tokens(1))) > 1, "both laws would be the same"
+
+
+def quantised(folder: Any) -> tuple[Any, Any]:
+    """Two folders: experts in fp8, and plain ones of what they mean."""
+    build(FAMILY).save_pretrained(folder / "plain")
+    stored, meant, settings = fp8(load_file(folder / "plain" / "model.safetensors"))
+    assert len(stored) > len(meant), "nothing is quantised"
+    shutil.copytree(folder / "plain", folder / "quantised")
+    save_file(meant, folder / "plain" / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored, folder / "quantised" / "model.safetensors", metadata={"format": "pt"})
+    set_quantised(folder / "quantised", settings)
+    return folder / "quantised", folder / "plain"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["Trainer", "sft"])
+def test_a_quantised_folder_read_as_plain_weights(kind, tmp_path):
+    """What a CPU can do: transformers makes plain weights of fp8 as it reads them, and an adapter trains on those."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    folder, plainly = quantised(tmp_path)
+    weights = AutoModelForCausalLM.from_pretrained(plainly).state_dict()
+
+    def read(_: Any) -> Any:
+        net = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)
+        )
+        net.set_experts_implementation("eager")
+        return lora(net)
+
+    def meant(net: Any) -> Any:
+        net.load_state_dict(weights)
+        return lora(net)
+
+    made = of(Trainer) if kind == "Trainer" else kind
+    bare = plain(made, 2, prepare=meant)
+    want = wanted(made, 2, bare, counted=True, prepare=meant)
+    got = balanced(made, 2, prepare=read)
+    for found, right, without in zip(got.gradients, want.gradients, bare.gradients, strict=True):
+        assert distance(found, right) < OURS < 0.01 < distance(without, right)
