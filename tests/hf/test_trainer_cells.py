@@ -100,16 +100,18 @@ def test_all_of_it_at_once(kind, tmp_path):
 class Wrapper(PreTrainedModel):
     """Hands on what it was given by position, and with ``pictures`` tokens of its own before the words."""
 
+    _supports_sdpa = True
+
     def __init__(self, llm: Any, pictures: int) -> None:
         super().__init__(llm.config)
-        self.llm, self.pictures, self.generation_config = llm, pictures, llm.generation_config
+        self.llm, self.pictures = llm, pictures
         size = (pictures, llm.config.hidden_size)
         self.picture = torch.nn.Parameter(torch.linspace(-1, 1, size[0] * size[1], dtype=torch.float64).view(size))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> Any:
-        assert attention_mask is not None and labels is not None
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if not self.pictures:
             out = self.llm(input_ids, attention_mask)
         else:
@@ -117,15 +119,17 @@ class Wrapper(PreTrainedModel):
             whole = torch.cat([self.picture.expand(len(words), -1, -1), words], dim=1)
             mask = torch.nn.functional.pad(attention_mask, (self.pictures, 0), value=1)
             out = self.llm(inputs_embeds=whole, attention_mask=mask)
-        out.logits = out.logits[:, self.pictures :]
-        out.loss = self.llm.loss_function(out.logits, labels, self.config.vocab_size)
+        if out.logits.dim() == 3:  # of every token, and no reward
+            out.logits = out.logits[:, self.pictures :].contiguous()
+        if labels is not None:
+            out.loss = self.llm.loss_function(out.logits, labels, self.config.vocab_size)
         return out
 
 
 @pytest.mark.parametrize("pictures", [0, 5], ids=["by position", "pictures"])
-@pytest.mark.parametrize("kind", ["Trainer", "sft"])
+@pytest.mark.parametrize("kind", ["Trainer", "reward"])
 def test_a_wrapper_of_the_model(kind, pictures):
-    """Its tokens are those that routers see, with the mask of the call inside, whoever trains it."""
+    """Its tokens are those that routers see, with the mask of the call inside. TRL's losses of words take none."""
     count = {"tokens": lambda batch: batch["attention_mask"].sum() + pictures * len(batch["input_ids"])}
     made = of(Trainer) if kind == "Trainer" else kind
     same: dict[str, Any] = {"prepare": lambda llm: Wrapper(llm, pictures)}
@@ -158,12 +162,9 @@ def test_a_quantised_folder_read_as_plain_weights(kind, tmp_path):
     folder, plainly = quantised(tmp_path)
     weights = AutoModelForCausalLM.from_pretrained(plainly).state_dict()
 
-    def read(_: Any) -> Any:
-        net = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, quantization_config=FineGrainedFP8Config(dequantize=True)
-        )
-        net.set_experts_implementation("eager")
-        return lora(net)
+    config = FineGrainedFP8Config(dequantize=True)
+    read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config).double()
+    read.set_experts_implementation("eager")
 
     def meant(net: Any) -> Any:
         net.load_state_dict(weights)
@@ -172,6 +173,6 @@ def test_a_quantised_folder_read_as_plain_weights(kind, tmp_path):
     made = of(Trainer) if kind == "Trainer" else kind
     bare = plain(made, 2, prepare=meant)
     want = wanted(made, 2, bare, counted=True, prepare=meant)
-    got = balanced(made, 2, prepare=read)
+    got = balanced(made, 2, prepare=lambda _: lora(read))
     for found, right, without in zip(got.gradients, want.gradients, bare.gradients, strict=True):
         assert distance(found, right) < OURS < 0.01 < distance(without, right)
