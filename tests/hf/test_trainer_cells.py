@@ -12,9 +12,16 @@ import shutil
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    FineGrainedFP8Config,
+    PreTrainedModel,
+    Trainer,
+)
 
 from _rounding import OURS, distance
 from equipoise import ExpertBias
@@ -65,18 +72,53 @@ def choices(model: Any) -> list[Tensor]:
     return seen
 
 
+def base_of(kind: str) -> Any:
+    return rewarding() if kind == "reward" else build(FAMILY).double()
+
+
+def quantised(kind: str, folder: Any) -> None:
+    """Two folders: experts in fp8, and plain ones of what they mean."""
+    base_of(kind).float().save_pretrained(folder / "plain")
+    stored, meant, settings = fp8(load_file(folder / "plain" / "model.safetensors"))
+    assert len(stored) > len(meant), "nothing is quantised"
+    shutil.copytree(folder / "plain", folder / "fp8")
+    save_file(meant, folder / "plain" / "model.safetensors", metadata={"format": "pt"})
+    save_file(stored, folder / "fp8" / "model.safetensors", metadata={"format": "pt"})
+    set_quantised(folder / "fp8", settings)
+
+
+def read(kind: str, folder: Any) -> Any:
+    """What a CPU can do: transformers makes plain weights of fp8 as it reads them."""
+    auto = AutoModelForSequenceClassification if kind == "reward" else AutoModelForCausalLM
+    more = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if folder.name == "fp8" else {}
+    net = auto.from_pretrained(folder, dtype=torch.float32, **more).double()
+    net.set_experts_implementation("eager")
+    return net
+
+
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == "sft" else [pytest.mark.full]) for k in ALL])
 def test_all_of_it_at_once(kind, tmp_path):
-    """Accumulation, checkpointing, an adapter whose routers train, evaluation and a checkpoint between the steps."""
-    from peft import PeftModel
+    """Accumulation, checkpointing, evaluation and a checkpoint between the steps; an adapter whose routers train.
 
-    same: dict[str, Any] = {"prepare": lora, "narrow": True, "biased": True, "gradient_checkpointing": True}
+    It trains on fp8 weights; those of the reference are what they mean.
+    """
+    quantised(kind, tmp_path)
+    weights = read(kind, tmp_path / "plain").state_dict()
+    nets = iter([read(kind, tmp_path / "fp8") for _ in range(3)])  # not made amid what makes all of it float64
+
+    def meant(net: Any) -> Any:
+        net.load_state_dict(weights)
+        return lora(net)
+
+    same: dict[str, Any] = {"narrow": True, "biased": True, "gradient_checkpointing": True}
     counted, between = kind in COUNTED, {"evaluates": True}
     if not counted:  # what is generated depends on what was before
         same, between = same | between, {}
-    bare = plain(kind, 2, callbacks=[BalanceCallback([bias()])], **same) if counted else None
-    want = wanted(kind, 2, bare, counted=counted, callbacks=[BalanceCallback([bias()])], **same)
+    reference = same | {"prepare": meant}
+    bare = plain(kind, 2, callbacks=[BalanceCallback([bias()])], **reference) if counted else None
+    want = wanted(kind, 2, bare, counted=counted, callbacks=[BalanceCallback([bias()])], **reference)
     same |= between | {"also": [bias()], "save_strategy": "steps", "save_steps": 1}
+    same |= {"prepare": lambda _: lora(next(nets))}
     got = balanced(kind, 2, folder=str(tmp_path), **same)
     for found, right in zip(got.gradients, want.gradients, strict=True):
         assert any("gate" in name for name in found) and distance(found, right) < OURS
@@ -89,12 +131,26 @@ def test_all_of_it_at_once(kind, tmp_path):
 
     trained = choices(got.trainer.model)
     assert all(map(torch.equal, choices(again.trainer.model), trained))
-    base = rewarding() if kind == "reward" else build(FAMILY).double()
-    base.set_experts_implementation("eager")
-    served = PeftModel.from_pretrained(base, tmp_path / "checkpoint-2")
+    served = PeftModel.from_pretrained(next(nets), tmp_path / "checkpoint-2")
     assert not all(map(torch.equal, choices(served), trained)), "the biases change nothing"
     load_biases(served, tmp_path / "checkpoint-2")
     assert len(trained) == 2 and all(map(torch.equal, choices(served), trained))
+
+
+def test_an_adapter_on_weights_read_from_fp8(tmp_path):
+    """The same of the Trainer alone."""
+    quantised("Trainer", tmp_path)
+    weights, net = read("Trainer", tmp_path / "plain").state_dict(), read("Trainer", tmp_path / "fp8")
+
+    def meant(other: Any) -> Any:
+        other.load_state_dict(weights)
+        return lora(other)
+
+    bare = plain(of(Trainer), 2, prepare=meant)
+    want = wanted(of(Trainer), 2, bare, counted=True, prepare=meant)
+    got = balanced(of(Trainer), 2, prepare=lambda _: lora(net))
+    for found, right, without in zip(got.gradients, want.gradients, bare.gradients, strict=True):
+        assert distance(found, right) < OURS < 0.01 < distance(without, right)
 
 
 class Wrapper(PreTrainedModel):
@@ -139,40 +195,3 @@ def test_a_wrapper_of_the_model(kind, pictures):
     for found, right, without in zip(got.gradients, want.gradients, bare.gradients, strict=True):
         assert distance(found, right) < OURS < 0.01 < distance(without, right)
     assert len(set(bare.tokens(1))) > 1, "both laws would be the same"
-
-
-def quantised(folder: Any) -> tuple[Any, Any]:
-    """Two folders: experts in fp8, and plain ones of what they mean."""
-    build(FAMILY).save_pretrained(folder / "plain")
-    stored, meant, settings = fp8(load_file(folder / "plain" / "model.safetensors"))
-    assert len(stored) > len(meant), "nothing is quantised"
-    shutil.copytree(folder / "plain", folder / "quantised")
-    save_file(meant, folder / "plain" / "model.safetensors", metadata={"format": "pt"})
-    save_file(stored, folder / "quantised" / "model.safetensors", metadata={"format": "pt"})
-    set_quantised(folder / "quantised", settings)
-    return folder / "quantised", folder / "plain"
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("kind", ["Trainer", "sft"])
-def test_a_quantised_folder_read_as_plain_weights(kind, tmp_path):
-    """What a CPU can do: transformers makes plain weights of fp8 as it reads them, and an adapter trains on those."""
-    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
-
-    folder, plainly = quantised(tmp_path)
-    weights = AutoModelForCausalLM.from_pretrained(plainly).state_dict()
-
-    config = FineGrainedFP8Config(dequantize=True)
-    read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config).double()
-    read.set_experts_implementation("eager")
-
-    def meant(net: Any) -> Any:
-        net.load_state_dict(weights)
-        return lora(net)
-
-    made = of(Trainer) if kind == "Trainer" else kind
-    bare = plain(made, 2, prepare=meant)
-    want = wanted(made, 2, bare, counted=True, prepare=meant)
-    got = balanced(made, 2, prepare=lambda _: lora(read))
-    for found, right, without in zip(got.gradients, want.gradients, bare.gradients, strict=True):
-        assert distance(found, right) < OURS < 0.01 < distance(without, right)
