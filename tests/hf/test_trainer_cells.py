@@ -72,13 +72,10 @@ def choices(model: Any) -> list[Tensor]:
     return seen
 
 
-def base_of(kind: str) -> Any:
-    return rewarding() if kind == "reward" else build(FAMILY).double()
-
-
 def quantised(kind: str, folder: Any) -> None:
     """Two folders: experts in fp8, and plain ones of what they mean."""
-    base_of(kind).float().save_pretrained(folder / "plain")
+    net = rewarding().float() if kind == "reward" else build(FAMILY)
+    net.save_pretrained(folder / "plain")
     stored, meant, settings = fp8(load_file(folder / "plain" / "model.safetensors"))
     assert len(stored) > len(meant), "nothing is quantised"
     shutil.copytree(folder / "plain", folder / "fp8")
