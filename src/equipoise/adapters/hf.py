@@ -185,6 +185,8 @@ class BalanceCallback(TrainerCallback):
         try:
             yield
         except BaseException:
+            if self.balancer is not None:
+                self.balancer._faults.forget()  # not to be read now: the device may be what failed
             self._release()
             raise
 
