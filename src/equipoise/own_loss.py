@@ -79,7 +79,7 @@ class OwnLoss:
         if on:
             warnings.warn(
                 "this model's own balance loss (output_router_logits) is switched off: the balancer's policies replace "
-                "it until balancer.remove()",
+                "it until the balancer is removed or, with BalanceCallback, training ends",
                 stacklevel=4,
             )
 

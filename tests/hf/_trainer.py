@@ -20,7 +20,7 @@ from core._model import policy as loss_policy
 from hf.families import build
 
 VOCABULARY, LENGTH, SAMPLES = 64, 10, 32
-HOOKED = ("get_batch_samples", "evaluation_loop", "log", "_save", "backward")
+HOOKED = ("get_batch_samples", "evaluation_loop", "log", "_save", "_run_epoch", "_finalize_training", "backward")
 
 
 def model(**config: Any) -> Any:

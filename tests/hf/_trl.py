@@ -102,11 +102,18 @@ class Spy:
     def __init__(self, model: Any) -> None:
         self.calls: list[tuple] = []
         self.masks: list[Tensor] = []
+        self._routers: dict[str, tuple] = {}
         for name, module in model.named_modules():
             if type(module).__name__.endswith("TopKRouter"):
-                module.register_forward_hook(self._router(name))
+                self._routers[name] = (module, module.register_forward_hook(self._router(name)))
             elif type(module).__name__ == "Qwen3MoeModel":
                 module.register_forward_pre_hook(self._batch, with_kwargs=True)
+
+    def last(self) -> None:
+        """Behind whoever changes what routers choose."""
+        for name, (module, handle) in self._routers.items():
+            handle.remove()
+            self._routers[name] = (module, module.register_forward_hook(self._router(name)))
 
     def _counts(self, module: Any) -> bool:
         return torch.is_grad_enabled() and module.training and torch._C._current_graph_task_id() == -1
@@ -140,6 +147,7 @@ def run(
     ``add(step, micro_batch, calls, masks)`` is what a loss gets added at its backward.
 
     ``folder``, ``resume``: where checkpoints go, and which to begin with.
+    ``biased``: routers choose by biases of a callback, so what they return is read behind its hooks.
     ``narrow``: norms and softmax in fp32, as the model asks for, because a recompute knows nothing of ``Float64``.
     """
     from transformers import TrainerCallback, set_seed
@@ -149,12 +157,15 @@ def run(
     model = rewarding() if kind == "reward" else build(FAMILY).double()
     model.set_experts_implementation("eager")  # grouped_mm knows no float64
     prepare, narrow, resume, kept = (more.pop(key, None) for key in ("prepare", "narrow", "resume", "folder"))
+    biased = more.pop("biased", False)
     spy = Spy(model)
 
     class Record(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             found.calls.append([])
             found.masks.append([])
+            if biased and len(found.calls) == 1:
+                spy.last()
             spy.take()
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -195,25 +206,29 @@ def plain(kind: Any, accumulate: int, **more: Any) -> Run:
     return run(kind, accumulate, **more)
 
 
-def wanted(kind: Any, accumulate: int, bare: Run, *, counted: bool, **more: Any) -> Run:
+def wanted(kind: Any, accumulate: int, bare: Run | None, *, counted: bool, **more: Any) -> Run:
     """coef · E · <f, p_t> for f of the micro-batch, and once more for f of the step before; mean over layers' tokens.
 
     Args:
-        bare: the same training without any of it, which told how many tokens each micro-batch has.
+        bare: the same training without any of it, which told how many tokens each micro-batch has. None: not
+            needed, as they are not counted.
         counted: whether each token of a step weighs the same; else each micro-batch does.
     """
+    assert bare or not counted
+    past: list[list[tuple]] = []  # of each step: (calls, masks) of each micro-batch, as far as it is read
 
     def add(step: int, at: int, calls: list, masks: list) -> Tensor:
-        tokens = bare.tokens(step)
-        assert tokens[at] == sum(int(mask.sum()) for mask in masks), "the callback changed what is generated"
-        by = sum(tokens) if counted else tokens[at] * len(tokens)
+        tokens = sum(int(mask.sum()) for mask in masks)
+        assert bare is None or tokens == bare.tokens(step)[at], "the callback changed what is generated"
+        by = sum(bare.tokens(step)) if bare and counted else tokens * accumulate
+        past.extend([] for _ in range(step + 1 - len(past)))
+        past[step].append(([(name, z.detach(), ids) for name, z, ids in calls], masks))
         total = torch.zeros((), dtype=torch.float64)
         for name, of_router in _by_router(calls).items():
             here = _load(of_router, masks)
             before = 0 * here
             if step:
-                batches = zip(bare.calls[step - 1], bare.masks[step - 1], strict=True)
-                before = sum(_load(_by_router(c)[name], m) for c, m in batches)
+                before = sum(_load(_by_router(c)[name], m) for c, m in past[step - 1])
                 before = before / before.sum()
             for (z, _), mask in zip(of_router, masks, strict=True):
                 p = z.softmax(-1)[mask]
@@ -235,12 +250,13 @@ def _load(of_router: list, masks: list) -> Tensor:
     return sum(counts).double()  # type: ignore[union-attr]
 
 
-def balanced(kind: Any, accumulate: int, options: dict | None = None, **more: Any) -> Run:
+def balanced(kind: Any, accumulate: int, options: dict | None = None, *, also: Any = (), **more: Any) -> Run:
+    """``also``: policies beside the two that ``wanted`` knows."""
     from equipoise import AuxLoss
     from equipoise.adapters.hf import BalanceCallback
 
     policies = [AuxLoss("micro_batch", coef=COEF), AuxLoss("global_batch", coef=COEF, estimator="previous")]
-    callback = BalanceCallback(policies, **options or {})
+    callback = BalanceCallback([*policies, *also], **options or {})
     found = run(kind, accumulate, callbacks=[callback, *more.pop("callbacks", ())], **more)
     found.callback = callback
     return found

@@ -12,7 +12,7 @@ pytest.importorskip("accelerate", reason="the hf extra is not installed")
 
 from transformers import TrainerCallback
 
-from equipoise import ConfigError, StateError
+from equipoise import Balancer, ConfigError, DataError, StateError
 from equipoise.adapters.hf import BalanceCallback
 from hf._trainer import HOOKED, make, model, policy
 from hf._trainer_reference import POLICIES, check, expected
@@ -70,17 +70,34 @@ class Interrupt(TrainerCallback):
         raise KeyboardInterrupt
 
 
+@pytest.mark.filterwarnings("ignore:this model's own balance loss")
 def test_a_training_that_was_interrupted_leaves_the_model_free(tmp_path, want):
-    """As in a notebook: the cell is stopped, and a new Trainer is made of the same model."""
-    net = build("qwen3_moe")
+    """As in a notebook: the cell is stopped, the model is as it was, and a new Trainer is made of it."""
+    net = build("qwen3_moe", output_router_logits=True)
     first, _ = make(POLICIES, 4, 2, 2, str(tmp_path), **STILL, model=net, trainer={"callbacks": [Interrupt()]})
     with pytest.raises(KeyboardInterrupt):
         first.train()
+    assert net.config.output_router_logits
+    Balancer(net, []).remove()
+    assert not set(HOOKED) & set(vars(first))
     second, recorder = make(POLICIES, 4, 2, 2, str(tmp_path), **STILL, model=net)
     net.zero_grad()
     second.train()
     check(recorder.result(second), want)
-    assert not set(HOOKED) & set(vars(first))
+
+
+@pytest.mark.filterwarnings("ignore:this model's own balance loss")
+def test_a_training_that_cannot_begin_leaves_the_model_free(tmp_path):
+    net = build("qwen3_moe", output_router_logits=True)
+    saves = {"save_strategy": "steps", "save_steps": 1}
+    make(POLICIES, 4, 2, 1, str(tmp_path), **STILL, **saves, model=net)[0].train()
+    (tmp_path / "checkpoint-1" / "balancer.equipoise").unlink()
+    second, _ = make(POLICIES, 4, 2, 2, str(tmp_path), **STILL, model=net)
+    with pytest.raises(DataError, match="the balancer's state in"):
+        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert net.config.output_router_logits
+    Balancer(net, []).remove()
+    assert not set(HOOKED) & set(vars(second))
 
 
 def test_two_callbacks_in_one_trainer_are_refused(tmp_path):

@@ -67,14 +67,13 @@ def lora(model: Any) -> Any:
 
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["dpo", "grpo_dapo"])
-@pytest.mark.parametrize("given", [{}, {"prepare": lora}], ids=["whole", "lora"])
-def test_recomputed(kind, given):
+def test_recomputed(kind):
     """TRL checkpoints gradients by default; passes of a reference run between forward and recompute."""
-    compared(kind, 2, given | {"narrow": True}, gradient_checkpointing=True)
+    compared(kind, 2, {"narrow": True}, gradient_checkpointing=True)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["dpo", "grpo_dapo", "kto", "gkd_on"])
+@pytest.mark.parametrize("kind", ["grpo_dapo", "gkd_on"])
 def test_an_adapter_whose_base_is_the_reference(kind):
     """B48: passes without the adapter have no gradient, and count nothing."""
     compared(kind, 2, {"prepare": lora})
@@ -89,17 +88,7 @@ def test_trls_own_loss_is_off_and_comes_back(kind):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo"])
-def test_evaluation_between_steps(kind):
-    """B25, B27: nothing of it gets into a step; its own loads are in what is logged."""
-    got = compared(kind, 2, {"evaluates": True})
-    (first, *_) = [entry for entry in got.trainer.state.log_history if "eval_loss" in entry]
-    assert first["eval_balance/tokens"] > 0
-    assert first["eval_balance/maxvio_global"] > 0
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("kind", ["sft", "dpo", "grpo", "gkd_on"])
+@pytest.mark.parametrize("kind", ["gkd_on"])
 def test_resumed(kind, tmp_path):
     """The third step of a run that was cut behind its second is that of the run: f of the step before came back."""
     whole = balanced(kind, 2, steps=3, folder=str(tmp_path), save_strategy="steps", save_steps=2)

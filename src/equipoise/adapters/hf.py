@@ -10,7 +10,8 @@ from __future__ import annotations
 import textwrap
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,10 @@ class BalanceCallback(TrainerCallback):
         self._begun_at = 0  # steps of the balancer when this training began
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        with self._released_on_error():
+            self._begin(state, **kwargs)
+
+    def _begin(self, state: Any, **kwargs: Any) -> None:
         trainer, names = calling(self)
         self._release()
         _end_what_failed(kwargs["model"])
@@ -108,6 +113,9 @@ class BalanceCallback(TrainerCallback):
         self._hooked.hook(trainer, "evaluation_loop", self._evaluation_loop)
         self._hooked.hook(trainer, "log", self._log)
         self._hooked.hook(trainer, "_save", self._save)
+        for name in ("_run_epoch", "_finalize_training"):
+            if hasattr(trainer, name):  # not in every version; without, the next training puts the model back
+                self._hooked.hook(trainer, name, self._to_its_end)
         self._warn_of_biases()
         self._warn_of_weights()
         if state.global_step and self.policies:
@@ -171,6 +179,17 @@ class BalanceCallback(TrainerCallback):
         if self.balancer is not None:
             self.balancer.remove()
 
+    @contextmanager
+    def _released_on_error(self) -> Iterator[None]:
+        """A training that ends in an error gives the model back as one that ends well does."""
+        try:
+            yield
+        except BaseException:
+            if self.balancer is not None:
+                self.balancer._faults.forget()  # not to be read now: the device may be what failed
+            self._release()
+            raise
+
     # ---------------------------------------------------------------- what the Trainer calls through us
 
     def _get_batch_samples(self, theirs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -198,6 +217,10 @@ class BalanceCallback(TrainerCallback):
             return theirs(balancer.tap(loss, tokens=1 / self._micro_batches), *args, **kwargs)
         except EquipoiseError as error:
             raise in_words_of_trainer(error) from None
+
+    def _to_its_end(self, theirs: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._released_on_error():
+            return theirs(*args, **kwargs)
 
     def _log(self, theirs: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
         balancer = self._balancer()
