@@ -69,7 +69,7 @@ def main() -> None:
             log_level="error",
             dataloader_pin_memory=False,
         )
-        balance = BalanceCallback([AuxLoss("global_batch", coef=arguments.coef)])
+        balance = BalanceCallback([AuxLoss("global_batch", coef=arguments.coef)], layers=True)
         trainer = Trainer(build(), settings, train_dataset=Text(1024), callbacks=[balance])  # the second
         trainer.remove_callback(PrinterCallback)  # it prints all that is logged, at every step
         trainer.train()

@@ -110,16 +110,25 @@ def _first_with_routers(
         probe = Probe(model, given)
         return probe, *_calls(probe, modules)
     inside = [name for name, module in modules.items() if _dummy_inputs(module) is not None]
+    ran, failed = {}, None
     for name in inside:
         if any(name.startswith(f"{other}.") for other in inside):
             continue
         probe = Probe(model, _dummy_inputs(modules[name]) or {}, modules[name])
         try:
             if (calls := _calls(probe, modules))[0]:
-                return probe, *calls
-        except ConfigError:  # of pictures or sounds: it does not run on ids
-            continue
-    return None
+                ran[name] = (probe, *calls)
+        except ConfigError as error:  # of pictures or sounds: it does not run on ids
+            failed = failed or error
+    if len(ran) > 1:
+        raise ConfigError(
+            expected="one MoE model in a wrapper, or to know which of them to balance",
+            got=", ".join(map(repr, ran)),
+            do=f"Balancer(model, policies, part={next(iter(ran))!r}), and one more for each other that learns",
+        )
+    if not ran and failed is not None:
+        raise failed
+    return next(iter(ran.values()), None)
 
 
 def _why_deaf(module: nn.Module) -> str:

@@ -143,3 +143,51 @@ def test_nothing_is_walked_where_one_forward_ran(monkeypatch):
     assert not walked
     step(after, "global")
     assert len(walked) == 2
+
+
+@pytest.mark.parametrize("recompute", [None, False, True])
+def test_a_forward_before_the_backward_of_the_last(recompute):
+    """It waits for a tap of its own: here together with one after it."""
+
+    def run(*, early: bool) -> list[Tensor]:
+        model = Model(recompute).double()
+        balancer = Balancer(model, POLICIES["global"])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        first = balancer.tap(mean(model(tokens(0))))
+        held = model(tokens(1, batch=2)) if early else None
+        (first / 2).backward()
+        second = model(tokens(1, batch=2)) if held is None else held
+        (balancer.tap(mean(torch.cat([second, model(tokens(2))]))) / 2).backward()
+        optimizer.step()
+        return [p.grad for p in model.parameters()] + balancer.load()
+
+    for x, y in zip(run(early=False), run(early=True), strict=True):
+        assert torch.allclose(x, y, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("policies", ["global", "sequence"])
+def test_declared_tokens_of_a_pair(policies):
+    """T is that of the step, however many forwards a micro-batch is made of."""
+    found = []
+    for cut in (False, True):
+        model = Model(None).double()
+        balancer = Balancer(model, POLICIES[policies])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        balancer.begin_step(tokens=25, micro_batches=1)
+        pair = [tokens(0), tokens(1, batch=2)]
+        y = torch.cat([model(x) for x in pair]) if cut else model(torch.cat(pair))
+        balancer.tap(mean(y)).backward()
+        optimizer.step()
+        found.append([p.grad for p in model.parameters()] + balancer.load())
+    for x, y in zip(*found, strict=True):
+        assert torch.allclose(x, y, rtol=1e-12, atol=1e-15)
+
+
+def test_what_is_held_stays_bounded():
+    from equipoise.passes import MOST
+
+    model = Model(None).double()
+    balancer = Balancer(model, POLICIES["global"])
+    for seed in range(MOST + 20):
+        model(tokens(seed, batch=1))
+    assert len(balancer._passes[0]._passes) == MOST

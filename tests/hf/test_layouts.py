@@ -314,3 +314,104 @@ def test_a_mask_of_a_cache_is_longer():
     level = Level(build(FAMILY), outermost=True)
     level.note((), {"input_ids": torch.zeros(1, 2, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1, 0]])})
     assert level.mask_BS().tolist() == [[True, False]]
+
+
+class Two(nn.Module):
+    """Two stacks of one kind, each with its own tokens, in code of a user's own."""
+
+    def __init__(self, one: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.one, self.other = one, other
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, other_ids: Tensor, other_mask: Tensor | None) -> Any:
+        first = self.one(input_ids=input_ids, attention_mask=attention_mask).logits
+        return first.mean() + self.other(input_ids=other_ids, attention_mask=other_mask).logits.square().mean()
+
+
+def test_two_models_of_a_wrapper_have_to_be_told_apart():
+    model = Two(build(FAMILY), build("mixtral")).train()
+    with quiet(), pytest.raises(ConfigError, match=r"'one', 'other'(.|\n)*part='one'"):
+        Balancer(model, [AuxLoss()])
+    with quiet():
+        both = [Balancer(model, [AuxLoss()], part=name) for name in ("one", "other")]
+    for balancer in both:
+        balancer.remove()
+
+
+def test_a_mask_of_other_tokens_that_are_as_many_is_not_taken():
+    model, given, others = Two(build(FAMILY), build(FAMILY)).train(), inputs(), inputs(3)
+    with quiet():
+        balancer = Balancer(
+            model, [AuxLoss()], example={**inputs(), "other_ids": inputs()["input_ids"], "other_mask": None}
+        )
+        with pytest.raises(InputError, match="not handed on"):
+            model(**given, other_ids=others["input_ids"], other_mask=None)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        loss = model(**given, other_ids=others["input_ids"], other_mask=torch.ones_like(given["attention_mask"]))
+        balancer.tap(loss).backward()
+        optimizer.step()
+    assert [int(c.sum()) for c in balancer.load()] == [2 * 15] * 2 + [2 * 18] * 2
+
+
+@pytest.mark.parametrize(
+    ("mask", "counted"),
+    [
+        (torch.tensor([[1, 1, 1, 1, 0, 0]]), 12),  # one row for all
+        (torch.zeros(3, 6).masked_fill(inputs()["attention_mask"] == 0, -torch.inf), None),  # added to scores
+        (torch.ones(6, 6, dtype=torch.bool).tril(), None),
+    ],
+)
+def test_masks_of_other_kinds(mask, counted):
+    model = build(FAMILY).train()
+    with quiet():
+        balancer = Balancer(model, [AuxLoss()])
+    from equipoise.layout import _mask
+
+    (level, *_) = (level for level in balancer._layers[0].router._way)
+    level.note((), {"input_ids": inputs()["input_ids"], "attention_mask": mask})
+    found, unread = _mask([level])
+    if counted is None:
+        assert found is None and "who sees whom" in unread
+    else:
+        assert found is not None and int(found.sum()) == counted and not unread
+
+
+def test_a_batch_that_is_one_argument_is_opened():
+    from equipoise.levels import Level
+
+    class Net(nn.Module):
+        def forward(self, batch: dict) -> None:
+            pass
+
+    level = Level(Net(), outermost=True)
+    level.note((inputs(),), {})
+    assert int(level.mask_BS().sum()) == 15 and level.shape == (3, 6)
+
+
+def test_what_is_said_and_fits_no_router_is_an_error():
+    model, given = build(FAMILY).train(), inputs()
+    with quiet():
+        balancer = Balancer(model, [AuxLoss()])
+        with (
+            pytest.raises(InputError, match="none that see 10 tokens"),
+            balancer.layout(TokenLayout(1, torch.ones(10) > 0)),
+        ):
+            model(**given)
+        mask_T = given["attention_mask"].view(-1) > 0
+        with balancer.layout(TokenLayout(3, mask_T)), torch.no_grad():
+            with balancer.layout(TokenLayout(3, ~mask_T)):
+                model(**given)
+            model(**given)
+            assert balancer._layers[0].router.layout.said.token_mask_T is mask_T
+
+
+def test_a_copy_goes_forward_without_its_head():
+    import copy
+
+    with quiet():
+        model = build(FAMILY).train()
+        balancer = Balancer(model, [AuxLoss()])
+        twin = copy.deepcopy(model)
+        for _ in range(2):
+            twin.model(**inputs())
+    assert balancer.step_count == 0
