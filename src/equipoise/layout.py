@@ -112,7 +112,7 @@ class Layout:
             )
             if mask_BS is None:
                 mask_BS = inside_BS
-            return Placed(tokens, TokenLayout(here[0].shape[0], _flat(mask_BS), _flat(document_BS)), unread=unread)
+            return Placed(tokens, TokenLayout(here[0].rows, _flat(mask_BS), _flat(document_BS)), unread=unread)
         if not around:
             return Placed(tokens, TokenLayout())
         return self._piece([level for level in around if level.shape == around[0].shape], tokens, router)
@@ -265,6 +265,6 @@ def _of_kind(levels: Sequence[Level], tokens: int, pictures: bool) -> Placed | N
         if len(rows_T) == tokens:
             mask_BS, unread = _mask([other for other in levels[i:] if other.shape == level.shape])
             all_T = torch.ones_like(here_T) if mask_BS is None else mask_BS.reshape(-1)
-            layout = TokenLayout(level.shape[0], here_T & all_T, _flat(level.documents()[0]), all_T)
+            layout = TokenLayout(level.rows, here_T & all_T, _flat(level.documents()[0]), all_T)
             return Placed(tokens, layout, rows_T, unread=unread)
     return None

@@ -85,6 +85,12 @@ class Level:
     def tokens(self) -> int:
         return -1 if self.shape is None else self.shape[0] * self.shape[1]
 
+    @property
+    def rows(self) -> int:
+        """B, where it was given tokens."""
+        assert self.shape is not None
+        return self.shape[0]
+
     def mask_BS(self) -> Tensor | None:
         """True where a token is real; of a mask that spans a cache too, the end. None: not said, or not understood."""
         assert self.shape is not None
