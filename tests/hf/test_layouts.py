@@ -415,3 +415,20 @@ def test_a_copy_goes_forward_without_its_head():
         for _ in range(2):
             twin.model(**inputs())
     assert balancer.step_count == 0
+
+
+def test_biases_of_a_part_are_put_back_into_it(tmp_path):
+    pytest.importorskip("safetensors")
+    from equipoise.adapters.biases import load_biases
+    from equipoise.adapters.files import FILE, write_state
+
+    biases = {f"model.layers.{i}.mlp.gate": torch.arange(8.0) + i for i in range(2)}
+    write_state({"biases": biases}, tmp_path / FILE)
+    model = nn.ModuleDict({"llm": build(FAMILY), "other": build(FAMILY)})
+    with quiet():
+        load_biases(model, tmp_path, part="llm")
+        balancer = Balancer(model, [ExpertBias("proportional", rate=0.0)], part="llm")
+    assert all(
+        torch.equal(layer.router.expert_bias, bias)
+        for layer, bias in zip(balancer._layers, biases.values(), strict=True)
+    )

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,16 @@ WITHIN = re.compile(rf"\.({AROUND}|base_layer|original_module|modules_to_save\.[
 SHOWN = 3  # names in a message
 
 
-def load_biases(model: nn.Module, folder: str | Path) -> None:
+def load_biases(
+    model: nn.Module, folder: str | Path, *, example: Mapping[str, Any] | None = None, part: str | None = None
+) -> None:
     """Puts expert biases back that a model's own files do not hold: of LoRA adapters, and of families without one.
 
     Args:
         model: the model whose training wrote ``folder``, with its weights loaded; an adapter of any name, or merged.
         folder: with ``balancer.equipoise``: a checkpoint, an adapter's folder in one, or where ``BalanceCallback.save``
             wrote it.
+        example, part: as ``Balancer`` got them in that training.
 
     A model without a bias of its own chooses with it from now on, by hooks on its routers. Raises DataError for a
     folder without biases, and for a file that cannot be read or is of another model.
@@ -52,7 +56,7 @@ def load_biases(model: nn.Module, folder: str | Path) -> None:
             do="after a training with ExpertBias pass the checkpoint that it saved; one without it moved no bias, and "
             "its model is whole as it is",
         )
-    put_back(model, *found)
+    put_back(model, *found, example=example, part=part)
 
 
 def biases_beside(folder: str | Path) -> tuple[Path, dict[str, Tensor]] | None:
@@ -64,11 +68,14 @@ def biases_beside(folder: str | Path) -> tuple[Path, dict[str, Tensor]] | None:
     return (file, biases) if biases else None
 
 
-def put_back(model: nn.Module, file: Path, biases: Mapping[str, Tensor]) -> None:
-    """Into the model that they belong to. Raises DataError, with no bias changed, where that is another one."""
+def put_back(model: nn.Module, file: Path, biases: Mapping[str, Tensor], **options: Any) -> None:
+    """Into the model that they belong to. Raises DataError, with no bias changed, where that is another one.
+
+    ``options``: further keywords of ``Balancer``.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"(every router of this model is )?frozen")
-        balancer = Balancer(model, [ExpertBias(rate=0.0)])
+        balancer = Balancer(model, [ExpertBias(rate=0.0)], **options)
     try:
         check_biases({plain_name(one.name): one.router.num_experts for one in balancer._layers}, file, biases)
         put_biases(balancer, biases)
