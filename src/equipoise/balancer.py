@@ -212,7 +212,7 @@ class Balancer(Stepping):
         if not any(self._micro_steps):
             self._check_routers()
         self._watch.tapped(max(self._micro_steps), self._dropped)
-        silent = no_forward("none since the last tap")
+        silent = no_forward("none since the last tap that this loss is made of")
         self._note_silence(banks, [one.statistics_LS for one in taken], silent)
         return tapped(loss, self, MicroBatch(part, taken), scale, tokens)
 

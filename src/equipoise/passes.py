@@ -22,7 +22,7 @@ class _Pass:
     """A forward with gradient: autograd numbers its nodes as they are made, so those of a forward are a range."""
 
     begin: int
-    end: int
+    end: int | None = None  # it runs, or stopped on an error
     taken: list[Taken] | None = None  # of each bank; None: still in the slots
 
 
@@ -30,8 +30,8 @@ class Passes:
     """The forwards of one part of a model since the last tap.
 
     A pair of them (chosen and rejected answers) is one micro-batch. One whose output the loss does not use pushes
-    nothing, and what it counted would dilute the others: found by walking the loss's graph, which only happens where
-    there were several, and goes no further back than the first of them.
+    nothing, and what it counted would dilute the others: found by walking the loss's graph, a few nodes where there was
+    one forward, and no further back than the first of them where there were several.
     """
 
     def __init__(self, banks: Sequence[Bank]) -> None:
@@ -40,6 +40,8 @@ class Passes:
 
     def begins(self) -> None:
         self.hold()
+        if self._passes and self._passes[-1].end is None:
+            self._passes[-1].end = self._passes[-1].begin
         if len(self._passes) >= MOST:
             first, second = self._passes[:2]
             taken = _added([one.taken for one in (first, second) if one.taken is not None])
@@ -47,8 +49,7 @@ class Passes:
                 for placed in one.placed:
                     del placed[:-MOST]
             self._passes[:2] = [_Pass(first.begin, second.end, taken)]
-        now = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        self._passes.append(_Pass(now, now))
+        self._passes.append(_Pass(torch.autograd._get_sequence_nr()))  # type: ignore[attr-defined]
 
     def ends(self) -> None:
         if self._passes:
@@ -60,7 +61,7 @@ class Passes:
             self._passes[-1].taken = self._take()
 
     def take(self, loss: Tensor) -> list[Taken]:
-        """What the forwards proposed that ``loss`` is made of, for each bank; all of it where that can't be told.
+        """What the forwards proposed that ``loss`` is made of, for each bank; nothing where it is made of none.
 
         The others wait for a tap of their own, until the step is over.
         """
@@ -69,11 +70,10 @@ class Passes:
             return self._take()
         if passes[-1].taken is None:
             passes[-1].taken = self._take()
-        was = _reached(loss, passes) if len(passes) > 1 else [True]
-        if any(was):
-            self._passes = [one for one, used in zip(passes, was, strict=True) if not used]
-            passes = [one for one, used in zip(passes, was, strict=True) if used]
-        return _added([one.taken for one in passes if one.taken is not None])
+        was = _reached(loss, passes)
+        self._passes = [one for one, used in zip(passes, was, strict=True) if not used]
+        used = [one.taken for one, used in zip(passes, was, strict=True) if used and one.taken is not None]
+        return _added(used) if used else self._take()  # the slots are empty
 
     def forget(self) -> None:
         self._passes = []
@@ -91,7 +91,7 @@ def _reached(loss: Tensor, passes: Sequence[_Pass]) -> list[bool]:
         node = todo.pop()
         number = node._sequence_nr()
         for i, one in enumerate(passes):
-            found[i] = found[i] or one.begin <= number < one.end
+            found[i] = found[i] or (one.begin <= number and (one.end is None or number < one.end))
         older = {after for after, _ in node.next_functions if after is not None} - seen
         older = {after for after in older if oldest <= after._sequence_nr() < 2**63}  # leaves have the largest number
         seen |= older

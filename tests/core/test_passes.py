@@ -133,16 +133,42 @@ def test_passes_that_the_loss_uses_are_one_micro_batch():
             assert torch.allclose(x, y, rtol=1e-10, atol=1e-14)
 
 
-def test_nothing_is_walked_where_one_forward_ran(monkeypatch):
-    from equipoise import passes
+@pytest.mark.parametrize("policies", POLICIES)
+def test_forwards_first_and_taps_later(policies):
+    """Each tap takes the forward that its loss is made of."""
+    found = []
+    for late in (False, True):
+        model = Model(None).double()
+        balancer = Balancer(model, POLICIES[policies])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        if late:
+            losses = [mean(model(tokens(seed, batch=2 + seed))) for seed in range(3)]
+            losses = [balancer.tap(loss) for loss in losses]
+        else:
+            losses = [balancer.tap(mean(model(tokens(seed, batch=2 + seed)))) for seed in range(3)]
+        for loss in losses:
+            (loss / 3).backward()
+        optimizer.step()
+        found.append([p.grad for p in model.parameters()] + balancer.load())
+    for x, y in zip(*found, strict=True):
+        assert torch.allclose(x, y, rtol=1e-12, atol=1e-15)
 
-    walked = []
-    plain = passes._reached
-    monkeypatch.setattr(passes, "_reached", lambda *given: walked.append(1) or plain(*given))
-    step(lambda model: mean(model(tokens(0))), "global")
-    assert not walked
-    step(after, "global")
-    assert len(walked) == 2
+
+def test_a_tap_inside_the_model_that_is_balanced():
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Model(None).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return balancer.tap(mean(self.net(x)))
+
+    model = WithLoss()
+    balancer = Balancer(model, POLICIES["global"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(tokens(0)).backward()
+    optimizer.step()
+    assert balancer.metrics()["balance/tokens"] == 15
 
 
 @pytest.mark.parametrize("recompute", [None, False, True])
