@@ -14,7 +14,7 @@ TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PIP      = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare test test-all invariance mutations faults check format bench bench-grid lock clean
+.PHONY: help env compare test test-all invariance mutations faults check house format bench bench-grid lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
@@ -35,18 +35,21 @@ test-all: env  ## the same and what takes long, the full matrix among it
 
 # In parts: ARGS='-k "ddp and reentrant"'. Without the Tie every case has to fail: ARGS="--without-tie".
 invariance: env  ## every way to cut a batch: the full product of the matrix, many hours
-	$(TEST_ENV) $(BIN)/python -m pytest -m full tests/invariance $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m full tests/contracts/invariance $(ARGS)
 
 mutations: env  ## plant the mistakes of other engines; the tests must catch each
 	$(BIN)/python tests/mutations.py $(ARGS)
 
 faults: env  ## kill training processes at random moments, resume, compare: takes half an hour
-	PYTHONPATH=tests $(BIN)/python -m lab.faults $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m unit.lab.faults $(ARGS)
 
 check: env  ## ruff (lint and format) and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+house:  ## draw the rooms of the library, their floors and who imports whom: docs/house.svg
+	PYTHONPATH=tests $(PYTHON) -m meta.house
 
 format: env  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

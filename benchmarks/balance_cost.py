@@ -70,12 +70,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from equipoise import AuxLoss, Balancer, ExpertBias, ZLoss
-from equipoise.collectives import Group, Ranks
+from equipoise.autograd.token_layout import TokenLayout
+from equipoise.distributed import Group, Ranks
 from equipoise.functional import balance_loss, gate_probs, route
-from equipoise.lab.config import ModelConfig
-from equipoise.lab.model import LanguageModel
+from equipoise.lab.config.schema import ModelConfig
+from equipoise.lab.models.transformer import LanguageModel
 from equipoise.layers import Router
-from equipoise.meter import TokenLayout
 
 MODELS = [(24, 64), (48, 128), (94, 128), (61, 256)]  # layers, experts: small, Qwen3-30B, Qwen3-235B, DeepSeek-V3 + MTP
 CLUSTER = [8, 64, 512, 4096, 16384]

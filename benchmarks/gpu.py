@@ -28,12 +28,12 @@ from _report import machine, pairs, quartiles, span, versions
 from torch import Tensor, nn
 
 from equipoise import AuxLoss, Balancer, MoE
+from equipoise.autograd.token_layout import TokenLayout
 from equipoise.errors import ConfigError, EquipoiseError
 from equipoise.functional.permute import permute, sort_by_expert, unpermute
 from equipoise.kernels import INTERPRETED, RouterForm, availability, choose_and_count, installed, router_gradient
 from equipoise.kernels.experts import add_rows, copy_rows, sort_pairs
 from equipoise.layers.experts import grouped_experts
-from equipoise.meter import TokenLayout
 
 availability.DEVICES.add("cuda")  # what EQUIPOISE_KERNELS=1 does
 

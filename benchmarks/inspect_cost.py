@@ -23,20 +23,20 @@ import numpy as np
 import torch
 from _report import machine, pairs, span, versions
 
-from equipoise.inspection.models import Subject, open_subject
-from equipoise.inspection.rounds import Rounds
+from equipoise.inspection.accumulator import Sizes, Tally
+from equipoise.inspection.loading import Subject, open_subject
 from equipoise.inspection.routers import find_routers, reading
-from equipoise.inspection.tally import Sizes, Tally
-from equipoise.inspection.text import write_windows
-from equipoise.lab.process import keep_freed_memory
+from equipoise.inspection.runner import Rounds
+from equipoise.inspection.windows import write_windows
+from equipoise.lab.training.process import keep_freed_memory
 
 VOCAB, LENGTH, BATCH = 4096, 512, 4
 
 
 def lab_model(device: torch.device) -> Subject:
     """A model of the lab: 3 layers, width 128, 16 experts, top-2, bf16."""
-    from equipoise.lab.config import ModelConfig
-    from equipoise.lab.model import LanguageModel
+    from equipoise.lab.config.schema import ModelConfig
+    from equipoise.lab.models.transformer import LanguageModel
 
     config = ModelConfig(layers=3, width=128, heads=4, experts=16, expert_hidden=128, vocab_size=VOCAB)
     model: Any = LanguageModel(config, compute_dtype=torch.bfloat16).to(device).eval()

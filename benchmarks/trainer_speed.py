@@ -51,7 +51,7 @@ AGREE = {"fp32": 1e-4, "bf16": 1e-2}
 
 
 def configuration(precision: str, threads: int, strategy: str = "micro") -> Any:
-    from equipoise.lab.config import ModelConfig, RunConfig, TrainConfig
+    from equipoise.lab.config.schema import ModelConfig, RunConfig, TrainConfig
 
     train = TrainConfig(precision=precision, threads=threads, fidelity_every=0, eval_every=0, checkpoint_every=0,
                         tensorboard=False)  # fmt: skip
@@ -64,9 +64,9 @@ def lab(config: Any) -> Iterator[Any]:
     """A run of the lab, before its first step."""
     import torch
 
-    from equipoise.lab.parallel import join
-    from equipoise.lab.process import keep_freed_memory
-    from equipoise.lab.train import _Run
+    from equipoise.lab.training.distributed import join
+    from equipoise.lab.training.process import keep_freed_memory
+    from equipoise.lab.training.trainer import _Run
 
     torch.set_num_threads(config.train.threads)
     keep_freed_memory()
@@ -105,9 +105,9 @@ def theirs(setting: str, precision: str, threads: int) -> None:
     import transformers
     from torch.utils.data import SequentialSampler
 
-    from equipoise.lab.data import Batches, prepare
-    from equipoise.lab.export import hugging_face_config, to_hugging_face
-    from equipoise.lab.model import LanguageModel
+    from equipoise.lab.data.packing import Batches, prepare
+    from equipoise.lab.models.hf_weights import hugging_face_config, to_hugging_face
+    from equipoise.lab.models.transformer import LanguageModel
 
     torch.set_num_threads(threads)
     implementation, each = setting.split(":")
@@ -239,7 +239,7 @@ def named(name: str, function: Callable) -> Callable:
 
 
 def name_parts(model: Any, optimizer: Any) -> None:
-    from equipoise.lab import model as module
+    from equipoise.lab.models import transformer as module
 
     module.linear_cross_entropy = named("loss", module.linear_cross_entropy)
     optimizer.step = named("optimizer", optimizer.step)

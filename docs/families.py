@@ -1,4 +1,4 @@
-"""Writes docs/families.md: what the checks of tests/hf find out about every MoE family of the installed transformers.
+"""Writes docs/families.md: what the checks of tests/integrations/hf find out about every MoE family of transformers.
 
 Run it from the root of the repository: ``PYTHONPATH=tests python docs/families.py`` (half an hour).
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from equipoise.readers import SPECIAL
-from hf._cases import (
+from equipoise.external.output_formats import SPECIAL
+from integrations.hf._cases import (
     COMPILED,
     NOT_COMPILED,
     RECOMPUTED,
@@ -24,7 +24,7 @@ from hf._cases import (
     check_native_bias,
     check_own_bias,
 )
-from hf.families import FAMILIES, NATIVE, OWN, REFUSED
+from integrations.hf.families import FAMILIES, NATIVE, OWN, REFUSED
 
 HEAD = """# Families of transformers
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from html import escape
 
-from equipoise.records import Run, read_run
+from equipoise.storage.run_record import Run, read_run
 
 CELL, GAP, LEFT, TOP, APART = 23, 2, 112, 62, 30
 FULL = 3.0  # times the even share: the darkest cell

@@ -27,11 +27,11 @@ import equipoise
 from equipoise import AuxLoss, convert_coef
 from equipoise.adapters.hf import BalanceCallback
 from equipoise.cli import main as command
-from equipoise.lab.config import DataConfig, ModelConfig, RunConfig
-from equipoise.lab.data import Batches, PackedData, prepare
-from equipoise.lab.evaluate import evaluate
-from equipoise.lab.pretrained import Pretrained, adopt, tokenizer_of
-from equipoise.records import End, Header, Load, RecordWriter, Step, read_run
+from equipoise.lab.config.schema import DataConfig, ModelConfig, RunConfig
+from equipoise.lab.data.packing import Batches, PackedData, prepare
+from equipoise.lab.models.pretrained import Pretrained, adopt, tokenizer_of
+from equipoise.lab.training.evaluation import evaluate
+from equipoise.storage.run_record import End, Header, Load, RecordWriter, Step, read_run
 
 ACCUMULATE = 16  # micro-batches of one sequence: the more of them, the narrower the view of each
 LABELS = {"own loss": "the model's own loss, over each micro-batch", "global batch": "equipoise, over the global batch"}

@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--without-tie",
         action="store_true",
-        help="the matrix of tests/invariance with the Tie replaced by the identity: passes if every case fails",
+        help="the invariance matrix with the Tie replaced by the identity: passes if every case fails",
     )
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from .balancer import Balancer
-from .collectives import Ranks
+from .autograd.token_layout import TokenLayout
+from .balancer.balancer import Balancer
+from .distributed import Ranks
 from .errors import ConfigError, DataError, EquipoiseError, InputError, OutputError, StateError
+from .external.registry import register_router
 from .functional.convert import convert_coef
 from .functional.routing import Routing
 from .layers import Experts, MoE, Router, clip_grad_norm_, shard_experts
-from .meter import TokenLayout
 from .policies import AuxLoss, ExpertBias, Sequences, Switch, ZLoss
-from .registry import register_router
 
 __version__ = "0.1.0"
 

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .report.plot import curves, domains, load_over_time, loads, maxvio
+from .report.export.notebook import curves, domains, load_over_time, loads, maxvio
 
 __all__ = ["curves", "domains", "load_over_time", "loads", "maxvio"]

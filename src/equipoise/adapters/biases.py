@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..balancer import Balancer
+from ..balancer.balancer import Balancer
 from ..errors import DataError
 from ..policies import ExpertBias
-from .files import FILE, read_state, state_file
+from ..storage.balancer_file import FILE, read_state, state_file
 
 __all__ = ["biases_beside", "check_biases", "load_biases", "plain_name", "put_back", "put_biases"]
 

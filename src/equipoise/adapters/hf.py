@@ -18,13 +18,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..balancer import Balancer
-from ..collectives import Ranks
+from ..balancer.balancer import Balancer
+from ..distributed import Ranks
 from ..errors import ConfigError, DataError, EquipoiseError, StateError
 from ..policies import AuxLoss, ExpertBias, Policy, Sequences
 from ..policies.switch import timeline
+from ..storage.balancer_file import FILE, read_state, remove_state, state_file, write_state
 from .biases import load_biases, plain_name, put_biases
-from .files import FILE, read_state, remove_state, state_file, write_state
 from .logs import worth_logging
 from .tokens import StepTokens
 from .trainers import Hooked, calling, calls, changes_batches, check, in_words_of_trainer, inner

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..balancer import Balancer
-from ..collectives import Ranks
+from ..balancer.balancer import Balancer
+from ..distributed import Ranks
 from ..errors import ConfigError, DataError
-from ..levels import router_tokens
+from ..external.call_arguments import router_tokens
 from ..policies import Policy
 
 if TYPE_CHECKING:

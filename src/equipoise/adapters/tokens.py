@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..collectives import Ranks
+from ..autograd.router_state import Meter
+from ..distributed import Ranks
 from ..errors import ConfigError, StateError
-from ..levels import router_tokens
-from ..meter import Meter
+from ..external.call_arguments import router_tokens
 
 __all__ = ["StepTokens"]
 

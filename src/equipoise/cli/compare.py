@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
-from ..lab.config import CompareConfig, from_dict, to_toml
+from ..lab.config.schema import CompareConfig, from_dict, to_toml
 from .settings import add_settings, read, settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..lab.compare import Comparison
+    from ..lab.comparison.comparison import Comparison
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
@@ -65,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..lab import compare
-    from ..lab.live import Preparation, RunTable, open_console
+    from ..lab.comparison import comparison as compare
+    from ..lab.comparison.progress import Preparation, RunTable, open_console
 
     config = _config(arguments, compare.QUICK)
     if arguments.print_config:
@@ -124,7 +124,7 @@ def _config(arguments: argparse.Namespace, quick: dict[str, Any]) -> CompareConf
 
 def _folder(arguments: argparse.Namespace, config: CompareConfig, console: Console) -> Path:
     """Where to work: the folder named, else a stopped comparison of the same settings, else a new folder."""
-    from ..lab import compare
+    from ..lab.comparison import comparison as compare
 
     if arguments.out:
         return arguments.out
@@ -150,7 +150,7 @@ def _folder(arguments: argparse.Namespace, config: CompareConfig, console: Conso
 
 def _report(comparison: Comparison) -> None:
     """The table on stdout and the page beside the runs; runs that failed before an evaluation are named in it."""
-    from ..lab.compare import REPORT_NAME
+    from ..lab.comparison.comparison import REPORT_NAME
     from ..report import load_runs, render_terminal, summarize, write_html
 
     runs, problems = load_runs([comparison.folder])

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..inspection import Request
-    from ..report.inspection import Inspection
+    from ..storage.inspection_record import Inspection
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from ..inspection import Request, inspect, summarize_inspection
     from ..inspection.live import RoundsBar
-    from ..lab.live import Preparation, open_console
+    from ..lab.comparison.progress import Preparation, open_console
 
     request = Request(
         model=arguments.model,

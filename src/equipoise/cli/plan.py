@@ -11,7 +11,7 @@ from ..errors import ConfigError, DataError, unknown_name
 
 if TYPE_CHECKING:
     from ..plan import Cluster, Strategy
-    from ..plan.observed import Observed
+    from ..plan.recorded_loads import Observed
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
@@ -117,7 +117,7 @@ def _observe(paths: list[str]) -> Observed:
     from dataclasses import replace
 
     from .. import plan
-    from ..report.inspection import is_inspection
+    from ..storage.inspection_record import is_inspection
 
     folders = [path for path in paths if is_inspection(path)]
     found = plan.observe(path for path in paths if path not in folders)
@@ -135,7 +135,7 @@ def _inspected(folder: str) -> tuple[Strategy, int]:
     from pathlib import Path
 
     from .. import plan
-    from ..report.inspection import read_inspection
+    from ..storage.inspection_record import read_inspection
 
     inspection = read_inspection(folder)
     if not inspection.layers:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from ..records import Run
-    from ..report.inspected import Named
-    from ..report.summary import Comparison
+    from ..report.data.inspections import Named
+    from ..report.data.summarize import Comparison
+    from ..storage.run_record import Run
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
@@ -65,14 +65,14 @@ class Report:
     problems: list[str]  # those that the comparison does not carry
 
     def html(self, live: float = 0) -> str:
-        from ..report.html import render_html
+        from ..report.html.page import render_html
 
         inspections = [one.inspection for one in self.found]
         return render_html(self.comparison, inspections, problems=self.problems, live=live)
 
     def text(self) -> str:
         from ..report import render_terminal
-        from ..report.inspected import render_inspections
+        from ..report.data.inspections import render_inspections
 
         parts = [render_terminal(self.comparison)] if self.comparison else []
         parts += [render_inspections(self.found)] if self.found else []
@@ -80,8 +80,8 @@ class Report:
 
     def json(self) -> str:
         from ..report import to_json
-        from ..report.inspected import inspections_json
-        from ..report.summary import null
+        from ..report.data.inspections import inspections_json
+        from ..report.data.summarize import null
 
         data = to_json(self.comparison) if self.comparison else {"problems": self.problems}
         if self.found:
@@ -91,7 +91,7 @@ class Report:
 
 def read(paths: Sequence[str], baseline: str | None) -> Report:
     from ..report import load, summarize
-    from ..report.inspected import named
+    from ..report.data.inspections import named
 
     runs, inspections, problems = load(paths)
     comparison = summarize(runs, baseline=baseline, problems=problems) if runs else None
@@ -102,7 +102,7 @@ def read(paths: Sequence[str], baseline: str | None) -> Report:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..report.html import write_file
+    from ..report.html.page import write_file
 
     if args.watch:
         return _watch(args)
@@ -121,8 +121,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _others(args: argparse.Namespace, report: Report, html: str) -> list[str]:
     """Numbers and pictures, as far as they were asked for."""
-    from ..report.pictures import write_pictures
-    from ..report.spreadsheets import write_csv
+    from ..report.export.csv import write_csv
+    from ..report.export.png import write_pictures
 
     done = []
     if args.csv:
@@ -135,8 +135,8 @@ def _others(args: argparse.Namespace, report: Report, html: str) -> list[str]:
 
 def _watch(args: argparse.Namespace) -> int:
     """Rewrites the page when a file behind it changes. The last page, also after Ctrl-C, no longer refreshes itself."""
-    from ..report.html import write_file
-    from ..report.watching import goes_on, signature
+    from ..report.export.follow import goes_on, signature
+    from ..report.html.page import write_file
 
     if args.json:
         raise ConfigError(expected="--watch or --json", got="both", do="leave one out: --watch writes a page")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from ..lab.config import RunConfig, from_dict
-from ..records import read_run
+from ..lab.config.schema import RunConfig, from_dict
+from ..storage.run_record import read_run
 from .train import add_layout, on_ranks, train_in
 
 if TYPE_CHECKING:
-    from ..lab.parallel import World
+    from ..lab.training.distributed import World
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..lab.config import CompareConfig, RunConfig, load_config, parse_set
+from ..lab.config.schema import CompareConfig, RunConfig, load_config, parse_set
 
 __all__ = ["add_settings", "read", "settings"]
 
@@ -65,7 +65,7 @@ def read(cls: type[C], arguments: argparse.Namespace, values: dict[str, Any]) ->
         config = replace(config, data=replace(config.data, data=_absolute(config.data.data)))
     if config.model.folder is None:
         return config
-    from ..lab.pretrained import adopt
+    from ..lab.models.pretrained import adopt
 
     return adopt(replace(config, model=replace(config.model, folder=_absolute(config.model.folder))))
 

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ..errors import ConfigError, EquipoiseError, OutputError
-from ..lab.config import ParallelConfig, RunConfig, to_toml
-from ..lab.strategies import slug, strategy_of
+from ..lab.config.schema import ParallelConfig, RunConfig, to_toml
+from ..lab.config.strategies import slug, strategy_of
 from .settings import add_settings, read, settings
 
 if TYPE_CHECKING:
-    from ..lab.parallel import World
-    from ..records import Step
+    from ..lab.training.distributed import World
+    from ..storage.run_record import Step
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "add_layout", "on_ranks", "run", "train_in"]
 
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def on_ranks(arguments: argparse.Namespace, work: Callable[[World], int]) -> int:
     """What ``work`` returns, with the ranks of this process; an error that all ranks meet is said by the first."""
-    from ..lab.parallel import join, said_elsewhere
+    from ..lab.training.distributed import join, said_elsewhere
 
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
@@ -123,9 +123,9 @@ def _leave(code: int) -> NoReturn:
 
 def train_in(folder: Path, config: RunConfig, world: World, *, go_on: bool, overwrite: bool, plain: bool) -> int:
     """Trains in ``folder``, which the first rank then holds. A worker shows nothing and ends with its parent."""
-    from ..lab.live import RunBar, open_console
-    from ..lab.train import train
-    from ..lab.workers import locked, orphaned
+    from ..lab.comparison.progress import RunBar, open_console
+    from ..lab.comparison.workers import locked, orphaned
+    from ..lab.training.trainer import train
 
     def watch(step: Step) -> None:  # noqa: ARG001
         if orphaned():  # as if the parent had stopped this worker: it saves and ends
@@ -174,7 +174,7 @@ def _check_restarts(arguments: argparse.Namespace, world: World) -> None:
 
 
 def _is_run(folder: Path) -> bool:
-    from ..records import RECORD_NAME
+    from ..storage.run_record import RECORD_NAME
 
     return (folder / RECORD_NAME).exists()
 

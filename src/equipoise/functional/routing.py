@@ -12,13 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..devices import at_hand
 from ..errors import ConfigError, InputError, unknown_name
-from ..looking import at_hand
-from ..rehearsal import rehearsing
 
 __all__ = [
     "GATES",
     "Routing",
+    "check_finite",
     "check_mask_dtype",
     "check_routing",
     "choose",
@@ -196,6 +196,7 @@ def route(
     """
     _check_shapes(logits_TE, selection_bias_E, token_mask_T)
     check_routing(logits_TE.shape[-1], top_k, gate, num_groups, top_groups)
+    check_finite(logits_TE, masked=True)
     weights_TK, ids_TK, _ = choose(
         logits_TE,
         top_k,
@@ -221,19 +222,13 @@ def choose(
     normalize: bool,
     scale: float,
     masked: bool = False,
-    check: bool = True,
-    name: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``route`` without its checks of the arguments and without counting.
+    """``route`` without its checks and without counting.
 
     ``masked``: logits may be -inf, as those of another library's router; that costs two operations beside a bias.
-    ``check``: NaN logits are an error here, where that can be seen; else whoever sums up the step has to look.
-    ``name``: of the router, for that error.
 
     Returns (weights_TK, expert_ids_TK, p (T, E) where the weights were taken from it).
     """
-    if check:
-        _check_finite(logits_TE, masked, name)
     if selection_bias_E is None and num_groups == 1:
         ids_TK = select_experts(logits_TE.detach(), top_k)  # every gate grows with its logit: no score needed to choose
     else:
@@ -295,7 +290,13 @@ def _weights(logits_TE: Tensor, ids_TK: Tensor, gate: str, normalize: bool) -> t
     return gate_scores(chosen_TK, gate), None
 
 
-def _check_finite(logits_TE: Tensor, masked: bool, name: str) -> None:
+def check_finite(logits_TE: Tensor, *, masked: bool = False, name: str = "") -> None:
+    """Raises InputError for NaN and infinity, where that can be seen without a wait: on a CPU, in eager mode.
+
+    ``masked``: -inf forbids a token an expert; then a token with no expert left is the error. ``name``: the router's.
+
+    >>> check_finite(torch.zeros(2, 4))
+    """
     if not at_hand(logits_TE.device) or torch.compiler.is_compiling():
         return
     total = logits_TE.detach().sum()  # in fp32: no copy of the logits; huge ones that overflow are looked at below
@@ -305,14 +306,14 @@ def _check_finite(logits_TE: Tensor, masked: bool, name: str) -> None:
     if masked:
         none_TE = logits_TE == float("-inf")
         bad_TE, without = bad_TE & ~none_TE, int(none_TE.all(dim=-1).sum())
-        if without and not rehearsing():
+        if without:
             raise InputError(
                 expected="an expert that each token may choose",
                 got=f"logits of -inf for all of them in {without} of {len(logits_TE)} tokens{where}",
                 do="leave each token at least one expert whose logit is not -inf",
             )
     bad = int(bad_TE.any(dim=-1).sum())
-    if bad and not rehearsing():  # none when only the sum of huge fp64 logits overflows
+    if bad:  # none when only the sum of huge fp64 logits overflows
         raise InputError(
             expected="finite router logits" + (", or -inf for an expert that a token may not choose" if masked else ""),
             got=f"NaN or infinity in {bad} of {logits_TE.shape[0]} tokens{where}",

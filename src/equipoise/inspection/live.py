@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from ..lab.follow import duration
-from ..lab.live import Bar
+from ..lab.comparison.progress import Bar
+from ..lab.comparison.record_tail import duration
 
 __all__ = ["RoundsBar"]
 

@@ -1,6 +1,6 @@
 """Finds the routers of a model, also of those that cannot be balanced, and reads what they choose as a text passes.
 
-Every module that returns logits (T, E), weights (T, K) and expert ids (T, K) is a router (`equipoise.readers`);
+Every module that returns logits (T, E), weights (T, K) and expert ids (T, K) is a router (`external.output_formats`);
 ``LOOK`` holds the classes whose choice is not in their output. Nothing is changed: no loss, no output, no bias.
 """
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..external.output_formats import SPECIAL, Read, Special, read
 from ..functional.routing import GATES, gate_scores
 from ..layers.router import Router
-from ..readers import SPECIAL, Read, Special, read
 
 __all__ = ["LOOK", "Found", "Seen", "find_routers", "reading"]
 

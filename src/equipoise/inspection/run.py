@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, OutputError
-from ..lab import checkpoint
-from ..lab.cache import atomic_write
-from ..lab.process import keep_freed_memory
-from ..lab.workers import locked
-from ..report.inspection import (
+from ..lab.comparison.workers import locked
+from ..lab.training.process import keep_freed_memory
+from ..storage import checkpoint
+from ..storage.cache import atomic_write
+from ..storage.inspection_record import (
     ARRAYS_NAME,
     INSPECTION_NAME,
     Inspection,
@@ -29,11 +29,11 @@ from ..report.inspection import (
     read_inspection,
     write_inspection,
 )
-from .findings import conclude
-from .models import Subject, Words, describe_versions, fingerprint, is_run, open_subject, open_words, run_config
-from .rounds import Rounds
-from .tally import Sizes, Tally
-from .text import Windows, check_length, read_windows, source_files, user_text, windows_of_run, write_windows
+from .accumulator import Sizes, Tally
+from .loading import Subject, Words, describe_versions, fingerprint, is_run, open_subject, open_words, run_config
+from .results import conclude
+from .runner import Rounds
+from .windows import Windows, check_length, read_windows, source_files, user_text, windows_of_run, write_windows
 
 __all__ = ["REQUEST_NAME", "Request", "inspect", "layers_of"]
 

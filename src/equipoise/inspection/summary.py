@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 
-from ..report.inspection import Inspection, Layer
-from ..report.wording import clean
+from ..report.data.formatting import clean
+from ..storage.inspection_record import Inspection, Layer
 
 __all__ = ["summarize_inspection"]
 

@@ -48,9 +48,9 @@ def _sort(expert_ids_TK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, 
     blocks = -(-pairs // BLOCK_PAIRS)
     table = ids_TK.new_empty((num_experts + 1) * blocks + 1, dtype=torch.int32)
     bins = _power(num_experts + 2)  # one for ids that are none, one for what lies behind the last pair
-    load("_experts").count_pairs[(blocks,)](ids_TK, table, pairs, NUM=num_experts, BINS=bins, BLOCK=BLOCK_PAIRS)
+    load("triton_experts").count_pairs[(blocks,)](ids_TK, table, pairs, NUM=num_experts, BINS=bins, BLOCK=BLOCK_PAIRS)
     starts = table.cumsum(0, dtype=torch.int32)
-    load("_experts").place_pairs[(blocks,)](ids_TK, starts, order_N, rows_TK, pairs, num_experts, BLOCK_PAIRS, 32)
+    load("triton_experts").place_pairs[(blocks,)](ids_TK, starts, order_N, rows_TK, pairs, num_experts, BLOCK_PAIRS, 32)
     return order_N, rows_TK, starts[: num_experts * blocks + 1 : blocks].clone()
 
 
@@ -77,7 +77,8 @@ def copy_rows(x_TD: torch.Tensor, rows_TK: torch.Tensor) -> torch.Tensor:
     out_ND = x_TD.new_empty(tokens * top_k, dim)
     if out_ND.numel():
         block = min(_power(dim), 2048)
-        load("_experts").copy_rows[(tokens, -(-dim // block))](x_TD.contiguous(), rows_TK, out_ND, dim, top_k, block)
+        grid = (tokens, -(-dim // block))
+        load("triton_experts").copy_rows[grid](x_TD.contiguous(), rows_TK, out_ND, dim, top_k, block)
     return out_ND
 
 
@@ -93,7 +94,8 @@ def add_rows(rows_ND: torch.Tensor, rows_TK: torch.Tensor) -> torch.Tensor:
     out_TD = rows_ND.new_empty(tokens, dim)
     if out_TD.numel():
         block = min(_power(dim), 2048)
-        load("_experts").add_rows[(tokens, -(-dim // block))](rows_ND.contiguous(), rows_TK, out_TD, dim, top_k, block)
+        grid = (tokens, -(-dim // block))
+        load("triton_experts").add_rows[grid](rows_ND.contiguous(), rows_TK, out_TD, dim, top_k, block)
     return out_TD
 
 
@@ -109,7 +111,7 @@ def swiglu(hidden_NF: torch.Tensor, order_N: torch.Tensor, weights_TK: torch.Ten
     act_NH = hidden_NF.new_empty(rows, hidden)
     if act_NH.numel():
         block, tile = _tile(hidden)
-        load("_experts").swiglu[(-(-rows // tile), -(-hidden // block))](
+        load("triton_experts").swiglu[(-(-rows // tile), -(-hidden // block))](
             hidden_NF.contiguous(), order_N, weights_TK.contiguous(), act_NH, rows, hidden, tile, block
         )
     return act_NH
@@ -130,7 +132,7 @@ def swiglu_gradient(
     d_weights_TK = torch.empty_like(weights_TK, dtype=torch.float32)
     if act_NH.numel():
         block, tile = _tile(hidden)
-        load("_experts").swiglu_gradient[(-(-rows // tile),)](
+        load("triton_experts").swiglu_gradient[(-(-rows // tile),)](
             hidden_NF.contiguous(), d_act_NH.contiguous(), order_N, weights_TK.contiguous(),
             act_NH, d_hidden_NF, d_weights_TK, rows, hidden, tile, block, -(-hidden // block),
         )  # fmt: skip

@@ -162,13 +162,13 @@ def _forward(
     integers = logits_TE.new_empty((1 + plain) * table, dtype=torch.int32)
     floats = logits_TE.new_empty((table + 2 * num_sequences * tiles) * measure)
     flags: dict[str, Any] = {"NUM": num_experts, "MEASURE": measure, "PLAIN": plain}
-    load("_router").forward[(num_sequences, tiles)](
+    load("triton_router").forward[(num_sequences, tiles)](
         logits_TE, bias_E, _bytes(mask_T), weights_TK, ids_TK, integers, integers[table:], floats, floats[table:],
         length, float(scale), WIDTH=width, TOP=top_k, TOP_WIDTH=_power(top_k), TOKENS=rows, GATE=gate,
         NORMALIZE=normalize, BIASED=bias_E is not None, MASKED=mask_T is not None, LSE=lse, **flags,
     )  # fmt: skip
     lanes = min(width, 16)
-    load("_router").sum_tiles[(num_sequences, -(-num_experts // lanes))](
+    load("triton_router").sum_tiles[(num_sequences, -(-num_experts // lanes))](
         integers, integers[table:], floats, floats[table:], counts_BE, plain_BE, probs_BE, scalars_B2,
         tiles, LANES=lanes, ROWS=max(2, min(64, _power(tiles))), **flags,
     )  # fmt: skip
@@ -217,7 +217,7 @@ def _backward(
     squares = logits_TE.new_empty(num_sequences * tiles * norms, terms + 2)
     if norms and not z_loss:
         squares[:, -1] = 0
-    load("_router").backward[(num_sequences, tiles)](
+    load("triton_router").backward[(num_sequences, tiles)](
         logits_TE, ids_TK, _bytes(mask_T), grad_weights_TK, grad_logits_TE, pressure, fraction_NBE.contiguous(),
         dz_TE, squares, length, float(scale), NUM=num_experts, WIDTH=width, TOP=top_k, TOKENS=rows, TERMS=terms,
         GATE=gate, NORMALIZE=normalize, MASKED=mask_T is not None, HAS_WEIGHTS=grad_weights_TK is not None,
@@ -253,14 +253,14 @@ def _summarize(
         plain_BE = counts_BE  # without a bias the choices are those
     statistics = probs_BE.new_empty(size)
     fraction_NBE = torch.zeros(terms, num_sequences, num_experts, dtype=torch.float64, device=counts_BE.device)
-    load("_statistics").statistics[(1,)](
+    load("triton_statistics").statistics[(1,)](
         counts_BE, plain_BE, probs_BE, scalars_B2, statistics, num_sequences, min(micro, num_sequences), top_k,
         NUM=num_experts, WIDTH=width, PLAIN=plain, TERMS=terms, SIZE=size,
     )  # fmt: skip
     for n, (span, without_bias) in enumerate(zip(spans, unbiased, strict=True)):
         if span:
             load_BE, value = plain_BE if without_bias else counts_BE, statistics[size - terms + n :]
-            load("_statistics").fractions[(1,)](
+            load("triton_statistics").fractions[(1,)](
                 load_BE, probs_BE, fraction_NBE[n], value, num_sequences, span, NUM=num_experts, WIDTH=width
             )
     return statistics, fraction_NBE

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..collectives import ALONE, Group
+from ..distributed import ALONE, Group
 from ..errors import ConfigError, InputError, StateError
 from .experts import Experts
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..collectives import Group
+from ..distributed import Group
 from ..errors import ConfigError, InputError, StateError
 from ..functional.permute import ExpertOrder, permute, sort_by_expert, unpermute
 from .experts import Experts

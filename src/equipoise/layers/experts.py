@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, InputError
 from ..functional.permute import permute, sort_by_expert, unpermute
 from ..kernels import experts_fit, fused_experts
-from ._padded import padded_experts
+from .cpu.padded_experts import padded_experts
 
 if TYPE_CHECKING:
     from .expert_parallel import ExpertShard

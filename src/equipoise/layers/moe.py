@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autograd.token_layout import TokenLayout
+from ..devices import at_hand
 from ..errors import InputError
-from ..looking import at_hand
-from ..meter import TokenLayout
 from .experts import Experts
 from .router import Router
 

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autograd.balance_gradient import probe, tie
+from ..autograd.finite import check_logits
+from ..autograd.router_state import Meter
+from ..autograd.token_layout import TokenLayout
 from ..errors import InputError
 from ..functional.routing import Routing, check_mask_dtype, check_routing, choose, count_choices, without_autocast
 from ..kernels import RouterForm, gate_fits, gate_logits
-from ..meter import Meter, TokenLayout
-from ..tie import probe, tie
-from ._fused_router import fused_route, fuses
+from .fused_router import fused_route, fuses
 
 __all__ = ["Router"]
 
@@ -91,6 +93,8 @@ class Router(nn.Module):
         if fuses(raw_TE, self.top_k, self.num_groups, meter, batch):
             form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
             return fused_route(raw_TE, form, self.expert_bias, meter, batch, training=self.training)
+        if meter is None or meter.at_once:
+            check_logits(raw_TE, name="" if meter is None else meter.name)
         logits_TE = raw_TE if meter is None else probe(meter, raw_TE, training=self.training)
         weights_TK, ids_TK, probs_TE = choose(
             logits_TE,
@@ -101,8 +105,6 @@ class Router(nn.Module):
             top_groups=self.top_groups,
             normalize=self.normalize,
             scale=self.scale,
-            check=meter is None or meter.at_once,
-            name="" if meter is None else meter.name,
         )
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         if meter is not None:

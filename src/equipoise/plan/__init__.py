@@ -9,14 +9,14 @@ check.py       the published step times that it has to meet       terminal.py  a
 
 from __future__ import annotations
 
-from .check import check
+from .calibration import check
 from .cluster import Cluster, describe, parse_settings, read_toml
+from .forecast import outlook, to_json
 from .loads import Recorded, Skew, fit
-from .observed import observe
-from .outlook import outlook, to_json
+from .recorded_loads import observe
 from .straggler import straggler
-from .strategies import Strategy, needs_counts, typical
-from .terminal import render_check, render_outlook, render_presets
+from .text import render_check, render_outlook, render_presets
+from .typical_skews import Strategy, needs_counts, typical
 
 __all__ = ["Cluster", "Recorded", "Skew", "Strategy", "check", "describe", "fit", "needs_counts", "observe", "outlook",
            "parse_settings", "read_toml", "render_check", "render_outlook", "render_presets", "straggler", "to_json",

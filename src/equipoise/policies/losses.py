@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..autograd.spec import LocalTerm
 from ..errors import ConfigError
-from ..meter import LocalTerm
 from .estimators import check_estimator
 from .scopes import Scope, Sequences, check_scope
 

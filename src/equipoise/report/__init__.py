@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .html import write_html
-from .sources import load, load_runs
-from .summary import Comparison, StrategySummary, summarize, to_json
-from .terminal import render_terminal
+from .data.load import load, load_runs
+from .data.summarize import Comparison, StrategySummary, summarize, to_json
+from .html.page import write_html
+from .text.comparison import render_terminal
 
 __all__ = [
     "Comparison",

@@ -1,0 +1,76 @@
+"""How the tokens that reach a router lie in sequences and documents, and which of them are padding."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .spec import Plan
+
+__all__ = ["Placed", "TokenLayout", "check_layout"]
+
+
+class TokenLayout(NamedTuple):
+    """How the T tokens that reach a router lie: B sequences of T / B tokens, which are real, and where documents end.
+
+    ``num_sequences`` None: nobody knows; the tokens count as one sequence where only their sum matters, and a policy
+    that measures inside a micro-batch is refused. ``document_T`` numbers the documents of a pack inside the
+    micro-batch: integers in [0, T), or in [0, T * shards) where other ranks hold the rest of each sequence.
+    ``valid_T``: the tokens that are no padding, where a router gets only some of them; ``token_mask_T`` then leaves
+    out what goes to another router too.
+
+    >>> TokenLayout().rows, TokenLayout(num_sequences=4).rows
+    (1, 4)
+    """
+
+    num_sequences: int | None = None
+    token_mask_T: Tensor | None = None
+    document_T: Tensor | None = None
+    valid_T: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """B, and 1 where it is not known."""
+        return 1 if self.num_sequences is None else self.num_sequences
+
+    def on(self, device: torch.device) -> TokenLayout:
+        """The same on a layer's device: of a model on several GPUs the arguments lie on one of them.
+
+        >>> TokenLayout(2, torch.ones(4, dtype=torch.bool)).on(torch.device("meta")).token_mask_T.device
+        device(type='meta')
+        """
+        masks = (self.token_mask_T, self.document_T, self.valid_T)
+        return TokenLayout(self.num_sequences, *(None if mask is None else mask.to(device) for mask in masks))
+
+
+Batch = TokenLayout  # its name in scripts that were written before it was public
+
+
+class Placed(NamedTuple):
+    """How the tokens of one call of another library's router lie, read beside the call and not from its arguments."""
+
+    tokens: int  # rows of the call
+    batch: TokenLayout
+    rows_T: Tensor | None = None  # which tokens of the batch its rows are; None: all of them, in order
+    piece: int | None = None  # its first token, where the router sees other tokens than the model: perhaps in pieces
+    unread: str = ""  # what was passed as a mask and tells nobody what is padding
+
+
+def check_layout(plan: Plan, layout: TokenLayout, tokens: int) -> None:
+    """Raises InputError for a policy with scope sequence, Sequences(n) or document where the layout is not known.
+
+    One guessed sequence would give another load and another gradient, and look healthy.
+    """
+    if layout.num_sequences is not None:
+        return
+    if plan.inside or (layout.document_T is None and any(term.kind == "document" for term in plan.terms)):
+        raise InputError(
+            expected="to know how tokens lie in sequences, for a scope inside a micro-batch",
+            got=f"{tokens} tokens, and nobody said which of them are one sequence",
+            do="MoE(..., batch_first=True) where inputs are (B, S, D), batch_first=False where they are (S, B, D); "
+            "a router called by itself takes router(x_TD, TokenLayout(num_sequences=B)); a model of another library "
+            "has to be called with input_ids or inputs_embeds (B, S, ...)",
+        )

@@ -1,0 +1,54 @@
+"""What must hold around an optimizer step; each mistake here would train something else and show nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ..errors import StateError
+from ..policies.losses import AuxLoss, ZLoss
+from ..policies.switch import Timed
+from .layer_group import Bank, Layer
+
+__all__ = ["check_before_step", "saw_nothing"]
+
+
+def saw_nothing(banks: Sequence[Bank], statistics: Sequence[Tensor]) -> bool:
+    """Whether no router ran; waits for the device."""
+    return not any(bool(one_LS[:, bank.plan.at("calls")].any()) for bank, one_LS in zip(banks, statistics, strict=True))
+
+
+def check_before_step(
+    layers: Sequence[Layer], timeline: Sequence[Timed], step: int, micro_steps: Sequence[int], declared: int | None
+) -> None:
+    """Raises StateError for a step that the balancer did not see, or saw otherwise than it was declared.
+
+    Args:
+        micro_steps: how many micro-batches were tapped, for each part of the model.
+        declared: how many ``begin_step`` announced.
+    """
+    pushes = any(isinstance(t.policy, AuxLoss | ZLoss) and t.active(step) for t in timeline)
+    counted = any(layer.meter.leaf.grad is not None for layer in layers)
+    learns = any(layer.trainable for layer in layers)
+    if not any(micro_steps) and (not timeline or (pushes and learns)):
+        raise StateError(
+            expected="loss = balancer.tap(loss) before backward in every step",
+            got="an optimizer step whose backward passed no tap"
+            if counted
+            else "an optimizer step without a tapped backward of the balanced layers in training mode",
+            do="tap the loss, put the model in train() mode, or balancer.remove() to train without balance",
+        )
+    if not any(micro_steps) and not counted:
+        raise StateError(
+            expected="a backward through the routers in training mode before the step",
+            got="none",
+            do="call model.train(), or balancer.remove() to train without balance",
+        )
+    for part in {layer.part for layer in layers}:
+        if declared is not None and declared != micro_steps[part]:
+            raise StateError(
+                expected=f"{declared} micro-batches, as begin_step said",
+                got=f"{micro_steps[part]} tapped",
+                do="declare what the step has: the balance gradient was scaled by it",
+            )

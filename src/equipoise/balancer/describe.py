@@ -1,0 +1,130 @@
+"""What a balancer found and assumed, as text of at most 80 columns: nothing that it guesses stays hidden."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..distributed import Ranks
+from ..policies.expert_bias import ExpertBias
+from ..policies.losses import AuxLoss
+from ..policies.switch import Timed
+from .layer_group import Layer
+from .step_tokens import Declared
+
+__all__ = ["describe"]
+
+WIDTH = 80
+LOOKS = "none: loads are measured and nothing is balanced; the model's own balance loss is as it was"
+
+
+def describe(
+    layers: Sequence[Layer],
+    timeline: Sequence[Timed],
+    ranks: Ranks,
+    *,
+    switched_off: Sequence[str],
+    ends_with: str,
+    declared: Declared,
+    reduction: str,
+    raises: bool,
+) -> str:
+    """See ``Balancer.describe``."""
+    rows = [("router", "class", "E", "K", "gate", "bias", "learns"), *map(_row, layers)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    room = WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)
+    widths[0] = max(min(widths[0], room), 12)  # of a long name the end tells more
+    rows = [((name if len(name) <= widths[0] else f"...{name[3 - widths[0] :]}"), *rest) for name, *rest in rows]
+    table = _merged(["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows])
+    facts = {
+        "routers": f"{len(layers)}",
+        "layouts": "; ".join(dict.fromkeys(_layout(layer) for layer in layers)),
+        "policies": "; ".join(_policy(timed) for timed in timeline) or LOOKS,
+        "tokens": _tokens(declared, reduction),
+        "a step ends": f"with {ends_with}, as the last one did" if ends_with else _step_to_come(),
+        "ranks": _ranks(ranks),
+        "switched off": "; ".join(switched_off) or "nothing of the model's own",
+        "on a fault": "raises, on all ranks" if raises else "warns, leaves the step unbalanced and goes on",
+    }
+    wide = max(map(len, facts)) + 2
+    lines = [
+        textwrap.fill(text, WIDTH, initial_indent=f"{name:{wide}}", subsequent_indent=" " * wide)
+        for name, text in facts.items()
+    ]
+    return "\n".join([*lines, "", *(line.rstrip() for line in table)])
+
+
+def _row(layer: Layer) -> tuple[str, ...]:
+    router: Any = layer.router
+    module = getattr(router, "module", router)
+    top_k = str(router.top_k)
+    return (
+        layer.name or "(the model itself)",
+        type(module).__name__ + ("" if module is router else ", by its output"),
+        str(router.num_experts) + (f"+{router.idle}" if getattr(router, "idle", 0) else ""),
+        top_k,
+        router.gate,
+        _bias(router),
+        "yes" if layer.trainable else "no: frozen",
+    )
+
+
+def _bias(router: Any) -> str:
+    if router.expert_bias is None:
+        return "none"
+    if getattr(router, "own_bias", None) is not None:
+        return "the balancer's"
+    native = getattr(router, "_native", None)
+    return "the router's" if native is None else f"the model's {native.name}"
+
+
+def _layout(layer: Layer) -> str:
+    known = getattr(layer.router, "lies", None)
+    if known is not None:
+        return known
+    if hasattr(layer.router, "layout"):
+        return "sequences and padding read where the model, or a part of it, is called with a router's tokens"
+    return "as the layer is told with each call (MoE(batch_first=), TokenLayout)"
+
+
+def _policy(timed: Timed) -> str:
+    policy = timed.policy
+    window = "" if not timed.start and timed.end is None else f" from step {timed.start} to {timed.end or 'the end'}"
+    match policy:
+        case AuxLoss():
+            coef = "a schedule" if callable(policy.coef) else f"{policy.coef:g}"
+            how = f", {policy.estimator}" if policy.scope == "global_batch" else ""
+            return f"AuxLoss {policy.scope}, coef {coef}{how}{window}"
+        case ExpertBias():
+            return f"ExpertBias {policy.rule}, rate {policy.rate:g}{window}"
+    return f"ZLoss{window}"
+
+
+def _tokens(declared: Declared, reduction: str) -> str:
+    if isinstance(declared.tokens, Mapping):
+        return "declared for each router of this step"
+    if declared.tokens is not None:
+        return f"declared for this step: {declared.tokens:g}"
+    if reduction == "sum":
+        return "to be declared with begin_step(tokens=...) before each step"
+    return "counted at each router; every micro-batch weighs the same, unless begin_step(tokens=...) says more"
+
+
+def _step_to_come() -> str:
+    return "with the outermost step of the torch optimizer that holds the routers' parameters; none was seen yet"
+
+
+def _ranks(ranks: Ranks) -> str:
+    if ranks.everyone.size == 1:
+        return "one process alone"
+    assumed = ", which was assumed: pass ranks= to say otherwise" if ranks.assumed else ""
+    shards = f", sequences cut over {ranks.shards.size}" if ranks.shards.size > 1 else ""
+    return f"{ranks.everyone.size} share a step, {ranks.tokens.size} hold these layers{shards}{assumed}"
+
+
+def _merged(lines: list[str], most: int = 12) -> list[str]:
+    """The middle of a long table is left out."""
+    if len(lines) <= most + 2:
+        return lines
+    return [*lines[: most // 2 + 1], f"... {len(lines) - most - 1} more ...", *lines[-most // 2 :]]

@@ -1,0 +1,88 @@
+"""Routers of a user's own that do not return logits, weights and expert ids: how to read them, class by class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..errors import ConfigError, unknown_name
+from ..functional.routing import GATES
+
+__all__ = ["REGISTERED", "Registered", "register_router", "registered_for"]
+
+
+class Registered(NamedTuple):
+    """What a user said of one class."""
+
+    read: Callable[..., Any] | None
+    write: Callable[..., Any] | None
+    gate: str
+
+
+REGISTERED: dict[type[nn.Module] | str, Registered] = {}
+
+
+def register_router(
+    router: type[nn.Module] | str,
+    read: Callable[..., Any] | None = None,
+    write: Callable[..., Any] | None = None,
+    *,
+    gate: str | None = None,
+) -> None:
+    """Says how to read a router class whose output does not show logits, weights and expert ids by itself.
+
+    Needed only there: a module that returns logits (T, E), weights (T, K) and ids (T, K) in a tuple, a dict or a
+    dataclass, in any order and also as (B, S, .), is found without. Registering a class again replaces what was said.
+
+    Args:
+        router: the class, or its name where it cannot be imported (remote code); subclasses are meant too.
+        read: ``read(module, args, kwargs, output) -> (logits, weights, ids)``, called after each forward of such a
+            module with what a forward hook gets: logits (..., E) floats, weights (..., K) floats, ids (..., K) integers
+            with the same leading dimensions; an id of -1 is a dropped choice. Logits that the output lacks may be
+            computed from ``args``: they have to carry the gradient to the gate, and weights have to be a softmax, a
+            sigmoid or a sqrt_softplus of them (divided by their sum or not, times a constant).
+        write: ``write(output, weights, ids) -> output``, the same output with other weights and ids, of the shapes that
+            ``read`` returned. Default: where the very tensors that ``read`` returned lie in the output, also inside
+            nested tuples, lists, dicts and dataclasses.
+        gate: only for weights that hold more than scores (a learned factor, noise): the gate of the scores below them,
+            which is what a loss pushes. Such a router gets no bias of ours.
+
+    Raises ConfigError for something that is no class of modules, an unknown gate, or where neither is given.
+
+    >>> import torch
+    >>> class MoEGate(nn.Module):  # as DeepSeek's: no logits in its output
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.weight = nn.Parameter(torch.randn(4, 8))
+    ...     def forward(self, x):
+    ...         weights, ids = (x @ self.weight.T).softmax(dim=-1).topk(2)
+    ...         return ids, weights, None
+    >>> def read(module, args, kwargs, output):
+    ...     return args[0] @ module.weight.T, output[1], output[0]
+    >>> register_router(MoEGate, read)
+    """
+    if not (isinstance(router, str) or (isinstance(router, type) and issubclass(router, nn.Module))):
+        raise ConfigError(
+            expected="a class of torch modules, or its name",
+            got=repr(router),
+            do="pass type(router) for a module that you have",
+        )
+    if gate is not None and gate not in GATES:
+        raise unknown_name("gate", gate, GATES)
+    if read is None and (gate is None or write is not None):
+        raise ConfigError(
+            expected="read=, how to find logits, weights and ids",
+            got="write= alone" if write is not None else "neither read= nor gate=",
+            do="pass read=lambda module, args, kwargs, output: (logits, weights, ids)",
+        )
+    REGISTERED[router] = Registered(read, write, gate or "")
+
+
+def registered_for(module: nn.Module) -> Registered | None:
+    """What was said of its class or of one that it inherits from, also where FSDP2 made a class of its own of it."""
+    if not REGISTERED:
+        return None
+    keys = (key for kind in type(module).__mro__ for key in (kind, kind.__name__))
+    return next((REGISTERED[key] for key in keys if key in REGISTERED), None)

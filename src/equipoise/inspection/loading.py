@@ -1,0 +1,345 @@
+"""What can be inspected: a model folder of transformers or a run of the lab, loaded, with tokenizer and routers."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.biases import biases_beside, put_back
+from ..errors import ConfigError, DataError
+from ..lab.models.quantised import dequantised, how_quantised, unreadable
+from ..storage.balancer_file import FILE
+from ..storage.run_record import RECORD_NAME, read_run
+from .routers import Found, find_routers
+
+__all__ = [
+    "DTYPES",
+    "Subject",
+    "Words",
+    "describe_versions",
+    "fingerprint",
+    "held_out",
+    "is_run",
+    "open_subject",
+    "open_words",
+    "run_config",
+]
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json",
+                   "source.spm", "sentencepiece.bpe.model", "tokenizer_config.json")  # fmt: skip
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.json", f"*{Path(FILE).suffix}")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is ready to read text."""
+
+    family: str
+    model: nn.Module
+    routers: list[Found]
+    forward: Callable[[Tensor], Any]  # of token ids (B, S): one pass through all routers, without the output layer
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    longest: int | None  # positions that the model knows
+    biases: str | None = None  # where those are from that it chooses with and its weights do not hold
+    held: Any = None  # what has to live as long as the model
+
+
+@dataclass(frozen=True)
+class Words:
+    """A tokenizer: text to ids, ids to what a reader sees."""
+
+    encode: Callable[[list[str]], list[list[int]]]
+    show: Callable[[int], str]
+    begin: int | None  # put before every window
+    end: int | None  # put behind every document
+    size: int
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run of the lab."""
+    return (folder / RECORD_NAME).is_file()
+
+
+def run_config(folder: Path) -> Any:
+    """The configuration of a run."""
+    from ..lab.config.schema import RunConfig, from_dict
+
+    return from_dict(RunConfig, read_run(folder).header.config)
+
+
+def open_subject(folder: Path, device: torch.device, dtype: str = "auto") -> Subject:
+    """Loads the model in a folder. Raises DataError for a folder that is none, ConfigError for one without routers."""
+    if not folder.is_dir():
+        raise DataError(expected=f"a model folder or a run at {folder}", got="no such folder",
+                        do="pass a folder with config.json and weights (`hf download` makes one)")  # fmt: skip
+    subject = _run_subject(folder, device, dtype) if is_run(folder) else _foreign_subject(folder, device, dtype)
+    _check_finite(subject)
+    return subject
+
+
+def open_words(folder: Path) -> Words:
+    """The tokenizer in a folder, which may be a run. Raises DataError where there is none."""
+    return _run_words(folder) if is_run(folder) else _foreign_words(folder)
+
+
+def fingerprint(folder: Path) -> str:
+    """Changes when a file of the model is written again; reads no content."""
+    files = sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)} |
+                   set((folder / "checkpoints").glob("*/*")))  # fmt: skip
+    state = "".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n" for path in files)
+    return hashlib.sha256(state.encode()).hexdigest()[:32]
+
+
+# ------------------------------------------------------------------------------------------------- runs of the lab
+
+
+def _run_subject(folder: Path, device: torch.device, dtype: str) -> Subject:
+    from ..lab.models.pretrained import build
+    from ..lab.training.trainer import CHECKPOINTS
+    from ..storage.checkpoint import load_latest
+
+    config = run_config(folder)
+    found = load_latest(folder / CHECKPOINTS)
+    if found is None:
+        raise DataError(expected=f"a checkpoint in {folder / CHECKPOINTS}", got="none yet",
+                        do=f"let the run come to its first checkpoint: equipoise resume {folder}")  # fmt: skip
+    own = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    compute = DTYPES[dtype] or own
+    with _quiet() if config.model.folder else nullcontext():
+        model = build(config, compute_dtype=compute)
+        model.load_state_dict(found[1]["model"])
+        model.to(device).eval()
+        held = _chosen_with(model, config, found[1])
+        routers = find_routers(model, lambda: model.hidden(torch.arange(8, device=device).view(1, 8)))
+    return Subject(config.model.family or "equipoise", model, routers, model.hidden, device, compute,
+                   config.model.vocab_size, None, str(folder / CHECKPOINTS) if held else None, held)  # fmt: skip
+
+
+def _chosen_with(model: Any, config: Any, state: dict[str, Any]) -> Any:
+    """A bias that the model itself has no place for is in its balancer, which chooses with it."""
+    from ..balancer.balancer import Balancer
+    from ..lab.config.strategies import strategy_of
+    from ..lab.models.pretrained import Pretrained
+
+    strategy = strategy_of(config)
+    if not isinstance(model, Pretrained) or not strategy.selection_bias:
+        return None
+    balancer = Balancer(model.routed, strategy.build(config.train.steps))
+    balancer.load_state_dict(state["balancer"])
+    return balancer
+
+
+def held_out(config: Any) -> Any:
+    """The packed text of a run."""
+    from ..lab.data.packing import prepare
+    from ..lab.models.pretrained import tokenizer_of
+
+    text = config.data
+    return prepare(text.data, vocab_size=config.model.vocab_size, sequence_length=text.sequence_length,
+                   domains=text.domains or None, max_train_tokens=text.max_train_tokens,
+                   tokenizer=tokenizer_of(config.model))  # fmt: skip
+
+
+def _run_words(folder: Path) -> Words:
+    from ..lab.data.tokenizer import END_OF_TEXT, load_tokenizer
+
+    config = run_config(folder)
+    if config.model.folder is not None:
+        return replace(_foreign_words(Path(config.model.folder)), begin=None)  # the lab's windows have none
+    own = folder / "tokenizer.json"
+    tokenizer = load_tokenizer(own if own.is_file() else held_out(config).tokenizer_path)
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    return Words(
+        encode=lambda texts: [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)],
+        show=lambda i: END_OF_TEXT if i == end else tokenizer.decode([i]),
+        begin=None,
+        end=end,
+        size=config.model.vocab_size,
+    )
+
+
+# ------------------------------------------------------------------------------------------------- transformers
+
+
+def _foreign_subject(folder: Path, device: torch.device, dtype: str) -> Subject:
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise DataError(expected=f"a whole model in {folder}", got="an adapter, which is a part of one",
+                            do="merge it: PeftModel.from_pretrained(model, FOLDER).merge_and_unload(), save_pretrained "
+                            f"that to a new folder, and put the tokenizer and a {FILE} beside it")  # fmt: skip
+        names = sorted(path.name for path in folder.iterdir())[:5]
+        raise DataError(expected=f"a model of transformers (config.json) or a run (record.jsonl) in {folder}",
+                        got=", ".join(names) or "an empty folder", do="name the model's own folder")  # fmt: skip
+    with _quiet():
+        config = _config(folder)
+        model = _load(folder, config, DTYPES[dtype], device).eval()
+        if (biases := biases_beside(folder)) is not None:
+            put_back(model, *biases)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for one in (config, text):
+            one.use_cache = False
+        body: Any = getattr(
+            model, "base_model", model
+        )  # without the output layer, which is wide and tells nothing here
+        twice = bool(getattr(config, "is_encoder_decoder", False))
+
+        def forward(ids_BS: Tensor) -> Any:
+            more = {"decoder_input_ids": ids_BS} if twice else {}
+            return body(input_ids=ids_BS, **more)
+
+        vocab_size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        draw = torch.Generator().manual_seed(0)
+        routers = find_routers(model, lambda: forward(torch.randint(vocab_size, (2, 16), generator=draw).to(device)))
+    return Subject(
+        family=str(config.model_type),
+        model=model,
+        routers=routers,
+        forward=forward,
+        device=device,
+        dtype=next(model.parameters()).dtype,
+        vocab_size=vocab_size,
+        longest=getattr(text, "max_position_embeddings", None),
+        biases=str(biases[0]) if biases else None,
+    )
+
+
+def _config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(expected=f"a configuration that transformers knows in {folder}", got=_first_line(error),
+                        do="update transformers, or pass another folder") from None  # fmt: skip
+
+
+def _load(folder: Path, config: Any, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    """The class that wrote the folder, with all its weights. Raises DataError where some are missing."""
+    cls, settings, cuda = _model_class(config), config.to_dict(), device.type == "cuda"
+    quantised = how_quantised(settings) is not None
+    dequantised(config, cuda=cuda)
+    more = {"device_map": {"": device}} if quantised and cuda else {}
+    expected = f"the weights of {cls.__name__} in {folder}"
+    try:
+        model, info = cls.from_pretrained(folder, config=config, dtype=dtype or "auto", local_files_only=True,
+                                          output_loading_info=True, **more)  # fmt: skip
+    except Exception as error:  # safetensors, json, torch and what reads quantised weights each raise their own
+        said = _first_line(error)
+        raise unreadable(settings, expected, said, cuda=cuda) or DataError(
+            expected=expected, got=said, do="bring back the files that belong to its config.json"
+        ) from None
+    missing = [name for name in info["missing_keys"] if not name.startswith("lm_head")]
+    wrong = [*missing, *(str(one[0] if isinstance(one, tuple) else one) for one in info.get("mismatched_keys", ()))]
+    if wrong:
+        said = f"{len(wrong)} missing or of another shape: {', '.join(sorted(wrong)[:3])}"
+        raise unreadable(settings, f"all {expected[4:]}", said, cuda=cuda) or DataError(
+            expected=f"all {expected[4:]}", got=said,
+            do="bring back the files that belong to its config.json; what is missing would be random numbers",
+        )  # fmt: skip
+    return model if more else model.to(device)  # type: ignore[arg-type]
+
+
+def _model_class(config: Any) -> Any:
+    import transformers
+
+    name = (getattr(config, "architectures", None) or [""])[0]
+    if (cls := getattr(transformers, name, None) if name else None) is not None:
+        return cls
+    modeling = type(config).__module__.replace(".configuration_", ".modeling_")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            cls = getattr(importlib.import_module(modeling), name, None)
+        except ImportError:
+            cls = None
+    return cls or transformers.AutoModel
+
+
+def _foreign_words(folder: Path) -> Words:
+    from transformers import AutoTokenizer
+
+    def missing(got: str) -> DataError:
+        return DataError(expected=f"a tokenizer in {folder}", got=got,
+                         do="add the model's tokenizer files, or name their folder with --tokenizer")  # fmt: skip
+
+    if not folder.is_dir() or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise missing("no tokenizer.json, tokenizer.model or the like")
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each kind of tokenizer raises its own
+        raise missing(_first_line(error)) from None
+    begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+    def show(i: int) -> str:
+        text = tokenizer.decode([i])
+        return text if text and "\N{REPLACEMENT CHARACTER}" not in text else str(tokenizer.convert_ids_to_tokens(i))
+
+    return Words(
+        encode=lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False).input_ids,
+        show=show,
+        begin=tokenizer.bos_token_id if begins else None,
+        end=tokenizer.eos_token_id,
+        size=len(tokenizer),
+    )
+
+
+def _check_finite(subject: Subject) -> None:
+    """NaN in a router's weights would give choices that mean nothing, and no error."""
+    for one in subject.routers:
+        for name, weight in one.module.named_parameters():
+            if weight.is_floating_point() and not bool(torch.isfinite(weight.detach()).all()):
+                raise ConfigError(
+                    expected=f"finite weights in the router {one.name}",
+                    got=f"NaN or infinity in {name}",
+                    do="inspect an earlier checkpoint; this one is broken",
+                )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers warns and logs about itself while it loads; what matters here is an error of ours."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:160]}"
+
+
+def describe_versions() -> dict[str, str]:
+    """What the numbers depend on."""
+    from importlib import metadata
+
+    names = ("equipoise", "torch", "transformers", "tokenizers")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,217 @@
+"""Worker processes: a queue of runs, so many at a time, each a process of its own on cores of its own.
+
+A worker is ``python -m equipoise train``; it writes its record and the parent reads it, there is no other channel. The
+parent stops a worker with SIGTERM, which saves; a worker whose parent has died stops itself the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...errors import OutputError
+from ...storage.run_record import RECORD_NAME
+from ..config.schema import RunConfig, to_toml
+from .record_tail import Follower
+
+__all__ = ["CONFIG_NAME", "LOCK_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "cores", "locked", "orphaned"]
+
+CONFIG_NAME = "run.toml"
+LOG_NAME = "worker.log"
+LOCK_NAME = ".lock"
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # a worker is a run of its own, also under torchrun
+PARENT = "EQUIPOISE_PARENT"  # the process id that a worker belongs to
+SAVING_SECONDS = 120.0  # that a stopped worker has to write its checkpoint
+
+
+@dataclass
+class Job:
+    """One run of a comparison: where it is, how far it is, and how it ended."""
+
+    name: str
+    folder: Path
+    config: RunConfig
+    status: str = "waiting"  # waiting, running, finished, interrupted, failed
+    error: str = ""
+    exit_code: int = 0
+    process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+    slot: int = -1
+    follower: Follower = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.follower = Follower(self.folder / RECORD_NAME)
+
+    @property
+    def steps(self) -> int:
+        return self.config.train.steps
+
+
+class Pool:
+    """Starts waiting jobs on free slots, sees how they end, and stops them all.
+
+    ``slots`` is a list of core sets; a job runs pinned to the one of its slot, which the next job takes over.
+    """
+
+    def __init__(self, jobs: list[Job], slots: list[set[int]]) -> None:
+        self.jobs, self.slots = jobs, slots
+
+    @property
+    def running(self) -> list[Job]:
+        return [job for job in self.jobs if job.status == "running"]
+
+    def poll(self) -> list[Job]:
+        """One look at everything. Returns the jobs whose status changed."""
+        changed = [job for job in self.running if self._ended(job)]
+        free = sorted(set(range(len(self.slots))) - {job.slot for job in self.running})
+        waiting = [job for job in self.jobs if job.status == "waiting"]
+        for job, slot in zip(waiting, free, strict=False):
+            self._start(job, slot)
+            changed.append(job)
+        for job in self.jobs:
+            job.follower.read()
+        return changed
+
+    def stop(self) -> None:
+        """Asks every worker to save and end, and waits for it. What has not ended after a while is killed."""
+        for job in self.running:
+            _send(job, signal.SIGTERM)
+        deadline = time.monotonic() + SAVING_SECONDS
+        try:
+            while self.running and time.monotonic() < deadline:
+                for job in self.running:
+                    self._ended(job)
+                time.sleep(0.05)
+        finally:  # also when the user presses Ctrl-C once more
+            for job in self.running:
+                _send(job, signal.SIGKILL)
+                assert job.process is not None
+                job.process.wait()
+                job.status = "interrupted"
+
+    def _start(self, job: Job, slot: int) -> None:
+        config = job.folder / CONFIG_NAME
+        try:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            config.write_text(to_toml(job.config) + "\n", encoding="utf-8")
+            log = open(job.folder / LOG_NAME, "ab")
+        except OSError as error:
+            raise OutputError(
+                expected=f"to write {job.folder}",
+                got=error.strerror or str(error),
+                do="free space or choose another folder",
+            ) from None
+        command = [
+            sys.executable,
+            "-m",
+            "equipoise",
+            "train",
+            str(config),
+            "--out",
+            str(job.folder),
+            "--continue",
+            "--plain",
+        ]
+        threads = str(job.config.train.threads)
+        alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+        quiet = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
+        with log:
+            job.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=alone | quiet | {PARENT: str(os.getpid())},
+                process_group=0,  # Ctrl-C reaches the parent alone, which stops the workers in order
+            )
+        if hasattr(os, "sched_setaffinity") and self.slots[slot]:
+            with contextlib.suppress(OSError):  # it has already ended, or this machine forbids it: only speed is lost
+                os.sched_setaffinity(job.process.pid, self.slots[slot])
+        job.status, job.slot, job.error = "running", slot, ""
+
+    def _ended(self, job: Job) -> bool:
+        assert job.process is not None
+        code = job.process.poll()
+        if code is None:
+            return False
+        job.follower.read()
+        job.exit_code = code
+        if code == 0:
+            job.status = "finished"
+        elif code in (130, -signal.SIGTERM):  # the latter: stopped before it could even begin
+            job.status = "interrupted"
+        else:
+            job.status, job.error = "failed", last_words(job.folder / LOG_NAME, code)
+        return True
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
+    """Holds ``folder`` for this process; the lock goes with the process, however it ends.
+
+    Raises OutputError for a folder that cannot be written, or that another process still holds after ``wait`` seconds.
+    """
+    path = folder / LOCK_NAME
+    deadline = time.monotonic() + wait
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            expected=f"to write {path}", got=error.strerror or str(error), do="free space or choose another folder"
+        ) from None
+    with file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                raise OutputError(
+                    expected=f"{folder} for this process alone",
+                    got="another process is working in it",
+                    do="wait for it to end, or choose another --out",
+                ) from None
+        yield
+
+
+def cores() -> list[int]:
+    """The cores this process may use; the same numbers that `taskset` shows."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def orphaned() -> bool:
+    """Whether this process is a worker whose parent is gone."""
+    parent = os.environ.get(PARENT)
+    return parent is not None and parent != str(os.getppid())
+
+
+def last_words(log: Path, code: int) -> str:
+    """What a failed worker said at last: its three-part error, or the last line of its traceback."""
+    if code < 0:
+        return f"killed by signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").rstrip().splitlines()
+    except OSError:
+        lines = []
+    starts = [i for i, line in enumerate(lines) if line.startswith("equipoise: ")]
+    if starts and code > 1:
+        return "\n".join(lines[starts[-1] :])
+    return lines[-1] if lines else f"exit code {code} without a word"
+
+
+def _send(job: Job, number: signal.Signals) -> None:
+    assert job.process is not None
+    if job.process.poll() is None:
+        job.process.send_signal(number)

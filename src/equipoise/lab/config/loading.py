@@ -1,0 +1,206 @@
+"""Frozen dataclasses to and from plain dictionaries and TOML: strict about names and types, with a suggestion for each.
+
+A nested setting is named by its dotted path (``train.lr``), in files, in ``--set`` and in every message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import tomllib
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ...errors import ConfigError
+
+__all__ = ["from_dict", "keys", "load_toml", "merge", "parse_set", "to_dict", "to_toml"]
+
+C = TypeVar("C")
+
+
+def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "", root: type | None = None) -> C:
+    """Builds dataclass ``cls`` from nested dictionaries; what is missing keeps its default.
+
+    ``where`` is the dotted path that leads here and ``root`` the dataclass that it begins in, for messages.
+    Raises ConfigError for an unknown key (with the nearest known one) and for a value of another type.
+    """
+    root = root or cls
+    hints = get_type_hints(cls)
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in known:
+            raise _unknown_key(cls, where + str(key), where, root)
+    missing = [name for name, f in known.items() if name not in data and _is_required(f)]
+    if missing:
+        raise ConfigError(expected=f"{where}{missing[0]} to be set", got="nothing", do=f"add {missing[0]} = ...")
+    return cls(**{key: _convert(hints[key], value, where + key, root) for key, value in data.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The plain form of a dataclass: only dictionaries, lists, numbers, strings, booleans and None (JSON)."""
+    return _plain(asdict(config))
+
+
+def to_toml(config: Any) -> str:
+    """The text of a TOML file that loads to the same dataclass. Settings that are None are left out.
+
+    >>> from equipoise.lab.config.schema import DataConfig
+    >>> print(to_toml(DataConfig(domains=("python", "english"))))
+    domains = ["python", "english"]
+    sequence_length = 256
+    mix = "micro_batch"
+    """
+    plain = to_dict(config)
+    tables = {key: value for key, value in plain.items() if isinstance(value, dict)}
+    lines = [f"{key} = {_toml(value)}" for key, value in plain.items() if key not in tables and value is not None]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]"]
+        lines += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
+    return "\n".join(lines).lstrip("\n")
+
+
+def load_toml(path: str | Path) -> dict[str, Any]:
+    """Reads a TOML file. Raises ConfigError when it is missing, is not UTF-8 or does not parse."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(expected=f"a TOML file at {path}", got=error.strerror or str(error),
+                          do="check the path; --print-config writes a file to begin with") from None  # fmt: skip
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(expected=f"TOML in {path}", got=str(error), do="correct this line") from None
+
+
+def parse_set(items: Iterable[str]) -> dict[str, Any]:
+    """``--set`` arguments to {dotted path: value}; a value is TOML, and what is not TOML is a string.
+
+    >>> parse_set(["train.lr=1e-3", "data.mix=sequence", "train.tensorboard=false"])
+    {'train.lr': 0.001, 'data.mix': 'sequence', 'train.tensorboard': False}
+    """
+    values: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(expected="--set name=value", got=repr(item), do="for example --set train.lr=1e-3")
+        try:
+            parsed = tomllib.loads(f"v = {text.strip()}")
+            values[key.strip()] = parsed["v"] if len(parsed) == 1 else text.strip()
+        except tomllib.TOMLDecodeError:
+            values[key.strip()] = text.strip()
+    return values
+
+
+def merge(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested ``data`` with dotted ``overrides`` written over it.
+
+    >>> merge({"train": {"steps": 9, "lr": 1.0}}, {"train.lr": 0.5, "seeds": 2})
+    {'train': {'steps': 9, 'lr': 0.5}, 'seeds': 2}
+    """
+    merged = {key: merge(value, {}) if isinstance(value, Mapping) else value for key, value in data.items()}
+    for path, value in overrides.items():
+        *tables, name = path.split(".")
+        inner = merged
+        for table in tables:
+            inner = inner.setdefault(table, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(
+                    expected=f"{path} to be inside a table", got=f"{table} is a value", do="check the name"
+                )
+        inner[name] = value
+    return merged
+
+
+def keys(cls: type) -> Iterator[str]:
+    """All dotted paths of a dataclass, tables included."""
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        yield f.name
+        if is_dataclass(hints[f.name]):
+            yield from (f"{f.name}.{key}" for key in keys(hints[f.name]))
+
+
+def _unknown_key(cls: type, path: str, where: str, root: type) -> ConfigError:
+    known = list(dict.fromkeys([where + key for key in keys(cls)] + list(keys(root))))
+    name = path.rsplit(".", 1)[-1]
+    near = [key for key in known if key.rsplit(".", 1)[-1] == name] or difflib.get_close_matches(path, known, n=1)
+    if not near:  # "stpes" is near to "steps", not to "train.steps"
+        last = {key.rsplit(".", 1)[-1]: key for key in known}
+        near = [last[match] for match in difflib.get_close_matches(name, last, n=1)]
+    level = [where + f.name for f in fields(cls)]
+    return ConfigError(
+        expected=f"a setting: {', '.join(level)}",
+        got=path,
+        do=f"did you mean {near[0]}?" if near else "remove it; --print-config lists all settings",
+    )
+
+
+def _is_required(f: Any) -> bool:
+    return f.default is MISSING and f.default_factory is MISSING
+
+
+def _convert(hint: Any, value: Any, path: str, root: type) -> Any:
+    """``value`` as the annotated type; only lossless changes: int to float, list to tuple, "a,b" to names."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), value, path, root)
+    if is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, hint):
+            return value
+        if isinstance(value, Mapping):
+            return from_dict(hint, value, path + ".", root)
+    elif origin is tuple:
+        if isinstance(value, str) and args[0] is str:
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, list | tuple) and (args[-1] is Ellipsis or len(args) == len(value)):
+            inner = args[:1] * len(value) if args[-1] is Ellipsis else args
+            return tuple(_convert(kind, value[i], f"{path}[{i}]", root) for i, kind in enumerate(inner))
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+    elif type(value) is hint:  # not isinstance: True is no whole number
+        return value
+    raise ConfigError(expected=f"{path} to be {_name(hint)}", got=f"{value!r}", do="correct the value")
+
+
+def _name(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        count = "" if args[-1] is Ellipsis else f"{len(args)} "
+        return f"a list of {count}{_name(args[0])}"
+    if is_dataclass(hint) or origin is dict:
+        return "a table"
+    names = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false"}
+    return names.get(hint, str(hint))
+
+
+def _plain(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _plain(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_plain(inner) for inner in value]
+    return value
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON strings are TOML strings
+        case float():
+            return repr(value)
+        case dict():
+            inner = ", ".join(f"{key} = {_toml(part)}" for key, part in value.items() if part is not None)
+            return f"{{ {inner} }}"
+        case list():
+            return "[" + ", ".join(_toml(part) for part in value) + "]"
+    return str(value)

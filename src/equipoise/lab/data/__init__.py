@@ -1,0 +1,1 @@
+"""From text on this machine, or a user's own, to packed batches of token ids."""

@@ -1,0 +1,225 @@
+"""Hugging Face folders: a trained run written as one, whole or not at all, and the parts of any one read.
+
+    OUT/config.json, generation_config.json       what AutoModelForCausalLM.from_pretrained reads
+    OUT/model.safetensors                         fp32 weights, each expert under its own keys
+    OUT/tokenizer.json, tokenizer_config.json     what AutoTokenizer.from_pretrained reads
+
+Nothing here needs transformers, except for a run that began with a model of a class that only transformers computes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ...errors import DataError, OutputError
+from ...storage import checkpoint
+from ...storage.cache import atomic_folder
+from ...storage.run_record import Run, read_run
+from ..config.schema import ModelConfig, RunConfig, from_dict
+from ..config.strategies import strategy_of
+from ..data.tokenizer import END_ID, END_OF_TEXT, load_tokenizer, tokenizer_file
+from .hf_weights import architecture, hugging_face_config, split_experts, to_hugging_face
+
+__all__ = ["BEST", "LAST", "Exported", "export_run", "read_settings", "read_weights"]
+
+LAST, BEST = "last", "best"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+# What a tokenizer of a given folder is made of, and what says how to talk to the model.
+BESIDE = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+          "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")  # fmt: skip
+WRITTEN = {*BESIDE, WEIGHTS, INDEX, "config.json"}
+
+
+class Exported(NamedTuple):
+    """What became a folder: where it is, the step of its weights, the class that loads it."""
+
+    folder: Path
+    step: int
+    architecture: str
+
+
+def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, force: bool = False) -> Exported:
+    """Writes a checkpoint of a trained run as the Hugging Face folder ``out``.
+
+    Args:
+        which: "last"; "best", the lowest held-out loss among the checkpoints that are still there; or a step.
+        force: replace an earlier folder of this kind. One that holds anything else is left alone all the same.
+
+    Raises:
+        DataError: no run, no checkpoint (of that step), a damaged one, or a run whose tokenizer is gone.
+        ConfigError: a model that no Hugging Face class computes (see ``equipoise.lab.models.hf_weights``).
+        OutputError: ``out`` is not empty, cannot be written, or the disk is full; nothing is left behind then.
+    """
+    folder, out = Path(run), Path(out)
+    seen = read_run(folder)
+    config = from_dict(RunConfig, seen.header.config)
+    _check_free(out, force)
+    model = strategy_of(config).apply(config.model)
+    through_transformers = config.model.through == "transformers"
+    name = "" if through_transformers else architecture(model)  # what no class holds is said before anything is read
+    step, state = _checkpoint(folder, seen, which)
+    with atomic_folder(out, do="free disk space, or choose another folder") as building, _safetensors_errors(out):
+        building.chmod(out.parent.stat().st_mode & 0o777)
+        if through_transformers:
+            from .pretrained import save_pretrained
+
+            name = save_pretrained(config, state, building)
+        else:
+            _write_weights(state["model"], model, building)
+            settings = _settings(config, model)
+            _write_json(building / "config.json", settings)
+        if config.model.folder is None:
+            _write_tokenizer(_tokenizer_of(folder, seen), building, config.data.sequence_length)
+        else:
+            for file in BESIDE:
+                if (given := Path(config.model.folder) / file).is_file():
+                    shutil.copyfile(given, building / file)
+        for file in building.iterdir():  # safetensors makes files for their owner alone
+            file.chmod(out.parent.stat().st_mode & 0o666)
+    return Exported(out, step, name)
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """The content of ``config.json``. Raises DataError where there is none, or no settings in it."""
+    path = Path(folder) / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"a {type(settings).__name__}")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            expected=f"a Hugging Face folder: settings in {path}",
+            got=getattr(error, "strerror", None) or str(error),
+            do="pass the folder that save_pretrained or `equipoise export` wrote",
+        ) from None
+    return settings
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files, one or several, in fp32. Raises DataError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        names = {WEIGHTS}
+        if (folder / INDEX).is_file():
+            names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        found = {key: value for name in sorted(names) for key, value in load_file(folder / Path(name).name).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise DataError(
+            expected=f"weights in {folder / WEIGHTS}",
+            got=f"{type(error).__name__}: {error}"[:200],
+            do="bring back the file, or convert other formats with save_pretrained",
+        ) from None
+    return {key: value.float() for key, value in found.items()}
+
+
+def _checkpoint(folder: Path, seen: Run, which: str | int) -> tuple[int, dict[str, Any]]:
+    place = folder / checkpoint.FOLDER
+    there = checkpoint.steps(place)
+    if not there:
+        raise DataError(expected=f"a checkpoint in {place}", got="none", do="train the run further")
+    if which == LAST:
+        found = checkpoint.load_latest(place)
+        assert found is not None
+        return found
+    if which == BEST:
+        losses = {one.step: one.mean_loss for one in seen.evaluations if one.step in there}
+        if not losses:
+            raise DataError(
+                expected="a checkpoint whose held-out loss was measured",
+                got=f"checkpoints of the steps {there}, evaluations of others",
+                do="choose a step, or make train.checkpoint_every a multiple of train.eval_every",
+            )
+        which = min(losses, key=lambda step: (losses[step], step))
+    if which not in there:
+        raise DataError(
+            expected=f"a checkpoint of step {which} in {place}",
+            got=f"those of {', '.join(map(str, there))}",
+            do="choose one of them: a run keeps its newest",
+        )
+    return checkpoint.load(place, int(which))
+
+
+def _check_free(out: Path, force: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise OutputError(expected=f"a folder to write at {out}", got="a file", do="choose another name")
+    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    strange = [name for name in there if not (name in WRITTEN or name.endswith(".safetensors"))]
+    if there and (strange or not force):
+        raise OutputError(
+            expected=f"an empty or new folder at {out}",
+            got=", ".join((strange or there)[:5]),
+            do="choose another folder" + ("" if strange else ", or --force to replace what is in it"),
+        )
+
+
+def _write_weights(state: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    weights = split_experts(to_hugging_face(dict(state), model))
+    if model.tie_embeddings:
+        weights.pop("lm_head.weight", None)
+    single = {key: value.contiguous().clone() for key, value in weights.items()}
+    save_file(single, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _settings(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
+    """``config.json``. No pad_token_id in it: the classes would then keep the gradient from that token's embedding."""
+    if config.model.folder is not None:
+        given = read_settings(config.model.folder)
+        own = hugging_face_config(model, max_positions=given["max_position_embeddings"])
+        return own | {key: given[key] for key in ("bos_token_id", "eos_token_id") if key in given}
+    own = hugging_face_config(model, max_positions=config.data.sequence_length)
+    return own | {"bos_token_id": END_ID, "eos_token_id": END_ID}
+
+
+def _write_tokenizer(tokenizer: Path, folder: Path, length: int) -> None:
+    """The lab's text has one mark, after every document, so it also stands before each one and fills up batches."""
+    shutil.copyfile(tokenizer, folder / TOKENIZER)
+    marks = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    _write_json(
+        folder / "tokenizer_config.json",
+        marks | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length,
+                 "clean_up_tokenization_spaces": False},
+    )  # fmt: skip
+    _write_json(folder / "generation_config.json", {f"{mark}_id": END_ID for mark in marks})
+
+
+def _tokenizer_of(folder: Path, seen: Run) -> Path:
+    """The run's own copy; of a run that was made before there were any, the one in the cache."""
+    kept = tokenizer_file(seen.header.corpus_sha256, int(seen.header.config["model"]["vocab_size"]))
+    for path in (folder / TOKENIZER, kept):
+        if path.is_file():
+            load_tokenizer(path)
+            return path
+    raise DataError(
+        expected=f"the run's tokenizer at {folder / TOKENIZER}",
+        got="none, and none in the cache",
+        do="train a step of this run again: `equipoise train` writes it",
+    )
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _safetensors_errors(out: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:  # a full disk, said in its own way
+        raise OutputError(
+            expected=f"to write {out}", got=str(error), do="free disk space, or choose another folder"
+        ) from None

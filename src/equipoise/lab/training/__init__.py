@@ -1,0 +1,1 @@
+"""The trainer: its loop, ranks, evaluation, and what it reports on the way."""

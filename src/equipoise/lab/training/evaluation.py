@@ -1,0 +1,250 @@
+"""The held-out pass: loss and bits per byte per domain, and how evenly and how specially the experts are used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...distributed import ALONE, Group
+from ...errors import DataError
+from ...external.discovery import find_foreign
+from ...external.output_formats import read
+from ...external.router import ForeignRouter
+from ...functional.metrics import dead_experts, maxvio, mutual_information
+from ...functional.routing import count_choices, gate_probs
+from ...layers.router import Router
+from ...storage.run_record import Evaluation
+
+if TYPE_CHECKING:
+    from ..data.packing import PackedData
+    from ..models.pretrained import Pretrained
+    from ..models.transformer import LanguageModel
+
+    Model = LanguageModel | Pretrained
+
+__all__ = ["evaluate", "shuffled_mutual_information"]
+
+PASS_TOKENS = 4096  # that run together
+SHUFFLES = 8  # of the domain labels; their mean is the floor of the mutual information
+
+
+@torch.no_grad()
+def evaluate(
+    model: Model,
+    data: PackedData,
+    *,
+    step: int,
+    sequences: int = 0,
+    sequences_per_micro_batch: int = 4,
+    mix: str = "micro_batch",
+    seed: int = 0,
+    group: Group = ALONE,
+) -> Evaluation:
+    """Runs held-out sequences in evaluation mode, without gradient: the first ``sequences`` of each domain (0 = all).
+
+    All balance numbers use equally many sequences of each domain. Micro-batches are made as in training: one domain
+    each (``mix`` "micro_batch"), or dealt out in turn ("sequence"). ``seed`` is of the shuffled domain labels. The
+    ranks of ``group`` share the micro-batches; all get all results.
+    Raises DataError where a domain has no held-out sequence.
+    """
+    labels_N, tokens_NS = _take(data, sequences, mix)
+    batches = tokens_NS.split(max(1, PASS_TOKENS // tokens_NS.shape[1]))
+    loss_N, counts_NLE, score_NL = _measured(model, batches, group)
+
+    domains = range(len(data.domains))
+    fair_N = _equal(labels_N, len(data.domains))
+    fair_NLE, fair_labels_N = counts_NLE[fair_N], labels_N[fair_N]
+    total_LE = fair_NLE.sum(dim=0)
+    loss = {name: loss_N[labels_N == d].mean().item() for d, name in enumerate(data.domains)}
+    return Evaluation(
+        step=step,
+        loss=loss,
+        bits_per_byte={name: nats / math.log(2) * _tokens_per_byte(data, name) for name, nats in loss.items()},
+        tokens={name: int((labels_N == d).sum()) * (tokens_NS.shape[1] - 1) for d, name in enumerate(data.domains)},
+        counts=[counts_NLE[labels_N == d].sum(dim=0).tolist() for d in domains],
+        topk_score=[score_NL[labels_N == d].mean(dim=0).tolist() for d in domains],
+        maxvio_sequence=maxvio(fair_NLE).mean(dim=0).tolist(),
+        maxvio_micro_batch=_micro_batch_maxvio(
+            [fair_NLE[fair_labels_N == d] for d in domains] if mix == "micro_batch" else [fair_NLE],
+            sequences_per_micro_batch,
+        ),
+        maxvio_global=maxvio(total_LE).tolist(),
+        dead_experts=dead_experts(total_LE).long().tolist(),
+        mutual_information=mutual_information(_by_domain(fair_NLE, fair_labels_N).movedim(0, -2)).tolist(),
+        mutual_information_shuffled=shuffled_mutual_information(fair_NLE, fair_labels_N, seed=seed),
+    )
+
+
+def shuffled_mutual_information(counts_NLE: Tensor, labels_N: Tensor, *, seed: int = 0) -> list[float]:
+    """Mutual information per layer (nats) when the domain labels are dealt out anew to the sequences: the noise floor.
+
+    Whole sequences are relabelled, because the tokens of one sequence use experts alike whatever its domain.
+
+    >>> counts_NLE = torch.tensor([[[9, 1]], [[9, 1]], [[1, 9]], [[1, 9]]])
+    >>> shuffled_mutual_information(counts_NLE, torch.tensor([0, 0, 1, 1]))[0] < 0.37  # 0.368 with the true labels
+    True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = []
+    for _ in range(SHUFFLES):
+        shuffled_N = labels_N[torch.randperm(len(labels_N), generator=generator)]
+        values.append(mutual_information(_by_domain(counts_NLE, shuffled_N).movedim(0, -2)))
+    return torch.stack(values).mean(dim=0).tolist()
+
+
+def _measured(model: Model, batches: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
+    """Of every sequence: loss (N,), counts (N, L, E), score (N, L)."""
+    routers = _routers(model)
+    device = next(model.parameters()).device
+    results: list[tuple[Tensor, ...]] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with _watch(routers) as seen:
+            for turn in range(0, len(batches), group.size):
+                # where experts are shared out all ranks run equally often: what is left over runs twice, counts once
+                batch = batches[min(turn + group.rank, len(batches) - 1)].to(device)
+                found = (
+                    _sequence_losses(model, batch),
+                    _sequence_counts(seen, routers, len(batch)),
+                    _sequence_scores(seen, routers, len(batch)),
+                )
+                results.append(_of_all(found, [len(b) for b in batches[turn : turn + group.size]], group))
+    finally:
+        model.train(was_training)
+    return tuple(torch.cat(column).cpu() for column in zip(*results, strict=True))
+
+
+def _of_all(found: tuple[Tensor, ...], sizes: list[int], group: Group) -> tuple[Tensor, ...]:
+    """What each rank found, in their order; ``sizes`` are the sequences of those whose result counts."""
+    if group.size == 1:
+        return found
+    start = sum(sizes[: group.rank])
+    whole = []
+    for tensor in found:
+        rows = tensor.new_zeros(sum(sizes), *tensor.shape[1:])
+        if group.rank < len(sizes):
+            rows[start : start + len(tensor)] = tensor
+        whole.append(group.sum(rows))
+    return tuple(whole)
+
+
+class Watched(NamedTuple):
+    """A router that is looked at, ours or another library's."""
+
+    module: nn.Module
+    num_experts: int
+    gate: str
+    read: Callable[[Any], tuple[Tensor, Tensor]]  # from what it returns: logits (T, E + idle), choices (T, K)
+    idle: int = 0  # experts behind the others that do no work: choices of them are no load
+
+
+def _routers(model: Model) -> list[Watched]:
+    own = [module for module in model.modules() if isinstance(module, Router)]
+    if own:
+        return [Watched(one, one.num_experts, one.gate, lambda routing: (routing.logits_TE, routing.expert_ids_TK))
+                for one in own]  # fmt: skip
+    routers = [router for _, router in find_foreign(model.routed, None)]
+    for router in routers:
+        if router.meter is None:
+            router.layout.remove()  # nobody balances, so nobody asks how the tokens lie
+    return [Watched(one.module, one.num_experts, one.gate, _reader(one), one.idle) for one in routers]
+
+
+def _reader(router: ForeignRouter) -> Callable[[Any], tuple[Tensor, Tensor]]:
+    def taken(output: Any) -> tuple[Tensor, Tensor]:
+        found = read(router.module, output)
+        assert found is not None  # it is one because it was read
+        logits_TE = found.logits_TE.float()
+        return logits_TE.clamp(min=1e-30).log() if router.facts.probabilities else logits_TE, found.ids_TK
+
+    return taken
+
+
+@contextmanager
+def _watch(routers: Sequence[Watched]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Holds (logits, choices) of the last routing of each router while it is open."""
+    seen: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(routers)
+
+    def noted(place: int) -> Callable[..., None]:
+        def note(_module: nn.Module, _arguments: Any, output: Any) -> None:
+            seen[place] = routers[place].read(output)
+
+        return note
+
+    # behind the hook of a balancer, which may have chosen again
+    hooks = [router.module.register_forward_hook(noted(place)) for place, router in enumerate(routers)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _take(data: PackedData, limit: int, mix: str) -> tuple[Tensor, Tensor]:
+    """(domain of each sequence, its S + 1 tokens), in the order of evaluation."""
+    chosen = []
+    for domain, name in enumerate(data.domains):
+        rows = data.heldout[name]
+        if len(rows) == 0:
+            raise DataError(expected=f"held-out text of the domain {name!r}", got="no whole sequence",
+                            do="give the domain more text, or lower data.sequence_length")  # fmt: skip
+        chosen += [(place, domain) for place in range(min(limit or len(rows), len(rows)))]
+    if mix == "sequence":
+        chosen.sort()
+    tokens = [torch.from_numpy(data.heldout[data.domains[domain]][place].astype("int64")) for place, domain in chosen]
+    return torch.tensor([domain for _, domain in chosen]), torch.stack(tokens)
+
+
+def _equal(labels_N: Tensor, num_domains: int) -> Tensor:
+    """Marks the first n sequences of each domain, n being what the smallest one has."""
+    place_N = torch.zeros_like(labels_N)
+    for domain in range(num_domains):
+        mine_N = labels_N == domain
+        place_N[mine_N] = torch.arange(int(mine_N.sum()))
+    return place_N < torch.bincount(labels_N, minlength=num_domains).min()
+
+
+def _sequence_losses(model: Model, tokens_BS: Tensor) -> Tensor:
+    """Mean nats per token of each sequence."""
+    return model.token_losses(tokens_BS[:, :-1], tokens_BS[:, 1:]).double().mean(dim=1)
+
+
+def _sequence_counts(seen: Sequence[tuple[Tensor, Tensor]], routers: Sequence[Watched], num_sequences: int) -> Tensor:
+    """(sequences, layers, experts) choices."""
+    counts = []
+    for (_, ids_TK), router in zip(seen, routers, strict=True):
+        choices = router.num_experts + router.idle
+        counts.append(count_choices(ids_TK, choices, num_sequences=num_sequences)[:, : router.num_experts])
+    return torch.stack(counts, dim=1)
+
+
+def _sequence_scores(seen: Sequence[tuple[Tensor, Tensor]], routers: Sequence[Watched], num_sequences: int) -> Tensor:
+    """(sequences, layers) mean over tokens of the gate probability that the K chosen experts have together."""
+    scores = []
+    for (logits_TE, ids_TK), router in zip(seen, routers, strict=True):
+        chosen_TK = gate_probs(logits_TE, router.gate).gather(-1, ids_TK)
+        scores.append(chosen_TK.sum(dim=-1).view(num_sequences, -1).double().mean(dim=1))
+    return torch.stack(scores, dim=1)
+
+
+def _by_domain(counts_NLE: Tensor, labels_N: Tensor) -> Tensor:
+    num_domains = int(labels_N.max()) + 1
+    return counts_NLE.new_zeros(num_domains, *counts_NLE.shape[1:]).index_add_(0, labels_N, counts_NLE)
+
+
+def _micro_batch_maxvio(streams: Sequence[Tensor], size: int) -> list[float]:
+    """Mean over the micro-batches of ``size`` neighbours in each stream (N, L, E); a shorter rest is left out."""
+    groups = [group for stream in streams for group in stream.split(size)]
+    whole = [group for group in groups if len(group) == size] or groups
+    return maxvio(torch.stack([group.sum(dim=0) for group in whole])).mean(dim=0).tolist()
+
+
+def _tokens_per_byte(data: PackedData, domain: str) -> float:
+    rows = data.heldout[domain]
+    return rows.shape[0] * (rows.shape[1] - 1) / data.heldout_bytes[domain]

@@ -1,0 +1,184 @@
+"""Loads that were recorded: a run's record gives the law's two numbers, a file of counts is used as it is."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError
+from ..storage.run_record import RECORD_NAME, Run, read_run
+from .loads import Array, Loads, Recorded, fit
+from .typical_skews import TYPICAL, Strategy, needs_counts
+
+__all__ = ["Observed", "observe"]
+
+TABLES = (".csv", ".npy", ".npz")
+MOST_COUNTS = 5e7  # that a .csv may speak of
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was found at the given paths. Counts hold for their own layers and experts, a law for any number."""
+
+    strategies: list[Strategy]
+    counted: dict[str, int]  # layers and experts of the files of counts; empty without
+    experts: list[int]  # of the records
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Mean MaxVio of a run: over its micro-batches, and over a longer stretch of text."""
+
+    name: str
+    batch: float
+    corpus: float
+    scope: dict[str, int]  # what `fit` has to know about both stretches
+
+
+def observe(paths: Iterable[str | Path]) -> Observed:
+    """Reads run folders, folders of runs, record files, and .npy, .npz or .csv files of counts.
+
+    Runs of one strategy (seeds) are averaged. Raises DataError for what cannot be read and for a record without loads.
+    """
+    found: list[Strategy] = []
+    measured: dict[str, list[_Measured]] = {}
+    scopes: dict[str, dict[str, int]] = {}
+    counted: dict[str, int] = {}
+    problems: list[str] = []
+    for path in _expand(paths):
+        if path.suffix in TABLES:
+            counts = Recorded(_read_table(path))
+            origin = f"{path.name}: {counts.counts_MLE.shape[0]} micro-batches"
+            found.append(Strategy(path.stem, counts, origin, counts=needs_counts(path.stem)))
+            _agree(counted, {"layers": counts.counts_MLE.shape[1], "experts": counts.counts_MLE.shape[2]}, path)
+        else:
+            run = read_run(path)
+            problems += [f"{path.name}: {text}" for text in run.problems]
+            one = _measure(run)
+            measured.setdefault(one.name, []).append(one)
+            _agree(scopes.setdefault(one.name, {}), one.scope, path)
+    order = sorted(measured, key=lambda name: list(TYPICAL).index(name) if name in TYPICAL else len(TYPICAL))
+    experts = sorted({one.scope["experts"] for runs in measured.values() for one in runs})
+    return Observed([*found, *(_strategy(measured[name]) for name in order)], counted, experts, problems)
+
+
+def _expand(paths: Iterable[str | Path]) -> Iterable[Path]:
+    for path in map(Path, paths):
+        runs = sorted(one.parent for one in path.glob(f"*/{RECORD_NAME}")) if path.is_dir() else []
+        yield from runs if runs and not (path / RECORD_NAME).exists() else [path]
+
+
+def _agree(known: dict[str, int], found: dict[str, int], path: Path) -> None:
+    """Files of counts, and the seeds of a strategy, have to be of one model, cut in one way."""
+    for name, value in found.items():
+        if known.setdefault(name, value) != value:
+            raise DataError(expected=f"loads of one model, cut alike: {name} = {known[name]}", got=f"{value} in {path}",
+                            do="plan for one of them at a time")  # fmt: skip
+
+
+def _read_table(path: Path) -> Array:
+    """Counts [micro-batches, layers, experts]: an array, or lines `micro_batch,layer,expert,count` with a heading."""
+    try:
+        if path.suffix == ".csv":
+            return _read_csv(path)
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded.astype(float)
+        if len(loaded.files) != 1:
+            raise ValueError(f"{len(loaded.files)} arrays: {', '.join(loaded.files)}")
+        return loaded[loaded.files[0]].astype(float)
+    except OSError as error:
+        got = error.strerror or str(error)
+    except (ValueError, KeyError, TypeError, EOFError) as error:
+        got = str(error)
+    raise DataError(expected=f"counts in {path}", got=got,
+                    do="save numpy.save(file, counts) of shape [micro-batches, layers, experts], or a CSV with the "
+                    "columns micro_batch, layer, expert, count") from None  # fmt: skip
+
+
+def _read_csv(path: Path) -> Array:
+    columns = ("micro_batch", "layer", "expert", "count")
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ValueError(f"no column {', '.join(missing)}")
+        rows = []
+        for number, row in enumerate(reader, start=2):
+            try:
+                rows.append((*(int(row[name]) for name in columns[:3]), float(row["count"])))
+            except (ValueError, TypeError):
+                raise ValueError(f"line {number}: {','.join(map(str, row.values()))}") from None
+    if not rows:
+        raise ValueError("no line below the heading")
+    where = np.array([row[:3] for row in rows])
+    if (where < 0).any():
+        raise ValueError("a negative number of a micro-batch, layer or expert")
+    if np.prod(where.max(axis=0) + 1.0) > MOST_COUNTS:
+        raise ValueError(f"numbers of micro-batches, layers, experts up to {where.max(axis=0)}")
+    counts = np.zeros(where.max(axis=0) + 1)
+    np.add.at(counts, tuple(where.T), [row[3] for row in rows])
+    return counts
+
+
+def _measure(run: Run) -> _Measured:
+    """MaxVio of the last quarter of the steps, else of the last evaluation."""
+    header, end = run.header, run.steps[-max(1, len(run.steps) // 4) :]
+    train, data = _part(header.config, "train"), _part(header.config, "data")
+    length, sequences = _whole(data, "sequence_length"), _whole(train, "sequences_per_micro_batch")
+    micro_batches, mixed = _whole(train, "micro_batches"), data.get("mix") == "sequence"
+    if not (length and sequences and micro_batches):
+        raise DataError(expected=f"a record in {run.path} that says how its micro-batches were cut",
+                        got="a header without sequence_length, sequences_per_micro_batch or micro_batches",
+                        do="give the MaxVio instead: --maxvio NAME=0.8")  # fmt: skip
+    if not 1 <= header.top_k <= header.num_experts:
+        raise DataError(expected=f"1 <= top_k <= experts in {run.path}",
+                        got=f"top_k={header.top_k}, experts={header.num_experts}", do="pass another run")  # fmt: skip
+    batch = _mean(step.balance.get("balance/maxvio_micro_batch", math.nan) for step in end)
+    corpus = _mean(step.balance.get("balance/maxvio_global", math.nan) for step in end)
+    pairs = length * sequences * header.top_k
+    sources = sequences if mixed else 1
+    over = micro_batches
+    if math.isnan(batch) or math.isnan(corpus):
+        if not run.evaluations:
+            raise DataError(expected=f"loads in {run.path}: MaxVio of steps, or an evaluation",
+                            got=f"{len(run.steps)} steps without, no evaluation",
+                            do="pass a run that was trained further, or give --maxvio NAME=0.8")  # fmt: skip
+        last = run.evaluations[-1]
+        batch, corpus = _mean(last.maxvio_micro_batch), _mean(last.maxvio_global)
+        held_out = sum(n for n in last.tokens.values() if isinstance(n, int))
+        over = max(1, held_out // (length * sequences))
+    scope = {"experts": header.num_experts, "sources": sources, "pairs": pairs, "all_sources": sources * over,
+             "all_pairs": pairs * over, "top_k": header.top_k}  # fmt: skip
+    return _Measured(header.strategy, batch, corpus, scope)
+
+
+def _strategy(runs: list[_Measured]) -> Strategy:
+    batch, corpus = _mean(run.batch for run in runs), _mean(run.corpus for run in runs)
+    loads: Loads = fit(batch, corpus, **runs[0].scope)
+    seeds = f" of {len(runs)} runs" if len(runs) > 1 else ""
+    origin = f"recorded MaxVio{seeds}: {batch:.2f} per micro-batch, {corpus:.2f} per step"
+    return Strategy(runs[0].name, loads, origin, counts=needs_counts(runs[0].name))
+
+
+def _mean(values: Iterable[Any]) -> float:
+    """Of those that are numbers: a record may hold anything."""
+    known = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _part(config: dict[str, Any], name: str) -> dict[str, Any]:
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _whole(part: dict[str, Any], name: str) -> int:
+    value = part.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

@@ -1,0 +1,251 @@
+"""A plan as plain text of at most 80 columns: the answer, then tables, then what was assumed."""
+
+from __future__ import annotations
+
+import textwrap
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+
+from .calibration import PAPER, Check
+from .forecast import Growth, Outlook, Row
+from .presets import GPUS, MODELS
+from .typical_skews import TYPICAL
+
+__all__ = ["COLUMNS", "headline", "render_check", "render_outlook", "render_presets"]
+
+COLUMNS = 80
+NAME = 18
+AT_ONCE = 5  # strategies side by side
+
+
+def render_outlook(plan: Outlook) -> str:
+    """The whole plan."""
+    blocks = [
+        _wrap(headline(plan)),
+        "\n".join(_wrap(f"! {clean(note)}", "  ") for note in plan.notes[:12]),
+        _strategies(plan),
+        _time(plan),
+        *_growth(plan),
+        "Assumed\n" + "\n".join(_wrap(f"- {text}", "  ") for text in _assumptions(plan)),
+    ]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def headline(plan: Outlook) -> str:
+    """The answer in one or two sentences: what global costs against micro, else what everything costs against even."""
+    rows = {one.name: one for one in plan.rows}
+    base, wide, both = (rows.get(name) for name in ("micro", "global", "global+micro"))
+    c = plan.cluster
+    where = f"on {c.gpus} GPUs, {c.ep} sharing out the experts"
+    if base and wide:
+        text = f"global-only costs you {_percent(_against(wide, base))} of a step against micro"
+        if both and both.time.total < wide.time.total:
+            text += f"; adding 1% micro-batch loss brings that to {_percent(_against(both, base))}"
+        elif both:
+            text += f"; adding 1% micro-batch loss does not help ({_percent(_against(both, base))})"
+        return f"{text} ({where})."
+    listed = ", ".join(f"{clean(one.name)} {_percent(one.cost)}" for one in plan.rows[:6])
+    return f"Against even load a step takes longer by: {listed} ({where})."
+
+
+def _strategies(plan: Outlook) -> str:
+    base = next((one for one in plan.rows if one.name == "micro"), None)
+    head = ["strategy", "slowest/mean", "s/step", "vs even", *(["vs micro"] if base else []), "experts' memory"]
+    even = _bytes(plan.rows[0].memory.even)
+    lines = [["even load", "1", _seconds(plan.even.total), "", *([""] if base else []), even]]
+    for one in plan.rows:
+        more = one.memory.fullest / one.memory.even - 1
+        lines.append([
+            one.name,
+            f"{one.straggler.mean:.3f} ±{one.straggler.error:.3f}",
+            _seconds(one.time.total),
+            _percent(one.cost, sign=True),
+            *([_percent(_against(one, base), sign=True)] if base else []),
+            f"{_bytes(one.memory.fullest)} {_percent(more, sign=True)}",
+        ])  # fmt: skip
+    note = (
+        "slowest/mean: load of a group's slowest rank in a layer and micro-batch, mean ± standard error of the "
+        "simulation; memory: activations of routed experts on the fullest GPU."
+    )
+    return _table("What each strategy costs", head, lines) + "\n" + _wrap(note)
+
+
+def _time(plan: Outlook) -> str:
+    even = plan.even
+    lines = []
+    for one in plan.rows:
+        t = one.time
+        lines.append([one.name, *(_ms(x) for x in (t.straggler, t.groups, t.balance_sums, t.total - even.total))])
+    title = (
+        f"Milliseconds of a step: dense {_ms(even.dense)}, experts {_ms(even.experts)}, all-to-all "
+        f"{_ms(even.all_to_all)}, gradients {_ms(even.gradients)}; and beyond even load"
+    )
+    return _table(_wrap(title), ["strategy", "slowest rank", "slowest group", "sums of loads", "together"], lines)
+
+
+def _growth(plan: Outlook) -> Iterator[str]:
+    names = [one.name for one in plan.rows]
+    for start in range(0, len(names) if plan.growth else 0, AT_ONCE):
+        chosen = slice(start, start + AT_ONCE)
+        head = ["EP", "GPUs", "each", *(clip(clean(name), 10) for name in names[chosen])]
+        lines = [[_ranks(g.ep), _ranks(g.gpus), _held(g), *map(_grown, g.rows[chosen])] for g in plan.growth]
+        note = (
+            "slowest/mean load and the step's time over even load. each: experts per rank; 1/n where n ranks hold "
+            "copies of one and share its tokens. GPUs grow with EP, so does the text that a group routes together."
+        )
+        yield _table("How it grows with the ranks that share out the experts (EP)", head, lines) + "\n" + _wrap(note)
+
+
+def _grown(row: Row) -> str:
+    factor = f"{row.straggler.mean:.2f}" if row.straggler.mean < 10 else f"{row.straggler.mean:.1f}"
+    return f"{factor} {_percent(row.cost, sign=True, short=True) if row.cost < 2 else f'{1 + row.cost:.1f}x'}"
+
+
+def _ranks(number: int) -> str:
+    return str(number) if number < 10_000 else f"{number / 1000:.0f}k"
+
+
+def _held(one: Growth) -> str:
+    return str(one.experts_per_rank) if one.replicas == 1 else f"1/{one.replicas}"
+
+
+def _assumptions(plan: Outlook) -> Iterator[str]:
+    c = plan.cluster
+    yield (
+        f"{c.layers} MoE layers x {c.experts} experts, top-{c.top_k}, width {c.width}, expert width {c.expert_hidden}, "
+        f"{_short(c.dense_parameters)} other parameters; {c.tokens} tokens per GPU and micro-batch, {c.micro_batches} "
+        f"micro-batches per step{', forward recomputed' if c.recompute else ''}"
+    )
+    yield (
+        f"{c.gpus} GPUs of {c.tflops:g} TFLOP/s, {c.efficiency:.0%} reached; {c.intra_gb_s:g} GB/s in a node of "
+        f"{c.gpus_per_node}, {c.inter_gb_s:g} GB/s out of it, {c.link_efficiency:.0%} reached; {c.placement} placement"
+    )
+    yield (
+        f"{c.overlap:.0%} of the all-to-all and {c.overlap_gradients:.0%} of the gradients' sum are hidden by "
+        "computation; nothing is dropped; every layer waits for the slowest rank; a global loss sums loads per "
+        f"{c.sync.replace('_', '-')}"
+    )
+    yield f"each stretch of {min(c.sequence, c.tokens)} tokens comes from one of 32 kinds of text, at random"
+    origins = {one.name: one.origin for one in plan.rows if one.origin != "typical"}
+    if len(origins) < len(plan.rows):
+        yield (
+            "typical loads, fitted to published step times of a 43 B model and to our lab (docs/plan.md): your own are "
+            "better, `equipoise plan RUN...`"
+        )
+    yield from (f"{clean(name)}: {clean(origin)}" for name, origin in origins.items())
+    yield f"seed {plan.seed}; other machine or model: --set NAME=VALUE, --preset, --cluster FILE.toml"
+
+
+def render_check(found: Check) -> str:
+    """Table 5 of the paper beside the model, with what was fitted and what was predicted."""
+    lines = []
+    for one in found.rows:
+        scope = f"{one.maxvio:.2f}"
+        lines.append([one.name, f"{one.paper:.2f}", f"{one.model:.2f}", f"{one.straggler.mean:.3f}", scope, one.fitted])
+    table = _table("Seconds per step, 43 B parameters, 6.6 B active (arXiv 2501.11873, table 5)",
+                   ["strategy", "paper", "model", "slowest/mean", "MaxVio of 8", "fitted"], lines)  # fmt: skip
+    c, text = found.cluster, []
+    text.append(
+        f"Fitted: the efficiency ({found.efficiency:.0%} of H100 peak), and one skew for each of the two other rows. "
+        "With three numbers for three rows the table itself proves nothing; what can be wrong is below."
+    )
+    text.append(
+        f"Predicted: the sums of loads take {found.sums:.1%} of a step (the paper: about 1%). With them hidden, "
+        f"global+micro costs {found.hidden:.1%} (the paper: below 2%)."
+    )
+    paper, lab = PAPER["global"], found.from_lab / found.rows[0].model - 1
+    text.append(
+        f"Predicted from our lab's loads, nothing but the efficiency fitted: global takes {found.from_lab:.2f} s where "
+        f"the paper has {paper:.2f}: {lab:.1%} of {paper / PAPER['micro'] - 1:.1%}."
+    )
+    text.append(
+        f"Assumed, because unpublished: {c.gpus} GPUs, {c.layers} layers of width {c.width}, no overlap. The slowest "
+        f"rank stretches {found.waited:.0%} of a step there."
+    )
+    return table + "\n\n" + "\n".join(_wrap(one) for one in text) + "\n"
+
+
+def render_presets() -> str:
+    """The names that --preset and --gpu know, and the typical loads."""
+    models = [[name, *(f"{m[key]:,}" for key in ("layers", "experts", "top_k", "width", "expert_hidden")),
+               _short(m["dense_parameters"])] for name, m in MODELS.items()]  # fmt: skip
+    gpus = [[name, f"{g['tflops']:g}", f"{g['intra_gb_s']:g}", f"{g['inter_gb_s']:g}"] for name, g in GPUS.items()]
+    loads = [[name, f"{skew.corpus:g}", f"{skew.source:g}"] for name, skew in TYPICAL.items()]
+    return "\n\n".join([
+        _table("--preset", ["model", "layers", "experts", "top-k", "width", "hidden", "other"], models),
+        _table("--gpu", ["GPU", "TFLOP/s", "GB/s in a node", "GB/s out of it"], gpus),
+        _table("typical skew (standard deviations of logits)", ["strategy", "all text", "one source"], loads),
+    ]) + "\n"  # fmt: skip
+
+
+def clean(text: str) -> str:
+    """A name from a file without control characters.
+
+    >>> clean("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def clip(text: str, columns: int) -> str:
+    """At most so many columns wide; wide characters count twice.
+
+    >>> clip("global@0.02+micro", 10)
+    'global@0.…'
+    """
+    if _width(text) <= columns:
+        return text
+    while _width(text) > columns - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
+
+
+def _table(title: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """First column left, the others right, each as wide as it has to be."""
+    rows = [list(head), *([clip(clean(line[0]), NAME), *line[1:]] for line in lines)]
+    widths = [max(_width(row[i]) for row in rows) for i in range(len(head))]
+    text = []
+    for row in rows:
+        cells = [" " * (widths[i] - _width(cell)) + cell if i else cell + " " * (widths[0] - _width(cell))
+                 for i, cell in enumerate(row)]  # fmt: skip
+        text.append("  ".join(cells).rstrip())
+    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([title, rule, *text])
+
+
+def _wrap(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, COLUMNS, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False)
+
+
+def _against(one: Row, base: Row) -> float:
+    return one.time.total / base.time.total - 1
+
+
+def _percent(value: float, *, sign: bool = False, short: bool = False) -> str:
+    places = 0 if short and abs(value) >= 0.1 else 1
+    text = f"{100 * value:{'+' if sign else ''},.{places}f}%"
+    return text.replace("-0.0%", "0.0%").replace("+0.0%", "0.0%")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def _ms(value: float) -> str:
+    return f"{1e3 * value:,.1f}" if value < 1 else f"{1e3 * value:,.0f}"
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return ""
+
+
+def _short(value: float) -> str:
+    return f"{value / 1e9:.3g} B" if value >= 1e8 else f"{value / 1e6:.3g} M"

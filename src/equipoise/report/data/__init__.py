@@ -1,0 +1,1 @@
+"""From records to what a report shows: summaries, curves, measures and their statistics."""

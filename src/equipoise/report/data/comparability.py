@@ -1,0 +1,108 @@
+"""What keeps runs from being compared: other text, other settings, other lengths. Nothing is compared in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from ...storage.run_record import Run
+from .formatting import clean
+from .run_view import flatten
+
+__all__ = ["Settings", "common_step", "fingerprint", "judge"]
+
+# Settings that change nothing of what is learned or measured, or that say which strategy and seed a run is
+FREE = {"strategy", "policies", "train.seed", "train.eval_every", "train.checkpoint_every", "train.load_every",
+        "train.fidelity_every", "train.log", "train.tensorboard", "train.threads"}  # fmt: skip
+BY_STRATEGY = {"model.gate", "model.selection_bias"}  # a strategy may bring its gate with it
+SAME_TEXT = {"corpus", "domains", "data.domains", "data.sequence_length", "model.vocab_size", "train.eval_sequences"}
+MOST_SHOWN = 6
+
+Settings = dict[str, str]  # name -> value, as shown
+
+
+def settings(run: Run) -> Settings:
+    """All that must agree between two runs, flat, as text."""
+    header = run.header
+    flat = {key: _text(value) for key, value in flatten(header.config).items() if key not in FREE}
+    return flat | {
+        "corpus": header.corpus_sha256[:12],
+        "domains": ", ".join(header.domains),
+        "MoE layers": str(header.num_layers),
+        "experts": str(header.num_experts),
+        "top-k": str(header.top_k),
+    }
+
+
+def fingerprint(run: Run) -> tuple[tuple[str, str], ...]:
+    """Runs of one strategy with the same fingerprint are seeds of each other."""
+    return tuple(sorted(settings(run).items()))
+
+
+def differing(runs: Iterable[Run]) -> dict[str, list[str]]:
+    """Setting -> its values, for those that are not the same in all runs."""
+    each = [settings(run) for run in runs]
+    keys = sorted({key for one in each for key in one})
+    values = {key: list(dict.fromkeys(one.get(key, "not set") for one in each)) for key in keys}
+    return {key: found for key, found in values.items() if len(found) > 1}
+
+
+def judge(runs: Mapping[str, Sequence[Run]]) -> tuple[list[str], bool, list[str]]:
+    """Warnings, whether the held-out numbers are of the same text, and the settings that differ beside the strategy.
+
+    ``runs`` are the runs by the label of their strategy.
+    """
+    warnings = []
+    unlike = differing(run for group in runs.values() for run in group)
+    other_text = [key for key in unlike if key in SAME_TEXT]
+    others = [key for key in unlike if key not in SAME_TEXT | BY_STRATEGY]
+    if other_text:
+        warnings.append(
+            f"The runs were not evaluated on the same text: {_listed(unlike, other_text)}. "
+            "Their numbers stand side by side, but no difference is taken."
+        )
+    if others:
+        warnings.append(
+            f"The runs differ in more than the strategy: {_listed(unlike, others)}. "
+            "A difference between them may come from that."
+        )
+    if gates := [key for key in unlike if key in BY_STRATEGY]:
+        warnings.append(f"Some strategies bring their own router: {_listed(unlike, gates)}.")
+    seeds = {label: sorted({run.header.seed for run in group}) for label, group in runs.items()}
+    if len({tuple(one) for one in seeds.values()}) > 1:
+        text = "; ".join(f"{clean(label)} {', '.join(map(str, one))}" for label, one in seeds.items())
+        warnings.append(f"Not every strategy ran the same seeds ({text}): differences use the shared ones only.")
+    made = sorted({run.header.versions.get("equipoise", "an unknown one") for group in runs.values() for run in group})
+    if len(made) > 1:
+        warnings.append(f"The records were written by different versions of equipoise: {clean(', '.join(made))}.")
+    return warnings, not other_text, others
+
+
+def common_step(runs: Sequence[Run], evaluated: Sequence[Sequence[int]]) -> tuple[int | None, list[str]]:
+    """The last step at which all finished runs (or all runs, when none has finished) were evaluated, and warnings.
+
+    ``evaluated`` are the steps of the usable evaluations of each run.
+    """
+    warnings = []
+    finished = [set(steps) for run, steps in zip(runs, evaluated, strict=True) if run.status == "finished" and steps]
+    sets = finished or [set(steps) for steps in evaluated if steps]
+    if not sets:
+        return None, ["No run has been evaluated on held-out text yet."] if runs else []
+    common = set.intersection(*sets)
+    if not common:
+        return None, ["The runs share no step at which they were evaluated: each is shown at its own last one."]
+    step = max(common)
+    if any(max(steps) > step for steps in evaluated if steps):
+        warnings.append(f"The runs have different lengths: numbers are taken at step {step}, the last that they share.")
+    return step, warnings
+
+
+def _listed(values: Mapping[str, Sequence[str]], keys: Sequence[str]) -> str:
+    parts = [f"{clean(key)} ({' | '.join(clean(v)[:60] for v in values[key][:4])})" for key in keys[:MOST_SHOWN]]
+    more = len(keys) - MOST_SHOWN
+    return ", ".join(parts) + (f" and {more} more" if more > 0 else "")
+
+
+def _text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value)

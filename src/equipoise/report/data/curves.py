@@ -1,0 +1,200 @@
+"""What the charts draw: series over time with a band over seeds, loads of experts, shares of domains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...storage.run_record import Run, Step
+from .run_view import Observation, is_number, mean, usable
+from .statistics import paired_difference
+
+__all__ = ["Charts", "Curve", "LoadMap", "charts", "thin", "training_metrics"]
+
+MOST_POINTS = 120  # of a curve: a bend in every third pixel of a phone
+MOST_LOADS = 60  # moments of a run at which the load of its experts can be looked at
+# What all strategies together may put on the page, so that it stays one that can be sent: beyond it, layers, moments
+# and rare metrics are left out.
+MOST_DOMAIN_CELLS = 800_000
+MOST_LOAD_CELLS = 600_000
+MOST_CURVES = 240
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean over seeds at each step; ``low`` and ``high`` are the extreme seeds (`paired`: the interval), else None."""
+
+    steps: list[int]
+    mean: list[float]
+    low: list[float] | None = None
+    high: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class LoadMap:
+    """Load of each expert over the mean of its layer, [layer][expert]: 1 is even. ``step`` 0: held-out text."""
+
+    step: int
+    share: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Charts:
+    """Everything of one strategy that is drawn and not printed. Maps are those of the first seed."""
+
+    perplexity: Curve | None = None
+    difference: Curve | None = None  # from the baseline's perplexity, % with interval; of two seeds or more
+    domain_perplexity: dict[str, Curve] = field(default_factory=dict)
+    training: dict[str, Curve] = field(default_factory=dict)
+    relative_error: dict[str, Curve] = field(default_factory=dict)
+    loads: list[LoadMap] = field(default_factory=list)
+    layers: list[int] = field(default_factory=list)  # those of ``domain_share``
+    domain_share: list[list[list[float]]] = field(default_factory=list)  # [layer][domain][expert], 1 is even
+
+
+def charts(
+    runs: Sequence[Run], first: Observation, metrics: Sequence[str], strategies: int = 1, baseline: Sequence[Run] = ()
+) -> Charts:
+    """``runs`` are the seeds of one of ``strategies``, ``first`` the observation of the first of them.
+
+    ``baseline`` are the runs that this strategy is compared with; none where it is not.
+    """
+    evaluations = [usable(run)[0] for run in runs]
+    domains = first.header.domains
+    layers, share = domain_share(first, MOST_DOMAIN_CELLS // strategies)
+    return Charts(
+        perplexity=join([{one.step: one.perplexity for one in each} for each in evaluations]),
+        difference=paired(runs, baseline),
+        domain_perplexity={
+            name: curve
+            for name in domains
+            if (curve := join([{one.step: _exp(one.loss.get(name)) for one in each} for each in evaluations]))
+        },
+        training={name: curve for name in metrics if (curve := binned([_series(run, name) for run in runs]))},
+        relative_error={
+            name: curve
+            for name in sorted({name for run in runs for one in run.fidelities for name in one.relative_error})
+            if (curve := join([{f.step: f.relative_error.get(name, math.nan) for f in run.fidelities} for run in runs]))
+        },
+        loads=load_maps(first, MOST_LOAD_CELLS // strategies),
+        layers=layers,
+        domain_share=share,
+    )
+
+
+def training_metrics(runs: Sequence[Run], strategies: int = 1) -> list[str]:
+    """Names of what can be drawn per step: the trainer's four, then the balancer's that are not of one layer."""
+    names = {name for run in runs for step in run.steps[-1:] + run.steps[:1] for name in step.balance}
+    known = sorted((name for name in names if "/layer_" not in name), key=lambda name: ("maxvio" not in name, name))
+    return ["loss", "lr", "grad_norm", "tokens_per_second", *known[: max(6, MOST_CURVES // strategies - 4)]]
+
+
+def _series(run: Run, name: str) -> dict[int, float]:
+    def read(step: Step) -> object:
+        match name:
+            case "loss" | "lr" | "grad_norm":
+                return getattr(step, name)
+            case "tokens_per_second":
+                return step.tokens / step.seconds if step.seconds > 0 else math.nan
+        return step.balance.get(name)
+
+    return {step.step: float(value) for step in run.steps if is_number(value := read(step))}  # type: ignore[arg-type]
+
+
+def join(seeds: Sequence[dict[int, float]]) -> Curve | None:
+    """One curve from the series of the seeds, over the steps that all of them have (or any, when they share none).
+
+    >>> join([{1: 2.0, 2: 4.0}, {1: 4.0}])
+    Curve(steps=[1], mean=[3.0], low=[2.0], high=[4.0])
+    """
+    seeds = [{step: value for step, value in one.items() if is_number(value)} for one in seeds]
+    seeds = [one for one in seeds if one]
+    if not seeds:
+        return None
+    common = set.intersection(*(set(one) for one in seeds)) or set.union(*(set(one) for one in seeds))
+    steps = thin(sorted(common))
+    columns = [[one[step] for one in seeds if step in one] for step in steps]
+    if len(seeds) == 1:
+        return Curve(steps, [column[0] for column in columns])
+    return Curve(steps, [mean(column) for column in columns], [min(c) for c in columns], [max(c) for c in columns])
+
+
+def paired(runs: Sequence[Run], baseline: Sequence[Run]) -> Curve | None:
+    """Difference in perplexity at each evaluation, paired by seed, in percent; a band is the 95 % interval."""
+    own, base = ({run.header.seed: {one.step: one.perplexity for one in usable(run)[0]} for run in group}
+                 for group in (runs, baseline))  # fmt: skip
+    found = {}
+    for step in sorted({step for series in own.values() for step in series}):
+        at, base_at = ({seed: one[step] for seed, one in group.items() if step in one} for group in (own, base))
+        difference = paired_difference(at, base_at, ratio=True)
+        if difference is not None and difference.low is not None and difference.high is not None:
+            found[step] = (difference.mean, difference.low, difference.high)
+    if not found:
+        return None
+    steps = thin(sorted(found))
+    mean, low, high = ([100 * found[step][part] for step in steps] for part in range(3))
+    return Curve(steps, mean, low, high)
+
+
+def binned(seeds: Sequence[dict[int, float]]) -> Curve | None:
+    """The same for a long noisy series: each point is the mean of the steps since the point before.
+
+    >>> [round(one, 3) for one in binned([{step: float(step % 2) for step in range(1, 801)}]).mean[:3]]
+    [0.571, 0.429, 0.571]
+    """
+    last = max((max(one) for one in seeds if one), default=0)
+    size = max(1, math.ceil(last / MOST_POINTS))
+    return join([_binned(one, size) for one in seeds])
+
+
+def _binned(series: dict[int, float], size: int) -> dict[int, float]:
+    bins: dict[int, list[float]] = {}
+    for step, value in series.items():
+        bins.setdefault(math.ceil(step / size) * size, []).append(value)
+    return {step: math.fsum(values) / len(values) for step, values in bins.items()}
+
+
+def load_maps(seen: Observation, most_cells: int = MOST_LOAD_CELLS) -> list[LoadMap]:
+    """The load of single global batches, some moments of the run, the last one last; else that of the held-out text."""
+    moments = max(1, min(MOST_LOADS, most_cells // max(1, seen.header.num_layers * seen.header.num_experts)))
+    if seen.loads:
+        chosen = {one.step: one for one in seen.loads}
+        return [LoadMap(step, _over_mean(chosen[step].counts)) for step in thin(sorted(chosen), moments)]
+    if seen.evaluation is None:
+        return []
+    return [LoadMap(0, _over_mean(np.asarray(seen.evaluation.counts).sum(axis=0)))]
+
+
+def domain_share(seen: Observation, most_cells: int = MOST_DOMAIN_CELLS) -> tuple[list[int], list[list[list[float]]]]:
+    """Layers, and [layer][domain][expert] share of the domain's choices over the even share 1 / E."""
+    if seen.evaluation is None:
+        return [], []
+    counts_LDE = np.asarray(seen.evaluation.counts, dtype=np.float64).swapaxes(0, 1)
+    layers = thin(list(range(len(counts_LDE))), max(1, most_cells // max(1, counts_LDE[0].size)))
+    return layers, [_over_mean(counts_LDE[layer]) for layer in layers]
+
+
+def _over_mean(counts_XE: object) -> list[list[float]]:
+    array = np.asarray(counts_XE, dtype=np.float64)
+    average = array.mean(axis=-1, keepdims=True)
+    return np.round(array / np.where(average > 0, average, 1.0), 2).tolist()
+
+
+def thin(items: list[int], most: int = MOST_POINTS) -> list[int]:
+    """At most ``most`` of them, evenly spaced, the first and the last kept.
+
+    >>> thin(list(range(10)), 4)
+    [0, 3, 6, 9]
+    """
+    if len(items) <= most:
+        return items
+    if most == 1:
+        return items[-1:]
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _exp(loss: float | None) -> float:
+    return math.exp(loss) if loss is not None and loss < 700 else math.nan

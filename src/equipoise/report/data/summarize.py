@@ -1,0 +1,341 @@
+"""Run records in, the numbers of a comparison out: plain dataclasses that the terminal, the page and JSON all show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ...errors import ConfigError, unknown_name
+from ...storage.run_record import Run
+from . import comparability
+from .curves import Charts, charts, training_metrics
+from .formatting import clean, listed
+from .headline import headline
+from .measures import MEASURES
+from .run_view import Observation, mean, observe, usable
+from .statistics import Difference, Estimate, estimate, paired_difference, random_maxvio
+
+__all__ = ["Comparison", "EstimatorSummary", "RunFacts", "StrategySummary", "null", "summarize", "to_json"]
+
+PREFERRED_BASELINE = "micro"  # what everybody ran before: the differences read as what a change of it brings
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run of a strategy. ``step`` is the last one it trained, ``seen_at`` the one its numbers are of."""
+
+    path: str
+    seed: int
+    status: str
+    step: int
+    planned_steps: int | None
+    seen_at: int
+    tokens: int
+    seconds: float
+    started: str
+    message: str
+    problems: list[str]
+
+
+@dataclass(frozen=True)
+class EstimatorSummary:
+    """Gradient of the balance loss with this f against the exact one: means over all steps at which it was measured."""
+
+    name: str
+    relative_error: float
+    cosine: float
+    in_use: bool
+    n: int
+
+
+@dataclass(frozen=True)
+class StrategySummary:
+    """All runs of one strategy. ``differences`` are against the baseline, empty for the baseline itself."""
+
+    name: str
+    policies: list[str]
+    runs: list[RunFacts]
+    compared: bool  # its numbers are of the same step as the others'
+    values: dict[str, Estimate | None]
+    differences: dict[str, Difference | None]
+    domain_perplexity: dict[str, Estimate | None]
+    domain_bits: dict[str, Estimate | None]
+    domain_differences: dict[str, Difference | None]
+    layers: dict[str, list[float]]  # measure -> mean over seeds, by layer
+    estimators: list[EstimatorSummary]
+    charts: Charts
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a report says. ``step`` is None when the strategies have no evaluated step in common."""
+
+    headline: str  # what is certain: the experts and their load
+    quality: str  # perplexity: who is told apart; may be empty
+    baseline: str
+    step: int | None
+    strategies: list[StrategySummary]
+    warnings: list[str]
+    problems: list[str]
+    domains: list[str]
+    noise_floor: dict[str, float]  # measure -> MaxVio of perfectly uniform random routing
+    facts: dict[str, Any] = field(default_factory=dict)  # layers, experts, parameters, tokens per step, ...
+    config: dict[str, Any] = field(default_factory=dict)  # flat, of the baseline's first run
+    corpora: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> StrategySummary:
+        return next(one for one in self.strategies if one.name == name)
+
+
+def summarize(runs: Sequence[Run], *, baseline: str | None = None, problems: Sequence[str] = ()) -> Comparison:
+    """Groups runs by strategy (same settings = seeds of each other) and compares the groups with ``baseline``.
+
+    Args:
+        runs: in the order in which the strategies shall be shown.
+        baseline: a strategy; None takes ``micro`` when it is there, else the first.
+        problems: sentences about files that could not be read, to show with those found in ``runs``.
+
+    Raises ConfigError when there is no run, or none of this baseline.
+    """
+    if not runs:
+        raise ConfigError(expected="at least one run", got="none", do="pass the folder of a run or of a comparison")
+    warnings: list[str] = []
+    groups = _group(runs, warnings)
+    baseline = _baseline(groups, baseline)
+    every = [run for group in groups.values() for run in group]
+    found, same_text, others = comparability.judge(groups)
+    evaluated = [[one.step for one in usable(run)[0]] for run in every]
+    step, about_steps = comparability.common_step(every, evaluated)
+    warnings += found + about_steps
+    seen = {label: [observe(run, step) for run in group] for label, group in groups.items()}
+    metrics = training_metrics(every, len(groups))
+    strategies = [_strategy(label, seen, baseline, step, same_text, metrics) for label in groups]
+    strategies = sorted(strategies, key=lambda one: one.name != baseline)  # the baseline first, the rest as they came
+    for one in strategies:
+        if not one.compared and step is not None:
+            warnings.append(f"{clean(one.name)} was not evaluated at step {step}: it is shown, not compared.")
+        elif late := [str(run.seed) for run in one.runs if step is not None and run.seen_at != step]:
+            seeds = f"seed {late[0]} was" if len(late) == 1 else f"seeds {listed(late)} were"
+            warnings.append(f"{clean(one.name)}: {seeds} not evaluated at step {step} and left out.")
+    first = seen[baseline][0]
+    certain, quality = headline(strategies, baseline, step, same_text, others, first.config)
+    return Comparison(
+        headline=certain,
+        quality=quality,
+        baseline=baseline,
+        step=step,
+        strategies=strategies,
+        warnings=warnings,
+        problems=[*problems, *_problems(every)],
+        domains=list(dict.fromkeys(name for one in strategies for name in one.domain_perplexity)),
+        noise_floor=_noise_floor(first),
+        facts=_facts(first),
+        config=first.config,
+        corpora=list(dict.fromkeys(run.header.corpus_sha256 for run in every)),
+        versions=first.header.versions,
+    )
+
+
+def to_json(comparison: Comparison) -> dict[str, Any]:
+    """The numbers without the charts' data, NaN as null."""
+    data = asdict(comparison)
+    for strategy in data["strategies"]:
+        del strategy["charts"]
+    return null(data)
+
+
+def null(value: Any) -> Any:
+    """The same with NaN and infinity as None, which JSON can hold."""
+    if isinstance(value, dict):
+        return {str(key): null(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [null(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _group(runs: Sequence[Run], warnings: list[str]) -> dict[str, list[Run]]:
+    """Runs by label: the strategy's name, and what differs when one name was run with several settings."""
+    found: dict[str, dict[tuple, list[Run]]] = {}
+    for run in runs:
+        found.setdefault(run.header.strategy, {}).setdefault(comparability.fingerprint(run), []).append(run)
+    groups: dict[str, list[Run]] = {}
+    for name, variants in found.items():
+        unlike = comparability.differing(run for group in variants.values() for run in group)
+        for number, group in enumerate(variants.values(), start=1):
+            label = name
+            if len(variants) > 1:
+                own = comparability.settings(group[0])
+                told = ", ".join(f"{key.rpartition('.')[2]}={own.get(key, 'not set')}" for key in unlike)
+                label = f"{name} ({told})" if len(unlike) <= 2 and len(told) <= 32 else f"{name} #{number}"
+            groups[label] = _one_per_seed(label, group, warnings)
+    return groups
+
+
+def _one_per_seed(label: str, group: list[Run], warnings: list[str]) -> list[Run]:
+    """Of runs with the same seed the one that got furthest; the later one when they got equally far."""
+    best: dict[int, Run] = {}
+    for run in group:
+        other = best.get(run.header.seed)
+        if other is None or (_reached(run), run.header.started) >= (_reached(other), other.header.started):
+            best[run.header.seed] = run
+    if left := len(group) - len(best):
+        warnings.append(f"{clean(label)}: {left} run(s) left out that repeat a seed; the longest of each is used.")
+    return [best[seed] for seed in sorted(best)]
+
+
+def _reached(run: Run) -> int:
+    return max((step.step for step in run.steps), default=0)
+
+
+def _baseline(groups: Mapping[str, object], wanted: str | None) -> str:
+    if wanted is not None and wanted not in groups:
+        raise unknown_name("strategy of these runs", wanted, groups)
+    return wanted or (PREFERRED_BASELINE if PREFERRED_BASELINE in groups else next(iter(groups)))
+
+
+def _strategy(
+    label: str,
+    seen: Mapping[str, list[Observation]],
+    baseline: str,
+    step: int | None,
+    same_text: bool,
+    metrics: list[str],
+) -> StrategySummary:
+    own = seen[label]
+    at, base_at = (
+        [one for one in group if step is None or (one.evaluation is not None and one.evaluation.step == step)]
+        for group in (own, seen[baseline])
+    )
+    compare = same_text and step is not None and label != baseline
+    against = [one.run for one in seen[baseline]] if compare else []
+    shown = at or own
+    values, differences = {}, {}
+    for measure in MEASURES:
+        by_seed = {one.header.seed: measure.read(one) for one in shown}
+        values[measure.key] = estimate(by_seed, ratio=measure.ratio)
+        if compare and at:
+            base = {one.header.seed: measure.read(one) for one in base_at}
+            differences[measure.key] = paired_difference(by_seed, base, ratio=measure.ratio)
+    names = own[0].header.domains
+    return StrategySummary(
+        name=label,
+        policies=own[0].header.policies,
+        runs=[_run_facts(one) for one in own],
+        compared=bool(at),
+        values=values,
+        differences=differences,
+        domain_perplexity={name: estimate(_domain(shown, name, "loss"), ratio=True) for name in names},
+        domain_bits={name: estimate(_domain(shown, name, "bits_per_byte")) for name in names},
+        domain_differences={
+            name: paired_difference(_domain(at, name, "loss"), _domain(base_at, name, "loss"), ratio=True)
+            for name in names
+            if compare
+        },
+        layers=_layers(shown),
+        estimators=_estimators(own),
+        charts=charts([one.run for one in own], shown[0], metrics, len(seen), against),
+    )
+
+
+def _domain(seen: Sequence[Observation], name: str, field_name: str) -> dict[int, float]:
+    """seed -> bits per byte, or perplexity for ``loss``, of one domain."""
+    evaluated = [(one.header.seed, one.evaluation) for one in seen if one.evaluation]
+    values = {seed: getattr(one, field_name).get(name, math.nan) for seed, one in evaluated}
+    if field_name != "loss":
+        return values
+    return {seed: math.exp(loss) if loss < 700 else math.inf for seed, loss in values.items()}
+
+
+def _layers(seen: Sequence[Observation]) -> dict[str, list[float]]:
+    evaluations = [one.evaluation for one in seen if one.evaluation]
+    if not evaluations:
+        return {}
+
+    def by_layer(values_of: list[list[float]]) -> list[float]:
+        return [mean(values[layer] for values in values_of if len(values) > layer) for layer in layers]
+
+    layers = range(len(evaluations[0].counts[0]))
+    names = ("mutual_information", "mutual_information_shuffled", "maxvio_global", "maxvio_micro_batch",
+             "maxvio_sequence", "dead_experts")  # fmt: skip
+    found = {name: by_layer([getattr(one, name) for one in evaluations]) for name in names}
+    found["topk_score"] = by_layer([of_domain for one in evaluations for of_domain in one.topk_score])
+    return found
+
+
+def _estimators(seen: Sequence[Observation]) -> list[EstimatorSummary]:
+    all_of_them = [one for observation in seen for one in observation.fidelities]
+    names = sorted({name for one in all_of_them for name in one.relative_error})
+    return [
+        EstimatorSummary(
+            name=name,
+            relative_error=mean(one.relative_error.get(name, math.nan) for one in all_of_them),
+            cosine=mean(one.cosine.get(name, math.nan) for one in all_of_them),
+            in_use=any(name in one.in_use for one in all_of_them),
+            n=sum(name in one.relative_error for one in all_of_them),
+        )
+        for name in names
+    ]
+
+
+def _run_facts(seen: Observation) -> RunFacts:
+    run = seen.run
+    planned = seen.config.get("train.steps")
+    return RunFacts(
+        path=str(run.path),
+        seed=run.header.seed,
+        status=run.status,
+        step=_reached(run),
+        planned_steps=planned if isinstance(planned, int) else None,
+        seen_at=seen.step,
+        tokens=run.end.tokens if run.end else sum(step.tokens for step in run.steps),
+        seconds=run.end.seconds if run.end else math.fsum(s.seconds for s in run.steps if math.isfinite(s.seconds)),
+        started=run.header.started,
+        message=run.end.message if run.end else "",
+        problems=run.problems,
+    )
+
+
+def _problems(runs: Sequence[Run]) -> list[str]:
+    found = []
+    for run in runs:
+        sentences = usable(run)[2] + run.problems
+        found += [f"{run.path.name}: {one}" for one in sentences[:10]]
+        if len(sentences) > 10:
+            found.append(f"{run.path.name}: and {len(sentences) - 10} more lines that cannot be read")
+        if not run.steps:
+            found.append(f"{run.path.name}: no step was recorded")
+        if run.status == "failed":
+            found.append(f"{run.path.name}: failed at step {_reached(run)}: {run.end.message if run.end else ''}")
+    return found
+
+
+def _noise_floor(seen: Observation) -> dict[str, float]:
+    """measure -> MaxVio that uniformly random routing of as many tokens would show on average."""
+    header, config = seen.header, seen.config
+    step_tokens = mean(step.tokens for step in seen.window)
+    micro_batches, length = config.get("train.micro_batches"), config.get("data.sequence_length")
+    micro = step_tokens / micro_batches if isinstance(micro_batches, int) and micro_batches > 0 else math.nan
+    sequence = float(length) if isinstance(length, int) else math.nan
+    held_out = math.fsum(seen.evaluation.tokens.values()) if seen.evaluation else math.nan
+    tokens = {
+        "train_maxvio_global": step_tokens, "train_maxvio_micro_batch": micro, "train_maxvio_sequence": sequence,
+        "heldout_maxvio_global": held_out, "heldout_maxvio_micro_batch": micro, "heldout_maxvio_sequence": sequence,
+    }  # fmt: skip
+    known = {key: count for key, count in tokens.items() if math.isfinite(count) and count > 0}
+    return {key: random_maxvio(count, header.top_k, header.num_experts) for key, count in known.items()}
+
+
+def _facts(seen: Observation) -> dict[str, Any]:
+    header = seen.header
+    return {
+        "layers": header.num_layers,
+        "experts": header.num_experts,
+        "top_k": header.top_k,
+        "parameters": header.parameters,
+        "active_parameters": header.active_parameters,
+        "tokens_per_step": mean(step.tokens for step in seen.window),
+        "tokens": math.fsum(step.tokens for step in seen.steps),
+    }

@@ -1,0 +1,1 @@
+"""The report's parts for other programs: tables, pictures, figures in a notebook."""

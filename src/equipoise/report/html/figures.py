@@ -1,0 +1,244 @@
+"""The curves as plain Plotly specifications. Colours are names ("@s0") that the page fills in, light or dark.
+
+A figure has views, of which a menu shows one; ``s`` on a trace is the strategy it belongs to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from ..data.curves import Curve
+from ..data.formatting import clean, clip
+from ..data.summarize import Comparison
+
+__all__ = [
+    "FLOORS",
+    "NAMES",
+    "Figure",
+    "by_layer",
+    "estimator_curves",
+    "layer_curves",
+    "perplexity_curves",
+    "training_curves",
+]
+
+Figure = dict[str, Any]  # {"views": [{"label", "data", "layout"}], "height": px}
+
+NAMES = {
+    "balance/maxvio_global": "MaxVio, global batch",
+    "balance/maxvio_micro_batch": "MaxVio, micro-batch",
+    "balance/maxvio_sequence": "MaxVio, sequence",
+    "loss": "Training loss, nats per token",
+    "grad_norm": "Gradient norm",
+    "lr": "Learning rate",
+    "tokens_per_second": "Tokens per second",
+}
+FLOORS = {f"balance/maxvio_{scope}": f"train_maxvio_{scope}" for scope in ("global", "micro_batch", "sequence")}
+LOG_TICKS = [m * 10**e for e in range(-3, 4) for m in (1, 2, 5)]
+LAYER_MEASURES = {
+    "mutual_information": "Domain information, nats",
+    "topk_score": "Top-K score",
+    "maxvio_global": "MaxVio, all held-out text",
+    "dead_experts": "Dead experts",
+}
+HEAD = 0.35  # part of a run whose loss lies far above what follows and would flatten it
+
+
+def perplexity_curves(comparison: Comparison) -> Figure | None:
+    """Held-out perplexity at each evaluation: the mean over domains, differences from the baseline, each domain."""
+    choices: list[tuple[str, list[Curve | None]]] = [
+        ("Mean of all domains", [one.charts.perplexity for one in comparison.strategies])
+    ]
+    choices += [
+        (name, [one.charts.domain_perplexity.get(name) for one in comparison.strategies]) for name in comparison.domains
+    ]
+    views = []
+    for label, curves in choices:
+        if any(curves):
+            layout = _over_steps(_without_head(curves), "log", _end(curves))
+            views.append({"label": clean(label), "data": _lines(curves), "layout": layout})
+    differences = [one.charts.difference for one in comparison.strategies]
+    if any(differences):
+        view = {"label": f"Difference from {clean(comparison.baseline)}, %", "data": _lines(differences)}
+        views.insert(1, view | {"layout": _over_steps(_around_zero(differences), "linear", _end(differences))})
+    return {"views": views, "height": 330} if views else None
+
+
+def training_curves(comparison: Comparison) -> Figure | None:
+    """What was measured at every step, one metric at a time, MaxVio first and with its noise floor."""
+    measured = {name for one in comparison.strategies for name in one.charts.training}
+    names = [name for name in NAMES if name in measured] + sorted(measured - set(NAMES))
+    views = []
+    for name in names:
+        curves = [one.charts.training.get(name) for one in comparison.strategies]
+        data = _lines(curves)
+        positive = all(curve is None or min(curve.mean, default=1) > 0 for curve in curves)
+        scale = "log" if positive and ("maxvio" in name or name == "grad_norm") else "linear"
+        layout = _over_steps(None, scale, _end(curves))
+        if name == "loss":
+            layout = _over_steps(_without_head(curves), "linear", _end(curves))
+        if (floor := comparison.noise_floor.get(FLOORS.get(name, ""))) and positive:
+            data.append(_floor(_end(curves), floor))
+        views.append({"label": NAMES.get(name, clean(name)), "data": data, "layout": layout})
+    return {"views": views, "height": 330} if views else None
+
+
+def layer_curves(comparison: Comparison) -> Figure | None:
+    """Held-out measures by layer."""
+    views = []
+    for key, label in LAYER_MEASURES.items():
+        data = []
+        for index, one in enumerate(comparison.strategies):
+            values = one.layers.get(key, [])
+            if any(map(math.isfinite, values)):
+                data.append(_line(list(range(len(values))), values, index, mode="lines+markers"))
+        if data:
+            deepest = max(len(trace["x"]) for trace in data)
+            axis = {"title": {"text": "MoE layer"}, "range": [-0.3, deepest - 0.7], "dtick": math.ceil(deepest / 12)}
+            views.append({"label": label, "data": data, "layout": {"xaxis": axis, "yaxis": {"rangemode": "tozero"}}})
+    return {"views": views, "height": 300} if views else None
+
+
+def by_layer(choices: Sequence[tuple[str, Sequence[tuple[str, int, list[float], list[float], str]]]]) -> Figure | None:
+    """Inspections over their layers. A choice: a menu's label; of each, (name, colour, values, floor, its name)."""
+    views = []
+    for label, curves in choices:
+        data = []
+        for name, colour, values, floor, chance in curves:
+            shown = escape(clip(clean(name), 24), quote=False)
+            if any(map(math.isfinite, values)):
+                own = _line(list(range(len(values))), values, None, color=f"@s{colour}", mode="lines+markers")
+                data.append(own | {"name": shown, "showlegend": len(curves) > 1})
+            if any(map(math.isfinite, values)) and any(map(math.isfinite, floor)):
+                line = _line(list(range(len(floor))), floor, None, color=f"@s{colour}")
+                line["line"] |= {"dash": "dot", "width": 1.5}
+                data.append(line | {"name": f"{shown}: {chance}" if len(curves) > 1 else chance, "showlegend": True})
+        if data:
+            deepest = max(len(trace["x"]) for trace in data)
+            axis = {"title": {"text": "MoE layer"}, "range": [-0.3, deepest - 0.7], "dtick": math.ceil(deepest / 12)}
+            layout = {"xaxis": axis, "yaxis": {"rangemode": "tozero"}, "showlegend": True, "hovermode": "x unified"}
+            views.append({"label": label, "data": data, "layout": layout})
+    return {"views": views, "height": 330} if views else None
+
+
+def estimator_curves(comparison: Comparison) -> Figure | None:
+    """Relative error of each estimator's gradient over the run, one strategy at a time."""
+    names = sorted({name for one in comparison.strategies for name in one.charts.relative_error})
+    views = []
+    for one in comparison.strategies:
+        used = {e.name for e in one.estimators if e.in_use}
+        data = []
+        for index, name in enumerate(names):
+            if curve := one.charts.relative_error.get(name):
+                trace = _line(curve.steps, curve.mean, None, color=f"@s{index + 1}", mode="lines+markers")
+                label = escape(clip(clean(name), 24), quote=False) + (" (in use)" if name in used else "")
+                data.append(trace | {"name": label, "showlegend": True})
+        if data:
+            ends = _end(list(one.charts.relative_error.values()))
+            layout = _over_steps(None, "linear", ends) | {"showlegend": True}
+            views.append({"label": clean(one.name), "data": data, "layout": layout})
+    return {"views": views, "height": 330} if views else None
+
+
+def _lines(curves: Sequence[Curve | None]) -> list[dict[str, Any]]:
+    """A line per strategy over a band from the lowest to the highest seed."""
+    data = []
+    for index, curve in enumerate(curves):
+        if curve is not None and curve.low is not None and curve.high is not None:
+            data.append({
+                "type": "scatter", "mode": "lines", "line": {"width": 0}, "fill": "toself", "s": index,
+                "fillcolor": f"@s{index}/0.16", "hoverinfo": "skip", "showlegend": False,
+                "x": curve.steps + curve.steps[::-1], "y": _short(curve.high + curve.low[::-1]),
+            })  # fmt: skip
+    for index, curve in enumerate(curves):
+        if curve is not None:
+            mode = "lines" if len(curve.steps) > 1 else "lines+markers"  # a line through one point is not seen
+            data.append(_line(curve.steps, curve.mean, index, mode=mode))
+    return data
+
+
+def _line(
+    x: list[int], y: list[float], strategy: int | None, *, color: str = "", mode: str = "lines"
+) -> dict[str, Any]:
+    color = color or f"@s{strategy}"
+    return {
+        "type": "scatter", "mode": mode, "x": x, "y": _short(y), "s": strategy, "showlegend": False,
+        "line": {"color": color, "width": 2}, "marker": {"size": 6, "color": color},
+        "hovertemplate": "%{y:.4~g}",
+    }  # fmt: skip
+
+
+def _floor(end: int, value: float) -> dict[str, Any]:
+    return {
+        "type": "scatter", "mode": "lines+text", "x": [1, end], "y": _short([value, value]), "showlegend": False,
+        "line": {"color": "@muted", "width": 1, "dash": "dot"}, "hoverinfo": "skip",
+        "text": ["", "uniform random routing"], "textposition": "top left", "textfont": {"color": "@muted", "size": 11},
+    }  # fmt: skip
+
+
+def _over_steps(window: list[float] | None, scale: str, end: int = 0) -> dict[str, Any]:
+    x: dict[str, Any] = {"title": {"text": "step"}}
+    y: dict[str, Any] = {"type": scale}
+    if end:
+        x["range"] = [0, end * 1.02]
+    ticks = LOG_TICKS if scale == "log" else []
+    if window is not None:
+        y["range"] = [math.log10(value) for value in window] if scale == "log" else window
+        ticks = _round_ticks(*window)
+    if ticks:
+        y |= {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
+    return {"xaxis": x, "yaxis": y, "hovermode": "x unified"}
+
+
+def _round_ticks(low: float, high: float) -> list[float]:
+    """Four to ten multiples of 1, 2 or 5 times a power of ten.
+
+    >>> _round_ticks(36.0, 51.0)
+    [36, 38, 40, 42, 44, 46, 48, 50]
+    """
+    rough = (high - low) / 8
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough)
+    return [round(i * step, 9) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _without_head(curves: Sequence[Curve | None]) -> list[float] | None:
+    """A range for the vertical axis that shows the curves after the first steep part of the run."""
+    end = _end(curves)
+    late = [
+        value
+        for curve in curves
+        if curve
+        for bound in (curve.mean, curve.low or [], curve.high or [])
+        for step, value in zip(curve.steps, bound, strict=False)
+        if step >= HEAD * end and math.isfinite(value) and value > 0
+    ]
+    if len(late) < 2 or min(late) == max(late):
+        return None
+    return [min(late) * 0.97, max(late) * 1.03]
+
+
+def _around_zero(curves: Sequence[Curve | None]) -> list[float] | None:
+    """A range that shows zero and the intervals of the last steps."""
+    end = _end(curves)
+    late = [
+        value
+        for curve in curves
+        if curve
+        for bound in (curve.low or [], curve.high or [])
+        for step, value in zip(curve.steps, bound, strict=True)
+        if step >= HEAD * end and math.isfinite(value)
+    ]
+    low, high = min([0.0, *late]), max([0.0, *late])
+    return [low - 0.08 * (high - low), high + 0.08 * (high - low)] if low < high else None
+
+
+def _end(curves: Sequence[Curve | None]) -> int:
+    return max((curve.steps[-1] for curve in curves if curve), default=0)
+
+
+def _short(values: Sequence[float]) -> list[float | None]:
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values]

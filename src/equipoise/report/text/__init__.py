@@ -1,0 +1,1 @@
+"""The report as text of at most 80 columns."""

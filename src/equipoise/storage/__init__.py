@@ -1,0 +1,1 @@
+"""Every file that equipoise writes: records of runs and inspections, checkpoints, caches."""

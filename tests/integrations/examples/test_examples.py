@@ -1,0 +1,82 @@
+"""The examples run as a reader would run them: offline, in a process of their own, on one core."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from integrations.examples._fresh import QUIET
+from integrations.examples._fresh import run as fresh
+
+FOLDER = Path(__file__).resolve().parents[3] / "examples"
+NEEDS = {
+    "plain_loop": (),
+    "accelerate_loop": ("accelerate", "transformers"),
+    "hf_trainer": ("accelerate", "transformers"),
+    "lightning_trainer": ("lightning",),
+}
+
+
+def run(name: str, *arguments: str, size: int = 1) -> str:
+    for package in NEEDS[name]:
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    return fresh(FOLDER / f"{name}.py", *arguments, size=size)[0]
+
+
+def maxvio(output: str) -> dict[int, list[float]]:
+    """Step -> MaxVio of each layer."""
+    lines = re.findall(r"step (\d+): MaxVio (.*)", output)
+    return {int(step): [float(value) for value in re.findall(r"layer \d+: (\d+\.\d+)", line)] for step, line in lines}
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_an_example_is_short_and_says_what_it_shows(name):
+    text = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    assert text.startswith('"""') and len(text.splitlines()) < 100
+    assert f"python examples/{name}.py" in text.partition("from __future__")[0]
+    assert "description=__doc__" in text, "--help says it too"
+
+
+def test_the_plain_loop_balances_what_grows_uneven_without():
+    balanced, left_alone = (maxvio(run("plain_loop", "--steps", "25", *more)) for more in ((), ("--coef", "0")))
+    assert balanced[1] == left_alone[1], "the first step is the same"
+    assert max(balanced[25]) < max(left_alone[25])
+
+
+def test_accelerate_sees_the_same_load_on_two_processes():
+    """Both draw the same rows and share them: the load of the global batch is that of one process."""
+    alone, two = (maxvio(run("accelerate_loop", "--steps", "3", size=size)) for size in (1, 2))
+    assert sorted(two) == [1, 3]
+    assert alone[1] == two[1]
+
+
+@pytest.mark.parametrize("name", ["hf_trainer", "lightning_trainer"])
+def test_a_trainer_with_the_callback(name):
+    seen = maxvio(run(name, "--steps", "3"))
+    assert sorted(seen) == [1, 3]
+    assert all(len(layers) == 2 and min(layers) > 0 for layers in seen.values())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("name", "launcher"),
+    [
+        (
+            "accelerate_loop",
+            ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"),
+        ),
+        ("hf_trainer", ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")),
+    ],
+)
+def test_the_launcher_that_an_example_names(name, launcher):
+    command = [sys.executable, "-m", *launcher, str(FOLDER / f"{name}.py"), "--steps", "3"]
+    done = subprocess.run(command, env=os.environ | QUIET, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert sorted(maxvio(done.stdout)) == [1, 3]

@@ -1,0 +1,239 @@
+"""The router as a module: its formula, the dtype of its bias through every cast and load, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, InputError, Router
+from equipoise.autograd.token_layout import TokenLayout
+from equipoise.functional import route
+
+OPTIONS = [
+    {},
+    {"normalize": False},
+    {"gate": "sigmoid", "selection_bias": True, "num_groups": 4, "top_groups": 2, "scale": 2.5},
+    {"gate": "sqrt_softplus", "selection_bias": True},
+]
+
+
+def biased(**options) -> Router:
+    torch.manual_seed(0)
+    router = Router(6, 8, 2, **options)
+    if router.expert_bias is not None:
+        router.expert_bias.copy_(0.3 * torch.randn(8))
+    return router
+
+
+def tokens(count: int = 12, seed: int = 1) -> torch.Tensor:
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_router_is_a_linear_map_and_route(options):
+    router, x = biased(**options), tokens()
+    mask = torch.rand(12, generator=torch.Generator().manual_seed(2)) > 0.4
+    keywords = {k: v for k, v in options.items() if k != "selection_bias"}
+    want = route(x @ router.weight.T, 2, selection_bias_E=router.expert_bias, token_mask_T=mask, **keywords)
+    got = router(x, TokenLayout(3, mask))
+    assert torch.equal(got.expert_ids_TK, want.expert_ids_TK)
+    assert torch.equal(got.counts_E, want.counts_E)
+    torch.testing.assert_close(got.weights_TK, want.weights_TK)
+    torch.testing.assert_close(got.logits_TE, want.logits_TE)
+    assert torch.equal(router(x, TokenLayout(3, mask.long())).counts_E, want.counts_E)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_balancer_leaves_what_forward_says_to_the_last_bit(options):
+    router, x = biased(**options), tokens()
+    before = router(x, TokenLayout(3))
+    policies = [AuxLoss("micro_batch"), *([ExpertBias(rate=0.0)] if options.get("selection_bias") else [])]
+    balancer = Balancer(router, policies, optimizer=torch.optim.SGD(router.parameters(), 0.1))
+    for one, other in zip(router(x, TokenLayout(3)), before, strict=True):
+        assert torch.equal(one, other)
+    balancer.remove()
+
+
+@pytest.mark.parametrize("scope", ["shuffle", "document", "micro_batch"])
+def test_masks_and_documents_of_any_integer_type_push_alike(scope):
+    """As positions instead of a mask, a mask of ones and zeros would pick the first two tokens over and over."""
+    mask = torch.tensor([True] * 7 + [False] * 5)
+    documents = torch.arange(12) // 4
+    gradients = []
+    for whole in (TokenLayout(1, mask, documents), TokenLayout(1, mask.int(), documents.int())):
+        router = biased()
+        optimizer = torch.optim.SGD(router.parameters(), 0.0)
+        balancer = Balancer(router, [AuxLoss(scope, coef=1.0)], optimizer=optimizer)
+        torch.manual_seed(0)
+        with balancer.counting():
+            router(tokens(), whole)
+        loss = balancer.tap(router(tokens(), whole).weights_TK.sum() * 0)
+        loss.backward()
+        assert router.weight.grad is not None
+        gradients.append(router.weight.grad.clone())
+        balancer.discard()
+    assert gradients[0].any()
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_logits_are_fp32_or_wider_whatever_the_model_computes_in(dtype):
+    router = biased(gate="sigmoid", selection_bias=True).to(dtype)
+    assert router.weight.dtype == dtype
+    x = tokens().to(dtype)
+    routing = router(x)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert routing.logits_TE.dtype == routing.weights_TK.dtype == wide
+    torch.testing.assert_close(routing.logits_TE, F.linear(x.to(wide), router.weight.to(wide)))
+    routing.weights_TK.sum().backward()
+    assert router.weight.grad is not None
+    assert router.weight.grad.dtype == dtype
+
+
+def test_autocast_does_not_reach_the_router():
+    router, x = biased(), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = router(x)
+    assert torch.equal(inside.logits_TE, router(x).logits_TE)
+
+
+def to_and_from_bf16_checkpoint(router: Router, assign: bool) -> Router:
+    file = io.BytesIO()
+    torch.save({name: tensor.to(torch.bfloat16) for name, tensor in router.state_dict().items()}, file)
+    file.seek(0)
+    with torch.device("meta" if assign else "cpu"):
+        fresh = Router(6, 8, 2, selection_bias=True)
+    fresh.load_state_dict(torch.load(file), assign=assign)
+    return fresh
+
+
+CASTS = {
+    "bfloat16": lambda r: r.bfloat16(),
+    "half": lambda r: r.half(),
+    "double": lambda r: r.double(),
+    "to": lambda r: r.to(torch.bfloat16),
+    "to twice": lambda r: r.to(torch.float16).to(torch.bfloat16).float(),
+    "parent": lambda r: torch.nn.Sequential(r).bfloat16()[0],
+    "deepcopy": lambda r: copy.deepcopy(r).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_the_bias_keeps_fp32_and_every_bit_through_casts(cast):
+    router = biased(selection_bias=True)
+    assert router.expert_bias is not None
+    want = router.expert_bias.clone()
+    after = CASTS[cast](router)
+    assert after.expert_bias.dtype == torch.float32
+    assert torch.equal(after.expert_bias, want)
+    assert "expert_bias" in after.state_dict()
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_the_bias_is_fp32_after_loading_a_bf16_checkpoint(assign):
+    router = biased(selection_bias=True)
+    assert router.expert_bias is not None
+    loaded = to_and_from_bf16_checkpoint(router, assign)
+    assert loaded.expert_bias is not None
+    assert loaded.expert_bias.dtype == torch.float32
+    assert torch.equal(loaded.expert_bias, router.expert_bias.bfloat16().float())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_router_from_meta_starts_with_a_bias_of_zero(dtype):
+    with torch.device("meta"):
+        router = Router(6, 8, 2, selection_bias=True)
+    router = router.to(dtype) if dtype else router
+    torch.use_deterministic_algorithms(True)  # what is allocated empty is full of NaN
+    try:
+        router.to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert router.weight.isnan().all()
+    assert router.expert_bias is not None
+    assert router.expert_bias.dtype == torch.float32
+    assert router.expert_bias.eq(0).all()
+    router.reset_parameters()
+    assert router.expert_bias.eq(0).all()
+    assert router(tokens().to(router.weight.dtype)).counts_E.sum() == 24
+
+
+def test_the_state_dict_holds_the_bias_only_where_there_is_one():
+    assert set(Router(6, 8, 2).state_dict()) == {"weight"}
+    router = biased(selection_bias=True)
+    assert set(router.state_dict()) == {"weight", "expert_bias"}
+    other = Router(6, 8, 2, selection_bias=True)
+    other.load_state_dict(router.state_dict())
+    assert torch.equal(other(tokens()).expert_ids_TK, router(tokens()).expert_ids_TK)
+    plain = Router(6, 8, 2)  # asked for none, and is given one: a bias must not get lost
+    plain.load_state_dict(router.state_dict())
+    assert torch.equal(plain(tokens()).expert_ids_TK, router(tokens()).expert_ids_TK)
+
+
+def test_a_bias_can_be_added_later_and_once():
+    router = biased()
+    before = router(tokens())
+    router.enable_selection_bias()
+    assert router.expert_bias is not None
+    assert torch.equal(router(tokens()).expert_ids_TK, before.expert_ids_TK)
+    router.expert_bias.fill_(3)
+    router.enable_selection_bias()
+    assert router.expert_bias.eq(3).all()
+
+
+def test_the_bias_gets_no_gradient_and_is_no_parameter():
+    router = biased(gate="sigmoid", selection_bias=True)
+    assert router.expert_bias is not None
+    router(tokens()).weights_TK.sum().backward()
+    assert not router.expert_bias.requires_grad
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_few_tokens(count):
+    routing = biased(gate="sigmoid", selection_bias=True)(tokens(count))
+    assert routing.weights_TK.shape == (count, 2)
+    assert int(routing.counts_E.sum()) == 2 * count
+
+
+@pytest.mark.parametrize(
+    ("word", "x", "batch"),
+    [
+        ("(T, 6)", torch.zeros(4, 5), None),
+        ("(T, 6)", torch.zeros(2, 2, 6), None),
+        ("num_sequences=3", torch.zeros(4, 6), TokenLayout(3)),
+        ("token_mask", torch.zeros(4, 6), TokenLayout(1, torch.ones(5, dtype=torch.bool))),
+        ("token_mask", torch.zeros(4, 6), TokenLayout(1, torch.ones(2, 2, dtype=torch.bool))),
+        ("boolean", torch.zeros(4, 6), TokenLayout(1, torch.zeros(4))),
+        ("document_ids", torch.zeros(4, 6), TokenLayout(1, None, torch.zeros(3, dtype=torch.int64))),
+        ("1 of 4 tokens", torch.zeros(4, 6).index_fill_(0, torch.tensor([2]), torch.nan), None),
+        ("4 of 4 tokens", torch.full((4, 6), torch.inf), None),
+    ],
+)
+def test_input_that_cannot_be_routed_is_refused_in_three_parts(word, x, batch):
+    with pytest.raises(InputError) as caught:
+        biased()(x, batch)
+    assert word in str(caught.value)
+    assert caught.value.expected
+    assert caught.value.got
+    assert caught.value.do
+
+
+@pytest.mark.parametrize(
+    ("word", "arguments"),
+    [
+        ("top_k=9", {"top_k": 9}),
+        ("top_k=0", {"top_k": 0}),
+        ("did you mean 'softmax'", {"gate": "softmx"}),
+        ("num_groups=3", {"num_groups": 3}),
+        ("chosen groups", {"num_groups": 8, "top_groups": 1}),
+    ],
+)
+def test_a_router_that_cannot_route_is_never_built(word, arguments):
+    with pytest.raises(ConfigError) as caught:
+        Router(6, 8, **{"top_k": 2, **arguments})
+    assert word in str(caught.value)
