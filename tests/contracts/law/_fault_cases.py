@@ -27,11 +27,11 @@ def one_fails(guard: str, where: str, on_fault: str) -> tuple[str, list[float]]:
 
     Only the balancer communicates: gradients are not averaged, and with a learning rate of 0 need not be.
     """
-    held, looking.AT_HAND = looking.AT_HAND, {"cpu"} if where == "at hand" else set()
+    held, looking.HOST_READABLE = looking.HOST_READABLE, {"cpu"} if where == "at hand" else set()
     try:
         return _one_fails(guard, on_fault)
     finally:
-        looking.AT_HAND = held
+        looking.HOST_READABLE = held
 
 
 def _one_fails(guard: str, on_fault: str) -> tuple[str, list[float]]:

@@ -64,7 +64,7 @@ def test_a_run_leaves_a_complete_record(tiny_run, tmp_path):
     assert all(step.tokens == 4 * 2 * 32 for step in run.steps)
     assert run.end.tokens == 6 * 256 and run.end.peak_memory_bytes > 50e6
     assert run.end.seconds == pytest.approx(sum(step.seconds for step in run.steps))
-    assert run.steps[0].balance["balance/policy_0/loss"] > 1.0
+    assert run.steps[0].balance["balance/micro/loss"] > 1.0
     assert [load.step for load in run.loads] == [2, 4, 6]
     for load in run.loads:  # every choice of every token, in every layer
         assert [sum(layer) for layer in load.counts] == [256 * 2] * 2

@@ -117,13 +117,11 @@ class Strategy:
 
     def check(self, config: RunConfig) -> None:
         """Refuses at once what would be refused when the run starts: a wrong setting, a rule that this gate breaks."""
-        from ...policies import ExpertBias
-        from ...policies.switch import timeline
+        from ...policies.schedule import Schedule
 
         model = self.apply(config.model)
-        for timed in timeline(self.build(config.train.steps)):
-            if isinstance(timed.policy, ExpertBias):
-                timed.policy.check_gate(model.gate, model.experts)
+        for _, bias in Schedule(self.build(config.train.steps)).biases:
+            bias.check_gate(model.gate, model.experts)
 
 
 def parse_strategy(text: str) -> Strategy:

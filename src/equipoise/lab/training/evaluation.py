@@ -151,7 +151,7 @@ def _routers(model: Model) -> list[Watched]:
                 for one in own]  # fmt: skip
     routers = [router for _, router in find_foreign(model.routed, None)]
     for router in routers:
-        if router.meter is None:
+        if router.balance_state is None:
             router.layout.remove()  # nobody balances, so nobody asks how the tokens lie
     return [Watched(one.module, one.num_experts, one.gate, _reader(one), one.idle) for one in routers]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ...policies import AuxLoss, Policy
-from ...policies.switch import timeline
+from ...policies.schedule import Schedule
 
 if TYPE_CHECKING:
     from ..config.schema import RunConfig
@@ -38,7 +38,7 @@ def largest_pass(config: RunConfig, policies: Sequence[Policy], *, compares: boo
     train, model = config.train, config.model
     if train.micro_batches_per_pass:
         return train.micro_batches_per_pass
-    in_pieces = compares or any(_depends(timed.policy) for timed in timeline(policies))
+    in_pieces = compares or any(_depends(scheduled.policy) for scheduled in Schedule(policies))
     if in_pieces or model.through == "transformers":  # whose memory is not known here
         return PIECE
     tokens = train.sequences_per_micro_batch * config.data.sequence_length
@@ -56,7 +56,7 @@ def passes_of(micro_batches: int, most: int) -> int:
 
 def shuffles(policies: Sequence[Policy]) -> bool:
     """Whether a policy draws tokens of the whole step: it needs a counting pass also where the step is one pass."""
-    return any(isinstance(timed.policy, AuxLoss) and timed.policy.scope == "shuffle" for timed in timeline(policies))
+    return Schedule(policies).shuffles
 
 
 def _depends(policy: object) -> bool:

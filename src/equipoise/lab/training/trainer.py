@@ -28,7 +28,7 @@ from ... import __version__
 from ...balancer.balancer import Balancer
 from ...errors import ConfigError, DataError, InputError, OutputError, StateError
 from ...policies import AuxLoss, Policy
-from ...policies.switch import timeline
+from ...policies.schedule import Schedule
 from ...storage import checkpoint
 from ...storage.cache import atomic_write
 from ...storage.run_record import RECORD_NAME, End, Fidelity, Header, Load, Record, RecordWriter, Step, read_run
@@ -220,7 +220,7 @@ class _Run:
         train = self.config.train
         if _due(self.step, train.load_every):
             self._write(Load(self.step, [counts_E.tolist() for counts_E in self.balancer.load()]))
-        if _due(self.step, train.fidelity_every) and (found := self.balancer.fidelity()):
+        if _due(self.step, train.fidelity_every) and (found := self.balancer.estimator_error()):
             self._write(Fidelity(self.step, found["relative_error"], found["cosine"], self._estimators()))
         if _due(self.step, train.eval_every) or self.step == train.steps:
             self.evaluate()
@@ -333,7 +333,7 @@ class _Run:
 
     def _estimators(self) -> list[str]:
         """Those that this run trains with: the estimators of its losses over the global batch."""
-        losses = [timed.policy for timed in timeline(self.policies) if isinstance(timed.policy, AuxLoss)]
+        losses = [loss for _, loss in Schedule(self.policies).losses]
         return sorted({loss.estimator for loss in losses if loss.scope == "global_batch" and loss.coef != 0})
 
 
