@@ -104,8 +104,9 @@ class LayerGroup:
 
     def write_coefficients(self, coefficients: MicroBatchCoefficients, scale: Tensor, *, count: bool) -> None:
         """Writes what ``bind`` gave, for this scale of the loss; ``count=False``: push again, count nothing."""
-        push_LP = coefficients.coefs_LP * scale.to(device=coefficients.coefs_LP.device, dtype=torch.float64).reshape(())
-        rows = torch.cat([push_LP, push_LP.new_full((len(push_LP), 1), float(count))], dim=1).unbind()
+        unit_LP = coefficients.coefs_LP
+        coefs_LP = unit_LP * scale.to(device=unit_LP.device, dtype=torch.float64).reshape(())
+        rows = torch.cat([coefs_LP, coefs_LP.new_full((len(coefs_LP), 1), float(count))], dim=1).unbind()
         for state, sharded in zip(self.states, coefficients.sharded, strict=True):
             state.sharded_fractions = sharded
         self.place(coefficients.placed)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from contracts.law._devices import SECOND, Moved, OnSecond, move, second_device
 from contracts.law._model import gradients, make_step, net, train_step
 from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, Sequences, ZLoss
-from equipoise.autograd.router_state import RouterState, take
+from equipoise.autograd.router_state import RouterState, take_pending
 from equipoise.autograd.spec import LossTerm, StatsSpec
 from equipoise.functional.routing import count_choices
 
@@ -141,7 +141,7 @@ def test_meters_and_masks_of_two_gpus():
     """As far as fake tensors of GPUs go on a machine without one: no gradient does."""
     with FakeTensorMode():
         gpus = [torch.device(f"cuda:{i}") for i in (0, 1)]
-        taken = take([RouterState(StatsSpec(8, 2, "softmax", (LossTerm("late"),)), gpu) for gpu in gpus])
+        taken = take_pending([RouterState(StatsSpec(8, 2, "softmax", (LossTerm("late"),)), gpu) for gpu in gpus])
         assert taken.statistics_LS.device == gpus[0]
         ids_TK = torch.zeros(6, 2, dtype=torch.long, device=gpus[1])
         counts = count_choices(ids_TK, 8, torch.ones(6, dtype=torch.bool, device=gpus[0]), 2)
