@@ -18,6 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.errors import DataError, OutputError
+from equipoise.lab.data import corpus as corpus_module
+from equipoise.lab.data import installed_text as domains_module
 from equipoise.lab.data.corpus import Corpus, Deduplicator, check_domains, embedded_corpus, embedded_fingerprint
 from equipoise.lab.data.installed_text import (
     DOMAINS,
@@ -29,8 +31,6 @@ from equipoise.lab.data.installed_text import (
     strip_cpp,
     strip_python,
 )
-from equipoise.lab.data.packing import corpus as corpus_module
-from equipoise.lab.data.packing import installed_text as domains_module
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 MODULES = ["json/decoder.py", "argparse.py", "dataclasses.py", "asyncio/tasks.py", "typing.py", "textwrap.py"]
@@ -38,7 +38,7 @@ MODULES = ["json/decoder.py", "argparse.py", "dataclasses.py", "asyncio/tasks.py
 SMALL = """
 import json, sys
 from pathlib import Path
-from equipoise.lab import corpus
+from equipoise.lab.data import corpus
 corpus.TRAIN_BYTES, corpus.LEAST_DOMAIN_BYTES = 150_000, 100_000
 corpus.LEAST_HELDOUT_BYTES = corpus.HELDOUT_BYTES = 20_000
 built = corpus.embedded_corpus(cache=Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""What the ranks of test_parallel.py do."""
+"""What the ranks of test_distributed.py do."""
 
 from __future__ import annotations
 

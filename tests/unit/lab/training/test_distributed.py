@@ -14,10 +14,10 @@ from equipoise.lab.training.distributed import join
 from equipoise.lab.training.trainer import CHECKPOINTS, train
 from equipoise.storage import checkpoint
 from equipoise.storage.run_record import RECORD_NAME, read_run
-from unit.lab.test_train import assert_same, numbers, weights
+from unit.lab.training.test_trainer import assert_same, numbers, weights
 
 pytestmark = pytest.mark.xdist_group("ranks")
-CASES = "unit.lab.parallel_cases"
+CASES = "unit.lab.training.distributed_cases"
 DP2, DP4 = (2, ParallelConfig()), (4, ParallelConfig(dp=4))
 EP2, DP4_EP2 = (2, ParallelConfig(ep=2)), (4, ParallelConfig(ep=2))
 FSDP2, FSDP4_EP2 = (2, ParallelConfig(fsdp=True)), (4, ParallelConfig(ep=2, fsdp=True))

@@ -7,9 +7,9 @@ import pytest
 from equipoise.errors import ConfigError
 from equipoise.lab.config.schema import ParallelConfig
 from equipoise.lab.training.trainer import train
-from unit.lab._given import folder_of, run_of, tiny
-from unit.lab.test_parallel import CASES, assert_close
-from unit.lab.test_train import numbers, weights
+from unit.lab.models._given import folder_of, run_of, tiny
+from unit.lab.training.test_distributed import CASES, assert_close
+from unit.lab.training.test_trainer import numbers, weights
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.xdist_group("ranks")

@@ -1,6 +1,6 @@
 """Processes that die, disks that fill up: what is left is whole, the others end at once, and the run goes on.
 
-A few of the kills of `lab.faults`, which does many more.
+A few of the kills of `unit.lab.training.faults`, which does many more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from equipoise.lab.config.schema import ParallelConfig
 from equipoise.lab.training.trainer import CHECKPOINTS
 from equipoise.storage import checkpoint
 from equipoise.storage.run_record import RECORD_NAME, read_run
-from unit.lab import faults
+from unit.lab.training import faults
 
 pytestmark = pytest.mark.xdist_group("ranks")  # they start several processes: not beside others that do
 GRID = ParallelConfig(ep=2)

@@ -21,8 +21,8 @@ from equipoise.lab.training.evaluation import evaluate
 from equipoise.lab.training.trainer import train
 from equipoise.storage.balancer_file import FILE, write_state
 from equipoise.storage.run_record import read_run
-from unit.lab._given import folder_of, run_of, tiny
-from unit.lab.test_train import assert_same, numbers, weights
+from unit.lab.models._given import folder_of, run_of, tiny
+from unit.lab.training.test_trainer import assert_same, numbers, weights
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [

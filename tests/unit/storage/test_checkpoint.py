@@ -11,7 +11,7 @@ import torch
 
 from equipoise.errors import DataError, OutputError
 from equipoise.storage.checkpoint import load_latest, save
-from unit.lab import victim
+from unit.lab.training import victim
 
 
 def state(value: float = 1.0) -> dict:

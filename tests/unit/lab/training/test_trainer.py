@@ -20,7 +20,7 @@ from equipoise.lab.training.trainer import CHECKPOINTS, learning_rate, train
 from equipoise.policies import ESTIMATORS
 from equipoise.storage import checkpoint
 from equipoise.storage.run_record import RECORD_NAME, read_run
-from unit.lab import victim
+from unit.lab.training import victim
 
 
 def numbers(folder) -> list[dict]:

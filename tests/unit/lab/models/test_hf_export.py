@@ -23,7 +23,7 @@ from equipoise.lab.models.transformer import LanguageModel
 from equipoise.lab.training.trainer import train
 from equipoise.storage import checkpoint
 from equipoise.storage.run_record import read_run
-from unit.lab._given import folder_of
+from unit.lab.models._given import folder_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 transformers = pytest.importorskip("transformers")

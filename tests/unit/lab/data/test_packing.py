@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.errors import ConfigError, DataError, OutputError
+from equipoise.lab.data import packing as data_module
 from equipoise.lab.data.packing import MIXES, Batches, PackedData, describe, pack, prepare
-from equipoise.lab.data.packing import packing as data_module
 from equipoise.lab.data.tokenizer import END_OF_TEXT, load_tokenizer
 
 pytest.importorskip("tokenizers")

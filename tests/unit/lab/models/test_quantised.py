@@ -19,8 +19,8 @@ from equipoise.lab.models.hf_folder import export_run
 from equipoise.lab.models.pretrained import build
 from equipoise.lab.models.quantised import how_quantised, unreadable
 from equipoise.lab.training.trainer import train
-from unit.lab._given import folder_of, run_of, tiny
-from unit.lab.test_train import weights
+from unit.lab.models._given import folder_of, run_of, tiny
+from unit.lab.training.test_trainer import weights
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="the hf extra is not installed")

@@ -1,7 +1,7 @@
-"""Runs that lose a process at a random moment: how they end, and whether they go on to the same numbers.
+"""Runs that lose a process at a random moment: how they end, and whether they resume to the same numbers.
 
-From the root of the repository: ``PYTHONPATH=tests python -m unit.lab.faults --kills 50`` prints a table of what was
-killed when and how it went on; it ends with 1 where a single number differs. Tests take a few of the same kills.
+From the root of the repository: ``PYTHONPATH=tests python -m unit.lab.training.faults --kills 50`` prints a table of
+what was killed when and how it went on; it ends with 1 where a single number differs. Tests take a few of the kills.
 """
 
 from __future__ import annotations
