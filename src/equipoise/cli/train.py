@@ -124,8 +124,9 @@ def _leave(code: int) -> NoReturn:
 def train_in(folder: Path, config: RunConfig, world: World, *, go_on: bool, overwrite: bool, plain: bool) -> int:
     """Trains in ``folder``, which the first rank then holds. A worker shows nothing and ends with its parent."""
     from ..lab.comparison.progress import RunBar, open_console
-    from ..lab.comparison.workers import locked, orphaned
+    from ..lab.comparison.workers import orphaned
     from ..lab.training.trainer import train
+    from ..storage.locks import locked
 
     def watch(step: Step) -> None:  # noqa: ARG001
         if orphaned():  # as if the parent had stopped this worker: it saves and ends

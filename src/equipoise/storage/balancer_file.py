@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ..errors import DataError, OutputError
+from ..errors import DataError
+from .files import output_errors, write_whole
+from .tensors import join_tensors, split_tensors
 
 __all__ = ["FILE", "NAMES", "read_state", "remove_state", "state_file", "write_state"]
 
@@ -31,28 +31,11 @@ def remove_state(folder: Path) -> None:
 
 def write_state(state: dict[str, Any], path: Path) -> None:
     """All of it or nothing: a file of that name is whole."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    tensors: dict[str, Tensor] = {}
-
-    def take(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()
-            return {"$tensor": str(len(tensors) - 1)}
-        if isinstance(value, dict):
-            return {key: take(inner) for key, inner in value.items()}
-        return [take(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-    text, part = json.dumps(take(state)), path.with_suffix(".part")
-    try:
-        save_file(tensors, part, metadata={"state": text})
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(
-            expected=f"to write {path}", got=str(error), do="make room, or choose a folder that can be written"
-        ) from error
+    plain, tensors = split_tensors(state)
+    with output_errors(path, "make room, or choose a folder that can be written"):
+        write_whole(path, save(tensors, metadata={"state": json.dumps(plain)}))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -63,13 +46,7 @@ def read_state(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
             text = file.metadata()["state"]
-
-        def put(value: Any) -> Any:
-            if isinstance(value, dict):
-                return tensors[value["$tensor"]] if "$tensor" in value else {key: put(v) for key, v in value.items()}
-            return [put(inner) for inner in value] if isinstance(value, list) else value
-
-        return put(json.loads(text))
+        return join_tensors(json.loads(text), tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             expected=f"the balancer's state in {path}",

@@ -12,23 +12,22 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import types
-import typing
 import zipfile
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, OutputError
-from .run_record import write_whole
+from ..errors import DataError
+from .codec import Rules, decode
+from .files import output_errors, write_whole
 
 __all__ = ["ARRAYS_NAME", "INSPECTION_NAME", "SCHEMA", "Arrays", "DomainText", "Facts", "Inspection", "Layer", "Pair",
            "is_inspection", "read_inspection", "write_inspection"]  # fmt: skip
 
 INSPECTION_NAME, ARRAYS_NAME = "inspection.json", "arrays.npz"
 KIND, SCHEMA = "equipoise inspection", 1
+RULES = Rules(unknown_fields=True)
 HIGH = 2.0  # times the frequency of uniform routing: from there on an expert is one of a domain's frequent ones
 
 
@@ -200,14 +199,11 @@ def write_inspection(folder: str | Path, inspection: Inspection) -> Path:
         "problems": inspection.problems,
         "strings": {str(key): value for key, value in inspection.strings.items()},
     }
-    try:
+    with output_errors(f"the inspection into {folder}", "free disk space, or choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / ARRAYS_NAME, buffer.getvalue())
         text = json.dumps(head, ensure_ascii=False, allow_nan=False, indent=1)
         write_whole(folder / INSPECTION_NAME, text.encode("utf-8", "surrogatepass"))
-    except OSError as error:
-        raise OutputError(expected=f"to write the inspection into {folder}", got=error.strerror or str(error),
-                          do="free disk space, or choose another --out") from None  # fmt: skip
     return folder / INSPECTION_NAME
 
 
@@ -242,9 +238,9 @@ def read_inspection(folder: str | Path) -> Inspection:
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             arrays = Arrays(**{f.name: stored[f.name] for f in fields(Arrays)})
         return Inspection(
-            facts=_typed(Facts, head["facts"]),
-            domains=[_typed(DomainText, one) for one in head["domains"]],
-            layers=[_typed(Layer, one) for one in head["layers"]],
+            facts=decode(Facts, head["facts"], RULES, "facts"),
+            domains=[decode(DomainText, one, RULES, f"domains[{i}]") for i, one in enumerate(head["domains"])],
+            layers=[decode(Layer, one, RULES, f"layers[{i}]") for i, one in enumerate(head["layers"])],
             strings={int(key): str(value) for key, value in head["strings"].items()},
             arrays=arrays,
             problems=[str(problem) for problem in head["problems"]],
@@ -253,29 +249,6 @@ def read_inspection(folder: str | Path) -> Inspection:
         if isinstance(error, DataError):
             raise
         raise _damaged(path, f"{type(error).__name__}: {str(error)[:100]}") from None
-
-
-def _typed(cls: type, data: dict[str, Any]) -> Any:
-    """A dataclass from its JSON; unknown entries are passed over, ones that came later may be missing."""
-    hints = typing.get_type_hints(cls)
-    there = [f.name for f in fields(cls) if f.name in data or f.default is MISSING]
-    return cls(**{name: _value(hints[name], data[name], name) for name in there})
-
-
-def _value(hint: Any, value: Any, name: str) -> Any:
-    if isinstance(hint, types.UnionType):
-        return None if value is None else _value(typing.get_args(hint)[0], value, name)
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is list and isinstance(value, list):
-        return [_typed(inner[0], one) if hasattr(inner[0], "__dataclass_fields__") else _value(inner[0], one, name)
-                for one in value]  # fmt: skip
-    if origin is dict and isinstance(value, dict):
-        return {str(key): _value(inner[1], one, name) for key, one in value.items()}
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint in (int, str) and type(value) is hint:
-        return value
-    raise TypeError(f"{name}: {value!r} is no {getattr(hint, '__name__', hint)}")
 
 
 def _damaged(path: Path, got: str) -> DataError:

@@ -23,11 +23,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import ConfigError, DataError, OutputError
-from ...storage.cache import atomic_write
+from ...storage.codec import encode
+from ...storage.files import atomic_write
+from ...storage.locks import LOCK_NAME, locked
 from ...storage.run_record import RECORD_NAME, read_run
-from ..config.schema import CompareConfig, RunConfig, from_dict, to_dict
+from ..config.schema import CompareConfig, RunConfig, from_dict
 from ..config.strategies import NAMES, slug, strategy_of
-from .workers import CONFIG_NAME, LOCK_NAME, Job, Pool, cores, locked
+from .workers import CONFIG_NAME, Job, Pool, cores
 
 __all__ = ["MANIFEST_NAME", "QUICK", "REPORT_NAME", "Comparison", "View", "find_unfinished", "new_folder",
             "open_comparison", "plan", "prepare_all", "read_manifest", "run_all"]  # fmt: skip
@@ -87,7 +89,7 @@ class Comparison:
             "status": self.status,
             "started": self.started,
             "versions": versions(),
-            "config": to_dict(self.config),
+            "config": encode(self.config),
             "runs": [
                 {"folder": job.folder.name, "strategy": job.config.strategy, "seed": job.config.train.seed,
                  "status": job.status, "error": job.error}
@@ -253,7 +255,7 @@ def versions() -> dict[str, str]:
 def _merged(folder: Path, manifest: dict[str, Any], config: CompareConfig) -> CompareConfig:
     """The earlier configuration with the strategies and seeds of both; everything else has to be equal."""
     earlier = from_dict(CompareConfig, manifest["config"])  # settings that came later have their defaults
-    there, here = _flat(to_dict(earlier)), _flat(to_dict(config))
+    there, here = _flat(encode(earlier)), _flat(encode(config))
     there |= {f"version of {name}": version for name, version in manifest["versions"].items()}
     here |= {f"version of {name}": version for name, version in versions().items()}
     for key in sorted(there.keys() | here.keys()):

@@ -7,13 +7,11 @@ parent stops a worker with SIGTERM, which saves; a worker whose parent has died 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,11 +20,10 @@ from ...storage.run_record import RECORD_NAME
 from ..config.schema import RunConfig, to_toml
 from .record_tail import Follower
 
-__all__ = ["CONFIG_NAME", "LOCK_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "cores", "locked", "orphaned"]
+__all__ = ["CONFIG_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "cores", "orphaned"]
 
 CONFIG_NAME = "run.toml"
 LOG_NAME = "worker.log"
-LOCK_NAME = ".lock"
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # a worker is a run of its own, also under torchrun
 PARENT = "EQUIPOISE_PARENT"  # the process id that a worker belongs to
 SAVING_SECONDS = 120.0  # that a stopped worker has to write its checkpoint
@@ -150,38 +147,6 @@ class Pool:
         else:
             job.status, job.error = "failed", last_words(job.folder / LOG_NAME, code)
         return True
-
-
-@contextlib.contextmanager
-def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
-    """Holds ``folder`` for this process; the lock goes with the process, however it ends.
-
-    Raises OutputError for a folder that cannot be written, or that another process still holds after ``wait`` seconds.
-    """
-    path = folder / LOCK_NAME
-    deadline = time.monotonic() + wait
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            expected=f"to write {path}", got=error.strerror or str(error), do="free space or choose another folder"
-        ) from None
-    with file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.1)
-                    continue
-                raise OutputError(
-                    expected=f"{folder} for this process alone",
-                    got="another process is working in it",
-                    do="wait for it to end, or choose another --out",
-                ) from None
-        yield
 
 
 def cores() -> list[int]:

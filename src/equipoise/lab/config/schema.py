@@ -1,6 +1,7 @@
 """What a run is made of: frozen dataclasses, filled from defaults < TOML file < command line, and checked before use.
 
-``load_config`` reads a file, ``to_toml`` writes one; a record stores ``to_dict`` and ``from_dict`` brings it back.
+``load_config`` reads a file, ``to_toml`` writes one; a record stores what `storage.codec.encode` makes of it, and
+``from_dict`` reads that.
 """
 
 from __future__ import annotations
@@ -11,17 +12,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import ConfigError, unknown_name
-from .loading import from_dict, load_toml, merge, parse_set, to_dict, to_toml
+from .loading import from_dict, load_toml, merge, parse_set, to_toml
 
 __all__ = ["CompareConfig", "DataConfig", "ModelConfig", "ParallelConfig", "RunConfig", "StrategyConfig", "TrainConfig",
-           "from_dict", "load_config", "parse_set", "to_dict", "to_toml"]  # fmt: skip
+           "from_dict", "load_config", "parse_set", "to_toml"]  # fmt: skip
 
 GATES = ("auto", "softmax", "sigmoid", "sqrt_softplus")
 CHECKPOINTING = ("none", "reentrant", "non_reentrant")
 MIXES = ("micro_batch", "sequence")
 THROUGH = ("auto", "lab", "transformers")
 PRECISIONS = ("fp32", "bf16")
-LOGGERS = ("wandb", "mlflow")  # see `lab.events`
+LOGGERS = ("wandb", "mlflow")  # see `lab.training.trackers`
 
 
 def _precision() -> str:
@@ -154,7 +155,8 @@ class TrainConfig:
     steps: int = 240
     micro_batches: int = 32
     sequences_per_micro_batch: int = 1
-    micro_batches_per_pass: int = 0  # at most so many run as one forward and backward; 0 = what fits, see `lab.passes`
+    # At most so many micro-batches run as one forward and backward; 0 = what fits, see `lab.training.micro_batching`.
+    micro_batches_per_pass: int = 0
     lr: float = 3e-3
     min_lr_ratio: float = 0.1  # of lr, at the end of the cosine
     warmup: int = 20  # steps
@@ -201,7 +203,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """A named list of policies from a file, ``[[strategy]]``; `lab.strategies` says what a policy may hold."""
+    """A named list of policies from a file, ``[[strategy]]``; `lab.config.strategies` says what a policy may hold."""
 
     name: str
     policies: tuple[dict[str, Any], ...]
@@ -304,7 +306,7 @@ def load_config(cls: type[C], path: str | Path | None = None, overrides: Mapping
 
 def _choose(data: dict[str, Any], defined: list[Any]) -> dict[str, Any]:
     """A file that defines strategies, read for one run: takes the one that was named, or the only one."""
-    known = {one.name: one for one in (from_dict(StrategyConfig, one, "strategy.") for one in defined)}
+    known = {one.name: one for one in (from_dict(StrategyConfig, one, "strategy") for one in defined)}
     name = data["strategy"] if isinstance(data["strategy"], str) else next(iter(known)) if len(known) == 1 else None
     if name is None:
         raise ConfigError(

@@ -42,7 +42,7 @@ BIAS_RATE = 1e-2  # decaying to 0: the papers' constant 1e-3 needs thousands of 
 
 AUX: dict[str, Any] = {"kind": "AuxLoss", "coef": COEFFICIENT}
 # Of a short run much is lost while routers move fast: the f of the current step. Where the step does not fit one pass
-# (`lab.passes`) it costs a counting pass.
+# (`lab.training.micro_batching`) it costs a counting pass.
 GLOBAL = AUX | {"scope": "global_batch", "estimator": "exact"}
 BIAS: dict[str, Any] = {"kind": "ExpertBias", "rule": "sign", "rate": BIAS_RATE, "schedule": "cosine"}
 

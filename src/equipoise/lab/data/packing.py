@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, DataError, OutputError, unknown_name
-from ...storage.cache import atomic_folder, atomic_write, cache_folder, one_builder
+from ...storage.cache import OTHER_CACHE, cache_folder, one_builder
+from ...storage.files import atomic_folder, atomic_write, sha256
 from .corpus import Corpus, Progress, check_domains, embedded_corpus, embedded_fingerprint
 from .installed_text import DOMAINS
 from .sources import MAX_BYTES, load_corpus, source_fingerprint
@@ -121,7 +122,7 @@ def prepare(
         get_tokenizer(corpus, vocab_size, cache=folder)
     target = _packed_folder(folder, corpus.sha256, sizes)
     packed = _packed(target, corpus, tokenizer_path(corpus.sha256), sizes, progress, tokenizer)
-    atomic_write(note, json.dumps({"corpus_sha256": corpus.sha256}).encode())
+    atomic_write(note, json.dumps({"corpus_sha256": corpus.sha256}).encode(), do=OTHER_CACHE)
     return packed
 
 
@@ -214,7 +215,7 @@ def _write(
     end, dtype = END_ID if given is None else given.end, np.uint16 if vocab_size <= 65_536 else np.uint32
     files: dict[str, str] = {}
     heldout_bytes: dict[str, int] = {}
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, do=OTHER_CACHE) as folder:
         for place, domain in enumerate(corpus.domains):
             if progress:
                 progress(f"packing {domain}", place / len(corpus.domains))
@@ -235,10 +236,10 @@ def _write(
                                     got=f"text of {corpus.bytes_of(domain, heldout=split == 'heldout')} bytes",
                                     do="give the domain more text, leave it out, or lower sequence_length")  # fmt: skip
                 np.save(folder / f"{split}-{place}.npy", rows)
-                files[f"{split}-{place}.npy"] = _checksum(folder / f"{split}-{place}.npy")
+                files[f"{split}-{place}.npy"] = sha256(folder / f"{split}-{place}.npy")
         meta = {"format": FORMAT, "name": corpus.name, "domains": corpus.domains, "corpus_sha256": corpus.sha256,
                 "sizes": sizes, "heldout_bytes": heldout_bytes, "files": files,
-                "tokenizer": _checksum(tokenizer_path)}  # fmt: skip
+                "tokenizer": sha256(tokenizer_path)}  # fmt: skip
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     if progress:
         progress("packing", 1.0)
@@ -249,7 +250,7 @@ def _open(folder: Path, tokenizer_path: Path) -> PackedData | None:
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         files = {folder / name: value for name, value in meta["files"].items()} | {tokenizer_path: meta["tokenizer"]}
-        if any(_checksum(path) != value for path, value in files.items()):
+        if any(sha256(path) != value for path, value in files.items()):
             return None
         domains = meta["domains"]
         train, heldout = (
@@ -272,11 +273,6 @@ def _remembered(note: Path) -> str | None:
         return str(json.loads(note.read_bytes())["corpus_sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _key(text: str) -> str:

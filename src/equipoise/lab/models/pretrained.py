@@ -29,12 +29,14 @@ from ...storage.balancer_file import FILE
 from ..config.schema import CompareConfig, ModelConfig, RunConfig
 from ..config.strategies import strategy_of
 from ..data.tokenizer import GivenTokenizer, given_tokenizer
-from .hf_folder import read_settings, read_weights
+from .hf_files import read_settings, read_weights
 from .hf_weights import from_hugging_face, join_experts, model_config
+from .protocol import TrainableLM
 from .quantised import dequantised, how_quantised, unreadable
 from .transformer import LanguageModel
 
-__all__ = ["Pretrained", "adopt", "build", "fingerprint", "save_pretrained", "tokenizer_of"]
+__all__ = ["Pretrained", "adopt", "build", "fingerprint", "load_network", "quiet_transformers",
+           "tokenizer_of"]  # fmt: skip
 
 OWN = ("folder", "through", "family", "checkpointing")  # settings that a folder leaves to the user
 SAMPLE = 1 << 20  # bytes of each end of a weight file that tell it from another
@@ -42,7 +44,7 @@ SAMPLE = 1 << 20  # bytes of each end of a weight file that tell it from another
 C = TypeVar("C", RunConfig, CompareConfig)
 
 
-class Pretrained(nn.Module):
+class Pretrained(TrainableLM):
     """A causal language model of transformers with the face of `LanguageModel`. Master weights are fp32.
 
     ``routed`` is the module that a balancer takes. Raises ConfigError for a model without routers (dense), with
@@ -66,6 +68,11 @@ class Pretrained(nn.Module):
     @property
     def routed(self) -> nn.Module:
         return self.network
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """None: a class of transformers is not sharded."""
+        return []
 
     def expert_parameters(self) -> list[nn.Parameter]:
         """Matrices of all experts of a layer in one tensor, (E, ., .), as the classes of transformers hold them."""
@@ -131,13 +138,13 @@ def adopt(config: C) -> C:
     return adopted
 
 
-def build(config: RunConfig, *, compute_dtype: torch.dtype = torch.float32) -> LanguageModel | Pretrained:
+def build(config: RunConfig, *, compute_dtype: torch.dtype = torch.float32) -> TrainableLM:
     """The model that a run begins with. Raises DataError for weights that cannot be read or do not fit."""
     model, seed = strategy_of(config).apply(config.model), config.train.seed
     if model.folder is None:
         return LanguageModel(model, seed=seed, compute_dtype=compute_dtype)
     if model.through == "transformers":
-        network = Pretrained(_load(model.folder, config.model.biases), config.model, compute_dtype=compute_dtype)
+        network = Pretrained(load_network(model.folder, config.model.biases), config.model, compute_dtype=compute_dtype)
         if network.sizes != config.model:
             raise _changed(model.folder)
         return network
@@ -181,23 +188,6 @@ def fingerprint(model: ModelConfig) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_pretrained(config: RunConfig, state: dict[str, Any], folder: Path) -> str:
-    """Writes a run's weights as transformers does; returns the class. Raises ConfigError for a bias without a place."""
-    network: Any = _load(str(config.model.folder))
-    if strategy_of(config).selection_bias and _routers(network)[0].expert_bias is None:
-        other = "" if config.model.biases else "export a run of another strategy; "
-        raise ConfigError(
-            expected=f"weights that {type(network).__name__} holds",
-            got="a selection bias, which this class does not have",
-            do=f"{other}this run's bias is in its checkpoints, under balancer: `equipoise inspect RUN` chooses with it",
-        )
-    weights = {key.removeprefix("network."): value for key, value in state["model"].items()}
-    network.load_state_dict(weights)
-    with _silent():
-        network.save_pretrained(folder)
-    return type(network).__name__
-
-
 def _adopted(model: ModelConfig, settings: dict[str, Any]) -> tuple[ModelConfig, int | None]:
     """(the model as its folder says, how many positions it has)."""
     family, folder = str(settings.get("model_type")), str(model.folder)
@@ -213,7 +203,7 @@ def _adopted(model: ModelConfig, settings: dict[str, Any]) -> tuple[ModelConfig,
         except ConfigError:
             if model.through == "lab":
                 raise
-    network: Any = _load(folder, file)
+    network: Any = load_network(folder, file)
     text = network.config.get_text_config()
     named = replace(model, through="transformers", family=family, vocab_size=text.vocab_size, biases=file)
     return Pretrained(network, named).sizes, getattr(text, "max_position_embeddings", None)
@@ -230,14 +220,14 @@ def _biases(folder: str | None, file: str) -> dict[str, Tensor]:
     return found[1]
 
 
-def _load(folder: str, biases: str | None = None) -> nn.Module:
+def load_network(folder: str, biases: str | None = None) -> nn.Module:
     """The folder's model in fp32, offline and without code of its own; it chooses with the ``biases`` of that file."""
     settings = read_settings(folder)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     expected = f"a causal language model of transformers in {folder}"
     try:
-        with _silent():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             if (how := how_quantised(settings)) is not None and not dequantised(config):
                 raise ConfigError(
@@ -313,7 +303,7 @@ def _changed(folder: str | None) -> ConfigError:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and load reports, and no warning about the width of 0 that an absent shared expert has."""
     from transformers.utils import logging
 

@@ -20,17 +20,17 @@ from ...layers.moe import MoE
 from .cpu_ops.attention import Positions, causal_attention
 from .cpu_ops.loss import linear_cross_entropy, token_losses
 from .cpu_ops.norm import RMSNorm
+from .protocol import TrainableLM
 
 if TYPE_CHECKING:
     from ..config.schema import ModelConfig
-    from .pretrained import Pretrained
 
-__all__ = ["LanguageModel", "active_parameters"]
+__all__ = ["LanguageModel"]
 
 INIT_STD = 0.02  # the usual one; lab-notes/2026-11-22-defaults.md has what 0.04, 0.06 and 0.088 do
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(TrainableLM):
     """Logits or loss of token sequences; the routers are `model.layers.*.mlp.gate`.
 
     Two models with the same seed and sizes have the same weights, whatever their gates and biases: each weight is drawn
@@ -56,6 +56,11 @@ class LanguageModel(nn.Module):
     def routed(self) -> nn.Module:
         """What a balancer takes."""
         return self
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What FSDP shards one by one."""
+        return list(self.model.layers)
 
     def expert_parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.model.layers for p in layer.mlp.experts.parameters()]  # type: ignore[union-attr]
@@ -197,10 +202,3 @@ class Attention(nn.Module):
         y_BSD = causal_attention(qkv_BSHd, self.q_norm.weight, self.k_norm.weight, positions, heads=self.heads,
                                  eps=self.q_norm.eps)  # fmt: skip
         return F.linear(y_BSD, self.o_proj.weight.to(dtype))
-
-
-def active_parameters(model: LanguageModel | Pretrained) -> int:
-    """Parameters that one token uses: all but those of the E - K experts that a layer leaves out."""
-    config = model.config
-    experts = sum(p.numel() for p in model.expert_parameters())
-    return sum(p.numel() for p in model.parameters()) - experts * (config.experts - config.top_k) // config.experts

@@ -24,14 +24,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ...distributed import ALONE, Group, lost_ranks
 from ...errors import ConfigError, EquipoiseError
 from ...layers import Experts, shard_experts
-from ...storage.checkpoint import put_tensors, take_tensors
+from ...storage.tensors import join_tensors, split_tensors
 from ..config.schema import ParallelConfig
 from .rendezvous import meet
 
 if TYPE_CHECKING:
     from ..config.schema import RunConfig
-    from ..models.pretrained import Pretrained
-    from ..models.transformer import LanguageModel
+    from ..models.protocol import TrainableLM
 
 __all__ = ["Parts", "World", "join", "said_elsewhere"]
 
@@ -173,8 +172,9 @@ class World:
         def built() -> tuple[int, Any, dict[str, tuple[torch.Size, torch.dtype]]] | None:
             if (found := find()) is None:
                 return None
-            plain = take_tensors(found[1], "", tensors)
-            return found[0], plain, {path: (tensor.shape, tensor.dtype) for path, tensor in tensors.items()}
+            plain, parts = split_tensors(found[1])
+            tensors.update(parts)
+            return found[0], plain, {path: (tensor.shape, tensor.dtype) for path, tensor in parts.items()}
 
         if (found := self.decide(built)) is None:
             return None
@@ -185,7 +185,7 @@ class World:
                 sent = sent.to(self.device)
                 dist.broadcast(sent, src=0)
                 tensors[path] = sent.cpu()
-        return step, put_tensors(plain, tensors)
+        return step, join_tensors(plain, tensors)
 
     # ---------------------------------------------------------------- errors
 
@@ -243,7 +243,7 @@ class Parts:
     weights of rank 0.
     """
 
-    def __init__(self, world: World, model: LanguageModel | Pretrained) -> None:
+    def __init__(self, world: World, model: TrainableLM) -> None:
         self.world, self.model, self.sharded = world, model.to(world.device), world.layout.fsdp
         if world.size > 1:
             with world.watched():
@@ -265,8 +265,8 @@ class Parts:
         assert mesh is not None and grid is not None
         for module in experts:
             fully_shard(module, mesh=grid["replicas"])
-        for layer in self.model.model.layers:  # type: ignore[union-attr]
-            fully_shard(layer, mesh=mesh)
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         for name in ("hidden", "token_losses"):  # a counting pass, the held-out text
             register_fsdp_forward_method(self.model, name)

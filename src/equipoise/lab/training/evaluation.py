@@ -22,10 +22,7 @@ from ...storage.run_record import Evaluation
 
 if TYPE_CHECKING:
     from ..data.packing import PackedData
-    from ..models.pretrained import Pretrained
-    from ..models.transformer import LanguageModel
-
-    Model = LanguageModel | Pretrained
+    from ..models.protocol import TrainableLM
 
 __all__ = ["evaluate", "shuffled_mutual_information"]
 
@@ -35,7 +32,7 @@ SHUFFLES = 8  # of the domain labels; their mean is the floor of the mutual info
 
 @torch.no_grad()
 def evaluate(
-    model: Model,
+    model: TrainableLM,
     data: PackedData,
     *,
     step: int,
@@ -97,7 +94,7 @@ def shuffled_mutual_information(counts_NLE: Tensor, labels_N: Tensor, *, seed: i
     return torch.stack(values).mean(dim=0).tolist()
 
 
-def _measured(model: Model, batches: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
+def _measured(model: TrainableLM, batches: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
     """Of every sequence: loss (N,), counts (N, L, E), score (N, L)."""
     routers = _routers(model)
     device = next(model.parameters()).device
@@ -144,7 +141,7 @@ class Watched(NamedTuple):
     idle: int = 0  # experts behind the others that do no work: choices of them are no load
 
 
-def _routers(model: Model) -> list[Watched]:
+def _routers(model: TrainableLM) -> list[Watched]:
     own = [module for module in model.modules() if isinstance(module, Router)]
     if own:
         return [Watched(one, one.num_experts, one.gate, lambda routing: (routing.logits_TE, routing.expert_ids_TK))
@@ -210,7 +207,7 @@ def _equal(labels_N: Tensor, num_domains: int) -> Tensor:
     return place_N < torch.bincount(labels_N, minlength=num_domains).min()
 
 
-def _sequence_losses(model: Model, tokens_BS: Tensor) -> Tensor:
+def _sequence_losses(model: TrainableLM, tokens_BS: Tensor) -> Tensor:
     """Mean nats per token of each sequence."""
     return model.token_losses(tokens_BS[:, :-1], tokens_BS[:, 1:]).double().mean(dim=1)
 

@@ -30,13 +30,14 @@ from ...errors import ConfigError, DataError, InputError, OutputError, StateErro
 from ...policies import AuxLoss, Policy
 from ...policies.switch import timeline
 from ...storage import checkpoint
-from ...storage.cache import atomic_write
+from ...storage.codec import encode
+from ...storage.files import atomic_write
 from ...storage.run_record import RECORD_NAME, End, Fidelity, Header, Load, Record, RecordWriter, Step, read_run
-from ..config.schema import RunConfig, TrainConfig, from_dict, to_dict
+from ..config.schema import RunConfig, TrainConfig, from_dict
 from ..config.strategies import strategy_of
 from ..data.packing import Batches, prepare
 from ..models.pretrained import build, fingerprint, tokenizer_of
-from ..models.transformer import active_parameters
+from ..models.protocol import active_parameters
 from .distributed import Parts, World, join
 from .evaluation import evaluate
 from .micro_batching import largest_pass, passes_of, shuffles
@@ -184,7 +185,7 @@ class _Run:
         train = self.config.train
         if train.tensorboard or train.log:
             self.events = Events(self.folder, tensorboard=train.tensorboard, log=train.log,
-                                 config=to_dict(self.config), step=self.step)  # fmt: skip
+                                 config=encode(self.config), step=self.step)  # fmt: skip
 
     def train_step(self) -> Step:
         """One optimizer step over all its micro-batches, and its record."""
@@ -322,7 +323,7 @@ class _Run:
             versions["layout"] = str(self.world)
         return Header(
             strategy=self.strategy.name, policies=[repr(policy) for policy in self.policies], seed=train.seed,
-            config=to_dict(self.config), num_layers=model.layers, num_experts=model.experts, top_k=model.top_k,
+            config=encode(self.config), num_layers=model.layers, num_experts=model.experts, top_k=model.top_k,
             domains=list(data.domains), corpus_sha256=data.corpus_sha256, versions=versions,
             parameters=self.sizes[0], active_parameters=self.sizes[1],
             started=datetime.now(UTC).isoformat(timespec="seconds"), resumed_at=self.step,
@@ -349,8 +350,8 @@ def _earlier_run(config: RunConfig, folder: Path, resume: bool) -> tuple[Header 
     except DataError:
         return None, False  # killed before its first line was whole: nothing was trained
     header = run.header
-    wanted = json.loads(json.dumps(to_dict(config)))
-    before = json.loads(json.dumps(to_dict(from_dict(RunConfig, header.config))))  # settings that came later
+    wanted = json.loads(json.dumps(encode(config)))
+    before = json.loads(json.dumps(encode(from_dict(RunConfig, header.config))))  # settings that came later
     if before != wanted:
         raise ConfigError(expected=f"the configuration that {folder} began with",
                           got="another " + ", ".join(_differences(before, wanted)),

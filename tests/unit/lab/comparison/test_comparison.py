@@ -17,8 +17,10 @@ from equipoise.lab.comparison.comparison import (
     plan,
     read_manifest,
 )
-from equipoise.lab.comparison.workers import Job, locked
-from equipoise.lab.config.schema import CompareConfig, StrategyConfig, TrainConfig, to_dict
+from equipoise.lab.comparison.workers import Job
+from equipoise.lab.config.schema import CompareConfig, StrategyConfig, TrainConfig
+from equipoise.storage.codec import encode
+from equipoise.storage.locks import locked
 
 TWO = CompareConfig(strategies=("micro", "global"), seeds=1)
 OWN = StrategyConfig(name="own", policies=({"kind": "ZLoss", "coef": 0.1},))
@@ -78,7 +80,7 @@ def test_a_new_folder_never_is_an_old_one(tmp_path):
 def test_the_manifest_says_what_is_compared_and_how_far_it_is(tmp_path):
     saved(tmp_path / "c", states=("finished", "failed"))
     manifest = json.loads((tmp_path / "c" / MANIFEST_NAME).read_text())
-    assert manifest["config"] == to_dict(TWO)
+    assert manifest["config"] == encode(TWO)
     assert manifest["status"] == "failed"
     assert [(run["folder"], run["status"]) for run in manifest["runs"]] == [
         ("micro-seed0", "finished"),

@@ -9,8 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from equipoise.errors import OutputError
-from equipoise.lab.comparison.workers import PARENT, Job, Pool, cores, last_words, locked, orphaned
+from equipoise.lab.comparison.workers import PARENT, Job, Pool, cores, last_words, orphaned
 from equipoise.lab.config.schema import DataConfig, RunConfig
 
 
@@ -64,17 +63,6 @@ def test_the_last_words_of_a_worker(tmp_path, text, code, words):
     (tmp_path / "log").write_text(text)
     assert last_words(tmp_path / "log", code) == words
     assert last_words(tmp_path / "none", 1) == "exit code 1 without a word"
-
-
-def test_a_lock_is_for_one_and_ends_with_its_holder(tmp_path):
-    with locked(tmp_path / "a"), pytest.raises(OutputError, match="another process"), locked(tmp_path / "a"):
-        pass
-    began = time.monotonic()
-    with locked(tmp_path / "a"), pytest.raises(OutputError), locked(tmp_path / "a", wait=0.3):
-        pass
-    assert time.monotonic() - began >= 0.3
-    with locked(tmp_path / "a"):
-        pass
 
 
 def test_only_a_worker_without_its_parent_is_an_orphan(monkeypatch):

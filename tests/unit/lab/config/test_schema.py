@@ -19,10 +19,10 @@ from equipoise.lab.config.schema import (
     TrainConfig,
     from_dict,
     load_config,
-    to_dict,
     to_toml,
 )
 from equipoise.lab.training import process
+from equipoise.storage.codec import encode
 
 TOML = """
 strategy = "micro"
@@ -65,8 +65,8 @@ runs = st.builds(
 @settings(deadline=None)  # the first default of precision imports what asks the processor
 @given(runs)
 def test_dictionary_json_and_toml_bring_a_configuration_back(config):
-    assert from_dict(RunConfig, to_dict(config)) == config
-    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(RunConfig, encode(config)) == config
+    assert from_dict(RunConfig, json.loads(json.dumps(encode(config)))) == config
     assert from_dict(RunConfig, tomllib.loads(to_toml(config))) == config
 
 

@@ -16,7 +16,8 @@ from equipoise.errors import ConfigError, DataError, OutputError
 from equipoise.lab.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from equipoise.lab.config.strategies import strategy_of
 from equipoise.lab.data.tokenizer import load_tokenizer
-from equipoise.lab.models.hf_folder import export_run, read_weights
+from equipoise.lab.models.hf_export import export_run
+from equipoise.lab.models.hf_files import read_weights
 from equipoise.lab.models.hf_weights import join_experts, model_config, split_experts
 from equipoise.lab.models.pretrained import adopt, build
 from equipoise.lab.models.transformer import LanguageModel

@@ -15,7 +15,7 @@ from equipoise.lab.config.schema import CompareConfig, DataConfig, ModelConfig, 
 from equipoise.lab.config.strategies import strategy_of
 from equipoise.lab.data.packing import prepare
 from equipoise.lab.data.tokenizer import load_tokenizer
-from equipoise.lab.models.hf_folder import export_run
+from equipoise.lab.models.hf_export import export_run
 from equipoise.lab.models.pretrained import adopt, build, tokenizer_of
 from equipoise.lab.training.evaluation import evaluate
 from equipoise.lab.training.trainer import train

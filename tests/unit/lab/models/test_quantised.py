@@ -15,7 +15,7 @@ from torch import Tensor
 from equipoise.cli import main
 from equipoise.errors import ConfigError
 from equipoise.inspection import Request, inspect
-from equipoise.lab.models.hf_folder import export_run
+from equipoise.lab.models.hf_export import export_run
 from equipoise.lab.models.pretrained import build
 from equipoise.lab.models.quantised import how_quantised, unreadable
 from equipoise.lab.training.trainer import train

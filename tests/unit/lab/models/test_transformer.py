@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from equipoise.errors import ConfigError, InputError
 from equipoise.lab.config.schema import ModelConfig
 from equipoise.lab.models.hf_weights import architecture, from_hugging_face, hugging_face_config, to_hugging_face
-from equipoise.lab.models.transformer import LanguageModel, active_parameters
+from equipoise.lab.models.protocol import active_parameters
+from equipoise.lab.models.transformer import LanguageModel
 
 TINY = ModelConfig(layers=2, width=48, heads=4, kv_heads=2, head_dim=16, experts=8, top_k=3, expert_hidden=24,
                    vocab_size=300)  # fmt: skip

@@ -34,6 +34,7 @@ from equipoise.lab.config.schema import DataConfig, ModelConfig, ParallelConfig,
 from equipoise.lab.training.trainer import CHECKPOINTS
 from equipoise.storage import checkpoint
 from equipoise.storage.run_record import RECORD_NAME, read_run
+from equipoise.storage.tensors import split_tensors
 
 ALONE = ParallelConfig()
 PATIENCE = 60.0  # seconds after which a process counts as hanging
@@ -247,11 +248,9 @@ def results(folder: Path) -> list[dict]:
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint."""
-    tensors: dict[str, torch.Tensor] = {}
     found = checkpoint.load_latest(folder / CHECKPOINTS)
     assert found is not None
-    checkpoint.take_tensors(found[1], "", tensors)
-    return tensors
+    return split_tensors(found[1])[1]
 
 
 def kill_and_go_on(

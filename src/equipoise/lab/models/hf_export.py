@@ -1,41 +1,29 @@
-"""Hugging Face folders: a trained run written as one, whole or not at all, and the parts of any one read.
+"""A trained run written as a Hugging Face folder, whole or not at all (`equipoise export`).
 
-    OUT/config.json, generation_config.json       what AutoModelForCausalLM.from_pretrained reads
-    OUT/model.safetensors                         fp32 weights, each expert under its own keys
-    OUT/tokenizer.json, tokenizer_config.json     what AutoTokenizer.from_pretrained reads
-
-Nothing here needs transformers, except for a run that began with a model of a class that only transformers computes.
+transformers is needed only for a run of a class that it alone computes (``model.through`` "transformers").
 """
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from ...errors import DataError, OutputError
+from ...errors import ConfigError, DataError, OutputError
 from ...storage import checkpoint
-from ...storage.cache import atomic_folder
+from ...storage.files import atomic_folder
 from ...storage.run_record import Run, read_run
 from ..config.schema import ModelConfig, RunConfig, from_dict
 from ..config.strategies import strategy_of
 from ..data.tokenizer import END_ID, END_OF_TEXT, load_tokenizer, tokenizer_file
-from .hf_weights import architecture, hugging_face_config, split_experts, to_hugging_face
+from .hf_files import BESIDE, TOKENIZER, WRITTEN, read_settings, safetensors_errors, write_json, write_weights
+from .hf_weights import architecture, hugging_face_config
+from .pretrained import Pretrained, load_network, quiet_transformers
 
-__all__ = ["BEST", "LAST", "Exported", "export_run", "read_settings", "read_weights"]
+__all__ = ["BEST", "LAST", "Exported", "export_run", "save_pretrained"]
 
 LAST, BEST = "last", "best"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER = "tokenizer.json"
-# What a tokenizer of a given folder is made of, and what says how to talk to the model.
-BESIDE = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-          "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")  # fmt: skip
-WRITTEN = {*BESIDE, WEIGHTS, INDEX, "config.json"}
 
 
 class Exported(NamedTuple):
@@ -66,16 +54,14 @@ def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, for
     through_transformers = config.model.through == "transformers"
     name = "" if through_transformers else architecture(model)  # what no class holds is said before anything is read
     step, state = _checkpoint(folder, seen, which)
-    with atomic_folder(out, do="free disk space, or choose another folder") as building, _safetensors_errors(out):
+    with atomic_folder(out, do="free disk space, or choose another folder") as building, safetensors_errors(out):
         building.chmod(out.parent.stat().st_mode & 0o777)
         if through_transformers:
-            from .pretrained import save_pretrained
-
             name = save_pretrained(config, state, building)
         else:
-            _write_weights(state["model"], model, building)
+            write_weights(state["model"], model, building)
             settings = _settings(config, model)
-            _write_json(building / "config.json", settings)
+            write_json(building / "config.json", settings)
         if config.model.folder is None:
             _write_tokenizer(_tokenizer_of(folder, seen), building, config.data.sequence_length)
         else:
@@ -87,40 +73,22 @@ def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, for
     return Exported(out, step, name)
 
 
-def read_settings(folder: str | Path) -> dict[str, Any]:
-    """The content of ``config.json``. Raises DataError where there is none, or no settings in it."""
-    path = Path(folder) / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError(f"a {type(settings).__name__}")
-    except (OSError, ValueError) as error:
-        raise DataError(
-            expected=f"a Hugging Face folder: settings in {path}",
-            got=getattr(error, "strerror", None) or str(error),
-            do="pass the folder that save_pretrained or `equipoise export` wrote",
-        ) from None
-    return settings
-
-
-def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files, one or several, in fp32. Raises DataError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    try:
-        names = {WEIGHTS}
-        if (folder / INDEX).is_file():
-            names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        found = {key: value for name in sorted(names) for key, value in load_file(folder / Path(name).name).items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise DataError(
-            expected=f"weights in {folder / WEIGHTS}",
-            got=f"{type(error).__name__}: {error}"[:200],
-            do="bring back the file, or convert other formats with save_pretrained",
-        ) from None
-    return {key: value.float() for key, value in found.items()}
+def save_pretrained(config: RunConfig, state: dict[str, Any], folder: Path) -> str:
+    """Writes a run's weights as transformers does; returns the class. Raises ConfigError for a bias without a place."""
+    network: Any = load_network(str(config.model.folder))
+    holds_bias = Pretrained(network, replace(config.model, checkpointing="none")).sizes.selection_bias
+    if strategy_of(config).selection_bias and not holds_bias:
+        other = "" if config.model.biases else "export a run of another strategy; "
+        raise ConfigError(
+            expected=f"weights that {type(network).__name__} holds",
+            got="a selection bias, which this class does not have",
+            do=f"{other}this run's bias is in its checkpoints, under balancer: `equipoise inspect RUN` chooses with it",
+        )
+    weights = {key.removeprefix("network."): value for key, value in state["model"].items()}
+    network.load_state_dict(weights)
+    with quiet_transformers():
+        network.save_pretrained(folder)
+    return type(network).__name__
 
 
 def _checkpoint(folder: Path, seen: Run, which: str | int) -> tuple[int, dict[str, Any]]:
@@ -163,16 +131,6 @@ def _check_free(out: Path, force: bool) -> None:
         )
 
 
-def _write_weights(state: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    weights = split_experts(to_hugging_face(dict(state), model))
-    if model.tie_embeddings:
-        weights.pop("lm_head.weight", None)
-    single = {key: value.contiguous().clone() for key, value in weights.items()}
-    save_file(single, folder / WEIGHTS, metadata={"format": "pt"})
-
-
 def _settings(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
     """``config.json``. No pad_token_id in it: the classes would then keep the gradient from that token's embedding."""
     if config.model.folder is not None:
@@ -187,12 +145,12 @@ def _write_tokenizer(tokenizer: Path, folder: Path, length: int) -> None:
     """The lab's text has one mark, after every document, so it also stands before each one and fills up batches."""
     shutil.copyfile(tokenizer, folder / TOKENIZER)
     marks = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         marks | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length,
                  "clean_up_tokenization_spaces": False},
     )  # fmt: skip
-    _write_json(folder / "generation_config.json", {f"{mark}_id": END_ID for mark in marks})
+    write_json(folder / "generation_config.json", {f"{mark}_id": END_ID for mark in marks})
 
 
 def _tokenizer_of(folder: Path, seen: Run) -> Path:
@@ -207,19 +165,3 @@ def _tokenizer_of(folder: Path, seen: Run) -> Path:
         got="none, and none in the cache",
         do="train a step of this run again: `equipoise train` writes it",
     )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _safetensors_errors(out: Path) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:  # a full disk, said in its own way
-        raise OutputError(
-            expected=f"to write {out}", got=str(error), do="free disk space, or choose another folder"
-        ) from None
