@@ -31,7 +31,7 @@ from ..config.schema import CompareConfig, RunConfig, from_dict
 from ..config.strategies import NAMES, slug, strategy_of
 from .workers import CONFIG_NAME, Job, Pool, cores
 
-__all__ = ["MANIFEST_NAME", "QUICK", "REPORT_NAME", "Comparison", "View", "find_unfinished", "new_folder",
+__all__ = ["MANIFEST_NAME", "REPORT_NAME", "Comparison", "View", "find_unfinished", "new_folder",
             "open_comparison", "plan", "prepare_all", "read_manifest", "run_all"]  # fmt: skip
 
 MANIFEST_NAME = "comparison.json"
@@ -39,16 +39,6 @@ REPORT_NAME = "report.html"
 SCHEMA = 1
 MAY_DIFFER = ("strategies", "seeds", "strategy", "workers")  # between two commands for one folder
 LOOK_EVERY = 0.5  # seconds between two looks at the workers
-
-QUICK: dict[str, Any] = {
-    "seeds": 1,
-    "train.steps": 40,
-    "train.warmup": 10,
-    "train.eval_every": 10,
-    "train.eval_sequences": 16,
-    "train.checkpoint_every": 20,
-    "train.fidelity_every": 10,
-}
 
 
 class View(Protocol):
@@ -185,7 +175,7 @@ def open_comparison(folder: Path, config: CompareConfig, *, overwrite: bool = Fa
     started = manifest["started"] if manifest else datetime.now(UTC).isoformat(timespec="seconds")
     comparison = Comparison(folder, config, plan(config, folder), started)
     for job in comparison.jobs:
-        job.follower.read()
+        job.tail.read()
         if _finished(job):
             job.status = "finished"
     return comparison

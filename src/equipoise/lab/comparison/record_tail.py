@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MAXVIO", "Follower", "duration"]
+__all__ = ["MAXVIO", "RecordTail", "duration"]
 
 MAXVIO = "balance/maxvio_global"
 WINDOW = 20  # steps that the shown speed is measured over
 
 
-class Follower:
+class RecordTail:
     """Follows one record file; ``read`` takes what has been added since the last call, and never raises.
 
     ``step``, ``loss`` and ``maxvio`` are those of the last step written. A file that was replaced (a resumed run drops

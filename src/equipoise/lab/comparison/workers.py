@@ -18,7 +18,7 @@ from pathlib import Path
 from ...errors import OutputError
 from ...storage.run_record import RECORD_NAME
 from ..config.schema import RunConfig, to_toml
-from .record_tail import Follower
+from .record_tail import RecordTail
 
 __all__ = ["CONFIG_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "cores", "orphaned"]
 
@@ -41,10 +41,10 @@ class Job:
     exit_code: int = 0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     slot: int = -1
-    follower: Follower = field(init=False, repr=False)
+    tail: RecordTail = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.follower = Follower(self.folder / RECORD_NAME)
+        self.tail = RecordTail(self.folder / RECORD_NAME)
 
     @property
     def steps(self) -> int:
@@ -73,7 +73,7 @@ class Pool:
             self._start(job, slot)
             changed.append(job)
         for job in self.jobs:
-            job.follower.read()
+            job.tail.read()
         return changed
 
     def stop(self) -> None:
@@ -138,7 +138,7 @@ class Pool:
         code = job.process.poll()
         if code is None:
             return False
-        job.follower.read()
+        job.tail.read()
         job.exit_code = code
         if code == 0:
             job.status = "finished"

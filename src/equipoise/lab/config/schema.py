@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from ...errors import ConfigError, unknown_name
 from .loading import from_dict, load_toml, merge, parse_set, to_toml
 
-__all__ = ["CompareConfig", "DataConfig", "ModelConfig", "ParallelConfig", "RunConfig", "StrategyConfig", "TrainConfig",
-           "from_dict", "load_config", "parse_set", "to_toml"]  # fmt: skip
+__all__ = ["QUICK", "CompareConfig", "DataConfig", "ModelConfig", "ParallelConfig", "RunConfig", "StrategyConfig",
+           "TrainConfig", "from_dict", "load_config", "parse_set", "to_toml"]  # fmt: skip
 
 GATES = ("auto", "softmax", "sigmoid", "sqrt_softplus")
 CHECKPOINTING = ("none", "reentrant", "non_reentrant")
@@ -23,6 +23,16 @@ MIXES = ("micro_batch", "sequence")
 THROUGH = ("auto", "lab", "transformers")
 PRECISIONS = ("fp32", "bf16")
 LOGGERS = ("wandb", "mlflow")  # see `lab.training.trackers`
+
+QUICK: dict[str, Any] = {  # a look at a comparison, not a result
+    "seeds": 1,
+    "train.steps": 40,
+    "train.warmup": 10,
+    "train.eval_every": 10,
+    "train.eval_sequences": 16,
+    "train.checkpoint_every": 20,
+    "train.fidelity_every": 10,
+}
 
 
 def _precision() -> str:
@@ -232,7 +242,7 @@ class ParallelConfig:
     """How a run lies on processes. Not what the run is: it may go on with another layout, to the same loss curve."""
 
     dp: int = 0  # data ranks: all processes; 0 = as many as there are
-    ep: int = 1  # of them, so many at a time share out the experts of every layer
+    ep: int = 1  # expert-parallel degree: the experts of every layer are sharded over so many of them
     fsdp: bool = False  # shard every parameter, its gradient and its moments over the ranks that would hold the same
 
     def __post_init__(self) -> None:
@@ -257,7 +267,7 @@ class ParallelConfig:
             )
         if size % self.ep:
             raise ConfigError(
-                expected="--ep that divides the number of ranks: those that share out experts are data ranks",
+                expected="--ep that divides the number of ranks: expert-parallel ranks are data ranks",
                 got=f"--ep {self.ep} with {size} ranks",
                 do="choose another --ep, or start a multiple of it",
             )

@@ -33,7 +33,7 @@ from .tokenizer import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["MIXES", "Batches", "MicroBatch", "PackedData", "describe", "pack", "prepare"]
+__all__ = ["MIXES", "BatchSampler", "MicroBatch", "PackedData", "describe", "pack", "prepare"]
 
 FORMAT = 1  # raise it when the packing changes: old caches are then left alone
 MAX_HELDOUT_TOKENS = 65_536  # per domain: the mean loss of paired runs is then stable to about 0.01 nats
@@ -287,7 +287,7 @@ def _check_count(name: str, value: object, least: int = 1) -> None:
 # ------------------------------------------------------------------------------------------------- batches
 
 
-class Batches:
+class BatchSampler:
     """The training batches of every step, a pure function of (seed, step): a resumed run needs no state.
 
     A step is ``micro_batches`` micro-batches of ``sequences_per_micro_batch`` windows. ``mix="micro_batch"`` gives each
@@ -297,7 +297,7 @@ class Batches:
 
     >>> rows = {name: np.arange(30, dtype=np.uint16).reshape(10, 3) for name in ("a", "b")}
     >>> data = PackedData(["a", "b"], "", 300, rows, rows, {}, Path("tokenizer.json"))
-    >>> batches = Batches(data, seed=0, sequences_per_micro_batch=2, micro_batches=2)
+    >>> batches = BatchSampler(data, seed=0, sequences_per_micro_batch=2, micro_batches=2)
     >>> [batch.domain_ids_B.tolist() for batch in batches.step(0)]
     [[0, 0], [1, 1]]
     """

@@ -104,7 +104,7 @@ def _measured(model: TrainableLM, batches: Sequence[Tensor], group: Group) -> tu
     try:
         with _watch(routers) as seen:
             for turn in range(0, len(batches), group.size):
-                # where experts are shared out all ranks run equally often: what is left over runs twice, counts once
+                # with expert parallelism all ranks run equally often: what is left over runs twice, counts once
                 batch = batches[min(turn + group.rank, len(batches) - 1)].to(device)
                 found = (
                     _sequence_losses(model, batch),

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ...errors import StateError
 
-__all__ = ["Store", "meet"]
+__all__ = ["Store", "rendezvous"]
 
 PAUSE = 0.02
 
@@ -25,13 +25,13 @@ class Store(Protocol):
     def check(self, keys: list[str], /) -> bool: ...
 
 
-def meet(store: Store, rank: int, size: int, seconds: float) -> str:
+def rendezvous(store: Store, rank: int, size: int, seconds: float) -> str:
     """A name that the ``size`` processes alive now agree on, and no earlier ones.
 
     Rank 0 makes it up and tells it to everybody who asks, under a name that only the asking one knows; it goes on when
     all have used it. Raises StateError where they do not come together within ``seconds``.
 
-    >>> len(meet(store=None, rank=0, size=1, seconds=1.0))
+    >>> len(rendezvous(store=None, rank=0, size=1, seconds=1.0))
     32
     """
     mine, deadline = uuid.uuid4().hex, time.monotonic() + seconds

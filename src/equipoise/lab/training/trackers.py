@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from ...errors import ConfigError
 from ...storage.run_record import Evaluation, Step
 
-__all__ = ["PLACES", "TENSORBOARD", "TRACKING_NAME", "Events", "evaluation_values", "require", "step_values"]
+__all__ = ["TENSORBOARD", "TRACKERS", "TRACKING_NAME", "Trackers", "evaluation_values", "require", "step_values"]
 
 TENSORBOARD, TRACKING_NAME = "tensorboard", "tracking.json"
 TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "mlflow": "MLflow"}
@@ -50,7 +50,7 @@ def evaluation_values(record: Evaluation) -> dict[str, float]:
     return values
 
 
-class Sink(Protocol):
+class Tracker(Protocol):
     """One place that values go to."""
 
     def add(self, values: dict[str, float], step: int) -> None: ...
@@ -58,13 +58,13 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-class Events:
+class Trackers:
     """Hands every record to each place. One that fails (a full disk, no network) says so once and is left alone.
 
     Args:
         folder: of the run; keeps which run at the others this one is, so that a resumed run goes on there.
         tensorboard: event files in ``folder/tensorboard``, with a warning where the package is missing.
-        log: of ``PLACES``; `require` has seen that they are installed.
+        log: of ``TRACKERS``; `require` has seen that they are installed.
         config: of the run, shown beside its curves. step: that it goes on from.
     """
 
@@ -72,15 +72,15 @@ class Events:
         self, folder: Path, *, tensorboard: bool = True, log: Sequence[str] = (), config: dict[str, Any] | None = None,
         step: int = 0,
     ) -> None:  # fmt: skip
-        self._sinks: dict[str, Sink] = {}
+        self._trackers: dict[str, Tracker] = {}
         kept = _tracked(folder)
         for name in [*["tensorboard"] * tensorboard, *log]:
             try:
                 if name == "tensorboard":
                     if (board := _tensorboard(folder / TENSORBOARD, step)) is not None:
-                        self._sinks[name] = board
+                        self._trackers[name] = board
                 else:
-                    self._sinks[name] = PLACES[name](folder.name, folder, config or {}, kept)
+                    self._trackers[name] = TRACKERS[name](folder.name, folder, config or {}, kept)
             except Exception as error:  # whatever a third package means by not working today
                 self._give_up(name, error)
         if kept:
@@ -96,21 +96,21 @@ class Events:
         self._add(evaluation_values(record), record.step)
 
     def close(self) -> None:
-        for name, sink in list(self._sinks.items()):
+        for name, tracker in list(self._trackers.items()):
             try:
-                sink.close()
+                tracker.close()
             except Exception as error:  # whatever the writer's own thread met
                 self._give_up(name, error)
 
     def _add(self, values: dict[str, float], step: int) -> None:
-        for name, sink in list(self._sinks.items()):
+        for name, tracker in list(self._trackers.items()):
             try:
-                sink.add(values, step)
+                tracker.add(values, step)
             except Exception as error:  # full disk, dead writer thread, no network
                 self._give_up(name, error)
 
     def _give_up(self, name: str, error: Exception) -> None:
-        self._sinks.pop(name, None)
+        self._trackers.pop(name, None)
         warnings.warn(f"no more {TITLES[name]} events: {error}", stacklevel=4)
 
 
@@ -193,7 +193,7 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
-PLACES = {"wandb": WeightsAndBiases, "mlflow": MLflow}
+TRACKERS = {"wandb": WeightsAndBiases, "mlflow": MLflow}
 
 
 def _allowed(name: str) -> str:
@@ -216,6 +216,6 @@ def _tracked(folder: Path) -> dict[str, str]:
     """Which run this one is at each place."""
     try:
         kept = json.loads((folder / TRACKING_NAME).read_text(encoding="utf-8"))
-        return {name: kept[name] for name in PLACES if isinstance(kept.get(name), str)}
+        return {name: kept[name] for name in TRACKERS if isinstance(kept.get(name), str)}
     except (OSError, ValueError, AttributeError):
         return {}

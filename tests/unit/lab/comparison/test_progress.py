@@ -45,7 +45,7 @@ def written(job: Job, *numbers: int) -> None:
     with RecordWriter(job.folder) as writer:
         for number in numbers:
             writer.write(step(number))
-    job.follower.read()
+    job.tail.read()
 
 
 def test_a_table_shows_each_run_in_80_columns(job):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from equipoise.errors import ConfigError, DataError, OutputError
 from equipoise.lab.data import packing as data_module
-from equipoise.lab.data.packing import MIXES, Batches, PackedData, describe, pack, prepare
+from equipoise.lab.data.packing import MIXES, BatchSampler, PackedData, describe, pack, prepare
 from equipoise.lab.data.tokenizer import END_OF_TEXT, load_tokenizer
 
 pytest.importorskip("tokenizers")
@@ -252,7 +252,9 @@ shapes = st.tuples(
 def test_the_law_of_the_batches(shape):
     """Sizes and types; one domain a micro-batch; even over steps; nothing twice within an epoch; tokens fit labels."""
     sizes, per_batch, micro_batches, mix, seed = shape
-    batches = Batches(toy(sizes), seed=seed, sequences_per_micro_batch=per_batch, micro_batches=micro_batches, mix=mix)
+    batches = BatchSampler(
+        toy(sizes), seed=seed, sequences_per_micro_batch=per_batch, micro_batches=micro_batches, mix=mix
+    )
     assert batches.tokens_per_step == per_batch * micro_batches * 2
     drawn: list[list[int]] = [[] for _ in sizes]
     turn = per_batch if mix == "micro_batch" else 1
@@ -283,17 +285,17 @@ def test_the_law_of_the_batches(shape):
 def test_a_step_depends_on_seed_and_number_alone(shape, order):
     sizes, per_batch, micro_batches, mix, seed = shape
     options = {"sequences_per_micro_batch": per_batch, "micro_batches": micro_batches, "mix": mix}
-    batches = Batches(toy(sizes), seed=seed, **options)
+    batches = BatchSampler(toy(sizes), seed=seed, **options)
     forward = [batches.step(index) for index in range(6)]
     for index in order:
-        fresh = Batches(toy(sizes), seed=seed, **options).step(index)
+        fresh = BatchSampler(toy(sizes), seed=seed, **options).step(index)
         for one, two, three in zip(forward[index], batches.step(index), fresh, strict=True):
             assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three, strict=True))
 
 
 def test_seeds_and_epochs_differ():
     def places(seed: int, steps: range) -> list[int]:
-        batches = Batches(toy([64, 64]), seed=seed, sequences_per_micro_batch=8, micro_batches=2)
+        batches = BatchSampler(toy([64, 64]), seed=seed, sequences_per_micro_batch=8, micro_batches=2)
         return [
             row[1]
             for i in steps
@@ -308,7 +310,7 @@ def test_seeds_and_epochs_differ():
 
 
 def test_the_order_of_domains_inside_a_step_is_random():
-    batches = Batches(toy([50, 50, 50]), seed=0, sequences_per_micro_batch=1, micro_batches=3)
+    batches = BatchSampler(toy([50, 50, 50]), seed=0, sequences_per_micro_batch=1, micro_batches=3)
     orders = {tuple(int(batch.domain_ids_B) for batch in batches.step(index)) for index in range(60)}
     assert len(orders) == 6
 
@@ -326,13 +328,13 @@ def test_the_order_of_domains_inside_a_step_is_random():
 def test_batches_that_cannot_work(arguments, said):
     options = {"seed": 0, "sequences_per_micro_batch": 1, "micro_batches": 1} | arguments
     with pytest.raises(ConfigError, match=said):
-        Batches(toy([3, 3]), **options)
+        BatchSampler(toy([3, 3]), **options)
 
 
 def test_other_batches_that_cannot_work():
     with pytest.raises(ConfigError, match="index >= 0"):
-        Batches(toy([3, 3]), seed=0, sequences_per_micro_batch=1, micro_batches=1).step(-1)
+        BatchSampler(toy([3, 3]), seed=0, sequences_per_micro_batch=1, micro_batches=1).step(-1)
     empty = toy([3, 3])
     empty.train["d1"] = empty.train["d1"][:0]
     with pytest.raises(DataError, match="d1"):
-        Batches(empty, seed=0, sequences_per_micro_batch=1, micro_batches=1)
+        BatchSampler(empty, seed=0, sequences_per_micro_batch=1, micro_batches=1)

@@ -14,15 +14,15 @@ import torch.distributed as dist
 from equipoise.errors import DataError
 from equipoise.lab.config.schema import ParallelConfig, RunConfig
 from equipoise.lab.models.transformer import LanguageModel
-from equipoise.lab.training.distributed import Parts, join, said_elsewhere
+from equipoise.lab.training.distributed import ShardedModel, join, reported_by_rank_0
 from equipoise.lab.training.trainer import train
 
 
 def run(config: RunConfig, folder: Path, layout: ParallelConfig, resume: bool = False) -> list[float]:
     """Trains; returns the losses that this rank saw."""
     losses: list[float] = []
-    with join(layout) as world:
-        train(config, folder, resume=resume, world=world, on_step=lambda step: losses.append(step.loss))
+    with join(layout) as context:
+        train(config, folder, resume=resume, context=context, on_step=lambda step: losses.append(step.loss))
     return losses
 
 
@@ -34,8 +34,8 @@ def run_with_a_signal(config: RunConfig, folder: Path, layout: ParallelConfig, r
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
-        with join(layout) as world:
-            train(config, folder, world=world, on_step=on_step)
+        with join(layout) as context:
+            train(config, folder, context=context, on_step=on_step)
     except KeyboardInterrupt:
         return "stopped"
     return "finished"
@@ -54,25 +54,25 @@ def refused(config: RunConfig, folder: Path, layout: ParallelConfig, resume: boo
     try:
         run(config, folder, layout, resume)
     except Exception as error:
-        return type(error).__name__, str(error), said_elsewhere(error)
+        return type(error).__name__, str(error), reported_by_rank_0(error)
     return "", "", False
 
 
 def gradients(config: RunConfig, layout: ParallelConfig, clip: float) -> dict[str, Any]:
-    """Norm and whole gradients after a step's backward on this rank's part of the tokens."""
+    """Norm and whole gradients after a step's backward on this rank's share of the tokens."""
     tokens_BS = torch.randint(0, 300, (4, 17), generator=torch.Generator().manual_seed(0))
-    with join(layout) as world:
+    with join(layout) as context:
         model = LanguageModel(config.model, seed=dist.get_rank())  # ranks that begin apart are brought together
-        parts = Parts(world, model)
-        for sequence in world.share(list(tokens_BS)):
+        sharded = ShardedModel(context, model)
+        for sequence in context.shard(list(tokens_BS)):
             loss = model(sequence[None, :-1], sequence[None, 1:])
-            (loss * world.size / len(tokens_BS)).backward()
-        norm = parts.combine_gradients(clip)
-        optimizers = [torch.optim.SGD(some, lr=1.0) for some in (parts.of_experts, parts.others)]
-        before = parts.state(optimizers[0])
+            (loss * context.size / len(tokens_BS)).backward()
+        norm = sharded.combine_gradients(clip)
+        optimizers = [torch.optim.SGD(some, lr=1.0) for some in (sharded.expert_params, sharded.other_params)]
+        before = sharded.state(optimizers[0])
         for optimizer in optimizers:
             optimizer.step()
-        after = parts.state(optimizers[0])
+        after = sharded.state(optimizers[0])
     if not before:
         return {"norm": norm}
     moved = {name: (before["model"][name] - after["model"][name]) for name in before["model"]}
@@ -86,18 +86,18 @@ def one_rank_cannot(folder: Path) -> tuple[str, bool]:
         if dist.get_rank() == dist.get_world_size() - 1:
             raise DataError(expected="text", got="none", do="copy it here")
 
-    with join() as world:
+    with join() as context:
         try:
-            world.in_turn(prepare)
+            context.local_main_first(prepare)
         except DataError as error:
-            return str(error), said_elsewhere(error)
+            return str(error), reported_by_rank_0(error)
     return "", False
 
 
 def different(value_of_rank_0: str) -> str:
-    with join() as world:
+    with join() as context:
         try:
-            world.check_same("one text", value_of_rank_0 if world.rank == 0 else "b")
+            context.check_same("one text", value_of_rank_0 if context.rank == 0 else "b")
         except ValueError as error:
             return str(error)
     return ""

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from equipoise.errors import StateError
-from equipoise.lab.comparison.record_tail import Follower
+from equipoise.lab.comparison.record_tail import RecordTail
 from equipoise.lab.config.schema import DataConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig, to_toml
 from equipoise.lab.training.trainer import CHECKPOINTS
 from equipoise.storage import checkpoint
@@ -137,8 +137,8 @@ def _rank(config, folder, layout, rank, size, port, act, send) -> None:
     send.send("begun")
     code, word = 0, ""
     try:
-        with join(layout) as world:
-            train(config, folder, resume=True, world=world, on_step=lambda step: act and act(rank, step.step))
+        with join(layout) as context:
+            train(config, folder, resume=True, context=context, on_step=lambda step: act and act(rank, step.step))
     except EquipoiseError as error:
         code, word = error.exit_code, str(error)
     except KeyboardInterrupt:
@@ -170,10 +170,10 @@ def run_under_torchrun(
                                  env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
         try:
             if kill is not None:
-                follower = Follower(folder / RECORD_NAME)
-                while agent.poll() is None and follower.step < kill[1]:
+                tail = RecordTail(folder / RECORD_NAME)
+                while agent.poll() is None and tail.step < kill[1]:
                     time.sleep(0.005)
-                    follower.read()
+                    tail.read()
                 os.kill(_worker(agent.pid, kill[0]), signal.SIGKILL)
             agent.wait(timeout=240)
         finally:

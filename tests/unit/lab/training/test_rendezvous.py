@@ -9,7 +9,7 @@ import pytest
 from torch.distributed import HashStore
 
 from equipoise.errors import StateError
-from equipoise.lab.training.rendezvous import meet
+from equipoise.lab.training.rendezvous import rendezvous
 
 
 def meeting(store, size, late: dict[int, float] | None = None) -> list[str]:
@@ -18,7 +18,7 @@ def meeting(store, size, late: dict[int, float] | None = None) -> list[str]:
 
     def rank(number: int) -> None:
         time.sleep((late or {}).get(number, 0.0))
-        names[number] = meet(store, number, size, 10.0)
+        names[number] = rendezvous(store, number, size, 10.0)
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(size)]
     for thread in threads:
@@ -41,12 +41,12 @@ def test_what_a_dead_attempt_left_behind_misleads_nobody():
     store = HashStore()
     for rank in (1, 2):
         with pytest.raises(StateError, match="fewer after"):
-            meet(store, rank, 3, 0.05)
+            rendezvous(store, rank, 3, 0.05)
     with pytest.raises(StateError, match="3 processes to begin together"):
-        meet(store, 0, 3, 0.1)
+        rendezvous(store, 0, 3, 0.1)
     names = meeting(store, 3, {0: 0.1, 2: 0.2})
     assert len(set(names)) == 1
 
 
 def test_alone_nobody_is_asked():
-    assert len(meet(HashStore(), 0, 1, 0.0)) == 32
+    assert len(rendezvous(HashStore(), 0, 1, 0.0)) == 32

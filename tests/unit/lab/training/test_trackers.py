@@ -12,7 +12,7 @@ import pytest
 
 from equipoise.errors import ConfigError
 from equipoise.lab.config.schema import LOGGERS, RunConfig, load_config
-from equipoise.lab.training.trackers import PLACES, Events, evaluation_values, step_values
+from equipoise.lab.training.trackers import TRACKERS, Trackers, evaluation_values, step_values
 from equipoise.lab.training.trainer import train
 from equipoise.storage.run_record import Step, read_run
 
@@ -115,7 +115,7 @@ def test_a_run_goes_everywhere_under_the_same_names_and_is_one_run_after_a_resum
 
 def test_a_place_that_fails_is_left_alone_and_the_others_go_on(tmp_path, places):
     wandb, mlflow = places
-    events = Events(tmp_path, tensorboard=False, log=("wandb", "mlflow"))
+    trackers = Trackers(tmp_path, tensorboard=False, log=("wandb", "mlflow"))
 
     def fail(values, step):
         raise OSError("no network")
@@ -123,11 +123,11 @@ def test_a_place_that_fails_is_left_alone_and_the_others_go_on(tmp_path, places)
     wandb.last.log = fail
     record = Step(1, 2.0, 1e-3, 1.0, 512, 1.0, {"balance/c++": 1.0, "balance/nan": float("nan")})
     with pytest.warns(UserWarning, match="no more Weights & Biases events: no network"):
-        events.step(record)
+        trackers.step(record)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        events.step(record)  # said once
-        events.close()
+        trackers.step(record)  # said once
+        trackers.close()
     (run,) = mlflow.runs.values()
     assert run[1]["balance/c__"] == 1.0
     assert "balance/nan" not in run[1]
@@ -143,7 +143,7 @@ def test_a_package_that_was_asked_for_and_is_missing_is_an_error_before_the_firs
 
 
 def test_the_setting_and_its_names():
-    assert tuple(PLACES) == LOGGERS
+    assert tuple(TRACKERS) == LOGGERS
     assert load_config(RunConfig, None, {"train.log": "mlflow,wandb"}).train.log == ("mlflow", "wandb")
     with pytest.raises(ConfigError, match="place to log to"):
         load_config(RunConfig, None, {"train.log": "wanbd"})
