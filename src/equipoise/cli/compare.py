@@ -40,8 +40,11 @@ is part of the model: where it is softmax, "loss-free" moves its bias in proport
 the model chooses with stays as it is under a strategy without one. qwen3_moe and dots1 are computed by the lab's own
 model, which is faster and gives the same logits (--set model.through=transformers: not so).
 
-`equipoise train --help` lists the names of strategies. The same command again, or --resume, goes on with a comparison
-that was stopped; with --out, more strategies and seeds are added to those that are there.
+`equipoise train --help` lists the strategies and their policies. These are not the library's defaults: "global" is
+AuxLoss("global_batch", coef=0.02, estimator="exact"); AuxLoss("global_batch") has coef=0.01, estimator="filled".
+
+The same command again, or --resume, goes on with a comparison that was stopped; with --out, more strategies and seeds
+are added to those that are there.
 """
 
 

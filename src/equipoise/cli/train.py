@@ -6,16 +6,19 @@ import argparse
 from pathlib import Path
 
 from ..lab.config.schema import ParallelConfig, RunConfig, to_toml
-from ..lab.config.strategies import strategy_of
+from ..lab.config.strategies import describe_names, strategy_of
 from .settings import add_settings, read, settings
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "add_layout", "layout_of", "run"]
 
 HELP = "train one model with one strategy; writes a record, checkpoints and TensorBoard events"
-EPILOG = """\
-strategies: none, micro, global, global+micro, sequence, document, sequences:N, shuffle, loss-free, deepseek-v3, and
-details behind them: global@0.02 (coefficient), global:prefix (estimator), loss-free@1e-2 (rate), micro:sigmoid (gate),
-micro->global:100 (change after 100 steps). A file can define its own, as [[strategy]] tables.
+EPILOG = f"""\
+strategies and their policies:
+{describe_names()}
+They suit short runs and are not the library's defaults: AuxLoss("global_batch") has coef=0.01, estimator="filled".
+
+details behind a name: global@0.02 (coefficient), global:prefix (estimator), loss-free@1e-2 (rate), micro:sigmoid
+(gate), micro->global:100 (change after 100 steps). A file can define its own, as [[strategy]] tables.
 
 examples:
   equipoise train --strategy global@0.02
@@ -28,7 +31,7 @@ of one process, and a run may go on with another number of them. On one machine:
   torchrun --nproc-per-node 4 -m equipoise train run.toml --ep 2 --out runs/long
 on two machines of 8, the same two lines on each, HOST being one of them; a rank that dies is started again, and all go
 on from the last checkpoint (the first machine's --out folder is the one that counts):
-  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --max-restarts 3 \
+  torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --max-restarts 3 \\
       -m equipoise train run.toml --ep 8 --fsdp --out runs/long --continue
 """
 

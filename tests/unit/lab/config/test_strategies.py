@@ -20,6 +20,7 @@ from equipoise.lab.config.strategies import (
     RULES,
     Schedule,
     Strategy,
+    describe_names,
     parse_strategy,
     slug,
     strategy_of,
@@ -232,3 +233,27 @@ def test_folder_names_are_safe_and_differ():
     assert len(set(slugs)) == len(names)
     assert all(not set(one) & set("/\\:<>|?* ") for one in slugs)
     assert slug("../../etc") == ".._.._etc"
+
+
+def test_the_list_in_the_help_is_what_is_built_and_fits_a_terminal():
+    lines = describe_names().splitlines()
+    assert max(map(len, lines)) <= 80
+    shown: dict[str, list[str]] = {}
+    name = ""
+    for line in lines:
+        name = line[2:17].strip() or name
+        shown.setdefault(name, []).append(line[17:])
+    assert list(shown) == ["sequences:N" if name == "sequences" else name for name in NAMES]
+    assert shown.pop("none") == ["no policy"]
+    for name, texts in shown.items():
+        cosine = Schedule("cosine", STEPS)
+        plain = [text.replace("'sequences:N'", "Sequences(8)").replace("'cosine'", "cosine") for text in texts]
+        policies = [eval(text, vars(library) | {"cosine": cosine}) for text in plain]
+        assert policies == built(name.replace(":N", ":8"))
+
+
+def test_the_global_strategy_is_not_the_librarys_default():
+    """As `equipoise train --help` and `equipoise compare --help` say."""
+    default, (own,) = AuxLoss("global_batch"), built("global")
+    assert (default.coef, default.estimator) == (0.01, "filled")
+    assert (own.coef, own.estimator) == (0.02, "exact")
