@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
                                    overwrite=arguments.overwrite)  # fmt: skip
     try:
         _report(comparison)
-    except DataError:  # no run came as far as an evaluation; why, has been said
+    except DataError:  # no run reached an evaluation; the reason has been printed
         if comparison.exit_code == 0:
             raise
     return comparison.exit_code

@@ -1,4 +1,4 @@
-"""``equipoise resume``: goes on with a run, or with a comparison, from the last checkpoints."""
+"""``equipoise resume``: continues a run from its last checkpoint."""
 
 from __future__ import annotations
 

@@ -12,25 +12,25 @@ from .tensors import join_tensors, split_tensors
 
 __all__ = ["FILE", "NAMES", "read_state", "remove_state", "state_file", "write_state"]
 
-FILE = "balancer.equipoise"  # servers take every *.safetensors, *.bin and *.pt of a folder for weights
-NAMES = (FILE, "balancer.safetensors")  # its name before
+FILE = "balancer.equipoise"  # not *.safetensors, *.bin or *.pt: servers load every such file of a folder as weights
+NAMES = (FILE, "balancer.safetensors")  # its former name
 
 
 def state_file(folder: str | Path) -> Path | None:
-    """The balancer's state in a checkpoint, or in the one that an adapter's folder lies in; None: there is none."""
+    """The state file in a checkpoint, or in the checkpoint around an adapter's folder; None where there is none."""
     folder = Path(folder)
     places = [folder, folder.parent] if (folder / "adapter_config.json").is_file() else [folder]
     return next((place / name for place in places for name in NAMES if (place / name).is_file()), None)
 
 
 def remove_state(folder: Path) -> None:
-    """What an earlier training left in a folder that is written again."""
+    """Removes the state that an earlier training left in a folder."""
     for name in NAMES:
         (folder / name).unlink(missing_ok=True)
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:
-    """All of it or nothing: a file of that name is whole."""
+    """Writes ``state`` whole or not at all. Raises OutputError."""
     from safetensors.torch import save
 
     plain, tensors = split_tensors(state)
@@ -39,7 +39,7 @@ def write_state(state: dict[str, Any], path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What ``write_state`` was given. Raises DataError for a file that is none of its."""
+    """The state that ``write_state`` wrote. Raises DataError for any other file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -62,7 +62,7 @@ def save(folder: str | Path, step: int, state: dict[str, Any], *, keep: int = 2)
             do="free disk space, then resume; the checkpoints before this one are whole",
         ) from None
     found = _checkpoints(root)
-    later = found[: found.index(final)]  # of a future that was given up: damaged, or of an earlier run in this folder
+    later = found[: found.index(final)]  # later steps are stale: damaged, or of an earlier run in this folder
     for path in later + found[len(later) + keep :]:
         shutil.rmtree(path, ignore_errors=True)
     return final
@@ -89,12 +89,12 @@ def load_latest(folder: str | Path) -> tuple[int, dict[str, Any]] | None:
 
 
 def steps(folder: str | Path) -> list[int]:
-    """Of the checkpoints in a folder, the newest first; whether they are whole is not looked at."""
+    """The steps of the checkpoints in a folder, newest first; they are not checked."""
     return [int(path.name[5:]) for path in _checkpoints(Path(folder))]
 
 
 def load(folder: str | Path, step: int) -> tuple[int, dict[str, Any]]:
-    """(step, state) of one checkpoint. Raises DataError when it is damaged or gone."""
+    """(step, state) of one checkpoint. Raises DataError when it is damaged or missing."""
     return _load(Path(folder) / f"step_{step:06d}")
 
 

@@ -1,7 +1,7 @@
 """Dataclasses to and from the data of JSON and TOML, with errors that name the field. Imports no torch.
 
 encode(config)                a dataclass as dictionaries, lists, numbers, strings, booleans and None
-decode(Config, data, RULES)   the way back, checked against the annotations
+decode(Config, data, RULES)   the inverse, checked against the annotations
 without_nan(data)             JSON has no NaN: null takes its place, and `Rules.null_is_nan` reads it back
 """
 

@@ -2,7 +2,7 @@
 
     FOLDER/inspection.json   facts, domains, numbers per layer, token strings; the checksum of the arrays
     FOLDER/arrays.npz        everything per expert: numpy arrays, no pickle
-    FOLDER/state/            only while an inspection goes on, or was stopped
+    FOLDER/state/            only while an inspection runs, or after it was stopped
 
 docs/measures.md defines every number. Imports no torch.
 """
@@ -73,7 +73,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Layer:
-    """The numbers of one layer's router. None: cannot be said (one domain, no second checkpoint, unknown weights)."""
+    """The numbers of one layer's router. None: not defined (one domain, no second checkpoint, unknown weights)."""
 
     name: str  # of the router's module
     router: str  # its class
@@ -90,7 +90,7 @@ class Layer:
     idle: list[int]  # experts with less than a tenth of the mean load, the dead among them
     information: float | None  # I(expert; domain) in nats, plug-in estimate at equal token counts
     information_corrected: float | None  # minus its bias, estimated from how windows of one domain differ
-    information_shuffled: float | None  # mean with domain labels dealt anew to the windows: the control
+    information_shuffled: float | None  # mean with domain labels permuted over the windows: the control
     information_shuffled_high: float | None  # the highest of these
     entropy_token: float  # mean over tokens of the entropy of the gate probabilities, nats
     entropy_mean: float  # entropy of the mean gate probabilities, nats; ln E at most
@@ -165,7 +165,7 @@ class Inspection:
         return high_DLE & (high_DLE.sum(0, keepdims=True) == 1)
 
     def lift_LEE(self) -> np.ndarray:
-        """Co-activation over its expectation: 1 where two experts meet as often as their loads say; nan for itself.
+        """Co-activation over its expectation: 1 where two experts meet as their loads predict; nan for itself.
 
         Expected is proportional to the product of the loads, with the same sum over all pairs as observed.
         """

@@ -172,7 +172,7 @@ class RecordWriter:
 
 @dataclass
 class Run:
-    """All records of one run, in order. ``problems`` says which lines could not be read and why."""
+    """All records of one run, in order. ``problems`` lists the lines that could not be read, and why."""
 
     path: Path
     header: Header
@@ -240,7 +240,7 @@ def _parse(text: str, file: Path, problems: list[str]) -> Iterator[tuple[int, Re
 
 
 def _record(data: Any, file: Path) -> Record:
-    """One line's record. ValueError says what is wrong with it; fields that this version does not know are left out."""
+    """The record of one line; fields that this version does not know are dropped. Raises ValueError for a bad one."""
     if not isinstance(data, dict) or (kind := data.get("kind")) not in KINDS:
         raise ValueError(f"not one of the kinds {', '.join(KINDS)}")
     cls = KINDS[kind]

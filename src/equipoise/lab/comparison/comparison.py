@@ -1,4 +1,4 @@
-"""A comparison: strategies × seeds as paired runs in one folder, trained by worker processes, ended by a report.
+"""A comparison: strategies × seeds as paired runs in one folder, trained by worker processes.
 
     runs/compare-20260131-120000/
       comparison.json         what is compared and how far it is (this file's manifest)
@@ -38,11 +38,11 @@ MANIFEST_NAME = "comparison.json"
 REPORT_NAME = "report.html"
 SCHEMA = 1
 MAY_DIFFER = ("strategies", "seeds", "strategy", "workers")  # between two commands for one folder
-LOOK_EVERY = 0.5  # seconds between two looks at the workers
+POLL_SECONDS = 0.5  # between two polls of the workers
 
 
 class View(Protocol):
-    """What shows the jobs; called after each look with those whose status changed."""
+    """Displays the jobs; updated after each poll with those whose status changed."""
 
     def update(self, changed: list[Job]) -> None: ...
 
@@ -182,7 +182,7 @@ def open_comparison(folder: Path, config: CompareConfig, *, overwrite: bool = Fa
 
 
 def prepare_all(comparison: Comparison, progress: Callable[[str, float], None]) -> None:
-    """What all runs need, once: strategies that can be built, the packed text and its tokenizer in the cache."""
+    """Prepares what all runs share: checks every strategy, and puts packed text and tokenizer into the cache."""
     from ..data.packing import prepare
     from ..models.pretrained import tokenizer_of
 
@@ -214,10 +214,10 @@ def run_all(comparison: Comparison, view: View) -> None:
                 if changed:
                     comparison.save()
                 view.update(changed)
-                time.sleep(LOOK_EVERY)
+                time.sleep(POLL_SECONDS)
         except BaseException:
             pool.stop()
-            with contextlib.suppress(OutputError):  # the disk is full: the runs themselves are what counts
+            with contextlib.suppress(OutputError):  # the disk is full: the runs matter more than the manifest
                 comparison.save()
             raise
 
@@ -277,7 +277,7 @@ def _flat(data: dict[str, Any], table: str = "") -> dict[str, Any]:
 
 
 def _slots(config: CompareConfig) -> list[set[int]]:
-    """Core sets for the workers: ``train.threads`` cores each, all that there are unless ``workers`` says fewer."""
+    """Core sets for the workers: ``train.threads`` cores each, all cores unless ``workers`` is fewer."""
     free, threads = cores(), config.train.threads
     most = max(len(free) // threads, 1)
     count = config.workers or most
@@ -303,7 +303,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 def _remove(folder: Path, manifest: dict[str, Any]) -> None:
-    """Removes what `compare` wrote, nothing else: a name in a manifest is no path."""
+    """Removes what `compare` wrote and nothing else: names in a manifest are not trusted as paths."""
     with locked(folder):
         for run in manifest["runs"]:
             inside = folder / Path(run["folder"]).name

@@ -1,4 +1,4 @@
-"""What is seen while runs go: a live table for a comparison, a bar for a run, plain lines without a terminal."""
+"""Progress display: a live table for a comparison, a bar for a run, plain lines without a terminal."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Job:
 
 
 class Pool:
-    """Starts waiting jobs on free slots, sees how they end, and stops them all.
+    """Starts waiting jobs on free slots, records how they end, and stops them all.
 
     ``slots`` is a list of core sets; a job runs pinned to the one of its slot, which the next job takes over.
     """
@@ -65,7 +65,7 @@ class Pool:
         return [job for job in self.jobs if job.status == "running"]
 
     def poll(self) -> list[Job]:
-        """One look at everything. Returns the jobs whose status changed."""
+        """Polls all workers and starts waiting jobs. Returns the jobs whose status changed."""
         changed = [job for job in self.running if self._ended(job)]
         free = sorted(set(range(len(self.slots))) - {job.slot for job in self.running})
         waiting = [job for job in self.jobs if job.status == "waiting"]
@@ -77,7 +77,7 @@ class Pool:
         return changed
 
     def stop(self) -> None:
-        """Asks every worker to save and end, and waits for it. What has not ended after a while is killed."""
+        """Asks every worker to save and end, and waits. Those that take longer than SAVING_SECONDS are killed."""
         for job in self.running:
             _send(job, signal.SIGTERM)
         deadline = time.monotonic() + SAVING_SECONDS
@@ -157,13 +157,13 @@ def cores() -> list[int]:
 
 
 def orphaned() -> bool:
-    """Whether this process is a worker whose parent is gone."""
+    """Whether this process is a worker whose parent has died."""
     parent = os.environ.get(PARENT)
     return parent is not None and parent != str(os.getppid())
 
 
 def last_words(log: Path, code: int) -> str:
-    """What a failed worker said at last: its three-part error, or the last line of its traceback."""
+    """The last output of a failed worker: its three-part error, or the last line of its traceback."""
     if code < 0:
         return f"killed by signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
     try:

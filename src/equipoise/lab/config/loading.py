@@ -25,7 +25,7 @@ RULES = Rules(finite=True, comma_lists=True)
 def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "", root: type | None = None) -> C:
     """Builds dataclass ``cls`` from nested dictionaries; what is missing keeps its default.
 
-    ``where`` is the dotted path that leads here and ``root`` the dataclass that it begins in, for messages.
+    ``where`` is the dotted path of ``data`` and ``root`` the dataclass at its start, for messages.
     Raises ConfigError for an unknown key (with the nearest known one) and for a value of another type.
     """
     try:

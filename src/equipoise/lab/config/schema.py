@@ -74,10 +74,10 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     checkpointing: str = "none"  # recompute layers in backward: none, reentrant, non_reentrant
-    folder: str | None = None  # a Hugging Face model to go on from; it says all above but checkpointing
+    folder: str | None = None  # a Hugging Face model to continue from; it sets all above but checkpointing
     through: str = "auto"  # compute it as transformers does, or as the lab's own model where that is the same (auto)
-    family: str = ""  # its model_type: written when the folder was read
-    biases: str | None = None  # the file beside its weights with expert biases to begin with: written then too
+    family: str = ""  # its model_type: set when the folder was read
+    biases: str | None = None  # a file beside its weights with the initial expert biases: set when the folder was read
 
     def __post_init__(self) -> None:
         _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts"))
@@ -213,7 +213,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """A named list of policies from a file, ``[[strategy]]``; `lab.config.strategies` says what a policy may hold."""
+    """A named list of policies from a file, ``[[strategy]]``; `lab.config.strategies` lists what they may hold."""
 
     name: str
     policies: tuple[dict[str, Any], ...]
@@ -239,11 +239,11 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How a run lies on processes. Not what the run is: it may go on with another layout, to the same loss curve."""
+    """How a run is distributed over processes; it can be resumed with another layout, to the same loss curve."""
 
-    dp: int = 0  # data ranks: all processes; 0 = as many as there are
+    dp: int = 0  # data-parallel ranks: all processes; 0 = as many as there are
     ep: int = 1  # expert-parallel degree: the experts of every layer are sharded over so many of them
-    fsdp: bool = False  # shard every parameter, its gradient and its moments over the ranks that would hold the same
+    fsdp: bool = False  # shard every parameter, gradient and moment over the ranks that would replicate it
 
     def __post_init__(self) -> None:
         _check_numbers(self, "", may_be_zero=("dp",))

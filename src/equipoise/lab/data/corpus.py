@@ -80,7 +80,7 @@ def embedded_corpus(domains: Sequence[str] | None = None, *, progress: Progress 
 
     ``domains`` selects some of them (None: all that hold at least 2 MB here; the others are named in a warning).
     A file goes as a whole to training or to the held-out part, by a hash of its name. The result is cached, and is the
-    same for the same installed versions, whatever the hash seed. Raises DataError for an unknown domain, for one that
+    same for the same installed versions and any hash seed. Raises DataError for an unknown domain, for one that
     this installation cannot fill, and when fewer than two remain.
     """
     wanted = check_domains(domains, DOMAINS)

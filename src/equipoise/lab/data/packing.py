@@ -190,7 +190,7 @@ def _cut(tokens: np.ndarray, sequence_length: int, max_tokens: int | None = None
 
 def _packed(target: Path, corpus: Corpus, path: Path, *rest: Any) -> PackedData:
     """What is packed already, else packs it."""
-    with one_builder(target):  # without it, a process may find the folder gone that another is just replacing
+    with one_builder(target):  # else a process may look for the folder just while another replaces it
         packed = _open(target, path)
         if packed is None:
             _write(target, corpus, path, *rest)

@@ -141,7 +141,7 @@ def _of_folder(folder: Path) -> Tokenizer:
 
 
 def _ends(folder: Path, tokenizer: Tokenizer) -> Iterator[int]:
-    """The ids that the folder names as the end, the tokenizer's own word first."""
+    """The end-of-text ids that the folder's files name, the tokenizer's own first."""
     token = _json(folder / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     if isinstance(token, str) and (found := tokenizer.token_to_id(token)) is not None:

@@ -27,7 +27,7 @@ LAST, BEST = "last", "best"
 
 
 class Exported(NamedTuple):
-    """What became a folder: where it is, the step of its weights, the class that loads it."""
+    """An exported folder: where it is, the step of its weights, the class that loads it."""
 
     folder: Path
     step: int
@@ -39,10 +39,10 @@ def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, for
 
     Args:
         which: "last"; "best", the lowest held-out loss among the checkpoints that are still there; or a step.
-        force: replace an earlier folder of this kind. One that holds anything else is left alone all the same.
+        force: replace an earlier export. A folder that holds anything else is left alone all the same.
 
     Raises:
-        DataError: no run, no checkpoint (of that step), a damaged one, or a run whose tokenizer is gone.
+        DataError: no run, no checkpoint (of that step), a damaged one, or a run whose tokenizer is missing.
         ConfigError: a model that no Hugging Face class computes (see ``equipoise.lab.models.hf_weights``).
         OutputError: ``out`` is not empty, cannot be written, or the disk is full; nothing is left behind then.
     """
@@ -52,7 +52,8 @@ def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, for
     _check_free(out, force)
     model = strategy_of(config).apply(config.model)
     through_transformers = config.model.through == "transformers"
-    name = "" if through_transformers else architecture(model)  # what no class holds is said before anything is read
+    # refuses a model that no class holds before anything is read
+    name = "" if through_transformers else architecture(model)
     step, state = _checkpoint(folder, seen, which)
     with atomic_folder(out, do="free disk space, or choose another folder") as building, safetensors_errors(out):
         building.chmod(out.parent.stat().st_mode & 0o777)
@@ -132,7 +133,7 @@ def _check_free(out: Path, force: bool) -> None:
 
 
 def _settings(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
-    """``config.json``. No pad_token_id in it: the classes would then keep the gradient from that token's embedding."""
+    """``config.json``. Without pad_token_id: with one, the classes keep that token's embedding from being trained."""
     if config.model.folder is not None:
         given = read_settings(config.model.folder)
         own = hugging_face_config(model, max_positions=given["max_position_embeddings"])
@@ -142,7 +143,7 @@ def _settings(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
 
 
 def _write_tokenizer(tokenizer: Path, folder: Path, length: int) -> None:
-    """The lab's text has one mark, after every document, so it also stands before each one and fills up batches."""
+    """The lab's text has one special token, which ends documents; it also begins them and pads batches."""
     shutil.copyfile(tokenizer, folder / TOKENIZER)
     marks = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
     write_json(
@@ -154,7 +155,7 @@ def _write_tokenizer(tokenizer: Path, folder: Path, length: int) -> None:
 
 
 def _tokenizer_of(folder: Path, seen: Run) -> Path:
-    """The run's own copy; of a run that was made before there were any, the one in the cache."""
+    """The run's own copy; older runs have none, and use the one in the cache."""
     kept = tokenizer_file(seen.header.corpus_sha256, int(seen.header.config["model"]["vocab_size"]))
     for path in (folder / TOKENIZER, kept):
         if path.is_file():

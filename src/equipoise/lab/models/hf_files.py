@@ -24,7 +24,7 @@ __all__ = ["BESIDE", "TOKENIZER", "WRITTEN", "read_settings", "read_weights", "s
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
-# What a tokenizer of a given folder is made of, and what says how to talk to the model.
+# Files of a tokenizer, and of how the model is prompted and generates.
 BESIDE = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
           "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")  # fmt: skip
 WRITTEN = {*BESIDE, WEIGHTS, INDEX, "config.json"}
@@ -89,7 +89,7 @@ def safetensors_errors(out: Path) -> Iterator[None]:
 
     try:
         yield
-    except SafetensorError as error:  # a full disk, said in its own way
+    except SafetensorError as error:  # a full disk, for one
         raise OutputError(
             expected=f"to write {out}", got=str(error), do="free disk space, or choose another folder"
         ) from None

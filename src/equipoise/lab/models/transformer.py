@@ -1,7 +1,7 @@
 """The lab's language model: a decoder-only transformer with mixture-of-experts layers and Hugging Face weight names.
 
 ``state_dict()`` keys equal those of transformers' Qwen3MoeForCausalLM; `lab.models.hf_weights` maps the other gates.
-Weights, residual stream, routing and loss are fp32; ``compute_dtype`` is what the matrix products run in.
+Weights, residual stream, routing and loss are fp32; ``compute_dtype`` is that of the matmuls.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ INIT_STD = 0.02  # the usual one; lab-notes/2026-11-22-defaults.md has what 0.04
 class LanguageModel(TrainableLM):
     """Logits or loss of token sequences; the routers are `model.layers.*.mlp.gate`.
 
-    Two models with the same seed and sizes have the same weights, whatever their gates and biases: each weight is drawn
+    Two models with the same seed and sizes have the same weights, for any gate and bias: each weight is drawn
     from a seed made of ``seed`` and its own name. A gate "auto" is softmax.
 
     >>> from equipoise.lab.config.schema import ModelConfig
@@ -54,12 +54,12 @@ class LanguageModel(TrainableLM):
 
     @property
     def routed(self) -> nn.Module:
-        """What a balancer takes."""
+        """The module that a Balancer takes."""
         return self
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """What FSDP shards one by one."""
+        """The layers, which FSDP shards one by one."""
         return list(self.model.layers)
 
     def expert_parameters(self) -> list[nn.Parameter]:
@@ -82,7 +82,7 @@ class LanguageModel(TrainableLM):
     def hidden(
         self, tokens_BS: Tensor, *, token_mask_BS: Tensor | None = None, document_ids_BS: Tensor | None = None
     ) -> Tensor:
-        """The normed output of the last layer [B, S, D] in fp32; all that a pass which only counts routing needs.
+        """The normed output of the last layer [B, S, D] in fp32; enough for a forward pass for its routing alone.
 
         Raises InputError for an empty batch.
         """
@@ -117,7 +117,7 @@ class LanguageModel(TrainableLM):
 
     @torch.no_grad()
     def token_losses(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
-        """The loss of every token [B, S] (nats, fp32), without gradient; the output layer's products in fp32."""
+        """The loss of every token [B, S] (nats, fp32), without gradient; the output layer computes in fp32."""
         x_TD = self.model(tokens_BS, self.compute_dtype, None, None).flatten(0, 1)
         return token_losses(x_TD, self.lm_head.weight, targets_BS.flatten(), torch.float32).view_as(targets_BS)
 
@@ -196,7 +196,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, positions: Positions) -> Tensor:
         dtype = x_BSD.dtype
-        # one product for all heads: at small widths the calls cost more than the numbers
+        # one matmul for all heads: at small widths the calls cost more than the arithmetic
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]).to(dtype)
         qkv_BSHd = F.linear(x_BSD, weight).unflatten(-1, (-1, self.head_dim))
         y_BSD = causal_attention(qkv_BSHd, self.q_norm.weight, self.k_norm.weight, positions, heads=self.heads,

@@ -1,4 +1,4 @@
-"""The held-out pass: loss and bits per byte per domain, and how evenly and how specially the experts are used."""
+"""Evaluation on held-out text: loss and bits per byte per domain, load balance and specialization of the experts."""
 
 from __future__ import annotations
 
@@ -78,9 +78,9 @@ def evaluate(
 
 
 def shuffled_mutual_information(counts_NLE: Tensor, labels_N: Tensor, *, seed: int = 0) -> list[float]:
-    """Mutual information per layer (nats) when the domain labels are dealt out anew to the sequences: the noise floor.
+    """Mutual information per layer (nats) with domain labels permuted over the sequences: the noise floor.
 
-    Whole sequences are relabelled, because the tokens of one sequence use experts alike whatever its domain.
+    Whole sequences are relabelled, because tokens of one sequence use similar experts in any domain.
 
     >>> counts_NLE = torch.tensor([[[9, 1]], [[9, 1]], [[1, 9]], [[1, 9]]])
     >>> shuffled_mutual_information(counts_NLE, torch.tensor([0, 0, 1, 1]))[0] < 0.37  # 0.368 with the true labels

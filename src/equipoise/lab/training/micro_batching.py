@@ -1,4 +1,4 @@
-"""How many micro-batches run as one forward and backward: what fits, or few where somebody looks at a step's pieces.
+"""How many micro-batches run as one forward and backward: what fits, or few where a policy depends on the passes.
 
 A pass of many costs less than as many passes, and where a step is one pass its load is known without a counting pass.
 The numbers are those of single passes (`equipoise.Balancer(sequences_per_micro_batch=)`).
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["max_pass_size", "num_passes", "uses_shuffle"]
 
-PIECE = 4  # micro-batches of a pass where a step has to come in pieces
+PIECE = 4  # micro-batches of a pass where a step must have several passes
 # Tokens x width x layers: 8192 tokens of 3 layers of width 128 are one pass. Beyond, tensors grow out of the cache and
 # memory counts.
 FITS = 1 << 22

@@ -61,8 +61,8 @@ def train(
     """Trains one run into ``folder`` and returns the folder.
 
     Args:
-        resume: go on from the newest whole checkpoint (from the start where there is none) instead of refusing a folder
-            that holds a run. The configuration must be the one it began with. A finished run is left as it is.
+        resume: continue from the newest intact checkpoint, or from the start if there is none, instead of refusing a
+            folder that holds a run. The configuration must be the one it began with. A finished run is left as it is.
         on_step: called with each step's record after it was written, on every rank.
         context: the processes that share the run; default: those that torchrun started, or this one alone (`join`).
 
@@ -121,7 +121,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class _Run:
     """What a run holds between two steps: start, then train_step and after_step in turn, then finish or fail, close."""
 
-    writer: RecordWriter | None = None  # of the rank that writes
+    writer: RecordWriter | None = None  # on the main rank
     trackers: Trackers | None = None
 
     def __init__(self, config: RunConfig, folder: Path, context: RankContext) -> None:
@@ -141,17 +141,17 @@ class _Run:
         self.sizes = sum(p.numel() for p in self.model.parameters()), active_parameters(self.model)
         self.sharded = ShardedModel(context, self.model)
         self.optimizer = _optimizer(self.model, train, self.sharded.separate_params)
-        # A run without policies is measured all the same: a loss with coefficient 0 pushes nothing.
+        # A run without policies is measured too: a loss with coefficient 0 adds no gradient.
         self.policies: list[Policy] = self.strategy.build(train.steps) or [AuxLoss("global_batch", coef=0.0)]
         self.balancer = Balancer(self.model.routed, self.policies, optimizer=self.optimizer,
                                  sequences_per_micro_batch=train.sequences_per_micro_batch,
                                  measure_estimators=train.fidelity_every > 0)  # fmt: skip
         self.random_state = torch.get_rng_state()
-        self.step, self.saved = 0, 0  # the last step that was made, that was saved
+        self.step, self.saved = 0, 0  # the last step done, the last step saved
         self.seconds, self.tokens = 0.0, 0
 
     def start(self, earlier: Header | None) -> None:
-        """Opens the record, at the newest checkpoint of ``earlier``'s run where there is one."""
+        """Opens the record, and loads the newest checkpoint of the run that ``earlier`` began, if there is one."""
         if earlier is not None:
             if earlier.corpus_sha256 != self.data.corpus_sha256:
                 raise self.context.mark_shared(
@@ -171,7 +171,7 @@ class _Run:
         self.context.from_rank_0(self._open)
 
     def _open(self) -> None:
-        """The files of a run, on the rank that writes."""
+        """Opens the files of a run, on the main rank."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -218,7 +218,7 @@ class _Run:
         return record
 
     def after_step(self) -> None:
-        """What is due: loads, fidelity, held-out text; the checkpoint last, so that what is saved is written."""
+        """Writes what is due: loads, fidelity, evaluation; the checkpoint last, after its records."""
         train = self.config.train
         if _due(self.step, train.load_every):
             self._write(Load(self.step, [counts_E.tolist() for counts_E in self.balancer.load()]))
@@ -239,7 +239,7 @@ class _Run:
             self.trackers.evaluation(record)
 
     def save(self) -> None:
-        """A checkpoint of the last whole step; it does not depend on the ranks that made it."""
+        """Saves a checkpoint of the last whole step; it does not depend on the layout."""
         state = self.sharded.state(self.optimizer) | {
             "balancer": self.balancer.state_dict(),
             "random_state": self.random_state,
@@ -250,14 +250,14 @@ class _Run:
         self.saved = self.step
 
     def finish(self) -> None:
-        """The end of a run, or a stop between two steps because somebody asked for one."""
+        """Ends a run after its last step, or between two steps when a stop was requested."""
         done = self.step == self.config.train.steps
         if self.saved < self.step:
             self.save()
         self._write(self._end("finished" if done else "interrupted"))
 
     def fail(self, error: BaseException) -> None:
-        """Says in the record why the run ended, if the disk still takes it."""
+        """Writes into the record why the run ended, unless the disk is full."""
         stopped = isinstance(error, KeyboardInterrupt)
         with contextlib.suppress(OutputError):
             self._write(self._end("interrupted" if stopped else "failed", str(error) or type(error).__name__))
@@ -300,7 +300,7 @@ class _Run:
             self.writer.write(record)
 
     def _not_finite(self, got: str, *, together: bool = True) -> StateError:
-        """Saves the weights that the failed step started from, and says where they are.
+        """Saves the weights that the failed step started from; the error names their folder.
 
         ``together``: all ranks know; a rank whose router alone saw a NaN cannot save, because the others train on.
         """
@@ -334,13 +334,13 @@ class _Run:
         return End(self.step, status, self.seconds, self.tokens, peak_memory(), message)
 
     def _estimators(self) -> list[str]:
-        """Those that this run trains with: the estimators of its losses over the global batch."""
+        """The estimators that this run trains with: those of its losses over the global batch."""
         losses = [timed.policy for timed in timeline(self.policies) if isinstance(timed.policy, AuxLoss)]
         return sorted({loss.estimator for loss in losses if loss.scope == "global_batch" and loss.coef != 0})
 
 
 def _earlier_run(config: RunConfig, folder: Path, resume: bool) -> tuple[Header | None, bool]:
-    """Header of the run that the folder already holds, checked against what is asked for, and whether it is over."""
+    """Header of the run in ``folder``, checked against ``config``, and whether that run is finished."""
     if not (folder / RECORD_NAME).exists():
         return None, False
     if not resume:
@@ -349,7 +349,7 @@ def _earlier_run(config: RunConfig, folder: Path, resume: bool) -> tuple[Header 
     try:
         run = read_run(folder)
     except DataError:
-        return None, False  # killed before its first line was whole: nothing was trained
+        return None, False  # killed before its first line was complete: nothing was trained
     header = run.header
     wanted = json.loads(json.dumps(encode(config)))
     before = json.loads(json.dumps(encode(from_dict(RunConfig, header.config))))  # settings that came later
@@ -368,7 +368,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def _optimizer(model: nn.Module, train: TrainConfig, apart: Sequence[Tensor] = ()) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only. What is sharded over other ranks is in groups ``apart``."""
+    """AdamW with weight decay on matrices only. Parameters in ``apart`` get param groups of their own."""
     own = {id(p) for p in apart}
     groups = []
     for separate in (False, True):
