@@ -81,11 +81,11 @@ class Report:
     def json(self) -> str:
         from ..report import to_json
         from ..report.data.inspections import inspections_json
-        from ..report.data.summarize import null
+        from ..storage.codec import without_nan
 
         data = to_json(self.comparison) if self.comparison else {"problems": self.problems}
         if self.found:
-            data["inspections"] = null(inspections_json(self.found))
+            data["inspections"] = without_nan(inspections_json(self.found))
         return json.dumps(data, indent=2, allow_nan=False)
 
 

@@ -10,8 +10,7 @@ import torch.distributed as dist
 
 from contracts.law._model import BIAS, loss_of, make_step, net
 from contracts.law.test_faults import detached, documents, documents_out_of_range, nan_logits, without_a_forward
-from equipoise import AuxLoss, Balancer, EquipoiseError
-from equipoise import devices
+from equipoise import AuxLoss, Balancer, EquipoiseError, devices
 
 BAD = {
     "nan": nan_logits,

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from contracts.law._model import BIAS, SMALL, Micro, assert_close, loss_of, make_step, net, setup, train_step
-from equipoise import AuxLoss, Balancer, ConfigError, EquipoiseError, ExpertBias, InputError, MoE, StateError
-from equipoise import devices
+from equipoise import AuxLoss, Balancer, ConfigError, EquipoiseError, ExpertBias, InputError, MoE, StateError, devices
 
 MICRO = AuxLoss("micro_batch", 0.3)
 PREVIOUS = AuxLoss("global_batch", 0.3, estimator="previous")

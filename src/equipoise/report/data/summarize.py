@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ...errors import ConfigError, unknown_name
+from ...storage.codec import without_nan
 from ...storage.run_record import Run
 from . import comparability
 from .curves import Charts, charts, training_metrics
@@ -17,7 +18,7 @@ from .measures import MEASURES
 from .run_view import Observation, mean, observe, usable
 from .statistics import Difference, Estimate, estimate, paired_difference, random_maxvio
 
-__all__ = ["Comparison", "EstimatorSummary", "RunFacts", "StrategySummary", "null", "summarize", "to_json"]
+__all__ = ["Comparison", "EstimatorSummary", "RunFacts", "StrategySummary", "summarize", "to_json"]
 
 PREFERRED_BASELINE = "micro"  # what everybody ran before: the differences read as what a change of it brings
 
@@ -144,16 +145,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     data = asdict(comparison)
     for strategy in data["strategies"]:
         del strategy["charts"]
-    return null(data)
-
-
-def null(value: Any) -> Any:
-    """The same with NaN and infinity as None, which JSON can hold."""
-    if isinstance(value, dict):
-        return {str(key): null(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [null(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return without_nan(data)
 
 
 def _group(runs: Sequence[Run], warnings: list[str]) -> dict[str, list[Run]]:

@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 
 from ...errors import ConfigError, OutputError
+from ...storage.files import write_whole
 from ...storage.inspection_record import Inspection
-from ...storage.run_record import write_whole
 from ..data.formatting import clean
 from ..data.inspections import Named, headline_of, named
 from ..data.summarize import Comparison
