@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..balancer.balancer import Balancer
 from ..distributed import Ranks
 from ..errors import ConfigError, DataError
-from ..external.call_arguments import router_tokens
+from ..external.padding import router_tokens
 from ..policies import Policy
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .spec import Plan
-from .token_layout import Placed
+from .token_layout import TokenPlacement
 
 __all__ = ["ForwardPass", "Meter", "Tables", "Taken", "clear_slots", "gathered", "overwrite", "recomputes", "take"]
 
@@ -40,7 +40,7 @@ class Taken(NamedTuple):
     statistics_LS: Tensor  # (L, plan.forward_size), added up over the calls of each router
     gram_LEE: Tensor | None  # where the plan has one
     tables: list[list[Tables]]  # of each router, one per call
-    placed: list[list[Placed]]  # of each router, one per call with gradient, where it is another library's
+    placed: list[list[TokenPlacement]]  # of each router, one per call with gradient, where it is another library's
     passes: int = 1  # forwards of the model
 
 
@@ -89,9 +89,9 @@ class Meter:
         self.at_once = True  # a guard in forward may raise where it stands: see `equipoise.balancer.faults`
         self._make(device)
         self.tables: list[list[Tables]] = [[], [], []]
-        self.placed: list[Placed] = []  # calls since the last tap, for their recompute
+        self.placed: list[TokenPlacement] = []  # calls since the last tap, for their recompute
         self.late: list = []  # per call, what the tap made of its tables: see `equipoise.autograd.sequence_shards`
-        self.placed_late: list[Placed] = []  # the calls that the running backward may recompute
+        self.placed_late: list[TokenPlacement] = []  # the calls that the running backward may recompute
         self.key = _METERS.enter(self)
         self.pool: list[Tensor] | None = None  # expert ids of a counting pass, kept for the shuffle control only
         self.owner: object = None  # the balancer: it has to live as long as the model it balances

@@ -12,7 +12,7 @@ from torch import nn
 from ..autograd.router_state import Meter
 from ..autograd.spec import LocalTerm, Plan
 from ..errors import ConfigError, StateError
-from ..external.discovery import find_foreign
+from ..external.discovery import find_external_routers
 from ..external.no_router import no_router
 from ..external.own_loss import OwnLoss
 from ..policies.expert_bias import ExpertBias
@@ -33,7 +33,7 @@ def _routers(
         for i, part in enumerate(parts):
             _check_offload(part)
             ours = [(name, m) for name, m in part.named_modules() if hasattr(m, "meter") and hasattr(m, "num_experts")]
-            found += [(i, name, router) for name, router in ours or find_foreign(part, example, look=look)]
+            found += [(i, name, router) for name, router in ours or find_external_routers(part, example, look=look)]
     except BaseException:
         _unhook(router for _, _, router in found)
         raise
@@ -88,7 +88,7 @@ def attach(
             # a bias that was there is taken over last: what is refused before has changed nothing
             for layer in sorted(layers, key=lambda layer: not layer.makes_bias):
                 layer.router.enable_selection_bias()
-        for part in {part for part, _, router in routers if timed and hasattr(router, "layout")}:
+        for part in {part for part, _, router in routers if timed and hasattr(router, "batch_context")}:
             own_loss.switch_off(parts[part])
         if timed:
             _warn_of_frozen(layers)
@@ -156,8 +156,9 @@ def undo(layers: Sequence[Layer], own_loss: OwnLoss) -> None:
 
 def _unhook(routers: Iterable[Any]) -> None:
     """Routers that were found and never tied leave hooks of their layouts behind."""
-    for layout in {id(at): at for router in routers if (at := getattr(router, "layout", None)) is not None}.values():
-        layout.remove()
+    found = (getattr(router, "batch_context", None) for router in routers)
+    for context in {id(context): context for context in found if context is not None}.values():
+        context.remove()
 
 
 def _check_offload(part: nn.Module) -> None:

@@ -15,7 +15,7 @@ from ..autograd.router_state import take
 from ..autograd.token_layout import TokenLayout
 from ..distributed import Ranks
 from ..errors import ConfigError, InputError, StateError
-from ..external.batch_context import saying
+from ..external.batch_context import declared_layout
 from ..policies.expert_bias import ExpertBias
 from ..policies.losses import AuxLoss
 from ..policies.switch import Policy, losses_at, timeline
@@ -261,7 +261,8 @@ class Balancer(Stepping):
         For masks that say who sees whom, and documents that nothing else numbers. Holds for routers whose tokens are
         as many: ``with balancer.layout(TokenLayout(B, token_mask_T)): loss = model(...).loss``.
         """
-        return saying([layer.router.layout for layer in self._layers if hasattr(layer.router, "layout")], lies)
+        routers = [layer.router for layer in self._layers if hasattr(layer.router, "batch_context")]
+        return declared_layout([router.batch_context for router in routers], lies)
 
     def skip(self) -> None:
         """Says that the optimizer skips this step (a spike, an overflow): forgotten like `discard`, and counted.

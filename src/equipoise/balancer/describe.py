@@ -83,7 +83,7 @@ def _layout(layer: Layer) -> str:
     known = getattr(layer.router, "lies", None)
     if known is not None:
         return known
-    if hasattr(layer.router, "layout"):
+    if hasattr(layer.router, "batch_context"):
         return "sequences and padding read where the model, or a part of it, is called with a router's tokens"
     return "as the layer is told with each call (MoE(batch_first=), TokenLayout)"
 

@@ -101,7 +101,7 @@ def _note_passes(
         for layer in layers:
             if layer.part == i:
                 layer.meter.forward_pass = shared
-                if (layout := getattr(layer.router, "layout", None)) is not None:
+                if (layout := getattr(layer.router, "batch_context", None)) is not None:
                     layout.forward_pass = shared
         hooks.append(part.register_forward_pre_hook(_PassHook(shared, running, i, entering=True)))
         hooks.append(part.register_forward_hook(_PassHook(shared, running, i, entering=False)))

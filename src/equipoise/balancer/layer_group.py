@@ -12,7 +12,7 @@ from torch import Tensor
 from ..autograd.router_state import Meter, clear_slots, gathered, overwrite
 from ..autograd.sequence_shards import Late
 from ..autograd.spec import Plan
-from ..autograd.token_layout import Placed
+from ..autograd.token_layout import TokenPlacement
 from ..devices import sent
 from ..policies.estimators import LoadHistory
 from ..policies.expert_bias import ExpertBias
@@ -26,7 +26,7 @@ class Bound(NamedTuple):
 
     push_LP: Tensor  # pressure per unit of the loss's scale, the count flag left out
     late: list[list[Late]]  # of each router, where sequences are sharded
-    placed: list[list[Placed]]  # of each router of another library: how the tokens lay, for a recompute
+    placed: list[list[TokenPlacement]]  # of each router of another library: how the tokens lay, for a recompute
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import equipoise
 from contracts.law._external import Block, Chain, D, E, Gate, ids_of, naive_push, pushed
 from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, register_router
-from equipoise.external.output_formats import read
+from equipoise.external.output_formats import parse_output
 from equipoise.external.registry import REGISTERED
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -123,7 +123,7 @@ def test_with_k_equal_to_e_two_that_follow_from_each_other_are_refused_with_a_li
 
 
 def test_integers_that_are_no_experts_are_passed_over() -> None:
-    assert read(nn.Identity(), {"ids": torch.randint(9, (2, 5)), "mask": torch.rand(2, 5)}) is None
+    assert parse_output(nn.Identity(), (), {}, {"ids": torch.randint(9, (2, 5)), "mask": torch.rand(2, 5)}) is None
 
     class Batch(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,7 +312,7 @@ def test_what_cannot_be_registered_is_refused(arguments: tuple, options: dict, e
 def refused(model: nn.Module, example: Any) -> ConfigError:
     with pytest.raises(ConfigError, match=re.escape(CONTRACT)) as caught:
         Balancer(model, [AuxLoss("micro_batch", 0.1)], example=example)
-    assert "SPECIAL" not in str(caught.value)
+    assert "FORMATS" not in str(caught.value)
     return caught.value
 
 

@@ -251,7 +251,7 @@ FAMILIES: dict[str, Family] = {
 
 NOT_BUILT: dict[str, str] = {}  # family -> the error its configuration gives
 
-# family -> the class that equipoise.external.output_formats.SPECIAL refuses, with the reason there
+# family -> the class that equipoise.external.output_formats.FORMATS refuses, with the reason there
 REFUSED: dict[str, str] = {
     "dbrx": "DbrxRouter",
     "doge": "DogeCDMoE",

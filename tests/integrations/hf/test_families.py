@@ -12,8 +12,8 @@ pytest.importorskip("transformers")
 
 from equipoise import AuxLoss, Balancer, ExpertBias
 from equipoise.errors import ConfigError
-from equipoise.external.discovery import find_foreign
-from equipoise.external.output_formats import SPECIAL
+from equipoise.external.discovery import find_external_routers
+from equipoise.external.output_formats import FORMATS
 from integrations.hf._cases import (
     check_gradient_ratio,
     check_law,
@@ -54,7 +54,7 @@ def test_gate_is_recognised_also_when_all_logits_lie_close_together(family: str)
     with quiet():
         for spread in (0.02, 0.3):
             model = build(family, initializer_range=spread)
-            gates = {router.gate for _, router in find_foreign(model, model.dummy_inputs)}
+            gates = {router.gate for _, router in find_external_routers(model, model.dummy_inputs)}
             assert gates == {gate_of(family)}, spread
 
 
@@ -62,7 +62,9 @@ def test_gate_is_recognised_also_when_all_logits_lie_close_together(family: str)
 def test_a_family_that_cannot_be_served_is_refused_by_name(family: str) -> None:
     with quiet():
         model = build(family)
-        with pytest.raises(ConfigError, match=rf"(?s){REFUSED[family]}.*{re.escape(SPECIAL[REFUSED[family]].refuse)}"):
+        with pytest.raises(
+            ConfigError, match=rf"(?s){REFUSED[family]}.*{re.escape(FORMATS[REFUSED[family]].unsupported)}"
+        ):
             Balancer(model, [AuxLoss()])
 
 
@@ -149,7 +151,7 @@ def test_routers_that_no_example_reaches_are_balanced_too() -> None:
         model = build("ernie4_5_vl_moe")
         balancer = Balancer(model, policies_for(model))
         model.train()
-        names = [name for name, _ in find_foreign(build("ernie4_5_vl_moe"), model.dummy_inputs)]
+        names = [name for name, _ in find_external_routers(build("ernie4_5_vl_moe"), model.dummy_inputs)]
         assert sum("vision" in name for name in names) == 2
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         given = inputs(padded=False)

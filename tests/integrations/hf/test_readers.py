@@ -10,12 +10,12 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from equipoise.external.output_formats import SPECIAL, Read, read
+from equipoise.external.output_formats import FORMATS, parse_output
 from integrations.hf._cases import quiet
 from integrations.hf.families import FAMILIES, build
 
 
-@pytest.mark.parametrize("name", sorted(SPECIAL))
+@pytest.mark.parametrize("name", sorted(FORMATS))
 def test_every_special_class_exists_in_the_installed_version(name: str) -> None:
     """A line for a class that was renamed would protect nobody."""
     folders = {family.folder for family in FAMILIES.values()}
@@ -27,15 +27,17 @@ def test_every_special_class_exists_in_the_installed_version(name: str) -> None:
 def test_parts_are_known_by_shape_and_type_in_any_order(order: tuple[int, int, int]) -> None:
     """Releases of transformers before 5.23 returned them in four orders."""
     parts = (torch.randn(5, 8), torch.rand(5, 2), torch.randint(8, (5, 2)))
-    found = read(nn.Identity(), tuple(parts[i] for i in order))
-    assert isinstance(found, Read)
-    assert all(a is b for a, b in zip(found, parts, strict=True))
+    found = parse_output(nn.Identity(), (), {}, tuple(parts[i] for i in order))
+    assert found is not None
+    assert all(a is b for a, b in zip(found.parts, parts, strict=True))
 
 
 def test_what_is_no_router_is_passed_over() -> None:
-    assert read(nn.Identity(), torch.randn(5, 8)) is None
-    assert read(nn.Identity(), (torch.randn(5, 8), torch.randn(5, 2))) is None
-    assert read(nn.Identity(), (torch.randn(2, 5, 8), torch.randn(5, 2), torch.randint(8, (5, 2)))) is None
+    assert parse_output(nn.Identity(), (), {}, torch.randn(5, 8)) is None
+    assert parse_output(nn.Identity(), (), {}, (torch.randn(5, 8), torch.randn(5, 2))) is None
+    assert (
+        parse_output(nn.Identity(), (), {}, (torch.randn(2, 5, 8), torch.randn(5, 2), torch.randint(8, (5, 2)))) is None
+    )
 
 
 def test_llama4_scores_are_taken_apart_as_the_model_chose() -> None:
@@ -43,8 +45,9 @@ def test_llama4_scores_are_taken_apart_as_the_model_chose() -> None:
         model = build("llama4")
     router = model.get_submodule("model.layers.0.feed_forward.router")
     scores_TE, logits_TE = router(torch.randn(7, 32))
-    found = read(router, (scores_TE, logits_TE))
-    assert found is not None
+    parsed = parse_output(router, (), {}, (scores_TE, logits_TE))
+    assert parsed is not None
+    found = parsed.parts
     for t in range(7):
         assert set(found.ids_TK[t].tolist()) == set(scores_TE[t].nonzero().view(-1).tolist())
         assert torch.equal(found.weights_TK[t], scores_TE[t][found.ids_TK[t]])
