@@ -1,4 +1,8 @@
-"""Every MoE family of the installed transformers: the law through its real model, or a refusal that says why."""
+"""Every MoE family of the installed transformers: the law through its real model, or a refusal that says why.
+
+The law is checked for one family of each kind of router; with ``-m full``, for all. What kind a family is of, and that
+none is of a kind that the first tier lacks, is always checked.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,16 @@ from integrations.hf._cases import (
     check_gradient_ratio,
     check_law,
     inputs,
+    kind_of,
     loss_of,
     policies_for,
     quiet,
     rounding,
     same_gradients,
+    tiers,
 )
 from integrations.hf._law import Twin, bias_of, gate_of, law
-from integrations.hf.families import FAMILIES, NOT_BUILT, REFUSED, SERVED, build
+from integrations.hf.families import FAMILIES, FIRST, NOT_BUILT, REFUSED, SERVED, build
 
 
 @pytest.fixture(autouse=True)
@@ -36,26 +42,36 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", tiers(SERVED))
 def test_gradients_counts_and_biases_are_those_of_the_law(family: str) -> None:
     """Gradients as near to the law in loops as the model rounds, counts exact, without padding, biases by the rule."""
     check_law(family)
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize("family", tiers(SERVED))
 def test_gradient_ratio_is_that_of_autograd(family: str) -> None:
     """No hook can stand between a router's logits and its weights: the norm is reckoned from the gate's closed form."""
     check_gradient_ratio(family)
 
 
 @pytest.mark.parametrize("family", SERVED)
-def test_gate_is_recognised_also_when_all_logits_lie_close_together(family: str) -> None:
-    """A new model's logits are nearly equal, and there all gates give nearly the same weights."""
+def test_every_family_has_a_router_of_a_kind_that_is_tested_in_full(family: str) -> None:
+    """Its gate is recognized where all logits are nearly equal, as a new model's are, and gates look alike."""
+    assert kind_of(family)[0] == gate_of(family)
+    assert kind_of(family) in {kind_of(first) for first in FIRST}, f"a new kind: add {family} to FIRST"
+
+
+def test_no_two_of_the_first_tier_are_of_one_kind() -> None:
+    assert len({kind_of(family) for family in FIRST}) == len(FIRST)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", SERVED)
+def test_gate_is_recognised_also_when_logits_are_apart(family: str) -> None:
     with quiet():
-        for spread in (0.02, 0.3):
-            model = build(family, initializer_range=spread)
-            gates = {router.gate for _, router in find_external_routers(model, model.dummy_inputs)}
-            assert gates == {gate_of(family)}, spread
+        model = build(family, initializer_range=0.3)
+        gates = {router.gate for _, router in find_external_routers(model, model.dummy_inputs)}
+    assert gates == {gate_of(family)}
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))
