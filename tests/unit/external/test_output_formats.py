@@ -103,3 +103,20 @@ def test_expressions_evaluate_to_the_parts() -> None:
         parts = [eval(expression, {"output": output}) for expression in expressions]
         assert parts[0] is LOGITS and parts[1] is WEIGHTS and parts[2] is IDS
     assert part_expressions(LOGITS) is None and entries_of(LOGITS) is None
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 1, 0), (1, 2, 0)])
+def test_parts_are_known_by_shape_and_type_in_any_order(order: tuple[int, int, int]) -> None:
+    """Releases of transformers before 5.23 returned them in four orders."""
+    parts = (torch.randn(5, 8), torch.rand(5, 2), torch.randint(8, (5, 2)))
+    found = parse_output(nn.Identity(), (), {}, tuple(parts[i] for i in order))
+    assert found is not None
+    assert all(a is b for a, b in zip(found.parts, parts, strict=True))
+
+
+def test_what_is_no_router_is_passed_over() -> None:
+    assert parse_output(nn.Identity(), (), {}, torch.randn(5, 8)) is None
+    assert parse_output(nn.Identity(), (), {}, (torch.randn(5, 8), torch.randn(5, 2))) is None
+    assert (
+        parse_output(nn.Identity(), (), {}, (torch.randn(2, 5, 8), torch.randn(5, 2), torch.randint(8, (5, 2)))) is None
+    )
