@@ -30,7 +30,10 @@ __all__ = ["Choices", "ObservedRouter", "capture", "find_routers", "is_own_route
 
 
 class Choices(NamedTuple):
-    """What a router decided about T tokens; ``logits_TE`` has columns for no-op experts too."""
+    """What a router decided about T tokens.
+
+    ``logits_TE`` has columns for no-op experts too; an id of -1 is a choice that the router dropped.
+    """
 
     logits_TE: Tensor
     ids_TK: Tensor
@@ -107,7 +110,7 @@ def observed(name: str, module: nn.Module, spec: RouterSpec) -> ObservedRouter:
         spec.top_k,
         spec.gate,
         partial(_read, module, spec),
-        spec.idle + spec.may_drop,
+        spec.idle,
         spec.gate_fits,
     )
 
