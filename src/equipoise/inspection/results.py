@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..external.observe import ObservedRouter
 from ..functional.metrics import maxvio, maxvio_noise_floor, mutual_information
 from ..functional.specialization import information_bias, similarity
-from ..storage.inspection_record import Arrays, DomainText, Facts, Inspection, Layer, Pair
+from ..storage.inspection_record import Arrays, DomainText, Inspection, InspectionFacts, Layer, Pair
 from .accumulator import Accumulator
 from .expert_similarity import weight_similarity
 from .windows import Windows
@@ -29,7 +29,7 @@ IDLE = 0.1  # of the mean load
 
 def finalize(network: nn.Module, accumulator: Accumulator, windows: Windows, show: Callable[[int], str],
              problems: Sequence[str], **facts: Any) -> Inspection:  # fmt: skip
-    """The finished inspection. ``facts``: the fields of ``Facts`` that do not follow from the sums."""
+    """The finished inspection. ``facts``: the fields of ``InspectionFacts`` that do not follow from the sums."""
     state = {name: tensor.cpu() for name, tensor in accumulator.state.items()}
     weights = [weight_similarity(network, one.name, one.num_experts) for one in accumulator.routers]
     arrays = _arrays(accumulator, state, windows, weights)
@@ -41,7 +41,7 @@ def finalize(network: nn.Module, accumulator: Accumulator, windows: Windows, sho
     used = {int(i) for array in (arrays.top_ids_LEJ, arrays.examples_LEJC, arrays.passage_ids_NS)
             for i in np.unique(array) if i >= 0}  # fmt: skip
     return Inspection(
-        facts=Facts(sequence_length=windows.length, micro_batch=accumulator.sizes.micro_batch,
+        facts=InspectionFacts(sequence_length=windows.length, micro_batch=accumulator.sizes.micro_batch,
                     equal_windows=accumulator.sizes.equal_windows, tracked_ids=len(accumulator.tracked_M),
                     tracked_share=float(seen_M[:-1].sum() / seen_M.sum().clamp(min=1)), seed=accumulator.sizes.seed,
                     **facts),

@@ -24,8 +24,20 @@ import numpy as np
 from ..errors import DataError, OutputError
 from .run_record import write_whole
 
-__all__ = ["ARRAYS_NAME", "INSPECTION_NAME", "SCHEMA", "Arrays", "DomainText", "Facts", "Inspection", "Layer", "Pair",
-           "is_inspection", "read_inspection", "write_inspection"]  # fmt: skip
+__all__ = [
+    "ARRAYS_NAME",
+    "INSPECTION_NAME",
+    "SCHEMA",
+    "Arrays",
+    "DomainText",
+    "Inspection",
+    "InspectionFacts",
+    "Layer",
+    "Pair",
+    "is_inspection",
+    "read_inspection",
+    "write_inspection",
+]  # fmt: skip
 
 INSPECTION_NAME, ARRAYS_NAME = "inspection.json", "arrays.npz"
 KIND, SCHEMA = "equipoise inspection", 1
@@ -33,7 +45,7 @@ HIGH = 2.0  # times the frequency of uniform routing: from there on an expert is
 
 
 @dataclass(frozen=True)
-class Facts:
+class InspectionFacts:
     """What was inspected, and how."""
 
     model: str  # as the user named it
@@ -137,7 +149,7 @@ class Arrays:
 class Inspection:
     """Everything that an inspection found."""
 
-    facts: Facts
+    facts: InspectionFacts
     domains: list[DomainText]
     layers: list[Layer]
     strings: dict[int, str]  # of every token id in the arrays
@@ -242,7 +254,7 @@ def read_inspection(folder: str | Path) -> Inspection:
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             arrays = Arrays(**{f.name: stored[f.name] for f in fields(Arrays)})
         return Inspection(
-            facts=_typed(Facts, head["facts"]),
+            facts=_typed(InspectionFacts, head["facts"]),
             domains=[_typed(DomainText, one) for one in head["domains"]],
             layers=[_typed(Layer, one) for one in head["layers"]],
             strings={int(key): str(value) for key, value in head["strings"].items()},
