@@ -5,7 +5,7 @@
 
 Each round times both in turn on the same windows, and the ratio is of each round's pair, so that a busy machine hurts
 both alike: "bare" runs the model's body in evaluation and inference mode; "inspect" is what a round of an inspection
-does, reading windows from the disk and all sums included. Saving, loading and concluding are not part of it. It is CPU
+does, capture windows from the disk and all sums included. Saving, loading and concluding are not part of it. It is CPU
 time on a CPU, wall time on a GPU.
 """
 
@@ -23,17 +23,18 @@ import numpy as np
 import torch
 from _report import machine, pairs, span, versions
 
-from equipoise.inspection.accumulator import Sizes, Tally
-from equipoise.inspection.loading import Subject, open_subject
-from equipoise.inspection.routers import find_routers, reading
-from equipoise.inspection.runner import Rounds
+from equipoise.external.observe import capture
+from equipoise.inspection.accumulator import Accumulator, Sizes
+from equipoise.inspection.loading import LoadedModel, open_model
+from equipoise.inspection.routers import find_routers
+from equipoise.inspection.runner import Runner
 from equipoise.inspection.windows import write_windows
 from equipoise.lab.training.process import keep_freed_memory
 
 VOCAB, LENGTH, BATCH = 4096, 512, 4
 
 
-def lab_model(device: torch.device) -> Subject:
+def lab_model(device: torch.device) -> LoadedModel:
     """A model of the lab: 3 layers, width 128, 16 experts, top-2, bf16."""
     from equipoise.lab.config.schema import ModelConfig
     from equipoise.lab.models.transformer import LanguageModel
@@ -41,10 +42,10 @@ def lab_model(device: torch.device) -> Subject:
     config = ModelConfig(layers=3, width=128, heads=4, experts=16, expert_hidden=128, vocab_size=VOCAB)
     model: Any = LanguageModel(config, compute_dtype=torch.bfloat16).to(device).eval()
     routers = find_routers(model, lambda: None)
-    return Subject("lab", model, routers, model.hidden, device, torch.bfloat16, VOCAB, None)
+    return LoadedModel("lab", model, routers, model.hidden, device, torch.bfloat16, VOCAB, None)
 
 
-def qwen(device: torch.device) -> Subject:
+def qwen(device: torch.device) -> LoadedModel:
     """Qwen3-MoE with 2 layers of width 256, 64 experts, top-8: much narrower than any that is published, so dearer."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -57,7 +58,9 @@ def qwen(device: torch.device) -> Subject:
     model.to(device, torch.bfloat16).eval()
     body: Any = model.base_model
     routers = find_routers(model, lambda: body(input_ids=torch.arange(32, device=device).view(1, 32)))
-    return Subject("qwen3_moe", model, routers, lambda ids: body(input_ids=ids), device, torch.bfloat16, VOCAB, LENGTH)
+    return LoadedModel(
+        "qwen3_moe", model, routers, lambda ids: body(input_ids=ids), device, torch.bfloat16, VOCAB, LENGTH
+    )
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -72,25 +75,25 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.process_time() - began
 
 
-def compare(name: str, subject: Subject, rounds: int, at_a_time: int, folder: Path) -> None:
+def compare(name: str, loaded: LoadedModel, rounds: int, at_a_time: int, folder: Path) -> None:
     """Prints medians, quartiles and the median of the paired ratios."""
     draw = np.random.default_rng(0)
     domains = 2
     length = LENGTH
-    zipf = 1 / np.arange(1, subject.vocab_size + 1)
-    ids = draw.choice(subject.vocab_size, (domains, (rounds + 2) * at_a_time * length), p=zipf / zipf.sum())
+    zipf = 1 / np.arange(1, loaded.vocab_size + 1)
+    ids = draw.choice(loaded.vocab_size, (domains, (rounds + 2) * at_a_time * length), p=zipf / zipf.sum())
     windows = write_windows(folder, lambda: iter([(f"domain{d}", ids[d]) for d in range(domains)]), length)
     sizes = Sizes(domains, windows.windows, windows.equal, length, BATCH, 0)
-    tally = Tally(subject.routers, sizes, windows.frequency(subject.vocab_size), subject.device)
-    made = Rounds(tally, windows, subject, None, [], None, at_a_time)
+    accumulator = Accumulator(loaded.routers, sizes, windows.frequency(loaded.vocab_size), loaded.device)
+    made = Runner(accumulator, windows, loaded, None, [], None, at_a_time)
 
     def bare(number: int) -> None:
         for domain in range(domains):
             given = windows.read(domain, number * at_a_time, (number + 1) * at_a_time)
-            subject.forward(torch.from_numpy(given).to(subject.device))
+            loaded.forward(torch.from_numpy(given).to(loaded.device))
 
     def inspected(number: int) -> None:
-        with reading(subject.routers) as seen:
+        with capture(loaded.routers) as seen:
             made._round(number, seen, {})
 
     times: dict[str, list[float]] = {"bare": [], "inspect": []}
@@ -98,7 +101,7 @@ def compare(name: str, subject: Subject, rounds: int, at_a_time: int, folder: Pa
         for number in range(rounds + 2):
             pair = [("bare", bare), ("inspect", inspected)]
             for label, work in pair if number % 2 else reversed(pair):
-                took = seconds(lambda work=work, number=number: work(number), subject.device)
+                took = seconds(lambda work=work, number=number: work(number), loaded.device)
                 if number >= 2:  # warm
                     times[label].append(took)
     tokens = domains * at_a_time * length
@@ -126,7 +129,7 @@ def main() -> None:
     print(f"{'tokens/s, median of pairs':<42}{'bare':>10}{'inspect':>10}  ratio, quartiles")
     made = {"lab, 3 x 16 experts top-2, width 128, bf16": lab_model, "qwen3_moe, 2 x 64 top-8, width 256, bf16": qwen}
     if arguments.model:
-        made = {arguments.model.name: lambda device: open_subject(arguments.model, device)}
+        made = {arguments.model.name: lambda device: open_model(arguments.model, device)}
     for name, make in made.items():
         with tempfile.TemporaryDirectory() as folder:
             compare(name, make(device), arguments.rounds, at_a_time, Path(folder))

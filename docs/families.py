@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from equipoise.external.output_formats import SPECIAL
+from equipoise.external.output_formats import FORMATS
 from integrations.hf._cases import (
     COMPILED,
     NOT_COMPILED,
@@ -65,7 +65,7 @@ def tried(check: object, *args: object, **kwargs: object) -> str:
 
 def row(family: str) -> str:
     if family in REFUSED:
-        cells = ["no", "", "no", "", "", "", SPECIAL[REFUSED[family]].refuse]
+        cells = ["no", "", "no", "", "", "", FORMATS[REFUSED[family]].unsupported]
         return f"| {family} | {' | '.join(cells)} |\n"
     loss = tried(check_law, family)
     bias = "no"

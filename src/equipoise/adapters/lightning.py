@@ -20,7 +20,7 @@ from ..autograd.protocol import BalancedRouter
 from ..balancer.balancer import Balancer
 from ..distributed import Ranks
 from ..errors import ConfigError, DataError
-from ..external.call_arguments import router_tokens
+from ..external.padding import router_tokens
 from ..policies import Policy
 
 if TYPE_CHECKING:

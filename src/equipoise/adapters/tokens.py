@@ -12,7 +12,7 @@ from torch import Tensor
 from ..autograd.router_state import RouterState
 from ..distributed import Ranks
 from ..errors import ConfigError, StateError
-from ..external.call_arguments import router_tokens
+from ..external.padding import router_tokens
 
 __all__ = ["StepTokens"]
 

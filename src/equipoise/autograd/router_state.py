@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..torch_internals import copy_all, current_backward, zero_all
 from .spec import StatsSpec
-from .token_layout import Placed
+from .token_layout import TokenPlacement
 
 __all__ = [
     "AwaitedSum",
@@ -53,7 +53,7 @@ class ForwardStats(NamedTuple):
     statistics_LS: Tensor  # (L, spec.forward_size), added up over the calls of each router
     gram_LEE: Tensor | None  # where the spec has one
     shard_counts: list[list[ShardCounts]]  # of each router, one per call
-    placed: list[list[Placed]]  # of each router, one per call with gradient, where it is another library's
+    placed: list[list[TokenPlacement]]  # of each router, one per call with gradient, where it is another library's
     passes: int = 1  # forwards of the model
     eager: bool = False  # none of these routers is in a compiled graph, so what their backward reads may come late
 
@@ -130,9 +130,9 @@ class RouterState:
         self.raises_immediately = True  # a check in forward may raise where it stands: see `equipoise.balancer.faults`
         self._make(device)
         self.shard_counts: list[list[ShardCounts]] = [[], [], []]
-        self.placed: list[Placed] = []  # calls since the last tap, for their recompute
+        self.placed: list[TokenPlacement] = []  # calls since the last tap, for their recompute
         self.sharded_fractions: list = []  # per call, what the tap made of its counts: see `sequence_shards`
-        self.recompute_placements: list[Placed] = []  # the calls that the running backward may recompute
+        self.recompute_placements: list[TokenPlacement] = []  # the calls that the running backward may recompute
         self.awaited = AwaitedSum()  # of the balancer
         self.eager = False  # a forward since the last tap was not compiled
         self.key = _REGISTRY.enter(self)

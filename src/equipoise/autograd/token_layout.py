@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import InputError
 from .spec import StatsSpec
 
-__all__ = ["Placed", "TokenLayout", "check_layout"]
+__all__ = ["TokenLayout", "TokenPlacement", "check_layout"]
 
 
 class TokenLayout(NamedTuple):
@@ -49,7 +49,7 @@ class TokenLayout(NamedTuple):
 Batch = TokenLayout  # its name in scripts that were written before it was public
 
 
-class Placed(NamedTuple):
+class TokenPlacement(NamedTuple):
     """How the tokens of one call of another library's router lie, read beside the call and not from its arguments."""
 
     tokens: int  # rows of the call

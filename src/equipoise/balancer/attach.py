@@ -13,7 +13,7 @@ from ..autograd.protocol import BalancedRouter
 from ..autograd.router_state import RouterState
 from ..autograd.spec import LossTerm, StatsSpec
 from ..errors import ConfigError, StateError
-from ..external.discovery import find_foreign
+from ..external.discovery import find_external_routers
 from ..external.no_router import no_router
 from ..external.own_loss import OwnLoss
 from ..policies.losses import AuxLoss
@@ -33,7 +33,7 @@ def _routers(parts: Sequence[nn.Module], example: Mapping[str, Any] | None, *, l
             known = [(i, name, module) for name, module in part.named_modules() if isinstance(module, BalancedRouter)]
             found += known
             if not known:
-                found += [(i, name, router) for name, router in find_foreign(part, example, look=look)]
+                found.extend((i, name, router) for name, router in find_external_routers(part, example, look=look))
     except BaseException:
         _unhook(router for _, _, router in found)
         raise

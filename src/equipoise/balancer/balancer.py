@@ -16,7 +16,7 @@ from ..autograd.router_state import take_pending
 from ..autograd.token_layout import TokenLayout
 from ..distributed import Ranks
 from ..errors import ConfigError, InputError, StateError
-from ..external.batch_context import saying
+from ..external.batch_context import declared_layout
 from ..policies.expert_bias import ExpertBias
 from ..policies.schedule import Schedule
 from ..policies.switch import Policy
@@ -262,7 +262,7 @@ class Balancer(StepCycle):
         For masks that say who sees whom, and documents that nothing else numbers. Holds for routers whose tokens are
         as many: ``with balancer.layout(TokenLayout(B, token_mask_T)): loss = model(...).loss``.
         """
-        return saying([one for layer in self._layers if (one := layer.router.batch_context) is not None], lies)
+        return declared_layout([one for layer in self._layers if (one := layer.router.batch_context) is not None], lies)
 
     def skip(self) -> None:
         """Says that the optimizer skips this step (a spike, an overflow): forgotten like `discard`, and counted.

@@ -13,7 +13,7 @@ from ..autograd.protocol import BalancedRouter
 from ..autograd.router_state import RouterState, clear_pending, stack_on, write_all
 from ..autograd.sequence_shards import ShardedFractions
 from ..autograd.spec import StatsSpec
-from ..autograd.token_layout import Placed
+from ..autograd.token_layout import TokenPlacement
 from ..devices import to_device
 from ..policies.estimators import LoadHistory
 from ..policies.schedule import Schedule
@@ -26,7 +26,7 @@ class MicroBatchCoefficients(NamedTuple):
 
     coefs_LP: Tensor  # gradient coefficients per unit of the loss's scale, the count flag left out
     sharded: list[list[ShardedFractions]]  # of each router, where sequences are sharded
-    placed: list[list[Placed]]  # of each router of another library: how the tokens lay, for a recompute
+    placed: list[list[TokenPlacement]]  # of each router of another library: how the tokens lay, for a recompute
 
 
 @dataclass
@@ -112,7 +112,7 @@ class LayerGroup:
         self.place(coefficients.placed)
         write_all([state.grad_coefs_raw for state in self.states], rows)
 
-    def place(self, placed: list[list[Placed]]) -> None:
+    def place(self, placed: list[list[TokenPlacement]]) -> None:
         """How the tokens lay, which a recompute asks before its router's backward."""
         for state, one in zip(self.states, placed, strict=True):
             state.recompute_placements = one

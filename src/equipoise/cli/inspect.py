@@ -1,4 +1,4 @@
-"""``equipoise inspect``: looks inside a model folder or a run, and writes what it sees into a folder."""
+"""``equipoise inspect``: measures what the experts of a model or a run specialize in, and writes it to a folder."""
 
 from __future__ import annotations
 

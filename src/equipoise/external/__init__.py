@@ -1,1 +1,1 @@
-"""Models of other libraries: recognise their routers, read what they return, and hook them."""
+"""Models of other libraries: recognize their routers, read what they return, and balance them with hooks."""

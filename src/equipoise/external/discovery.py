@@ -1,145 +1,121 @@
-"""Finds the routers of another library's model by running it: what they return, from what, and whether it is used.
+"""Finds the routers of another library's model that can be balanced, by running the model on a small example.
 
-Every module that returns logits (T, E), weights (T, K) and expert ids (T, K) is a router, whatever its class (see
-`equipoise.external.output_formats`); what its weights are made of is found by computing them (see `router_spec`).
+A router is a module that returns logits (T, E), weights (T, K) and expert ids (T, K), whatever its class (see
+`equipoise.external.recognition`). The gate that its weights follow from is fitted (see `router_spec`), and the block
+around it has to use the weights that it returns.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, EquipoiseError
-from .batch_context import Layout
-from .correction_bias import NativeBias, find_native, managed_by_fsdp
-from .example_run import Call, Probe, kept, unlike, unwrapped
-from .output_formats import Read, named_parts, special_of, take_apart
+from .batch_context import BatchContext
+from .correction_bias import CorrectionBias, find_correction_bias, fsdp_parameter_lists
+from .example_run import ExampleRun, RouterCall, random_signs
+from .output_formats import format_of, parse_output
+from .recognition import dummy_inputs, example_of, first_calls, router_call
 from .registry import registered_for
-from .router import ForeignRouter
-from .router_spec import facts_of, facts_seen
+from .router import ExternalRouter, attached_routers
+from .router_spec import RouterSpec, fit_spec, fit_spec_to_observe
 
-__all__ = ["example_of", "find_foreign"]
+__all__ = ["find_external_routers"]
 
-NOT_TOLD = (
+UNDECIDED = (
     "other expert ids change nothing: its experts are copies of each other or its block ignores the ids, and weights "
     "that are quantised, or elsewhere between passes, do not tell which"
 )
 
 
-def find_foreign(
+class _Found(NamedTuple):
+    """The routers that an example run showed."""
+
+    run: ExampleRun
+    modules: dict[str, nn.Module]
+    calls: dict[str, RouterCall]
+    wrappers: dict[str, str]  # router -> the module of PEFT that wraps it, or itself
+
+    def block(self, name: str) -> nn.Module:
+        """The module that holds a router."""
+        return self.modules[self.wrappers[name].rpartition(".")[0]]
+
+
+def find_external_routers(
     model: nn.Module, example: Mapping[str, Any] | None, *, look: bool = False
-) -> list[tuple[str, ForeignRouter]]:
-    """Runs the model a few times on a small example, in evaluation, and returns its routers by name.
+) -> list[tuple[str, ExternalRouter]]:
+    """Runs the model two to five times on a small example, in evaluation mode, and returns its routers by name.
 
     Args:
-        example: arguments of the model's forward; default: what a transformers model, or one inside, calls its
-            ``dummy_inputs``.
-        look: nothing is to be pushed, so that a router has to show its choices and nothing more.
+        model: the model, or one in wrappers of DDP, FSDP or the compiler.
+        example: arguments of the model's forward; default: the ``dummy_inputs`` of a transformers model.
+        look: nothing will be balanced: routers only have to show their choices.
 
-    Raises ConfigError for a router of a kind that cannot be balanced, by name and with what is missing.
+    Raises ConfigError for a router that cannot be balanced, by name and with what is missing.
     """
-    if known := _known(model):  # tied by a balancer, or still choosing with the bias that an earlier one left
-        if all(router.balance_state is None for _, router in known):
-            layout = Layout(model, [name for name, _ in known])
-            for name, router in known:
-                router.lies_in(layout, name)
-        return known
+    if attached := attached_routers(model):  # of this balancer, or still choosing with the bias of an earlier one
+        if all(router.balance_state is None for _, router in attached):
+            context = BatchContext(model, [name for name, _ in attached])
+            for name, router in attached:
+                router.set_context(context, name)
+        return attached
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        if special_of(module).refuse:
-            raise _refusal(module, name, special_of(module).refuse)
-    if (ran := _first_with_routers(model, example, modules)) is None:
+        if format_of(module).unsupported:
+            raise _refusal(module, name, format_of(module).unsupported)
+    if (found := _run_on_example(model, example, modules)) is None:
         return []
-    record_logit_grad, calls, shells = ran
-    fixed = [name for name in calls if special_of(modules[name]).fixed and not look]
+    fixed = [name for name in found.calls if format_of(modules[name]).fixed and not look]
     for name in fixed:
-        del calls[name]
-    if not calls:
+        del found.calls[name]
+    if not found.calls:
         if fixed:
-            raise _refusal(modules[fixed[0]], fixed[0], f"{special_of(modules[fixed[0]]).fixed}: nothing can move them")
+            why = format_of(modules[fixed[0]]).fixed
+            raise _refusal(modules[fixed[0]], fixed[0], f"{why}: nothing can move them")
         return []
-    blocks = {name: shells[name].rpartition(".")[0] for name in calls}
-    kinds: dict[tuple[type, type], list[str]] = {}  # what a block does with a router's output is in its code
-    for name in calls:
-        kinds.setdefault((type(modules[name]), type(modules[blocks[name]])), []).append(name)
-    natives = {name: find_native(modules[name], modules[blocks[name]]) for name in calls}
-    facts = {name: (facts_seen if look else facts_of)(modules[name], name, call) for name, call in calls.items()}
-    swapped = {name for name, of_it in facts.items() if of_it.swapped}
-    deaf: dict[str, str] = {}
+    biases = {name: find_correction_bias(modules[name], found.block(name)) for name in found.calls}
+    fit = fit_spec_to_observe if look else fit_spec
+    specs = {name: fit(modules[name], name, call) for name, call in found.calls.items()}
     if not look:
-        _check_weights_are_used(record_logit_grad, modules, list(kinds.values()), swapped)
-        ours = [names for names in kinds.values() if natives[names[0]] is None]
-        deaf = _ignoring_ids(record_logit_grad, modules, ours, swapped, blocks)
+        no_bias = _check_block_uses_output(found, specs, biases)
+        specs = {name: spec._replace(no_bias=no_bias.get(name, spec.no_bias)) for name, spec in specs.items()}
+    for name, spec in specs.items():
+        if not spec.gate_fits:
+            warnings.warn(
+                f"what the weights of {type(modules[name]).__name__} ({name}) follow from is not known: "
+                "balance/maxvio_gate there is that of a softmax of its logits",
+                stacklevel=4,
+            )
     if fixed:
-        warnings.warn(f"not balanced, because {special_of(modules[fixed[0]]).fixed}: {', '.join(fixed)}", stacklevel=4)
-    layout, managed = Layout(model, list(facts)), list(managed_by_fsdp(model))
-    found = []
-    for name, of_it in facts.items():
-        place = natives[name]
-        native = None if place is None else NativeBias(*place, of_it.num_experts, managed)
-        if name in deaf:
-            of_it = of_it._replace(no_bias=deaf[name])
-        trains = _with_parameters(modules, shells[name])
-        router = ForeignRouter(modules[name], trains, of_it, native, calls[name])
-        router.lies_in(layout, name)
-        found.append((name, router))
-    return found
+        why = format_of(modules[fixed[0]]).fixed
+        warnings.warn(f"not balanced, because {why}: {', '.join(fixed)}", stacklevel=4)
+    return _routers(model, found, specs, biases)
 
 
-def example_of(model: nn.Module, example: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """What to run the model on: ``example``, or what a transformers model calls its ``dummy_inputs``; None: neither."""
-    if example is not None:
-        return example
-    return next((e for m in unwrapped(model) if (e := _dummy_inputs(m)) is not None), None)
-
-
-def _dummy_inputs(module: nn.Module) -> Mapping[str, Any] | None:
-    inputs = getattr(module, "dummy_inputs", None)
-    return inputs if isinstance(inputs, Mapping) else None
-
-
-def _first_with_routers(
-    model: nn.Module, example: Mapping[str, Any] | None, modules: dict[str, nn.Module]
-) -> tuple[Probe, dict[str, Call], dict[str, str]] | None:
-    """(what ran, a call of every router, what wraps each): of the model, or of one that a wrapper holds."""
-    if (given := example_of(model, example)) is not None:
-        record_logit_grad = Probe(model, given)
-        return record_logit_grad, *_calls(record_logit_grad, modules)
-    inside = [name for name, module in modules.items() if _dummy_inputs(module) is not None]
-    ran, failed = {}, None
-    for name in inside:
-        if any(name.startswith(f"{other}.") for other in inside):
-            continue
-        record_logit_grad = Probe(model, _dummy_inputs(modules[name]) or {}, modules[name])
-        try:
-            if (calls := _calls(record_logit_grad, modules))[0]:
-                ran[name] = (record_logit_grad, *calls)
-        except ConfigError as error:  # of pictures or sounds: it does not run on ids
-            failed = failed or error
-    if len(ran) > 1:
-        raise ConfigError(
-            expected="one MoE model in a wrapper, or to know which of them to balance",
-            got=", ".join(map(repr, ran)),
-            do=f"Balancer(model, policies, part={next(iter(ran))!r}), and one more for each other that learns",
-        )
-    if not ran and failed is not None:
-        raise failed
-    return next(iter(ran.values()), None)
-
-
-def _why_deaf(module: nn.Module) -> str:
-    own = registered_for(module)
-    if own is None or own.read is None:
-        return "its block chooses by itself and ignores the expert ids that it returns"
-    return "other expert ids would not reach its block: it ignores them, or read= made a new tensor of them"
+def _routers(
+    model: nn.Module,
+    found: _Found,
+    specs: Mapping[str, RouterSpec],
+    biases: Mapping[str, tuple[nn.Module, str] | None],
+) -> list[tuple[str, ExternalRouter]]:
+    context, sharded = BatchContext(model, list(specs)), list(fsdp_parameter_lists(model))
+    routers = []
+    for name, spec in specs.items():
+        place = biases[name]
+        bias = None if place is None else CorrectionBias(*place, spec.num_experts, sharded)
+        trained = _with_parameters(found.modules, found.wrappers[name])
+        router = ExternalRouter(found.modules[name], trained, spec, bias, found.calls[name])
+        router.set_context(context, name)
+        routers.append((name, router))
+    return routers
 
 
 def _with_parameters(modules: dict[str, nn.Module], name: str) -> nn.Module:
-    """The module of this name, or what holds it where it has no parameters: the gate lies beside it."""
+    """The module of this name, or the nearest one around it that has parameters: the gate may be in the block."""
     while name and next(modules[name].parameters(), None) is None:
         name = name.rpartition(".")[0]
     return modules[name]
@@ -153,107 +129,104 @@ def _refusal(module: nn.Module, name: str, reason: str) -> ConfigError:
     )
 
 
-def _known(model: nn.Module) -> list[tuple[str, ForeignRouter]]:
-    """The routers of this model that have a hook already."""
-    return [
-        (name, router)
-        for name, module in model.named_modules()
-        for hook in module._forward_hooks.values()
-        if isinstance(router := getattr(hook, "__self__", None), ForeignRouter)
-    ]
+# ------------------------------------------------------------------------------------------------- the example run
 
 
-def _calls(record_logit_grad: Probe, modules: dict[str, nn.Module]) -> tuple[dict[str, Call], dict[str, str]]:
-    """(a call of every router; what wraps each, by name: PEFT's modules, or itself)."""
-    seen: dict[str, Call] = {}
+def _run_on_example(
+    model: nn.Module, example: Mapping[str, Any] | None, modules: dict[str, nn.Module]
+) -> _Found | None:
+    """Runs the model, or without an example the one model inside it that knows its own."""
+    if (inputs := example_of(model, example)) is not None:
+        run = ExampleRun(model, inputs)
+        return _Found(run, modules, *_calls(run, modules))
+    inside = [name for name, module in modules.items() if dummy_inputs(module) is not None]
+    found: dict[str, _Found] = {}
+    failed = None
+    for name in inside:
+        if any(name.startswith(f"{other}.") for other in inside):
+            continue
+        run = ExampleRun(model, dummy_inputs(modules[name]) or {}, modules[name])
+        try:
+            if (calls := _calls(run, modules))[0]:
+                found[name] = _Found(run, modules, *calls)
+        except ConfigError as error:  # a model of images or sounds does not run on token ids
+            failed = failed or error
+    if len(found) > 1:
+        raise ConfigError(
+            expected="one MoE model in a wrapper, or to know which of them to balance",
+            got=", ".join(map(repr, found)),
+            do=f"Balancer(model, policies, part={next(iter(found))!r}), and one more for each other that learns",
+        )
+    if not found and failed is not None:
+        raise failed
+    return next(iter(found.values()), None)
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            if name not in seen and (found := _first_look(name, module, args, kwargs, output)) is not None:
-                named = named_parts(output)
-                seen[name] = Call(found, tuple(map(kept, args)), {k: kept(value) for k, value in kwargs.items()}, named)
 
-        return hook
-
+def _calls(run: ExampleRun, modules: dict[str, nn.Module]) -> tuple[dict[str, RouterCall], dict[str, str]]:
+    """A call of every router, those that the example does not reach included, and what wraps each."""
     try:
-        record_logit_grad({module: note(name) for name, module in modules.items() if name})
+        seen, wrappers = first_calls(run, modules, router_call)
     except EquipoiseError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:  # top-k of fewer experts, arguments that lack
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:  # top_k > experts, missing arguments
         raise ConfigError(
             expected="a model that runs on its example, in evaluation",
             got=f"{type(error).__name__}: {error}",
             do="correct the model's configuration, or pass example= with the arguments that its forward takes",
         ) from error
-    shells = {n: min((o for o in seen if f"{n}.".startswith(f"{o}.")), key=len) for n in seen}
-    shells = {n: shell for n, shell in shells.items() if not any(other.startswith(f"{n}.") for other in seen)}
-    # experts for pictures never meet a text, but their routers are of a class that was seen
-    like = {type(modules[name]): name for name in shells}
+    # A text reaches no experts for images, but their routers are of a class that it does reach.
+    of_class = {type(modules[name]): name for name in seen}
     for name, module in modules.items():
-        if type(module) in like and name not in shells:
-            inside = like[type(module)].removeprefix(shells[like[type(module)]])  # of what wraps it
+        if type(module) in of_class and name not in wrappers:
+            known = of_class[type(module)]
+            inside = known.removeprefix(wrappers[known])  # its path in what wraps it
             if name.endswith(inside):
-                shells[name] = name.removesuffix(inside)
-    copied = [n for n, s in shells.items() if n == s and any(n.startswith(f"{other}.") for other in shells.values())]
-    for name in copied:  # the original beside PEFT's copy, which runs in its place
-        del shells[name]
-    order = [name for name in modules if name in shells]
-    return {n: seen.get(n, seen[like[type(modules[n])]]) for n in order}, shells
+                wrappers[name] = name.removesuffix(inside)
+    for name in [n for n, wrapper in wrappers.items() if n == wrapper]:
+        if any(name.startswith(f"{other}.") for other in wrappers.values()):
+            del wrappers[name]  # the original router beside PEFT's copy, which runs in its place
+    order = [name for name in modules if name in wrappers]
+    return {n: seen.get(n, seen[of_class[type(modules[n])]]) for n in order}, wrappers
 
 
-def _first_look(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Read | None:
-    """Its output taken apart; None where the integers in it are no choices of experts.
+# ------------------------------------------------------------------------------- does the block use what it returns?
 
-    Raises ConfigError where what a user registered does not run, or returns something else.
+
+def _check_block_uses_output(
+    found: _Found, specs: Mapping[str, RouterSpec], biases: Mapping[str, tuple[nn.Module, str] | None]
+) -> dict[str, str]:
+    """Raises ConfigError for blocks that ignore weights; returns why routers whose ids are ignored get no bias."""
+    alike: dict[tuple[type, type], list[str]] = {}  # what a block does with the output is in its code
+    for name in found.calls:
+        alike.setdefault((type(found.modules[name]), type(found.block(name))), []).append(name)
+    swapped = {name for name, spec in specs.items() if spec.swapped}
+    _check_weights_are_used(found, list(alike.values()), swapped)
+    return _ignoring_ids(found, [names for names in alike.values() if biases[names[0]] is None], swapped)
+
+
+def _check_weights_are_used(found: _Found, groups: list[list[str]], swapped: set[str]) -> None:
+    """Raises ConfigError where a block ignores the weights that its router returns, or logits have no gradient.
+
+    The balance gradient arrives with the gradient of the returned weights, so these have to be in the autograd graph of
+    the model's output. The graph is searched, because experts that return 0, as new ones may, would hide a use of the
+    weights from a comparison of outputs. Only autograd functions written in Python may hide a part of the graph (tiled
+    MLPs recompute theirs in backward); there, outputs are compared.
     """
-    registered = registered_for(module)
-    try:
-        parts = take_apart(module, args, kwargs, output)
-    except Exception as error:
-        if registered is None or isinstance(error, EquipoiseError):
-            raise
-        raise ConfigError(
-            expected="read(module, args, kwargs, output) that runs after each forward of the module",
-            got=f"{type(error).__name__}: {error}, for {type(module).__name__} ({name})",
-            do=f"correct the read= that register_router got for {type(module).__name__}",
-        ) from error
-    if parts is None:
-        return None
-    ids_TK, experts = parts.found.ids_TK, parts.found.logits_TE.shape[1]
-    if not ids_TK.numel() or (int(ids_TK.min()) >= -1 and int(ids_TK.max()) < experts):
-        return parts.found
-    if registered is None or registered.read is None:
-        return None
-    raise ConfigError(
-        expected=f"ids of experts from 0 to {experts - 1}, or -1 for a dropped choice",
-        got=f"{int(ids_TK.min())} to {int(ids_TK.max())}, for {type(module).__name__} ({name})",
-        do=f"correct the read= that register_router got for {type(module).__name__}",
-    )
-
-
-def _check_weights_are_used(
-    record_logit_grad: Probe, modules: dict[str, nn.Module], kinds: list[list[str]], swapped: set[str]
-) -> None:
-    """Raises ConfigError where a block ignores the weights that its router returns, or logits come without a gradient.
-
-    The balance gradient comes with the gradient of the returned weights, so those have to be in the graph of the
-    model's output. Followed edge by edge: experts that give 0, as new ones may, would hide it from any comparison.
-    Only what a function of somebody's own runs again in its backward (tiles) is not in the graph yet: compared.
-    """
+    run, modules = found.run, found.modules
     leaves: dict[str, Tensor] = {}
 
-    def dim(name: str) -> Callable[..., Any]:
+    def halve_weights(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            parts = take_apart(module, args, kwargs, output, swapped=name in swapped)
-            return None if parts is None else parts.put(parts.found.weights_TK * 0.5, None)
+            parsed = parse_output(module, args, kwargs, output, swapped=name in swapped)
+            return None if parsed is None else parsed.replace(parsed.parts.weights_TK * 0.5, None)
 
         return hook
 
-    def mark(name: str) -> Callable[..., Any]:
+    def make_weights_leaf(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            if (parts := take_apart(module, args, kwargs, output, swapped=name in swapped)) is None:
+            if (parsed := parse_output(module, args, kwargs, output, swapped=name in swapped)) is None:
                 return None
-            if parts.found.weights_TK.requires_grad and not parts.found.logits_TE.requires_grad:
+            if parsed.parts.weights_TK.requires_grad and not parsed.parts.logits_TE.requires_grad:
                 kind = type(module).__name__
                 raise ConfigError(
                     expected="logits that carry a gradient to the gate, for that is what a policy pushes",
@@ -261,26 +234,24 @@ def _check_weights_are_used(
                     do=f"return them without detach() and no_grad(), or compute them again in the read= of "
                     f"equipoise.register_router({kind}, read)",
                 )
-            leaves[name] = parts.found.weights_TK.detach().clone().requires_grad_()
-            return parts.put(leaves[name], None)
+            leaves[name] = parsed.parts.weights_TK.detach().clone().requires_grad_()
+            return parsed.replace(leaves[name], None)
 
         return hook
 
-    outputs = record_logit_grad({modules[name]: mark(name) for names in kinds for name in names}, gradient=True)
-    used, hidden = _in_graph(outputs, {id(grad_accumulator): name for name, grad_accumulator in leaves.items()})
-    for names in kinds:
+    outputs = run({modules[name]: make_weights_leaf(name) for names in groups for name in names}, gradient=True)
+    used, may_hide = _leaves_in_graph(outputs, {id(leaf): name for name, leaf in leaves.items()})
+    for names in groups:
         ran = [name for name in names if name in leaves]
         if ran and not used.intersection(ran):
-            if hidden and not _same(
-                record_logit_grad({}), record_logit_grad({modules[name]: dim(name) for name in ran})
-            ):
-                continue  # whether their gradient arrives is looked at in each step
+            if may_hide and not _equal(run({}), run({modules[name]: halve_weights(name) for name in ran})):
+                continue  # every step checks whether the gradient arrives
             reason = "its block ignores the weights that it returns, so no gradient would come back through them"
             raise _refusal(modules[ran[0]], ran[0], reason)
 
 
-def _in_graph(outputs: list[Tensor], leaves: dict[int, str]) -> tuple[set[str], bool]:
-    """(those leaves that are in it, whether it holds a function of Python's, which may hide more)."""
+def _leaves_in_graph(outputs: list[Tensor], leaves: dict[int, str]) -> tuple[set[str], bool]:
+    """The leaves that the outputs depend on, and whether the graph has Python functions, which may hide more."""
     todo = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen, found = set(todo), set()
     while todo:
@@ -293,44 +264,48 @@ def _in_graph(outputs: list[Tensor], leaves: dict[int, str]) -> tuple[set[str], 
     return found, any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in seen)
 
 
-def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(one, other, strict=True))
 
 
-def _ignoring_ids(
-    record_logit_grad: Probe,
-    modules: dict[str, nn.Module],
-    kinds: list[list[str]],
-    swapped: set[str],
-    blocks: dict[str, str],
-) -> dict[str, str]:
-    """Routers whose block ignores the expert ids that they return, and why: a bias of ours would choose for nobody.
+def _ignoring_ids(found: _Found, groups: list[list[str]], swapped: set[str]) -> dict[str, str]:
+    """Routers whose block ignores the expert ids that they return, and why: adding a bias would have no effect.
 
-    Of experts that are copies of one another, as in a model upcycled from a dense one, any will do: they are told apart
-    by the signs of their weights, of which a random half is turned while the model is asked again.
+    Ids are shifted by one expert and outputs compared. Where experts are copies of one another, as in a model upcycled
+    from a dense one, shifted ids change nothing either: a random half of the signs of their weights is flipped to make
+    them different, and the comparison is repeated.
     """
+    run, modules = found.run, found.modules
 
-    def changing(name: str, weights: float, turn: bool) -> Callable[..., Any]:
+    def change(name: str, factor: float, shift_ids: bool) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-            parts = take_apart(module, args, kwargs, output, swapped=name in swapped)
-            if parts is None or (turn and not parts.holds_ids):
+            parsed = parse_output(module, args, kwargs, output, swapped=name in swapped)
+            if parsed is None or (shift_ids and not parsed.holds_ids):
                 return None
-            logits_TE, weights_TK, ids_TK = parts.found
-            turned_TK = torch.where(ids_TK < 0, ids_TK, (ids_TK + 1) % logits_TE.shape[1])
-            return parts.put(weights_TK * weights, turned_TK if turn else None)
+            logits_TE, weights_TK, ids_TK = parsed.parts
+            shifted_TK = torch.where(ids_TK < 0, ids_TK, (ids_TK + 1) % logits_TE.shape[1])
+            return parsed.replace(weights_TK * factor, shifted_TK if shift_ids else None)
 
         return hook
 
-    def silent(before: list[Tensor], names: list[str], weights: float = 1.0, *, turn: bool = False) -> bool:
-        after = record_logit_grad({modules[name]: changing(name, weights, turn) for name in names})
-        return _same(before, after)
+    def is_unchanged(before: list[Tensor], names: list[str], factor: float = 1.0, *, shift_ids: bool = False) -> bool:
+        return _equal(before, run({modules[name]: change(name, factor, shift_ids) for name in names}))
 
-    plain, deaf = (record_logit_grad({}) if kinds else []), dict[str, str]()
-    for names in kinds:
-        if not silent(plain, names, turn=True) or silent(plain, names, 0.5):  # experts may give 0, whoever is chosen
+    plain, ignores_ids = (run({}) if groups else []), dict[str, str]()
+    for names in groups:
+        if not is_unchanged(plain, names, shift_ids=True):
+            continue
+        if is_unchanged(plain, names, 0.5):  # experts that return 0 tell nothing
             continue
         routers = [modules[name] for name in names]
-        with unlike([modules[blocks[name]] for name in names], without=routers) as whole:
-            if silent(record_logit_grad({}), names, turn=True):
-                deaf |= dict.fromkeys(names, _why_deaf(routers[0]) if whole else NOT_TOLD)
-    return deaf
+        with random_signs([found.block(name) for name in names], without=routers) as complete:
+            if is_unchanged(run({}), names, shift_ids=True):
+                ignores_ids |= dict.fromkeys(names, _why_ignored(routers[0]) if complete else UNDECIDED)
+    return ignores_ids
+
+
+def _why_ignored(module: nn.Module) -> str:
+    own = registered_for(module)
+    if own is None or own.read is None:
+        return "its block chooses by itself and ignores the expert ids that it returns"
+    return "other expert ids would not reach its block: it ignores them, or read= made a new tensor of them"

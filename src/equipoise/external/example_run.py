@@ -1,4 +1,4 @@
-"""Runs another library's model on a small example to see what its routers do, and leaves it as it was."""
+"""Runs another library's model on a small example to see what its routers do, and restores it afterwards."""
 
 from __future__ import annotations
 
@@ -9,80 +9,98 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .output_formats import Parts, Read, entries_of, take_apart
+from .output_formats import ParsedOutput, RouterOutput, entries_of, parse_output
 
-__all__ = ["Call", "Probe", "devices_of", "in_mode", "kept", "run_again", "run_in_training", "unlike", "unwrapped"]
+__all__ = [
+    "ExampleRun",
+    "RouterCall",
+    "detached_copy",
+    "in_mode",
+    "random_signs",
+    "run_again",
+    "run_in_training",
+    "unwrapped",
+]
 
 
-class Call(NamedTuple):
-    """One call of a router."""
+class RouterCall(NamedTuple):
+    """One call of a router: what it returned, and its arguments."""
 
-    read: Read
+    parts: RouterOutput
     args: tuple
     kwargs: dict[str, Any]
-    named: list[str] | None = None  # its logits, weights and ids as Python would write them, where nobody registered it
+    expressions: list[str] | None = None  # Python for its logits, weights and ids, unless its class is registered
+    ambiguous: bool = False  # see `ParsedOutput`
 
 
-class Probe:
-    """A model that is run on an example: in evaluation, with the same random numbers each time, and left as it was."""
+class ExampleRun:
+    """Calls a model on an example: in evaluation mode, with the same random numbers each time, and restores it.
 
-    def __init__(self, model: nn.Module, example: Mapping[str, Any], run: nn.Module | None = None) -> None:
-        """``run``: the module in ``model`` that is called; default: what it wraps."""
-        self.model, self.innermost = model, run or unwrapped(model)[-1]
+    Args:
+        model: the model whose modes are set and restored.
+        example: arguments of the call by name.
+        function: what is called; default: the innermost module that ``model`` wraps.
+    """
+
+    def __init__(
+        self, model: nn.Module, example: Mapping[str, Any], function: Callable[..., Any] | None = None
+    ) -> None:
+        self.model, self.function = model, function or unwrapped(model)[-1]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.devices = devices_of(model.parameters())
+        self.devices = _gpus_of(model.parameters())
         self.inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example.items()}
 
     def __call__(self, hooks: Mapping[nn.Module, Callable[..., Any]], *, gradient: bool = False) -> list[Tensor]:
-        """The floating tensors of the model's output; ``hooks`` are forward hooks by module."""
+        """The float tensors of the model's output. ``hooks`` are forward hooks by module, with keyword arguments."""
         handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks.items()]
         training = {module: module.training for module in self.model.modules()}
         try:
             self.model.eval()
-            eager = torch.compiler.set_stance("force_eager")  # hooks come and go: a compiler would begin anew each time
+            eager = torch.compiler.set_stance("force_eager")  # hooks come and go: each would mean a recompile
             with eager, torch.random.fork_rng(self.devices), torch.set_grad_enabled(gradient):
-                return list(_floats(self.innermost(**self.inputs)))
+                return list(_floats(self.function(**self.inputs)))
         finally:
             for handle in handles:
                 handle.remove()
             for module, mode in training.items():
                 module.training = mode
             for module in self.model.modules():
-                if hasattr(module, "reshard"):  # FSDP2 leaves its root gathered
+                if hasattr(module, "reshard"):  # FSDP2 leaves its root unsharded
                     module.reshard()  # type: ignore[operator]
 
 
 @contextlib.contextmanager
-def unlike(modules: Iterable[nn.Module], without: Iterable[nn.Module]) -> Iterator[bool]:
-    """While it is open, a random half of the elements in some modules have the other sign; afterwards all is as it was.
+def random_signs(modules: Iterable[nn.Module], without: Iterable[nn.Module]) -> Iterator[bool]:
+    """Inside the context, a random half of the elements of some modules' tensors are negated; exactly undone after it.
 
     Args:
-        modules: whose parameters and tables are changed, in place and one at a time; of sharded ones this rank's part.
-        without: parts of them that are left as they are.
+        modules: whose parameters and buffers of two or more dimensions are changed, in place and one at a time; of
+            sharded tensors this rank's shard.
+        without: submodules that are left as they are.
 
-    Gives whether that is all they hold: no integers, as quantised weights are, and none that lie elsewhere (meta).
+    Yields whether all of their tensors were changed: integers (quantized weights) and meta tensors cannot be.
     """
-    spared = {id(p) for module in without for p in module.parameters()}
-    every = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    held = list({id(t): t for t in every if t.dim() > 1 and id(t) not in spared}.values())
+    excluded = {id(p) for module in without for p in module.parameters()}
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    held = list({id(t): t for t in tensors if t.dim() > 1 and id(t) not in excluded}.values())
     able = [t for t in held if t.is_floating_point() and t.element_size() > 1 and not t.is_meta]
-    turned: list[int] = []
+    negated: list[int] = []
     try:
         for place, tensor in enumerate(able):
-            _turn_signs(tensor, place)
-            turned.append(place)
+            _negate_half(tensor, place)
+            negated.append(place)
         yield len(able) == len(held)
     finally:
-        for place in turned:
-            _turn_signs(able[place], place)
+        for place in negated:
+            _negate_half(able[place], place)
 
 
 @torch.no_grad()
-def _turn_signs(tensor: Any, seed: int) -> None:
-    """Of a random half; done twice, each is again what it was, to the bit."""
+def _negate_half(tensor: Any, seed: int) -> None:
+    """Negates a random half of the elements; a second call restores them bit for bit."""
     mesh = getattr(tensor, "device_mesh", None)
     local = tensor if mesh is None else tensor.to_local()
-    rank = 0 if mesh is None else mesh.get_rank()  # each may hold one of the copies: they must not turn alike
+    rank = 0 if mesh is None else mesh.get_rank()  # ranks may hold equal experts, which have to become different
     generator = torch.Generator(local.device).manual_seed((seed << 20) + rank)
     local.mul_(torch.empty_like(local, dtype=torch.int8).random_(2, generator=generator).mul_(2).sub_(1))
 
@@ -103,52 +121,52 @@ def _floats(output: Any) -> Iterator[Tensor]:
             yield from _floats(part)
 
 
-def kept(value: Any) -> Any:
-    """An argument for later: FSDP2 gives the memory of parameters free after the pass."""
+def detached_copy(value: Any) -> Any:
+    """An argument that outlives the call: FSDP2 frees the memory of gathered parameters after the forward."""
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def devices_of(tensors: Iterable[Tensor]) -> list[int]:
-    """Their GPUs, whose random numbers are to be left as they are."""
+def _gpus_of(tensors: Iterable[Tensor]) -> list[int]:
+    """The GPUs of these tensors, whose random number generators have to be restored."""
     return sorted({tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"})
 
 
-def run_again(module: nn.Module, call: Call, other: Mapping[str, Tensor] | None = None) -> Parts | None:
-    """One more call of a router, with other parameters in the place of those that ``other`` names.
+def run_again(module: nn.Module, call: RouterCall, other: Mapping[str, Tensor] | None = None) -> ParsedOutput | None:
+    """Calls a router once more, with the tensors of ``other`` in place of the parameters of these names.
 
-    Sharded parameters are replaced by whole ones. Without gradient; the modes of its parts are the caller's matter.
+    Sharded parameters are gathered. Without gradient; the caller sets the modes of the module.
     """
     parameters = dict(module.named_parameters())
     sharded = {n: p.full_tensor().detach() for n, p in parameters.items() if hasattr(p, "full_tensor")}  # type: ignore[attr-defined]
-    args, whole = call.args, sharded | dict(other or {})
-    if sharded:  # mixed precision gave it what it computes in
-        dtype = next((p.dtype for p in whole.values() if p.is_floating_point()), torch.float32)
+    args, replaced = call.args, sharded | dict(other or {})
+    if sharded:  # mixed precision called it with inputs of the compute dtype
+        dtype = next((p.dtype for p in replaced.values() if p.is_floating_point()), torch.float32)
         args = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
-    found: list[Parts | None] = []
+    parsed: list[ParsedOutput | None] = []
 
-    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:  # while these are its own
-        found.append(take_apart(module, args, kwargs, output))
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        parsed.append(parse_output(module, args, kwargs, output))  # in a hook: a read= may use the parameters
 
     handle = module.register_forward_hook(note, with_kwargs=True)
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            if hasattr(module, "unshard"):  # FSDP2 gathers it by itself
+            if hasattr(module, "unshard"):  # FSDP2 gathers the parameters itself
                 module(*args, **call.kwargs)
                 module.reshard()  # type: ignore[operator]
             else:
-                torch.func.functional_call(module, whole, args, call.kwargs)
+                torch.func.functional_call(module, replaced, args, call.kwargs)
     finally:
         handle.remove()
-    return found[-1]
+    return parsed[-1]
 
 
-def run_in_training(module: nn.Module, call: Call, times: int) -> list[Parts]:
-    """The same call in training mode, each time with other random numbers; the module and those are left as they were.
+def run_in_training(module: nn.Module, call: RouterCall, times: int) -> list[ParsedOutput]:
+    """Repeats a call in training mode, each time with another seed, the same on all ranks.
 
-    All ranks draw the same numbers.
+    The module and the random number generators are restored.
     """
-    given = (x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor))
-    devices = devices_of([*module.parameters(), *given])
+    tensors = (x for x in (*call.args, *call.kwargs.values()) if isinstance(x, Tensor))
+    devices = _gpus_of([*module.parameters(), *tensors])
     generators = [torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)]
     found = []
     with torch.random.fork_rng(devices), in_mode(module, training=True):
@@ -156,12 +174,12 @@ def run_in_training(module: nn.Module, call: Call, times: int) -> list[Parts]:
             for generator in generators:
                 generator.manual_seed(seed)
             found.append(run_again(module, call))
-    return [parts for parts in found if parts is not None]
+    return [parsed for parsed in found if parsed is not None]
 
 
 @contextlib.contextmanager
 def in_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """The module in training or evaluation; what it keeps (modes, counters, buffers) is afterwards as it was."""
+    """The module in training or evaluation mode; restores the modes, attributes and buffers of all its parts."""
     parts = list(module.modules())
     attributes = [(part.__dict__, dict(part.__dict__)) for part in parts]
     buffers = [(part._buffers, dict(part._buffers)) for part in parts]

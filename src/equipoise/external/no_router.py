@@ -1,4 +1,4 @@
-"""Says what a model in which no router was found lacks: what its modules returned, and the line that helps."""
+"""The error for a model without routers: what its modules returned, what is missing, and the line that helps."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .discovery import example_of
-from .example_run import Probe, unwrapped
+from .example_run import ExampleRun, unwrapped
 from .output_formats import entries_of
+from .recognition import example_of
 
 __all__ = ["no_router"]
 
@@ -27,8 +27,8 @@ MOVE = (
 SHOWN = 2  # in a message
 
 
-class Near(NamedTuple):
-    """A module that returned choices, and not all that goes with them."""
+class Candidate(NamedTuple):
+    """A module that returned expert ids, but not all that a router returns."""
 
     name: str
     kind: str
@@ -38,20 +38,20 @@ class Near(NamedTuple):
 
 
 def no_router(parts: Sequence[nn.Module], example: Mapping[str, Any] | None) -> ConfigError:
-    """The error for a model in which no module is a router, with what came nearest to one."""
+    """The error for a model in which no module is a router, with the modules that are most like one."""
     kinds = " and ".join(type(unwrapped(part)[-1]).__name__ for part in parts)
     for part in parts:
         given = example_of(part, example)
         if given is None:
             continue
-        near, called, silent = _look(part, given)
-        if near:
-            return _error(kinds, "; ".join(_one_of_each(near)), _register(near[0]))
+        candidates, called, silent = _look(part, given)
+        if candidates:
+            return _error(kinds, "; ".join(_one_of_each(candidates)), _register(candidates[0]))
         if called:
             saw = f"{', '.join(called[:SHOWN])}, and no module returned which experts it chose"
             return _error(kinds, saw, f"{MOVE}: five lines, in {GUIDE}")
         if silent:
-            return _passed_by(kinds, part, silent[0])
+            return _not_called(kinds, part, silent[0])
     if all(example_of(part, example) is None for part in parts):
         found = ", and no example= to run it on" if any(True for part in parts for _ in part.children()) else ""
         return _error(kinds + " without a router" + found, "", _pass_example(parts[0]), begun=True)
@@ -63,14 +63,14 @@ def _error(kinds: str, saw: str, do: str, *, begun: bool = False) -> ConfigError
     return ConfigError(expected=CONTRACT, got=f"{got}: {saw}" if saw else got, do=do)
 
 
-def _passed_by(kinds: str, model: nn.Module, gate: str) -> ConfigError:
-    """A gate that nobody called: where its block has another forward than its class was written with, that is why."""
+def _not_called(kinds: str, model: nn.Module, gate: str) -> ConfigError:
+    """The error for a gate that is not called; if the forward of its block was replaced, that is the reason."""
     module, place = model.get_submodule(gate), gate.rpartition(".")[0]
     block = model.get_submodule(place)
     own, now = type(block).forward, vars(block).get("forward")
     saw = f"{gate} ({type(module).__name__}) was not called"
     call = f"let the forward of its block call {gate} and use what that returns"
-    if now is not None and not hasattr(block, "_hf_hook"):  # accelerate puts one of its own around each
+    if now is not None and not hasattr(block, "_hf_hook"):  # accelerate wraps every forward
         by = getattr(now, "__qualname__", type(now).__name__)
         saw += f": the forward of {place} was replaced, by {by}"
         do = f"put its own back (del model.get_submodule({place!r}).forward, in every layer), or {call}"
@@ -83,15 +83,15 @@ def _passed_by(kinds: str, model: nn.Module, gate: str) -> ConfigError:
     return _error(kinds, saw, do)
 
 
-def _look(model: nn.Module, example: Mapping[str, Any]) -> tuple[list[Near], list[str], list[str]]:
-    """(modules that returned choices; gates that returned something else; gates that were not called)."""
-    near: dict[str, Near] = {}
+def _look(model: nn.Module, example: Mapping[str, Any]) -> tuple[list[Candidate], list[str], list[str]]:
+    """(modules that returned expert ids; gates that returned something else; gates that were not called)."""
+    candidates: dict[str, Candidate] = {}
     returned: dict[str, str] = {}
 
-    def note(name: str) -> Callable[..., None]:
+    def hook_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, _args: tuple, _kwargs: dict[str, Any], output: Any) -> None:
             if (found := _choices(name, type(module).__name__, output)) is not None:
-                near[name] = found
+                candidates[name] = found
             elif _is_gate(name):
                 shown = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
                 returned[name] = f"{name} ({type(module).__name__}) returned {shown}"
@@ -99,10 +99,10 @@ def _look(model: nn.Module, example: Mapping[str, Any]) -> tuple[list[Near], lis
         return hook
 
     modules = {name: module for name, module in model.named_modules() if name}
-    Probe(model, example)({module: note(name) for name, module in modules.items()})
-    inner = [one for name, one in near.items() if not any(other.startswith(f"{name}.") for other in near)]
+    ExampleRun(model, example)({module: hook_of(name) for name, module in modules.items()})
+    inner = [one for name, one in candidates.items() if not any(other.startswith(f"{name}.") for other in candidates)]
     gates = {n: m for n, m in modules.items() if _is_gate(n) and next(m.parameters(), None) is not None}
-    silent = [name for name in gates if name not in returned and name not in near]
+    silent = [name for name in gates if name not in returned and name not in candidates]
     return inner, list(returned.values()), silent
 
 
@@ -117,7 +117,7 @@ def _tensors(output: Any) -> list[Tensor]:
     return [tensor for part in (entries_of(output) or {}).values() for tensor in _tensors(part)]
 
 
-def _choices(name: str, kind: str, output: Any) -> Near | None:
+def _choices(name: str, kind: str, output: Any) -> Candidate | None:
     tensors = [tensor for tensor in _tensors(output) if tensor.dim() >= 2]
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
     for ids in tensors:
@@ -127,22 +127,22 @@ def _choices(name: str, kind: str, output: Any) -> Near | None:
         weights = [one for one in floats if one.shape == ids.shape]
         logits = [one for one in floats if one.shape[:-1].numel() == rows and one.shape[-1] > ids.shape[-1]]
         if weights or logits:
-            return Near(name, kind, ids, weights, logits)
+            return Candidate(name, kind, ids, weights, logits)
     return None
 
 
-def _one_of_each(near: Sequence[Near]) -> list[str]:
-    """The first of each class, and how many are like it."""
-    of_kind: dict[str, list[Near]] = {}
-    for one in near:
+def _one_of_each(candidates: Sequence[Candidate]) -> list[str]:
+    """The first of each class, and how many more there are."""
+    of_kind: dict[str, list[Candidate]] = {}
+    for one in candidates:
         of_kind.setdefault(one.kind, []).append(one)
     return [_returned(alike[0], len(alike) - 1) for alike in list(of_kind.values())[:SHOWN]]
 
 
-def _returned(near: Near, more: int) -> str:
-    parts = [f"ids {tuple(near.ids.shape)}"]
+def _returned(candidate: Candidate, more: int) -> str:
+    parts = [f"ids {tuple(candidate.ids.shape)}"]
     lacks = []
-    for word, tensors in (("weights", near.weights), ("logits", near.logits)):
+    for word, tensors in (("weights", candidate.weights), ("logits", candidate.logits)):
         if len(tensors) == 1:
             parts.append(f"{word} {tuple(tensors[0].shape)}")
         elif tensors:
@@ -150,15 +150,15 @@ def _returned(near: Near, more: int) -> str:
             parts.append(f"{len(tensors)} tensors that may be its {word} {shapes}")
         else:
             lacks.append(f"no {word}")
-    name = near.name if not more else f"{near.name} and {more} more"
-    return f"{near.kind} ({name}) returned {' and '.join([', '.join(parts), *lacks])}"
+    name = candidate.name if not more else f"{candidate.name} and {more} more"
+    return f"{candidate.kind} ({name}) returned {' and '.join([', '.join(parts), *lacks])}"
 
 
-def _register(near: Near) -> str:
-    what = "the logits computed from args" if not near.logits else "which of its output is which"
+def _register(candidate: Candidate) -> str:
+    what = "the logits computed from args" if not candidate.logits else "which of its output is which"
     return (
-        f"equipoise.register_router({near.kind}, read=lambda module, args, kwargs, output: (logits, weights, ids)), "
-        f"with {what}: {GUIDE} shows it for such a gate"
+        f"equipoise.register_router({candidate.kind}, read=lambda module, args, kwargs, output: (logits, weights, ids))"
+        f", with {what}: {GUIDE} shows it for such a gate"
     )
 
 

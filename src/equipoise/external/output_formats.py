@@ -1,4 +1,4 @@
-"""What the outputs of other libraries' routers mean, and what some classes do that outputs do not show."""
+"""Output formats of other libraries' routers: reads logits, weights and expert ids of an output, and replaces them."""
 
 from __future__ import annotations
 
@@ -15,119 +15,162 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .registry import Registered, registered_for
 
-__all__ = ["SPECIAL", "Parts", "Read", "Special", "entries_of", "named_parts", "read", "special_of", "take_apart"]
+__all__ = [
+    "FORMATS",
+    "OutputFormat",
+    "ParsedOutput",
+    "RouterOutput",
+    "entries_of",
+    "format_of",
+    "parse_output",
+    "part_expressions",
+]
 
 
-class Read(NamedTuple):
-    """A router's output, taken apart. Logits may have more columns than experts work: see ``Special.idle``."""
+class RouterOutput(NamedTuple):
+    """The three tensors of a router. ``logits_TE`` may include columns for no-op experts (``OutputFormat.idle``)."""
 
     logits_TE: Tensor
     weights_TK: Tensor
     ids_TK: Tensor
 
 
-class Parts(NamedTuple):
-    """A router's output, and the way back into it."""
+class ParsedOutput(NamedTuple):
+    """A router's output and how to replace its tensors."""
 
-    found: Read
-    put: Callable[[Tensor, Tensor | None], Any]  # the same output with other weights (T, K), and ids unless None
-    holds_ids: bool = True  # whether other ids would get into it
-
-
-class Special(NamedTuple):
-    """One router class that the general rule does not fit."""
-
-    gate: str = ""  # of its scores, where weights are more than scores
-    scores: bool = False  # returns (scores of all experts, 0 for those not chosen; logits) and no choice
-    idle: bool = False  # columns from ``num_experts`` on stand for experts that do no work
-    skips: bool = False  # a choice of the idle expert is returned as expert 0 with weight 0
-    by_kind: bool = False  # one router for text and one for pictures, each with its own tokens
-    fixed: str = ""  # why nothing can move its choices; the model's other routers are balanced
-    refuse: str = ""  # why a model with it cannot be balanced: what it would have to return
+    parts: RouterOutput
+    replace: Callable[[Tensor, Tensor | None], Any]  # the same output with new weights (T, K), and new ids unless None
+    holds_ids: bool = True  # False: the ids were computed from the output, so new ids cannot be written into it
+    ambiguous: bool = False  # K = E, and neither shapes nor names tell the logits from the weights
 
 
-SPECIAL: dict[str, Special] = {
-    "Llama4Router": Special(scores=True),
-    "PhimoeTopKRouter": Special(gate="softmax"),  # sparsemixer draws its weights; the push is on the softmax below them
-    "InklingTopkRouter": Special(gate="sigmoid"),  # weights are shared out with the shared experts
-    "Gemma4TextRouter": Special(gate="softmax"),  # weights carry a learned scale per expert
-    "DiffusionGemmaTextRouter": Special(gate="softmax"),
-    "LongcatFlashTopkRouter": Special(gate="softmax", idle=True),  # experts that hand their token back
-    "ZayaRouter": Special(gate="softmax", idle=True, skips=True),  # one that skips the layer
-    "Ernie4_5_VLMoeMoeTopKRouter": Special(by_kind=True),
-    "DeepseekV4HashRouter": Special(fixed="its experts follow from token ids"),
-    "DbrxRouter": Special(refuse="it returns logits only and its block chooses: weights and expert ids are missing"),
-    "JetMoeTopKGating": Special(
-        refuse="it returns choices sorted by expert: weights in the order of tokens are missing"
+ReadChoices = Callable[[Any, Any, Any], tuple[Tensor, Tensor]]  # (router, its parent module, output) -> (logits, ids)
+
+
+class OutputFormat(NamedTuple):
+    """A router class that the general rule of `parse_output` does not cover."""
+
+    gate: str = ""  # gate of its scores, where the weights are more than scores
+    scattered: bool = False  # returns (scores of all experts, 0 for those not chosen; logits) and no ids
+    idle: bool = False  # columns from ``num_experts`` on are no-op experts
+    skips: bool = False  # returns a choice of the no-op expert as expert 0 with weight 0
+    by_modality: bool = False  # one router for text and one for images, each with its own tokens
+    fixed: str = ""  # why its choices cannot change; the model's other routers are balanced
+    unsupported: str = ""  # why a model with it cannot be balanced
+    choices: ReadChoices | None = None  # reads what it chose where its output does not hold the ids: enough to observe
+
+
+def _top_k(logits: Tensor, top_k: Any) -> tuple[Tensor, Tensor]:
+    logits_TE = logits.reshape(-1, logits.shape[-1])
+    return logits_TE, logits_TE.topk(int(top_k), dim=-1).indices
+
+
+_CAPACITY = "tokens beyond an expert's capacity are dropped, and it returns a mask: expert ids are missing"
+
+FORMATS: dict[str, OutputFormat] = {
+    "Llama4Router": OutputFormat(scattered=True),
+    "PhimoeTopKRouter": OutputFormat(gate="softmax"),  # sparsemixer samples its weights; a loss acts on the softmax
+    "InklingTopkRouter": OutputFormat(gate="sigmoid"),  # weights are normalized together with the shared experts
+    "Gemma4TextRouter": OutputFormat(gate="softmax"),  # weights include a learned scale per expert
+    "DiffusionGemmaTextRouter": OutputFormat(gate="softmax"),
+    "LongcatFlashTopkRouter": OutputFormat(gate="softmax", idle=True),  # identity experts
+    "ZayaRouter": OutputFormat(gate="softmax", idle=True, skips=True),  # one choice skips the layer
+    "Ernie4_5_VLMoeMoeTopKRouter": OutputFormat(by_modality=True),
+    "DeepseekV4HashRouter": OutputFormat(fixed="its experts follow from token ids"),
+    "DbrxRouter": OutputFormat(
+        unsupported="it returns logits only and its block chooses: weights and expert ids are missing",
+        choices=lambda _router, block, output: _top_k(output, block.top_k),
     ),
-    "SwitchTransformersTop1Router": Special(
-        refuse="tokens beyond an expert's capacity are dropped, and it returns a mask: expert ids are missing"
+    "JetMoeTopKGating": OutputFormat(
+        unsupported="it returns choices sorted by expert: weights in the order of tokens are missing",
+        choices=lambda router, _block, output: _top_k(output[-1], router.top_k),
     ),
-    "NllbMoeTop2Router": Special(
-        refuse="tokens beyond an expert's capacity are dropped, and it returns a mask: expert ids are missing"
+    # observed as what each token asks for, before the capacity drops some
+    "SwitchTransformersTop1Router": OutputFormat(
+        unsupported=_CAPACITY, choices=lambda _router, _block, output: _top_k(output[2], 1)
     ),
-    "DogeCDMoE": Special(refuse="it looks experts up by product keys: logits over all experts are missing"),
+    "NllbMoeTop2Router": OutputFormat(
+        unsupported=_CAPACITY, choices=lambda _router, _block, output: _top_k(output[2], 2)
+    ),
+    "DogeCDMoE": OutputFormat(unsupported="it looks experts up by product keys: logits over all experts are missing"),
 }
 
 
-def special_of(module: nn.Module) -> Special:
-    """The line of its class, also where FSDP2 made a class of its own of it; what a user registered goes first."""
+def format_of(module: nn.Module) -> OutputFormat:
+    """The ``FORMATS`` entry of the module's class or of any base class (FSDP2 subclasses dynamically).
+
+    What a user registered with ``register_router`` takes precedence.
+
+    >>> class DbrxRouter(nn.Module): ...
+    >>> format_of(type("FSDPDbrxRouter", (DbrxRouter,), {})()).unsupported[:23]
+    'it returns logits only '
+    """
     if (own := registered_for(module)) is not None:
-        return Special(gate=own.gate)
-    return next((SPECIAL[c.__name__] for c in type(module).__mro__ if c.__name__ in SPECIAL), Special())
+        return OutputFormat(gate=own.gate)
+    return next((FORMATS[c.__name__] for c in type(module).__mro__ if c.__name__ in FORMATS), OutputFormat())
 
 
-def read(module: nn.Module, output: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Read | None:
-    """`take_apart` for who only looks."""
-    parts = take_apart(module, args, kwargs or {}, output)
-    return None if parts is None else parts.found
-
-
-def take_apart(
+def parse_output(
     module: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any, *, swapped: bool = False
-) -> Parts | None:
-    """A router's output by the shapes and types of its parts, in whatever order; None for any other output.
+) -> ParsedOutput | None:
+    """Reads a router's output by the shapes and dtypes of its tensors, in any order; None for any other output.
 
-    It is a tuple, a list, a dict or a dataclass. Integers (..., K) are the choices, floats of their shape the weights,
-    floats (..., E) with E > K the logits; leading dimensions become T. What a user registered is read as they said.
+    The output is a tuple, list, dict or dataclass. Integers (..., K) are the expert ids, floats of the same shape the
+    weights, floats (..., E) with E > K the logits; leading dimensions are flattened to T. With K = E the logits are the
+    tensor whose field name says so, else the first of the two, and the result is marked ``ambiguous``. Classes in
+    ``FORMATS`` and those registered with ``register_router`` are read as stated there.
 
     Args:
-        swapped: with K = E, where shapes do not tell, the second of the two floats is the logits.
+        swapped: for an ambiguous output, the second of the two float tensors is the logits.
+
+    >>> parts = torch.randint(8, (5, 2)), torch.rand(5, 2), torch.randn(5, 8)
+    >>> parsed = parse_output(nn.Identity(), (), {}, parts)
+    >>> parsed.parts.logits_TE is parts[2], parsed.parts.ids_TK is parts[0]
+    (True, True)
     """
     own = registered_for(module)
     if own is not None and own.read is not None:
-        return _as_registered(module, own, args, kwargs, output)
-    special = special_of(module)
-    if special.scores:
+        return _parse_registered(module, own, args, kwargs, output)
+    form = format_of(module)
+    if form.scattered:
         if not isinstance(output, tuple | list):
             return None
         scores_TE, logits_TE = output
         ids_TK = logits_TE.detach().topk(int(module.top_k), dim=-1).indices  # type: ignore[arg-type]
-        found = Read(logits_TE, scores_TE.gather(-1, ids_TK), ids_TK)
-        return Parts(found, partial(_scattered, output, ids_TK))
+        parts = RouterOutput(logits_TE, scores_TE.gather(-1, ids_TK), ids_TK)
+        return ParsedOutput(parts, partial(_replace_scattered, output, ids_TK))
     entries = entries_of(output)
-    places = None if entries is None else _places(entries, swapped)
+    places = None if entries is None else _places(entries, _names_of(output), swapped)
     if entries is None or places is None:
         return None
-    found = _flattened(*(entries[place] for place in places))
-    if special.skips:
-        skipped_TK = (found.ids_TK == 0) & (found.weights_TK == 0)
-        found = found._replace(ids_TK=found.ids_TK.masked_fill(skipped_TK, found.logits_TE.shape[1] - 1))
-    return Parts(found, partial(_changed_at, output, entries, places))
+    parts = _flattened(*(entries[key] for key in (places.logits, places.weights, places.ids)))
+    if form.skips:
+        skipped_TK = (parts.ids_TK == 0) & (parts.weights_TK == 0)
+        parts = parts._replace(ids_TK=parts.ids_TK.masked_fill(skipped_TK, parts.logits_TE.shape[1] - 1))
+    return ParsedOutput(parts, partial(_replace_at, output, entries, places), ambiguous=places.ambiguous)
 
 
-def named_parts(output: Any) -> list[str] | None:
-    """Logits, weights and ids of an output that the general rule reads, as Python would write them."""
+def part_expressions(output: Any) -> list[str] | None:
+    """Python expressions for logits, weights and ids of an output that the general rule reads.
+
+    >>> part_expressions({"i": torch.zeros(3, 2).long(), "w": torch.zeros(3, 2), "z": torch.zeros(3, 4)})
+    ["output['z']", "output['w']", "output['i']"]
+    """
     entries = entries_of(output)
-    places = None if entries is None else _places(entries, swapped=False)
+    places = None if entries is None else _places(entries, _names_of(output), swapped=False)
     if places is None:
         return None
     subscripts = isinstance(output, Mapping | tuple | list)
-    return [f"output[{place!r}]" if subscripts else f"output.{place}" for place in places]
+    keys = (places.logits, places.weights, places.ids)
+    return [f"output[{key!r}]" if subscripts else f"output.{key}" for key in keys]
 
 
 def entries_of(output: Any) -> dict[Any, Any] | None:
-    """Its parts by key, number or name; None where it has none."""
+    """The entries of a dict, tuple, list or dataclass by key, index or field name; None for any other object.
+
+    >>> entries_of((1, 2)), entries_of(3)
+    ({0: 1, 1: 2}, None)
+    """
     if isinstance(output, Mapping):
         return dict(output)
     if isinstance(output, tuple | list):
@@ -137,26 +180,47 @@ def entries_of(output: Any) -> dict[Any, Any] | None:
     return None
 
 
-def _places(entries: dict[Any, Any], swapped: bool) -> tuple[Any, Any, Any] | None:
-    """Where logits, weights and choices are."""
-    parts = {key: part for key, part in entries.items() if isinstance(part, Tensor) and part.dim() >= 2}
-    ids = [key for key, part in parts.items() if not part.is_floating_point() and part.dtype.itemsize >= 4]
-    if len(ids) != 1 or parts[ids[0]].shape[-1] == 0:
+class _Places(NamedTuple):
+    """Keys of the three tensors among the entries of an output."""
+
+    logits: Any
+    weights: Any
+    ids: Any
+    ambiguous: bool = False
+
+
+def _names_of(output: Any) -> dict[Any, str]:
+    """Field names by the keys of `entries_of`; none for a plain tuple or list."""
+    if hasattr(output, "_fields"):  # a named tuple
+        return dict(enumerate(output._fields))
+    return {} if isinstance(output, tuple | list) else {key: str(key) for key in entries_of(output) or {}}
+
+
+def _places(entries: dict[Any, Any], names: Mapping[Any, str], swapped: bool) -> _Places | None:
+    tensors = {key: entry for key, entry in entries.items() if isinstance(entry, Tensor) and entry.dim() >= 2}
+    ids = [key for key, entry in tensors.items() if not entry.is_floating_point() and entry.dtype.itemsize >= 4]
+    if len(ids) != 1 or tensors[ids[0]].shape[-1] == 0:
         return None
-    shape = parts[ids[0]].shape
-    floats = {key: part.shape for key, part in parts.items() if part.is_floating_point()}
+    shape = tensors[ids[0]].shape
+    floats = {key: entry.shape for key, entry in tensors.items() if entry.is_floating_point()}
     weights = [key for key, other in floats.items() if other == shape]
     wider = [key for key, other in floats.items() if other[-1] > shape[-1]]
     logits = [key for key in wider if floats[key][:-1] == shape[:-1]]
     logits = logits or [key for key in wider if math.prod(floats[key][:-1]) == math.prod(shape[:-1])]  # (B, S) is T
-    if not logits and len(weights) == 2:  # K = E: the first is the logits, as everywhere, unless it was found not to be
-        logits, weights = (weights[1:], weights[:1]) if swapped else (weights[:1], weights[1:])
-    return (logits[0], weights[0], ids[0]) if len(weights) == len(logits) == 1 else None
+    ambiguous = not logits and len(weights) == 2
+    if ambiguous:  # K = E
+        named = [key for key in weights if "logit" in names.get(key, "").lower()]
+        ambiguous = len(named) != 1
+        first = named[0] if not ambiguous else weights[int(swapped)]
+        logits, weights = [first], [key for key in weights if key != first]
+    if len(weights) != 1 or len(logits) != 1:
+        return None
+    return _Places(logits[0], weights[0], ids[0], ambiguous)
 
 
-def _flattened(*parts: Tensor) -> Read:
+def _flattened(*parts: Tensor) -> RouterOutput:
     logits_TE, weights_TK, ids_TK = (part if part.dim() == 2 else part.flatten(0, -2) for part in parts)
-    return Read(logits_TE, weights_TK, ids_TK if ids_TK.dtype == torch.int64 else ids_TK.long())
+    return RouterOutput(logits_TE, weights_TK, ids_TK if ids_TK.dtype == torch.int64 else ids_TK.long())
 
 
 def _like(x: Tensor, before: Tensor) -> Tensor:
@@ -164,23 +228,23 @@ def _like(x: Tensor, before: Tensor) -> Tensor:
     return x if x.dtype == before.dtype else x.to(before.dtype)
 
 
-def _scattered(output: Any, ids_TK: Tensor, weights_TK: Tensor, other_TK: Tensor | None) -> Any:
+def _replace_scattered(output: Any, ids_TK: Tensor, weights_TK: Tensor, other_TK: Tensor | None) -> Any:
     ids_TK = ids_TK if other_TK is None else other_TK
     scores_TE = output[0].new_zeros(output[0].shape).scatter(-1, ids_TK, weights_TK.to(output[0].dtype))
-    return _changed(output, {0: scores_TE})
+    return _replace_entries(output, {0: scores_TE})
 
 
-def _changed_at(
-    output: Any, entries: dict[Any, Any], places: tuple[Any, Any, Any], weights_TK: Tensor, ids_TK: Tensor | None
+def _replace_at(
+    output: Any, entries: dict[Any, Any], places: _Places, weights_TK: Tensor, ids_TK: Tensor | None
 ) -> Any:
-    changes = {places[1]: _like(weights_TK, entries[places[1]])}
+    changes = {places.weights: _like(weights_TK, entries[places.weights])}
     if ids_TK is not None:
-        changes[places[2]] = _like(ids_TK, entries[places[2]])
-    return _changed(output, changes)
+        changes[places.ids] = _like(ids_TK, entries[places.ids])
+    return _replace_entries(output, changes)
 
 
-def _changed(output: Any, changes: Mapping[Any, Any]) -> Any:
-    """The same kind of output with other parts."""
+def _replace_entries(output: Any, changes: Mapping[Any, Any]) -> Any:
+    """An output of the same type with some entries replaced."""
     if isinstance(output, tuple | list):
         parts = [changes.get(i, part) for i, part in enumerate(output)]
         if hasattr(output, "_make"):  # a named tuple
@@ -193,65 +257,68 @@ def _changed(output: Any, changes: Mapping[Any, Any]) -> Any:
         if isinstance(changed, Mapping):
             changed[key] = part  # type: ignore[index]
         else:
-            object.__setattr__(changed, key, part)  # also where it is frozen
+            object.__setattr__(changed, key, part)  # a dataclass may be frozen
     return changed
 
 
-def _as_registered(
+def _parse_registered(
     module: nn.Module, own: Registered, args: tuple, kwargs: Mapping[str, Any], output: Any
-) -> Parts | None:
+) -> ParsedOutput | None:
     assert own.read is not None
-    told = own.read(module, args, kwargs, output)
-    if told is None:
+    returned = own.read(module, args, kwargs, output)
+    if returned is None:
         return None
-    parts: tuple[Any, ...] = tuple(told) if isinstance(told, tuple | list) else (told,)
-    if not _are_parts(parts):
+    parts: tuple[Any, ...] = tuple(returned) if isinstance(returned, tuple | list) else (returned,)
+    if not _are_router_outputs(parts):
         shapes = ", ".join(f"{str(p.dtype)[6:]} {tuple(p.shape)}" if isinstance(p, Tensor) else repr(p) for p in parts)
         raise ConfigError(
             expected="read= to return logits (..., E), weights (..., K) and integer ids (..., K), E >= K",
             got=f"{shapes} of {type(module).__name__}",
             do=f"correct the read= that register_router got for {type(module).__name__}",
         )
-    holds_ids = own.write is not None or _holds(output, parts[2])
-    return Parts(_flattened(*parts), partial(_written, type(module).__name__, own, output, parts), holds_ids)
+    holds_ids = own.write is not None or _contains(output, parts[2])
+    replace = partial(_replace_registered, type(module).__name__, own, output, parts)
+    return ParsedOutput(_flattened(*parts), replace, holds_ids)
 
 
-def _are_parts(parts: tuple[Any, ...]) -> bool:
+def _are_router_outputs(parts: tuple[Any, ...]) -> bool:
     if len(parts) != 3 or not all(isinstance(part, Tensor) and part.dim() >= 2 for part in parts):
         return False
     logits, weights, ids = parts
-    kinds = logits.is_floating_point() and weights.is_floating_point() and not ids.is_floating_point()
+    dtypes = logits.is_floating_point() and weights.is_floating_point() and not ids.is_floating_point()
     rows = math.prod(logits.shape[:-1]) == math.prod(ids.shape[:-1])
-    return kinds and rows and weights.shape == ids.shape and ids.shape[-1] <= logits.shape[-1]
+    return dtypes and rows and weights.shape == ids.shape and ids.shape[-1] <= logits.shape[-1]
 
 
-def _written(name: str, own: Registered, output: Any, parts: tuple, weights_TK: Tensor, ids_TK: Tensor | None) -> Any:
+def _replace_registered(
+    name: str, own: Registered, output: Any, parts: tuple, weights_TK: Tensor, ids_TK: Tensor | None
+) -> Any:
     _, weights, ids = parts
     new, chosen = _like(weights_TK, weights), ids if ids_TK is None else _like(ids_TK, ids)
     if own.write is not None:
         return own.write(output, new, chosen)
-    if not _holds(output, weights):
+    if not _contains(output, weights):
         raise ConfigError(
             expected="the very weights that read= returned inside the output, so that others can take their place",
             got=f"an output of {name} that does not hold them: read= made a new tensor of them",
             do="return the weights as they lie in the output, not flattened (that is done for you), or pass write=",
         )
-    return _exchanged(output, [(weights, new), (ids, chosen)])
+    return _replace_tensors(output, [(weights, new), (ids, chosen)])
 
 
-def _holds(output: Any, tensor: Tensor) -> bool:
+def _contains(output: Any, tensor: Tensor) -> bool:
     if output is tensor:
         return True
-    return any(_holds(part, tensor) for part in (entries_of(output) or {}).values())
+    return any(_contains(part, tensor) for part in (entries_of(output) or {}).values())
 
 
-def _exchanged(output: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
-    """The same output, nested as it was, with the second of each pair in the place of the first."""
+def _replace_tensors(output: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
+    """The same nested output with the second tensor of each pair in place of the first."""
     for old, new in pairs:
         if output is old:
             return new
     changes = {}
     for key, part in (entries_of(output) or {}).items():
-        if (new := _exchanged(part, pairs)) is not part:
+        if (new := _replace_tensors(part, pairs)) is not part:
             changes[key] = new
-    return _changed(output, changes) if changes else output
+    return _replace_entries(output, changes) if changes else output

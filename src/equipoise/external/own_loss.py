@@ -1,4 +1,4 @@
-"""A model's own balance loss: switched off while policies of ours push, and put back exactly as it was."""
+"""A model's own balance loss: switched off while a balancer has policies, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["OwnLoss"]
 
 
 class _Change(NamedTuple):
-    """One attribute that means "balance yourself", with what it held and what it holds while that is off."""
+    """One attribute that switches the model's own loss on, with its value and the value that switches it off."""
 
     owner: Any  # a configuration, or a module
     name: str
@@ -21,7 +21,7 @@ class _Change(NamedTuple):
     off: Any
 
     def put_back(self) -> bool:
-        """Whether it was changed: what somebody else set meanwhile is theirs."""
+        """Restores the value and returns True, unless it was set to something else in the meantime."""
         if getattr(self.owner, self.name, None) != self.off:
             return False
         setattr(self.owner, self.name, self.was)
@@ -36,8 +36,9 @@ class _Change(NamedTuple):
 
 
 class OwnLoss:
-    """What was changed on a model so that nothing is balanced twice (B09, B11, B12: its own loss is pooled over layers
-    and scaled by the engine), and the way back.
+    """Switches a model's own balance loss off, so that nothing is balanced twice, and restores it.
+
+    The loss of transformers is pooled over layers and scaled by the engine (B09, B11, B12 in docs/defects.md).
 
     >>> from types import SimpleNamespace
     >>> model = nn.Linear(1, 1)
@@ -60,16 +61,16 @@ class OwnLoss:
 
     @property
     def words(self) -> list[str]:
-        """What is switched off now, one entry for each."""
+        """What is switched off, one entry per attribute."""
         return [change.in_words for change in self._changes]
 
     def switch_off(self, model: nn.Module) -> None:
-        """Switches it off in all parts of a model; says so where the model added that loss by itself."""
+        """Switches it off in all parts of a model; warns where the model adds that loss to its own."""
         configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
         on = [config for config in configs.values() if getattr(config, "output_router_logits", False)]
         found = [_Change(config, "output_router_logits", config.output_router_logits, False) for config in on]
         owners = [module for module in model.modules() if hasattr(module, "router_aux_loss_coef")]
-        for owner in owners or configs.values():  # without one on the model, its forward reads the configuration's
+        for owner in owners or configs.values():  # a model without the attribute reads its configuration
             coef = getattr(owner, "router_aux_loss_coef", None)
             if isinstance(coef, float | int) and coef:
                 found.append(_Change(owner, "router_aux_loss_coef", coef, 0.0))
@@ -84,13 +85,13 @@ class OwnLoss:
             )
 
     def restore(self) -> None:
-        """Puts back what was switched off, but for what was set to something else meanwhile."""
+        """Restores what was switched off, except what was set to something else in the meantime."""
         while self._changes:
             self._changes.pop().put_back()
 
     @contextmanager
     def as_it_was(self) -> Iterator[None]:
-        """The user's values for a while: around saving, so that ``config.json`` holds them and not ours."""
+        """Inside the context, the user's values are restored: for saving, so that ``config.json`` contains them."""
         back = [change for change in self._changes if change.put_back()]
         try:
             yield

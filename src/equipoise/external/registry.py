@@ -1,4 +1,4 @@
-"""Routers of a user's own that do not return logits, weights and expert ids: how to read them, class by class."""
+"""``register_router``: how to read router classes that do not return logits, weights and expert ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["REGISTERED", "Registered", "register_router", "registered_for"]
 
 
 class Registered(NamedTuple):
-    """What a user said of one class."""
+    """What a user stated about one class."""
 
     read: Callable[..., Any] | None
     write: Callable[..., Any] | None
@@ -31,28 +31,31 @@ def register_router(
     *,
     gate: str | None = None,
 ) -> None:
-    """Says how to read a router class whose output does not show logits, weights and expert ids by itself.
+    """Registers how to read a router class whose output does not contain logits, weights and expert ids.
 
-    Needed only there: a module that returns logits (T, E), weights (T, K) and ids (T, K) in a tuple, a dict or a
-    dataclass, in any order and also as (B, S, .), is found without. Registering a class again replaces what was said.
+    A module that returns logits (T, E), weights (T, K) and ids (T, K) in a tuple, list, dict or dataclass, in any order
+    and with leading dimensions (B, S) in place of T, is found without. Registering a class again replaces the first
+    registration. Balancing, evaluation and inspection all read the class this way.
 
     Args:
-        router: the class, or its name where it cannot be imported (remote code); subclasses are meant too.
+        router: the class, or its name if it cannot be imported (remote code); subclasses are included.
         read: ``read(module, args, kwargs, output) -> (logits, weights, ids)``, called after each forward of such a
-            module with what a forward hook gets: logits (..., E) floats, weights (..., K) floats, ids (..., K) integers
-            with the same leading dimensions; an id of -1 is a dropped choice. Logits that the output lacks may be
-            computed from ``args``: they have to carry the gradient to the gate, and weights have to be a softmax, a
-            sigmoid or a sqrt_softplus of them (divided by their sum or not, times a constant).
-        write: ``write(output, weights, ids) -> output``, the same output with other weights and ids, of the shapes that
-            ``read`` returned. Default: where the very tensors that ``read`` returned lie in the output, also inside
-            nested tuples, lists, dicts and dataclasses.
-        gate: only for weights that hold more than scores (a learned factor, noise): the gate of the scores below them,
-            which is what a loss pushes. Such a router gets no bias of ours.
+            module with the arguments of a forward hook. It returns float logits (..., E), float weights (..., K) and
+            integer ids (..., K) with the same leading dimensions; an id of -1 is a dropped choice. None: this call
+            routed nothing. Logits that the output lacks may be computed from ``args``: they need a gradient to the
+            gate, and the weights have to be a softmax, a sigmoid or a sqrt_softplus of them (divided by their sum or
+            not, times a constant).
+        write: ``write(output, weights, ids) -> output``, the same output with new weights and ids of the shapes that
+            ``read`` returned. Default: the tensors that ``read`` returned are replaced where the output contains them,
+            also in nested tuples, lists, dicts and dataclasses.
+        gate: only for weights that are more than scores (a learned factor, noise): the gate of the scores, which is
+            what a loss acts on. Such a router gets no bias of ours.
 
-    Raises ConfigError for something that is no class of modules, an unknown gate, or where neither is given.
+    Raises ConfigError for anything but a class of modules or its name, for an unknown gate, and where neither ``read``
+    nor ``gate`` is given.
 
     >>> import torch
-    >>> class MoEGate(nn.Module):  # as DeepSeek's: no logits in its output
+    >>> class MoEGate(nn.Module):  # like DeepSeek's, whose output has no logits
     ...     def __init__(self):
     ...         super().__init__()
     ...         self.weight = nn.Parameter(torch.randn(4, 8))
@@ -81,7 +84,7 @@ def register_router(
 
 
 def registered_for(module: nn.Module) -> Registered | None:
-    """What was said of its class or of one that it inherits from, also where FSDP2 made a class of its own of it."""
+    """The registration of the module's class or of any base class (FSDP2 subclasses dynamically)."""
     if not REGISTERED:
         return None
     keys = (key for kind in type(module).__mro__ for key in (kind, kind.__name__))

@@ -1,4 +1,4 @@
-"""A router of another library, tied to a meter by a forward hook; the model's own code stays as it is."""
+"""A router of another library, balanced through a forward hook; the model's own code stays as it is."""
 
 from __future__ import annotations
 
@@ -13,57 +13,63 @@ from ..autograd.balance_gradient import attach_balance_gradient
 from ..autograd.finite import check_logits
 from ..autograd.protocol import RouterTraits
 from ..autograd.router_state import RouterState
-from ..autograd.token_layout import Placed
+from ..autograd.token_layout import TokenPlacement
 from ..errors import ConfigError, InputError, StateError
 from ..functional.routing import choose, count_choices
 from ..torch_internals import current_backward
-from .batch_context import Layout, not_read
-from .bias_support import what_else_it_does
-from .correction_bias import NativeBias
-from .example_run import Call
-from .output_formats import take_apart
-from .router_spec import Facts
+from .batch_context import BatchContext
+from .bias_support import why_no_bias
+from .correction_bias import CorrectionBias
+from .example_run import RouterCall
+from .gate_fitting import log_probabilities
+from .output_formats import parse_output
+from .padding import padding_unknown
+from .router_spec import RouterSpec
 
-__all__ = ["ForeignRouter"]
+__all__ = ["ExternalRouter", "attached_routers"]
 
 
-class ForeignRouter:
-    """Another library's router with what a balancer asks of ours; see ``equipoise.layers.Router``.
+class ExternalRouter:
+    """Another library's router with the attributes of ``equipoise.layers.Router`` that a balancer uses.
 
-    ``expert_bias`` is the model's own correction bias where it has one, so that its checkpoints carry it, else one of
-    ours, with which the hook chooses again; that one is in the balancer's ``state_dict``.
+    ``expert_bias`` is the model's own correction bias if it has one, so that its checkpoints contain it; else one of
+    ours, with which the hook chooses experts again, and which the balancer's ``state_dict`` contains.
 
-    Choices of idle experts (LongCat's that hand a token back, Zaya's that skips the layer) are no load: f, P and the
-    bias are those of the experts that work, as if the others were no choice. How many choices go to idle experts is
-    left to the model; their biases keep their distance from the mean of the others. A choice that the router dropped
-    (id -1: capacity, dynamic k, expert dropout) is counted as one of an idle expert behind these. That costs ten
-    small operations a call, and is left out for transformers' own classes, which drop none.
+    Choices of no-op experts (LongCat's identity experts, Zaya's that skips the layer) are no load: f, P and the bias
+    are those of the other experts, as if no-op experts were no choice. How many choices go to no-op experts is left to
+    the model; the distance of their biases from the mean of the others stays. A choice that the router dropped (id -1:
+    capacity, dynamic k, expert dropout) is counted as one of a further no-op expert. That costs ten small operations a
+    call, and is omitted for the classes of transformers, which drop none.
+
+    Args:
+        module: the router.
+        trained: the module whose parameters train the router: PEFT's wrapper, the router itself, or the nearest module
+            around it with parameters.
+        spec: what was found out about it.
+        correction_bias: the model's own bias.
+        call: a call of the router, to check before a state is attached whether a bias can be added.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        shell: nn.Module,
-        facts: Facts,
-        native: NativeBias | None,
-        call: Call | None = None,
+        trained: nn.Module,
+        spec: RouterSpec,
+        correction_bias: CorrectionBias | None,
+        call: RouterCall | None = None,
     ) -> None:
-        """``shell`` trains the router: what wraps it (PEFT), the router itself, or the nearest with parameters.
-
-        ``call`` is one of the router's own, for what has to be tried before a meter is set.
-        """
-        self.module, self.shell, self.facts = module, shell, facts
-        self.num_experts, self.top_k, self.gate = facts.num_experts, facts.top_k, facts.gate
-        self.idle = facts.idle + facts.may_drop
+        self.module, self.trained, self.spec = module, trained, spec
+        self.num_experts, self.top_k, self.gate = spec.num_experts, spec.top_k, spec.gate
+        self.idle = spec.idle + spec.may_drop
         self.own_bias: Tensor | None = None
-        self._native, self._call = native, call
+        self._correction_bias, self._call = correction_bias, call
         self._balance_state: RouterState | None = None
         self._hook: Any = None
-        self._again = (-1, 0)  # the backward that runs pieces of a forward again, and how many it has run
+        self._recomputed = (-1, 0)  # the backward that recomputes pieces of a forward, and how many it has recomputed
 
-    def lies_in(self, layout: Layout, name: str) -> None:
-        """Its tokens are those of the model that ``layout`` follows, where it has this name."""
-        self.layout, self.name, self._way = layout, name, layout.way_to(name)
+    def set_context(self, context: BatchContext, name: str) -> None:
+        """Its tokens are those of the model that ``context`` follows, in which it has this name."""
+        self.batch_context, self.name, self._calls_around = context, name, context.calls_around(name)
 
     @property
     def training(self) -> bool:
@@ -71,28 +77,18 @@ class ForeignRouter:
 
     @property
     def traits(self) -> RouterTraits:
-        facts = self.facts
+        spec = self.spec
         return RouterTraits(
-            facts.normalize,
-            facts.scale,
+            spec.normalize,
+            spec.scale,
             idle_experts=self.idle,
-            returns_logits=not facts.probabilities,
-            records_logit_grad=False,  # the language model's gradient at the logits passes inside the module
-            measures_norms=facts.exact,
+            returns_logits=not spec.probabilities,
+            records_logit_grad=False,  # no hook sees the language model's gradient at the logits
+            measures_norms=spec.exact,
         )
 
-    @property
-    def bias_owner(self) -> str:
-        if self._native is not None:
-            return f"the model's {self._native.name}"
-        return "none" if self.own_bias is None else "the balancer's"
-
-    @property
-    def batch_context(self) -> Layout:
-        return self.layout
-
     def parameters(self) -> Iterator[nn.Parameter]:
-        return self.shell.parameters()
+        return self.trained.parameters()
 
     @property
     def balance_state(self) -> RouterState | None:
@@ -100,66 +96,68 @@ class ForeignRouter:
 
     @balance_state.setter
     def balance_state(self, state: RouterState | None) -> None:
-        """Ties the outputs from now on; None unties them, but goes on choosing with a bias of ours."""
+        """Attaches the balance gradient to the outputs from now on; None stops that, but keeps a bias of ours."""
         self._balance_state, self._call = state, None
         if state is not None and self._hook is None:
-            self._hook = self.module.register_forward_hook(self._tied, with_kwargs=True)
+            self._hook = self.module.register_forward_hook(self._hooked, with_kwargs=True)
         elif state is None:
-            self.layout.remove()
+            self.batch_context.remove()
             if self._hook is not None and self.own_bias is None:
                 self._hook.remove()
                 self._hook = None
 
     @property
     def expert_bias(self) -> Tensor | None:
-        """(E,), always fp32 where an ``ExpertBias`` moves it."""
-        return self.own_bias if self._native is None else self._native.view()
+        """(E,), in fp32 if an ``ExpertBias`` moves it; None without a bias."""
+        return self.own_bias if self._correction_bias is None else self._correction_bias.view()
+
+    @property
+    def bias_owner(self) -> str:
+        if self._correction_bias is not None:
+            return f"the model's {self._correction_bias.name}"
+        return "none" if self.own_bias is None else "the balancer's"
 
     def disable_selection_bias(self) -> None:
-        """Takes away the bias of ours; one of the model stays."""
+        """Removes a bias of ours; one of the model stays."""
         self.own_bias = None
 
     def enable_selection_bias(self) -> None:
-        """Takes the model's bias over, in fp32, or adds one.
+        """Takes over the model's bias, in fp32, or adds one.
 
-        Raises ConfigError where the router's choice cannot be made again with a bias added.
+        Raises ConfigError where the router's choice cannot be repeated with a bias added.
         """
-        if self._native is not None:
-            self._native.take_over()
-            self.layout.before_each.append(self._native.keep_exact)
+        if self._correction_bias is not None:
+            self._correction_bias.take_over()
+            self.batch_context.before_forward.append(self._correction_bias.keep_exact)
             return
         if self.own_bias is not None:
             return
-        does = self.facts.no_bias or ("" if self._call is None else what_else_it_does(*self._as_called()))
-        if does:
+        why = self.spec.no_bias or ("" if self._call is None else why_no_bias(self.module, self._call, self.spec))
+        if why:
             kind = type(self.module).__name__
             do = "use AuxLoss for this model"
-            if not self.facts.no_bias:
+            if not self.spec.no_bias:
                 do = f"let {kind} return the logits that it chooses by, noise and masks (-inf) included, or use AuxLoss"
             raise ConfigError(
                 expected="a router that owns a correction bias, or whose choices could be made again with one",
-                got=f"{kind}: {does}",
+                got=f"{kind}: {why}",
                 do=do,
             )
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         self.own_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
 
-    def _as_called(self) -> tuple[nn.Module, Call, Facts]:
-        assert self._call is not None
-        return self.module, self._call, self.facts
-
-    def _tied(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        parts = take_apart(module, args, kwargs, output, swapped=self.facts.swapped)
-        if parts is None:
+    def _hooked(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        parsed = parse_output(module, args, kwargs, output, swapped=self.spec.swapped)
+        if parsed is None:
             return None
-        logits_TE, weights_TK, ids_TK = parts.found
+        logits_TE, weights_TK, ids_TK = parsed.parts
         returned_TE = logits_TE
-        if self.facts.probabilities:
-            logits_TE = logits_TE.clamp(min=torch.finfo(logits_TE.dtype).tiny).log()
+        if self.spec.probabilities:
+            logits_TE = log_probabilities(logits_TE)
         if self.own_bias is not None:
             if self.own_bias.device != logits_TE.device:  # the model moved
                 self.own_bias = self.own_bias.to(logits_TE.device)
-            if self.facts.probabilities:
+            if self.spec.probabilities:
                 logits_TE = logits_TE.masked_fill(returned_TE == 0, float("-inf"))
             if self._balance_state is None or self._balance_state.raises_immediately:
                 check_logits(
@@ -172,29 +170,29 @@ class ForeignRouter:
                 selection_bias_E=self.own_bias,
                 num_groups=1,
                 top_groups=1,
-                normalize=self.facts.normalize,
-                scale=self.facts.scale,
+                normalize=self.spec.normalize,
+                scale=self.spec.scale,
                 masked=True,
             )
             weights_TK = again_TK.to(weights_TK.dtype)
-        if self._balance_state is not None and self._balance_state.measures(training=module.training):
+        if self._balance_state is not None and self._balance_state.sees(training=module.training):
             weights_TK = self._tie(self._balance_state, weights_TK, logits_TE[:, : self.num_experts], ids_TK)
-        if weights_TK is parts.found.weights_TK:  # only looked at
+        if weights_TK is parsed.parts.weights_TK:  # nothing changed
             return None
-        return parts.put(weights_TK, None if self.own_bias is None else ids_TK)
+        return parsed.replace(weights_TK, None if self.own_bias is None else ids_TK)
 
     def _tie(self, state: RouterState, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        placed = self.layout.on(self._placed(state, len(ids_TK)), ids_TK.device)
+        placed = self.batch_context.on(self._placed(state, len(ids_TK)), ids_TK.device)
         self._check(placed, state)
         batch, rows_T, given_TK = placed.batch, placed.rows_T, weights_TK
-        if rows_T is not None:  # back to where the tokens lie in their sequences; the others are masked
+        if rows_T is not None:  # scattered to their places in the sequences; the other tokens are masked
             assert batch.valid_T is not None
             whole = len(batch.valid_T)
             weights_TK, logits_TE, ids_TK = (
                 x.new_zeros(whole, x.shape[1]).index_copy(0, rows_T, x) for x in (weights_TK, logits_TE, ids_TK)
             )
         choices = self.num_experts + self.idle
-        if self.facts.may_drop:
+        if self.spec.may_drop:
             ids_TK = ids_TK.masked_fill(ids_TK < 0, choices - 1)
         counts_BE = count_choices(ids_TK, choices, batch.token_mask_T, batch.rows)[:, : self.num_experts]
         tied_TK = attach_balance_gradient(
@@ -204,12 +202,12 @@ class ForeignRouter:
             return given_TK
         return tied_TK if rows_T is None else tied_TK[rows_T]
 
-    def _check(self, placed: Placed, state: RouterState) -> None:
-        """Raises InputError where padding is not known, or a load inside a micro-batch comes in pieces."""
+    def _check(self, placed: TokenPlacement, state: RouterState) -> None:
+        """Raises InputError where padding is unknown, or for a load inside a micro-batch that comes in pieces."""
         trains = self.training and torch.is_grad_enabled()
         if placed.unread and (trains or state.evaluation is not None):
-            raise not_read(self.name, placed.tokens, placed.unread)
-        inside = [term.kind for term in state.spec.terms if term.kind != "deferred"]
+            raise padding_unknown(self.name, placed.tokens, placed.unread)
+        inside = [term.kind for term in state.spec.terms if term.kind != "late"]
         if placed.piece and inside and trains:
             raise InputError(
                 expected="all tokens of a forward in one call of a router, for a scope inside a micro-batch",
@@ -217,32 +215,32 @@ class ForeignRouter:
                 do="use scope 'global_batch' or 'data_parallel', or switch the tiling off",
             )
 
-    def _placed(self, state: RouterState, tokens: int) -> Placed:
-        """How the tokens of this call lie; in a recompute, as they lay in forward: the model may have run since.
+    def _placed(self, state: RouterState, tokens: int) -> TokenPlacement:
+        """How the tokens of this call lie; in a recompute, as in its forward, for the model may have run since.
 
-        Raises StateError where a loss was made of several passes and nothing tells which of them runs again.
+        Raises StateError where a loss has several forwards and nothing says which of them is recomputed.
         """
         name = self.name if self.training or state.evaluation is not None else ""
         if torch.compiler.is_compiling():
-            return self.layout.place(self._way, tokens, self.facts.pictures)
+            return self.batch_context.place(self._calls_around, tokens, self.spec.images)
         backward = current_backward()
-        forward = backward == self.layout.noted_in  # or all of the model runs again
+        forward = backward == self.batch_context.backward_id  # or the whole model is recomputed
         known = [] if forward else [placed for placed in state.recompute_placements if placed.tokens == tokens]
         if not known:
             counts = state.which_pending == 0 if self.training else state.evaluation is not None
-            if forward and counts and not self.layout.runs:
+            if forward and counts and not self.batch_context.runs:
                 raise StateError(
                     expected="a forward of the model that Balancer was given: its arguments tell padding and sequences",
                     got=f"a {type(self.module).__name__} that runs in a call of a part of it",
                     do="call the whole model, or pass part= to Balancer, the name of the part that you call",
                 )
-            placed = self.layout.place(self._way, tokens, self.facts.pictures, router=name)
+            placed = self.batch_context.place(self._calls_around, tokens, self.spec.images, router=name)
             if forward and self.training and state.which_pending < 2:
                 state.placed.append(placed)
             return placed
-        if _are_pieces(known):  # a router's run again in their order
-            self._again = (backward, self._again[1] + 1 if self._again[0] == backward else 0)
-            return known[self._again[1] % len(known)]
+        if _are_pieces(known):  # recomputed in their order
+            self._recomputed = (backward, self._recomputed[1] + 1 if self._recomputed[0] == backward else 0)
+            return known[self._recomputed[1] % len(known)]
         if not all(_same(known[0], other) for other in known[1:]):
             raise StateError(
                 expected="gradient checkpointing of one pass per loss, or of passes whose padding and documents agree",
@@ -252,17 +250,27 @@ class ForeignRouter:
         return known[0]
 
 
-def _are_pieces(placed: list[Placed]) -> bool:
-    """Whether these calls of a router were pieces of one forward of the model."""
+def _are_pieces(placed: list[TokenPlacement]) -> bool:
+    """Whether these are calls of a router with pieces of one forward of the model."""
     begins = [one.piece for one in placed if one.piece is not None]
     return len(begins) == len(placed) > 1 and all(a < b for a, b in itertools.pairwise(begins))
 
 
-def _same(one: Placed, other: Placed) -> bool:
-    """Waits for the device where they are two objects: passes of one loss that were not given the same mask."""
+def _same(one: TokenPlacement, other: TokenPlacement) -> bool:
+    """Synchronizes with the device only if the tensors are distinct objects."""
     if one is other:
         return True
     pairs = zip((*one.batch[1:], one.rows_T), (*other.batch[1:], other.rows_T), strict=True)
     return one.batch.num_sequences == other.batch.num_sequences and all(
         a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
     )
+
+
+def attached_routers(model: nn.Module) -> list[tuple[str, ExternalRouter]]:
+    """The routers of a model that have a hook: a balancer is attached, or an earlier one left its bias."""
+    return [
+        (name, router)
+        for name, module in model.named_modules()
+        for hook in module._forward_hooks.values()
+        if isinstance(router := getattr(hook, "__self__", None), ExternalRouter)
+    ]

@@ -1,4 +1,4 @@
-"""Looks inside a model: which of its experts see which text. Text in, one folder of numbers out."""
+"""Inspects which experts of a model process which text, and writes the measures to a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums over everything that routers did, in memory that does not grow with the text.
+"""Accumulates statistics of what routers chose, in memory that does not grow with the text.
 
 Shapes: D domains, L layers, E experts (the most of any layer), V token ids, M of them tracked, R shuffles, J examples,
 B windows of a micro-batch, S tokens of a window, N passages of C tokens.
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..external.observe import Choices, ObservedRouter
 from ..functional.metrics import maxvio
 from ..functional.routing import count_choices
 from ..functional.specialization import chosen, coactivation, log_probs, overlap
-from .routers import Found, Seen
 
-__all__ = ["Sizes", "Tally"]
+__all__ = ["Accumulator", "Sizes"]
 
 SHUFFLES = 20
 EXAMPLES = 4
@@ -29,30 +29,30 @@ PASSAGES, PASSAGE_TOKENS = 2, 128
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the sums are."""
+    """Sizes that the statistics depend on."""
 
     domains: int
     windows: Sequence[int]  # of each domain
-    equal_windows: int  # the first ones of each domain, that enter what compares domains
+    equal_windows: int  # the first windows of each domain, which enter comparisons of domains
     length: int  # S
     micro_batch: int  # B
     seed: int
 
 
-class Tally:
-    """Add a pass of every domain (whole micro-batches), then ``close_round``; ``state`` holds all sums.
+class Accumulator:
+    """Call ``add`` for a pass of every domain (whole micro-batches), then ``close_round``; ``state`` holds all sums.
 
-    ``frequency_V`` is how often each token id occurs in the text: the M most frequent are counted per expert.
+    ``frequency_V`` are counts of the token ids in the text: the M most frequent ids are counted per expert.
     """
 
-    def __init__(self, routers: Sequence[Found], sizes: Sizes, frequency_V: np.ndarray, device: torch.device,
+    def __init__(self, routers: Sequence[ObservedRouter], sizes: Sizes, frequency_V: np.ndarray, device: torch.device,
                  *, against: bool = False) -> None:  # fmt: skip
         self.routers, self.sizes, self.device = list(routers), sizes, device
         layers, experts = len(routers), max(one.num_experts for one in routers)
         domains, top_k = sizes.domains, max(one.top_k for one in routers)
         tracked = int(min((frequency_V > 0).sum(), max(16, TRACKED_CELLS // (layers * experts))))
         ids_M = np.argsort(-frequency_V, kind="stable")[:tracked]
-        slot_V = np.full(len(frequency_V), tracked)  # the last slot takes all others
+        slot_V = np.full(len(frequency_V), tracked)  # the last slot is for all other ids
         slot_V[ids_M] = np.arange(tracked)
         self.tracked_M, self.slot_V = ids_M, torch.from_numpy(slot_V).to(device)
 
@@ -84,8 +84,12 @@ class Tally:
             self.state |= {"shared_DL": zeros(domains, layers), "other_LE": zeros(layers, experts)}
         self._round: list[tuple[int, Tensor]] = []  # (domain, counts (n, L, E)) of equal windows in this round
 
-    def add(self, domain: int, first: int, ids_BS: Tensor, seen: Sequence[Seen], other: Sequence[Seen] = ()) -> None:
-        """One pass: windows ``first``, ``first`` + 1, ... of a domain, what each router did, and the other's.
+    def add(
+        self, domain: int, first: int, ids_BS: Tensor, seen: Sequence[Choices], other: Sequence[Choices] = ()
+    ) -> None:
+        """Adds one pass: windows ``first``, ``first`` + 1, ... of a domain, and what each router chose.
+
+        ``other`` is what the routers of the other checkpoint chose.
 
         Raises InputError where router logits are not finite.
         """
@@ -100,7 +104,7 @@ class Tally:
             ids_TK, experts = ids_TK.long(), one.num_experts
             logs_TE = log_probs(logits_TE, one.gate)
             probs_TE = logs_TE.exp()
-            entropies.append((probs_TE * logs_TE).sum().neg())  # of all tokens together
+            entropies.append((probs_TE * logs_TE).sum().neg())  # summed over tokens
             scores.append(probs_TE.gather(-1, ids_TK).sum())
             state["probs_DLE"][domain, layer, :experts] += probs_TE.sum(dim=0)
             state["products_LEE"][layer, :experts, :experts] += probs_TE.T @ probs_TE
@@ -123,7 +127,7 @@ class Tally:
         self._merge_examples(torch.stack(examples), domain, first, length)
 
     def close_round(self, number: int) -> None:
-        """After one pass of each domain: deals the domain labels anew to the windows of this round."""
+        """Call it after one pass of each domain: shuffles the domain labels of the windows of this round."""
         if self._round:
             counts_NX = torch.cat([counts for _, counts in self._round])
             shape = counts_NX.shape
@@ -139,7 +143,7 @@ class Tally:
     # --------------------------------------------------------------------------------------------- parts of `add`
 
     def _wide(self, counts_BE: Tensor) -> Tensor:
-        """Padded to the most experts of any layer."""
+        """Padded to the largest number of experts of any layer."""
         return torch.nn.functional.pad(counts_BE, (0, self.state["pairs_LEE"].shape[-1] - counts_BE.shape[-1]))
 
     def _add_loads(self, domain: int, first: int, counts_BLE: Tensor) -> None:
@@ -166,19 +170,19 @@ class Tally:
         return torch.stack([maxvio(counts_LE[..., i, : one.num_experts]) for i, one in enumerate(self.routers)], dim=-1)
 
     def _keys(self, domain: int, first: int, tokens: int) -> Tensor:
-        """A random number for every token, the token's place in its lower half."""
+        """A random number for every token, with the token's index in its lower 32 bits."""
         draw = np.random.default_rng([self.sizes.seed, 7, domain, first])
         keys_T = draw.integers(0, 1 << 30, tokens) << 32 | np.arange(tokens)
         return torch.from_numpy(keys_T).to(self.device)
 
     def _largest_keys(self, keys_T: Tensor, ids_TK: Tensor) -> Tensor:
-        """(E,) the largest key of those that chose each expert, -1 for none: one of them, drawn evenly."""
+        """(E,) the largest key of the tokens that chose each expert, a uniform sample of one; -1 if none did."""
         best_E = torch.full((self.state["pairs_LEE"].shape[-1],), -1, dtype=torch.int64, device=self.device)
         keys_TK = keys_T.unsqueeze(1).expand_as(ids_TK)
         return best_E.scatter_reduce_(0, ids_TK.reshape(-1), keys_TK.reshape(-1), "amax")
 
     def _merge_examples(self, keys_LE: Tensor, domain: int, first: int, length: int) -> None:
-        """Keeps the J largest keys, each from another pass, and where their tokens are."""
+        """Keeps the J largest keys, each of another pass, and the positions of their tokens."""
         token_LE = keys_LE & 0xFFFFFFFF
         place_LE = (domain << 56) + ((first + token_LE // length) << 24) + token_LE % length
         place_LE = torch.where(keys_LE >= 0, place_LE, -1)
@@ -188,7 +192,7 @@ class Tally:
         self.state["example_key_LEJ"], self.state["example_place_LEJ"] = best, places.gather(-1, at)
 
     def _keep_passages(self, domain: int, first: int, layer: int, batch: int, probs_TE: Tensor, ids_TK: Tensor) -> None:
-        """The start of the first windows of each domain; experts in the order of their probability."""
+        """Keeps the start of the first windows of each domain; experts sorted by probability."""
         passages = self.state["passages_NCLK"]
         rows = min(PASSAGES - first, batch)
         if rows <= 0:

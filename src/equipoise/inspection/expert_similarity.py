@@ -1,4 +1,4 @@
-"""How alike the experts of a layer are by their weights."""
+"""Similarity of the experts of a layer by their weights."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ..functional.specialization import similarity
 
 __all__ = ["weight_similarity"]
 
-SAMPLE = 1 << 16  # numbers of an expert's matrix that are compared; the cosine is off by about 1 / 256
-UP = 2  # how far above the router its experts may be
+SAMPLE = 1 << 16  # elements compared of each matrix; the standard error of the cosine is about 1 / 256
+UP = 2  # levels above the router in which its experts are looked for
 
 
 @torch.no_grad()
 def weight_similarity(model: nn.Module, router: str, num_experts: int) -> Tensor | None:
-    """Cosines between the weights of a layer's experts (E, E) float64, or None where they are not found.
+    """Cosines between the weights of a layer's experts, (E, E) float64; None where the experts are not found.
 
-    Experts are looked for below the module that holds the router: one tensor (E, ..., ...) for all, or a list of E.
-    Large matrices are compared on 65,536 of their numbers, the same ones of every expert.
+    Experts are looked for in the module that contains the router: one tensor (E, ..., ...) for all, or a list of E
+    modules. Large matrices are compared on a sample of 65,536 elements, the same ones for every expert.
     """
     modules = dict(model.named_modules())
     place = router
@@ -33,11 +33,11 @@ def weight_similarity(model: nn.Module, router: str, num_experts: int) -> Tensor
 
 
 def _stacks(block: nn.Module, router: nn.Module, num_experts: int) -> list[list[Tensor] | Tensor]:
-    """Each one matrix of every expert: (E, ...), or a list of E of one shape."""
+    """For each matrix of an expert, those of all experts: a tensor (E, ...), or a list of E."""
     own = {id(p) for p in router.parameters()}
     whole = [p for p in block.parameters() if p.dim() >= 3 and len(p) == num_experts and id(p) not in own]
     for child in block.modules():
-        if type(child).__name__ == "DbrxExpertGLU":  # its matrices hold the experts one below the other
+        if type(child).__name__ == "DbrxExpertGLU":  # its matrices are those of all experts, concatenated
             whole += [p.view(num_experts, -1, p.shape[-1]) for p in child.parameters()]
     if whole:
         return [p for p in whole if p.is_floating_point()]

@@ -1,4 +1,4 @@
-"""What is seen while a text passes through a model: a bar with tokens, speed and time left; plain lines without one."""
+"""Progress display of an inspection: a bar with tokens, speed and time left, or plain lines."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["RoundsBar"]
 
 
 class RoundsBar(Bar):
-    """Call it after every round with (rounds done, rounds, tokens done)."""
+    """A bar to call after every round with (rounds done, rounds, tokens done)."""
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__("loading the model", None, console, clock)
-        self._first: tuple[float, int, int] | None = None  # time, rounds, tokens: the speed is of this process
+        self._first: tuple[float, int, int] | None = None  # time, rounds and tokens at the first call of this process
 
     def __call__(self, done: int, rounds: int, tokens: int) -> None:
         now = self.clock()

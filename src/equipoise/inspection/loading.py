@@ -1,4 +1,4 @@
-"""What can be inspected: a model folder of transformers or a run of the lab, loaded, with tokenizer and routers."""
+"""Loads what can be inspected: a model folder of transformers or a run of the lab, its routers and tokenizer."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from torch import Tensor, nn
 
 from ..adapters.biases import biases_beside, put_back
 from ..errors import ConfigError, DataError
+from ..external.observe import ObservedRouter
 from ..lab.models.quantised import dequantised, how_quantised, unreadable
 from ..storage.balancer_file import FILE
 from ..storage.run_record import RECORD_NAME, read_run
-from .routers import Found, find_routers
+from .routers import find_routers
 
 __all__ = [
     "DTYPES",
-    "Subject",
-    "Words",
+    "LoadedModel",
+    "TokenizerAdapter",
     "describe_versions",
     "fingerprint",
     "held_out",
     "is_run",
-    "open_subject",
-    "open_words",
+    "open_model",
+    "open_tokenizer",
     "run_config",
 ]
 
@@ -41,29 +42,29 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.json", f"*{Path(FILE).suffix}")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model that is ready to read text."""
+class LoadedModel:
+    """A model that is ready to be inspected."""
 
     family: str
     model: nn.Module
-    routers: list[Found]
-    forward: Callable[[Tensor], Any]  # of token ids (B, S): one pass through all routers, without the output layer
+    routers: list[ObservedRouter]
+    forward: Callable[[Tensor], Any]  # of token ids (B, S): through all routers, without the output layer
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
-    longest: int | None  # positions that the model knows
-    biases: str | None = None  # where those are from that it chooses with and its weights do not hold
-    held: Any = None  # what has to live as long as the model
+    longest: int | None  # sequence length that the model has positions for
+    biases: str | None = None  # origin of the biases that its weights do not contain
+    held: Any = None  # an object that has to live as long as the model
 
 
 @dataclass(frozen=True)
-class Words:
-    """A tokenizer: text to ids, ids to what a reader sees."""
+class TokenizerAdapter:
+    """A tokenizer: texts to ids, an id to the string that a report shows."""
 
     encode: Callable[[list[str]], list[list[int]]]
     show: Callable[[int], str]
-    begin: int | None  # put before every window
-    end: int | None  # put behind every document
+    begin: int | None  # prepended to every window
+    end: int | None  # appended to every document
     size: int
 
 
@@ -79,23 +80,23 @@ def run_config(folder: Path) -> Any:
     return from_dict(RunConfig, read_run(folder).header.config)
 
 
-def open_subject(folder: Path, device: torch.device, dtype: str = "auto") -> Subject:
-    """Loads the model in a folder. Raises DataError for a folder that is none, ConfigError for one without routers."""
+def open_model(folder: Path, device: torch.device, dtype: str = "auto") -> LoadedModel:
+    """Loads the model in a folder. Raises DataError if there is none, ConfigError if it has no routers."""
     if not folder.is_dir():
         raise DataError(expected=f"a model folder or a run at {folder}", got="no such folder",
                         do="pass a folder with config.json and weights (`hf download` makes one)")  # fmt: skip
-    subject = _run_subject(folder, device, dtype) if is_run(folder) else _foreign_subject(folder, device, dtype)
-    _check_finite(subject)
-    return subject
+    loaded = _model_of_run(folder, device, dtype) if is_run(folder) else _model_of_folder(folder, device, dtype)
+    _check_finite(loaded)
+    return loaded
 
 
-def open_words(folder: Path) -> Words:
-    """The tokenizer in a folder, which may be a run. Raises DataError where there is none."""
-    return _run_words(folder) if is_run(folder) else _foreign_words(folder)
+def open_tokenizer(folder: Path) -> TokenizerAdapter:
+    """The tokenizer in a folder, which may be a run. Raises DataError if there is none."""
+    return _tokenizer_of_run(folder) if is_run(folder) else _tokenizer_of_folder(folder)
 
 
 def fingerprint(folder: Path) -> str:
-    """Changes when a file of the model is written again; reads no content."""
+    """A hash that changes when a file of the model is rewritten; of names, sizes and times, not of contents."""
     files = sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)} |
                    set((folder / "checkpoints").glob("*/*")))  # fmt: skip
     state = "".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}\n" for path in files)
@@ -105,7 +106,7 @@ def fingerprint(folder: Path) -> str:
 # ------------------------------------------------------------------------------------------------- runs of the lab
 
 
-def _run_subject(folder: Path, device: torch.device, dtype: str) -> Subject:
+def _model_of_run(folder: Path, device: torch.device, dtype: str) -> LoadedModel:
     from ..lab.models.pretrained import build
     from ..lab.training.trainer import CHECKPOINTS
     from ..storage.checkpoint import load_latest
@@ -121,14 +122,14 @@ def _run_subject(folder: Path, device: torch.device, dtype: str) -> Subject:
         model = build(config, compute_dtype=compute)
         model.load_state_dict(found[1]["model"])
         model.to(device).eval()
-        held = _chosen_with(model, config, found[1])
+        held = _balancer_of(model, config, found[1])
         routers = find_routers(model, lambda: model.hidden(torch.arange(8, device=device).view(1, 8)))
-    return Subject(config.model.family or "equipoise", model, routers, model.hidden, device, compute,
+    return LoadedModel(config.model.family or "equipoise", model, routers, model.hidden, device, compute,
                    config.model.vocab_size, None, str(folder / CHECKPOINTS) if held else None, held)  # fmt: skip
 
 
-def _chosen_with(model: Any, config: Any, state: dict[str, Any]) -> Any:
-    """A bias that the model itself has no place for is in its balancer, which chooses with it."""
+def _balancer_of(model: Any, config: Any, state: dict[str, Any]) -> Any:
+    """The balancer of a run whose model class has no correction bias: the run chose with the bias in it."""
     from ..balancer.balancer import Balancer
     from ..lab.config.strategies import strategy_of
     from ..lab.models.pretrained import Pretrained
@@ -152,16 +153,16 @@ def held_out(config: Any) -> Any:
                    tokenizer=tokenizer_of(config.model))  # fmt: skip
 
 
-def _run_words(folder: Path) -> Words:
+def _tokenizer_of_run(folder: Path) -> TokenizerAdapter:
     from ..lab.data.tokenizer import END_OF_TEXT, load_tokenizer
 
     config = run_config(folder)
     if config.model.folder is not None:
-        return replace(_foreign_words(Path(config.model.folder)), begin=None)  # the lab's windows have none
+        return replace(_tokenizer_of_folder(Path(config.model.folder)), begin=None)  # the lab's windows have none
     own = folder / "tokenizer.json"
     tokenizer = load_tokenizer(own if own.is_file() else held_out(config).tokenizer_path)
     end = tokenizer.token_to_id(END_OF_TEXT)
-    return Words(
+    return TokenizerAdapter(
         encode=lambda texts: [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)],
         show=lambda i: END_OF_TEXT if i == end else tokenizer.decode([i]),
         begin=None,
@@ -173,7 +174,7 @@ def _run_words(folder: Path) -> Words:
 # ------------------------------------------------------------------------------------------------- transformers
 
 
-def _foreign_subject(folder: Path, device: torch.device, dtype: str) -> Subject:
+def _model_of_folder(folder: Path, device: torch.device, dtype: str) -> LoadedModel:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise DataError(expected=f"a whole model in {folder}", got="an adapter, which is a part of one",
@@ -190,9 +191,7 @@ def _foreign_subject(folder: Path, device: torch.device, dtype: str) -> Subject:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         for one in (config, text):
             one.use_cache = False
-        body: Any = getattr(
-            model, "base_model", model
-        )  # without the output layer, which is wide and tells nothing here
+        body: Any = getattr(model, "base_model", model)  # without the output layer, which is wide and routes nothing
         twice = bool(getattr(config, "is_encoder_decoder", False))
 
         def forward(ids_BS: Tensor) -> Any:
@@ -202,7 +201,7 @@ def _foreign_subject(folder: Path, device: torch.device, dtype: str) -> Subject:
         vocab_size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
         draw = torch.Generator().manual_seed(0)
         routers = find_routers(model, lambda: forward(torch.randint(vocab_size, (2, 16), generator=draw).to(device)))
-    return Subject(
+    return LoadedModel(
         family=str(config.model_type),
         model=model,
         routers=routers,
@@ -226,7 +225,7 @@ def _config(folder: Path) -> Any:
 
 
 def _load(folder: Path, config: Any, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    """The class that wrote the folder, with all its weights. Raises DataError where some are missing."""
+    """The model of the class that wrote the folder. Raises DataError where weights are missing."""
     cls, settings, cuda = _model_class(config), config.to_dict(), device.type == "cuda"
     quantised = how_quantised(settings) is not None
     dequantised(config, cuda=cuda)
@@ -235,7 +234,7 @@ def _load(folder: Path, config: Any, dtype: torch.dtype | None, device: torch.de
     try:
         model, info = cls.from_pretrained(folder, config=config, dtype=dtype or "auto", local_files_only=True,
                                           output_loading_info=True, **more)  # fmt: skip
-    except Exception as error:  # safetensors, json, torch and what reads quantised weights each raise their own
+    except Exception as error:  # each reader of weights raises errors of its own
         said = _first_line(error)
         raise unreadable(settings, expected, said, cuda=cuda) or DataError(
             expected=expected, got=said, do="bring back the files that belong to its config.json"
@@ -267,7 +266,7 @@ def _model_class(config: Any) -> Any:
     return cls or transformers.AutoModel
 
 
-def _foreign_words(folder: Path) -> Words:
+def _tokenizer_of_folder(folder: Path) -> TokenizerAdapter:
     from transformers import AutoTokenizer
 
     def missing(got: str) -> DataError:
@@ -287,7 +286,7 @@ def _foreign_words(folder: Path) -> Words:
         text = tokenizer.decode([i])
         return text if text and "\N{REPLACEMENT CHARACTER}" not in text else str(tokenizer.convert_ids_to_tokens(i))
 
-    return Words(
+    return TokenizerAdapter(
         encode=lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False).input_ids,
         show=show,
         begin=tokenizer.bos_token_id if begins else None,
@@ -296,9 +295,9 @@ def _foreign_words(folder: Path) -> Words:
     )
 
 
-def _check_finite(subject: Subject) -> None:
-    """NaN in a router's weights would give choices that mean nothing, and no error."""
-    for one in subject.routers:
+def _check_finite(loaded: LoadedModel) -> None:
+    """Raises ConfigError for NaN in a router's weights, which would give meaningless choices and no error."""
+    for one in loaded.routers:
         for name, weight in one.module.named_parameters():
             if weight.is_floating_point() and not bool(torch.isfinite(weight.detach()).all()):
                 raise ConfigError(
@@ -310,7 +309,7 @@ def _check_finite(subject: Subject) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers warns and logs about itself while it loads; what matters here is an error of ours."""
+    """Silences warnings, logs and progress bars of transformers; what matters is raised as an error."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -332,7 +331,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def describe_versions() -> dict[str, str]:
-    """What the numbers depend on."""
+    """Versions of the packages that the numbers depend on."""
     from importlib import metadata
 
     names = ("equipoise", "torch", "transformers", "tokenizers")

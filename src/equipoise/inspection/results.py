@@ -1,4 +1,4 @@
-"""From sums to what is said about a model: the numbers per layer, and the arrays; docs/measures.md defines them."""
+"""Computes the measures of an inspection from its sums, per layer and per expert; docs/measures.md defines them."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..external.observe import ObservedRouter
 from ..functional.metrics import maxvio, maxvio_noise_floor, mutual_information
 from ..functional.specialization import information_bias, similarity
-from ..storage.inspection_record import Arrays, DomainText, Facts, Inspection, Layer, Pair
-from .accumulator import Tally
+from ..storage.inspection_record import Arrays, DomainText, Inspection, InspectionFacts, Layer, Pair
+from .accumulator import Accumulator
 from .expert_similarity import weight_similarity
-from .routers import Found
 from .windows import Windows
 
-__all__ = ["conclude"]
+__all__ = ["finalize"]
 
 TOP_IDS = 8  # of every expert
-SEEN_OFTEN = 10  # token ids seen less often say nothing (OLMoE, 2409.02060)
+SEEN_OFTEN = 10  # rarer token ids are left out (OLMoE, 2409.02060)
 CONTEXT = 8  # tokens on each side of an example
-ALIKE = 0.9  # cosine or correlation from which two experts are called alike
+ALIKE = 0.9  # cosine or correlation from which two experts count as alike
 MOST_PAIRS = 20
 IDLE = 0.1  # of the mean load
 
 
-def conclude(network: nn.Module, tally: Tally, windows: Windows, show: Callable[[int], str],
+def finalize(network: nn.Module, accumulator: Accumulator, windows: Windows, show: Callable[[int], str],
              problems: Sequence[str], **facts: Any) -> Inspection:  # fmt: skip
-    """Everything that the sums say. ``facts``: those of `storage.inspection_record.Facts` that they do not."""
-    state = {name: tensor.cpu() for name, tensor in tally.state.items()}
-    weights = [weight_similarity(network, one.name, one.num_experts) for one in tally.routers]
-    arrays = _arrays(tally, state, windows, weights)
-    layers = [_layer(tally, state, arrays, i, one) for i, one in enumerate(tally.routers)]
+    """The finished inspection. ``facts``: the fields of ``InspectionFacts`` that do not follow from the sums."""
+    state = {name: tensor.cpu() for name, tensor in accumulator.state.items()}
+    weights = [weight_similarity(network, one.name, one.num_experts) for one in accumulator.routers]
+    arrays = _arrays(accumulator, state, windows, weights)
+    layers = [_layer(accumulator, state, arrays, i, one) for i, one in enumerate(accumulator.routers)]
     tokens = [int(n) for n in state["tokens_D"]]
     seen_M = state["seen_M"]
     unsure = [f"{one.name}: its weights follow from no gate that is known; probabilities are those of softmax"
-              for one in tally.routers if not one.sure]  # fmt: skip
+              for one in accumulator.routers if not one.gate_fits]  # fmt: skip
     used = {int(i) for array in (arrays.top_ids_LEJ, arrays.examples_LEJC, arrays.passage_ids_NS)
             for i in np.unique(array) if i >= 0}  # fmt: skip
     return Inspection(
-        facts=Facts(sequence_length=windows.length, micro_batch=tally.sizes.micro_batch,
-                    equal_windows=tally.sizes.equal_windows, tracked_ids=len(tally.tracked_M),
-                    tracked_share=float(seen_M[:-1].sum() / seen_M.sum().clamp(min=1)), seed=tally.sizes.seed,
+        facts=InspectionFacts(sequence_length=windows.length, micro_batch=accumulator.sizes.micro_batch,
+                    equal_windows=accumulator.sizes.equal_windows, tracked_ids=len(accumulator.tracked_M),
+                    tracked_share=float(seen_M[:-1].sum() / seen_M.sum().clamp(min=1)), seed=accumulator.sizes.seed,
                     **facts),
         domains=[DomainText(*one) for one in zip(windows.domains, tokens, windows.windows, strict=True)],
         layers=layers,
@@ -53,7 +53,9 @@ def conclude(network: nn.Module, tally: Tally, windows: Windows, show: Callable[
     )  # fmt: skip
 
 
-def _arrays(tally: Tally, state: dict[str, Tensor], windows: Windows, weights: Sequence[Tensor | None]) -> Arrays:
+def _arrays(
+    accumulator: Accumulator, state: dict[str, Tensor], windows: Windows, weights: Sequence[Tensor | None]
+) -> Arrays:
     tokens_D1 = state["tokens_D"].double().unsqueeze(-1)
     windows_D1 = torch.tensor(windows.windows, dtype=torch.float64).unsqueeze(-1)
     experts = state["pairs_LEE"].shape[-1]
@@ -64,12 +66,12 @@ def _arrays(tally: Tally, state: dict[str, Tensor], windows: Windows, weights: S
     total = tokens_D1.sum()
     mean_LE = state["probs_DLE"].sum(dim=0) / total
     routing = torch.stack([similarity(g / total, mean) for g, mean in zip(state["products_LEE"], mean_LE, strict=True)])
-    top = _top_ids(tally, state)
+    top = _top_ids(accumulator, state)
     context, domain = _examples(state["example_place_LEJ"].numpy(), windows)
     passages, passage_domain, passage_experts = _passages(state["passages_NCLK"].numpy(), windows)
     saturation = torch.full(state["score_DL"].shape, torch.nan, dtype=torch.float64)
     if "shared_DL" in state:
-        top_k_L = torch.tensor([one.top_k for one in tally.routers])
+        top_k_L = torch.tensor([one.top_k for one in accumulator.routers])
         saturation = state["shared_DL"] / (tokens_D1 * top_k_L)
     return Arrays(
         counts_DLE=state["counts_DLE"].numpy(),
@@ -94,10 +96,10 @@ def _arrays(tally: Tally, state: dict[str, Tensor], windows: Windows, weights: S
     )
 
 
-def _layer(tally: Tally, state: dict[str, Tensor], arrays: Arrays, i: int, one: Found) -> Layer:
-    sizes, E = tally.sizes, one.num_experts
+def _layer(accumulator: Accumulator, state: dict[str, Tensor], arrays: Arrays, i: int, one: ObservedRouter) -> Layer:
+    sizes, E = accumulator.sizes, one.num_experts
     equal_DE, load_E = state["equal_DLE"][:, i, :E], state["counts_DLE"][:, i, :E].sum(dim=0)
-    probs_E = torch.from_numpy(arrays.probs_DLE[:, i, :E]).mean(dim=0)  # every domain weighs the same
+    probs_E = torch.from_numpy(arrays.probs_DLE[:, i, :E]).mean(dim=0)  # domains have equal weight
     batch = min(sizes.micro_batch, max(sizes.windows))
     numbers = {
         "maxvio_sequence": arrays.maxvio_sequence_DL[:, i].mean(),
@@ -110,7 +112,7 @@ def _layer(tally: Tally, state: dict[str, Tensor], arrays: Arrays, i: int, one: 
         "entropy_mean": -torch.xlogy(probs_E, probs_E).sum(),
         "topk_score": arrays.topk_score_DL[:, i].mean(),
     }
-    numbers |= dict(zip(("id_share", "id_share_chance"), _id_shares(tally, state, i, one), strict=True))
+    numbers |= dict(zip(("id_share", "id_share_chance"), _id_shares(accumulator, state, i, one), strict=True))
     return Layer(
         name=one.name,
         router=type(one.module).__name__,
@@ -128,7 +130,7 @@ def _layer(tally: Tally, state: dict[str, Tensor], arrays: Arrays, i: int, one: 
 
 
 def _information(windows: int, state: dict[str, Tensor], i: int, E: int) -> dict[str, float | None]:
-    """None with one domain: there is nothing to tell apart."""
+    """None with one domain: there is nothing to compare."""
     counts_DE = state["equal_DLE"][:, i, :E]
     if len(counts_DE) < 2:
         return dict.fromkeys(("information", "information_corrected", "information_shuffled",
@@ -144,7 +146,7 @@ def _information(windows: int, state: dict[str, Tensor], i: int, E: int) -> dict
     }
 
 
-def _saturation(state: dict[str, Tensor], arrays: Arrays, i: int, one: Found) -> dict[str, float]:
+def _saturation(state: dict[str, Tensor], arrays: Arrays, i: int, one: ObservedRouter) -> dict[str, float]:
     if "shared_DL" not in state:
         return {}
     mine_E, other_E = state["counts_DLE"][:, i].sum(dim=0).double(), state["other_LE"][i].double()
@@ -152,14 +154,14 @@ def _saturation(state: dict[str, Tensor], arrays: Arrays, i: int, one: Found) ->
     return {"saturation": float(arrays.saturation_DL[:, i].mean()), "saturation_chance": float(by_chance)}
 
 
-def _ids_ME(tally: Tally, state: dict[str, Tensor], i: int) -> Tensor:
-    """Choices of each expert by each tracked token id, the slot of all others left out."""
-    return state["ids_LME"][i].view(len(tally.tracked_M) + 1, -1)[:-1]
+def _ids_ME(accumulator: Accumulator, state: dict[str, Tensor], i: int) -> Tensor:
+    """(M, E) choices of each expert by each tracked token id."""
+    return state["ids_LME"][i].view(len(accumulator.tracked_M) + 1, -1)[:-1]
 
 
-def _id_shares(tally: Tally, state: dict[str, Tensor], i: int, one: Found) -> tuple[float, float]:
-    """How far the token id decides: the share of choices that go to an id's K usual experts, and to the K busiest."""
-    often_ME = _ids_ME(tally, state, i)[state["seen_M"][:-1] >= SEEN_OFTEN].double()
+def _id_shares(accumulator: Accumulator, state: dict[str, Tensor], i: int, one: ObservedRouter) -> tuple[float, float]:
+    """Fraction of choices that go to the K most usual experts of their token id, and to the K busiest experts."""
+    often_ME = _ids_ME(accumulator, state, i)[state["seen_M"][:-1] >= SEEN_OFTEN].double()
     total = float(often_ME.sum())
     if total == 0:
         return 0.0, 0.0
@@ -167,12 +169,12 @@ def _id_shares(tally: Tally, state: dict[str, Tensor], i: int, one: Found) -> tu
     return float(usual) / total, float(often_ME.sum(dim=0).topk(one.top_k).values.sum()) / total
 
 
-def _top_ids(tally: Tally, state: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(L, E, J) ids that give an expert most of its load, their choices of it, and how often each was seen."""
+def _top_ids(accumulator: Accumulator, state: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(L, E, J) token ids that give an expert most of its load, how often they chose it, and how often they occur."""
     found = []
-    tracked_M, seen_M = torch.from_numpy(tally.tracked_M), state["seen_M"][:-1]
-    for i in range(len(tally.routers)):
-        ids_EM = _ids_ME(tally, state, i).T
+    tracked_M, seen_M = torch.from_numpy(accumulator.tracked_M), state["seen_M"][:-1]
+    for i in range(len(accumulator.routers)):
+        ids_EM = _ids_ME(accumulator, state, i).T
         counts_EJ, at_EJ = ids_EM.topk(min(TOP_IDS, ids_EM.shape[1]), dim=-1)
         none_EJ = counts_EJ == 0
         found.append((tracked_M[at_EJ].masked_fill(none_EJ, -1), counts_EJ, seen_M[at_EJ].masked_fill(none_EJ, 0)))
@@ -197,7 +199,7 @@ def _examples(place_LEJ: np.ndarray, windows: Windows) -> tuple[np.ndarray, np.n
 
 
 def _passages(experts_NCLK: np.ndarray, windows: Windows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids, domains and experts of the passages that there are."""
+    """Token ids, domains and experts of the passages."""
     domains = len(windows.domains)
     per_domain, length = len(experts_NCLK) // domains, experts_NCLK.shape[1]
     there = [(d, w) for d in range(domains) for w in range(min(per_domain, windows.windows[d]))]
@@ -207,7 +209,7 @@ def _passages(experts_NCLK: np.ndarray, windows: Windows) -> tuple[np.ndarray, n
 
 
 def _pairs(similarity_EE: np.ndarray) -> list[Pair]:
-    """Pairs that are alike, the most alike first."""
+    """Pairs of similar experts, the most similar first."""
     first, second = np.nonzero(np.triu(np.nan_to_num(similarity_EE) >= ALIKE, 1))
     pairs = [Pair(int(a), int(b), float(similarity_EE[a, b])) for a, b in zip(first, second, strict=True)]
     return sorted(pairs, key=lambda pair: -pair.similarity)[:MOST_PAIRS]

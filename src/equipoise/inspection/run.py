@@ -1,7 +1,7 @@
-"""One inspection from a request to a folder; a finished one is read, one that was stopped goes on.
+"""One inspection, from a request to a folder: a finished one is read, an interrupted one is resumed.
 
-What was summed up to the end of a round is saved in FOLDER/state. Killed at any moment, the same request goes on there,
-to the same numbers.
+The sums at the end of a round are saved in FOLDER/state. Killed at any moment, the same request resumes there and gives
+the same numbers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,19 @@ from ..storage.inspection_record import (
     write_inspection,
 )
 from ..storage.locks import locked
-from .accumulator import Sizes, Tally
-from .loading import Subject, Words, describe_versions, fingerprint, is_run, open_subject, open_words, run_config
-from .results import conclude
-from .runner import Rounds
+from .accumulator import Accumulator, Sizes
+from .loading import (
+    LoadedModel,
+    TokenizerAdapter,
+    describe_versions,
+    fingerprint,
+    is_run,
+    open_model,
+    open_tokenizer,
+    run_config,
+)
+from .results import finalize
+from .runner import Runner
 from .windows import Windows, check_length, read_windows, source_files, user_text, windows_of_run, write_windows
 
 __all__ = ["REQUEST_NAME", "Request", "inspect", "layers_of"]
@@ -68,7 +77,7 @@ class Request:
                 raise ConfigError(expected=f"--{name.replace('_', '-')} of at least 1", got=str(value), do="raise it")
 
     def key(self) -> dict[str, Any]:
-        """What an inspection has to share with one that is gone on with."""
+        """What identifies an inspection: another one in the same folder is resumed only if this is equal."""
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
         files = [fingerprint(path) for path in (self.model, self.against) if path is not None]
         return json.loads(json.dumps(plain | {"files": files, "text": source_files(self.data)}))
@@ -83,49 +92,49 @@ def inspect(
     on_text: Progress | None = None,
     on_round: Callable[[int, int, int], None] | None = None,
 ) -> Inspection:
-    """Inspects a model into the folder ``out``, or goes on with what is there; a finished one is read.
+    """Inspects a model and writes the result to the folder ``out``, or resumes or reads the inspection in it.
 
     Args:
-        overwrite: begin anew, whatever inspection ``out`` holds.
-        save_every: seconds between two savings.
-        on_text: called while text is read, with a phrase and the share that is done.
+        overwrite: start over, whatever inspection ``out`` contains.
+        save_every: seconds between two saves.
+        on_text: called while text is read, with a phrase and the fraction done.
         on_round: called after each round with (rounds done, rounds, tokens done).
 
-    Ctrl-C and SIGTERM end the round at hand, save and raise KeyboardInterrupt.
+    Ctrl-C and SIGTERM finish the current round, save and raise KeyboardInterrupt.
 
     Raises:
-        DataError: no model, tokenizer or text there, or one that cannot be read.
+        DataError: the model, tokenizer or text is missing or cannot be read.
         ConfigError: a dense model, routers that cannot be read, settings that do not fit the model.
         InputError: logits that are not finite.
-        OutputError: a folder that cannot be written, or that holds another inspection.
+        OutputError: the folder cannot be written, or contains another inspection.
     """
     if not request.model.is_dir():
-        open_subject(request.model, torch.device("cpu"))  # says what is wrong
+        open_model(request.model, torch.device("cpu"))  # raises the error that says what is wrong
     with locked(out):
         if _open_folder(out, request.key(), overwrite):
             return read_inspection(out)
         keep_freed_memory()
         device = _device(request.device)
-        subject = open_subject(request.model, device, request.dtype)
-        other = open_subject(request.against, device, request.dtype) if request.against else None
-        chosen = layers_of(request.layers, len(subject.routers))
-        words = open_words(request.tokenizer or request.model)
-        windows = _windows(out / STATE / "tokens", request, subject, words, on_text)
+        loaded = open_model(request.model, device, request.dtype)
+        other = open_model(request.against, device, request.dtype) if request.against else None
+        chosen = layers_of(request.layers, len(loaded.routers))
+        tokenizer = open_tokenizer(request.tokenizer or request.model)
+        windows = _windows(out / STATE / "tokens", request, loaded, tokenizer, on_text)
         batch = request.micro_batch or _own_batch(request.model)
         sizes = Sizes(len(windows.domains), windows.windows, windows.equal, windows.length, batch, request.seed)
-        tally = Tally([subject.routers[i] for i in chosen], sizes, windows.frequency(subject.vocab_size), device,
-                      against=other is not None)  # fmt: skip
-        others = [] if other is None else [_same_shape(other, subject).routers[i] for i in chosen]
+        routers, frequency_V = [loaded.routers[i] for i in chosen], windows.frequency(loaded.vocab_size)
+        accumulator = Accumulator(routers, sizes, frequency_V, device, against=other is not None)
+        others = [] if other is None else [_same_shape(other, loaded).routers[i] for i in chosen]
         at_a_time = batch * max(1, request.pass_tokens // (batch * windows.length))
-        rounds = Rounds(tally, windows, subject, other, others, words.begin, at_a_time)
-        seconds = rounds.run(out / STATE, save_every, on_round)
-        found = conclude(
-            subject.model, tally, windows, words.show, _problems(windows),
-            model=str(request.model), family=subject.family,
+        runner = Runner(accumulator, windows, loaded, other, others, tokenizer.begin, at_a_time)
+        seconds = runner.run(out / STATE, save_every, on_round)
+        found = finalize(
+            loaded.model, accumulator, windows, tokenizer.show, _problems(windows),
+            model=str(request.model), family=loaded.family,
             data=_data_name(request), against=str(request.against) if request.against else None,
-            device=_device_name(device), dtype=str(subject.dtype).removeprefix("torch."),
+            device=_device_name(device), dtype=str(loaded.dtype).removeprefix("torch."),
             created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=seconds, versions=describe_versions(),
-            biases=" and ".join(one.biases for one in (subject, other) if one and one.biases) or None,
+            biases=" and ".join(one.biases for one in (loaded, other) if one and one.biases) or None,
         )  # fmt: skip
         write_inspection(out, found)
         shutil.rmtree(out / STATE, ignore_errors=True)
@@ -133,7 +142,7 @@ def inspect(
 
 
 def layers_of(text: str, count: int) -> list[int]:
-    """The places that ``--layers`` names among the model's routers.
+    """Indices of the routers that ``--layers`` names.
 
     >>> layers_of("0,2-3,-1", 6), layers_of("", 2)
     ([0, 2, 3, 5], [0, 1])
@@ -155,7 +164,7 @@ def layers_of(text: str, count: int) -> list[int]:
 
 
 def _open_folder(out: Path, key: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the folder holds this inspection, finished. Raises OutputError where it holds another one."""
+    """Whether the folder contains this inspection, finished. Raises OutputError if it contains another one."""
     path = out / REQUEST_NAME
     if overwrite:
         shutil.rmtree(out / STATE, ignore_errors=True)
@@ -168,7 +177,7 @@ def _open_folder(out: Path, key: dict[str, Any], overwrite: bool) -> bool:
     except (OSError, ValueError):
         earlier = {}
     if earlier is not None and earlier != key and not is_inspection(out) and not checkpoint.steps(out / STATE):
-        shutil.rmtree(out / STATE, ignore_errors=True)  # it ended before anything was counted: nothing to protect
+        shutil.rmtree(out / STATE, ignore_errors=True)  # it was interrupted before its first save: nothing is lost
         earlier = key
     if earlier is not None and earlier != key:
         names = [name for name in key if earlier.get(name) != key[name]]
@@ -182,8 +191,10 @@ def _open_folder(out: Path, key: dict[str, Any], overwrite: bool) -> bool:
     return is_inspection(out)
 
 
-def _windows(folder: Path, request: Request, subject: Subject, words: Words, on_text: Progress | None) -> Windows:
-    """The tokens that are on the disk already, or those of the text that is asked for."""
+def _windows(
+    folder: Path, request: Request, loaded: LoadedModel, tokenizer: TokenizerAdapter, on_text: Progress | None
+) -> Windows:
+    """The token windows on disk, or those of the requested text."""
     own = is_run(request.model) and request.data is None and request.tokenizer is None and not request.domains
     if own:
         length, streams = windows_of_run(request.model, request.tokens)
@@ -191,12 +202,12 @@ def _windows(folder: Path, request: Request, subject: Subject, words: Words, on_
             raise ConfigError(expected=f"the windows of this run, {length} tokens", got=f"--length {request.length}",
                               do="leave --length out, or pass text of your own with --data")  # fmt: skip
     else:
-        room = None if subject.longest is None else subject.longest - (words.begin is not None)
+        room = None if loaded.longest is None else loaded.longest - (tokenizer.begin is not None)
         length = request.length or min(LENGTH, room or LENGTH)
         if is_run(request.model) and request.length is None:
             length = run_config(request.model).data.sequence_length
         check_length(length, room)
-        streams = user_text(request.data, words, length, request.tokens, request.domains, on_text)
+        streams = user_text(request.data, tokenizer, length, request.tokens, request.domains, on_text)
     found = read_windows(folder)
     if found is not None and found.length == length:
         return found
@@ -204,10 +215,10 @@ def _windows(folder: Path, request: Request, subject: Subject, words: Words, on_
     return write_windows(folder, streams, length)
 
 
-def _same_shape(other: Subject, subject: Subject) -> Subject:
-    """Raises ConfigError where the layers of two models cannot be compared."""
-    shapes = [[(one.num_experts, one.top_k) for one in each.routers] for each in (subject, other)]
-    if shapes[0] != shapes[1] or other.vocab_size != subject.vocab_size:
+def _same_shape(other: LoadedModel, loaded: LoadedModel) -> LoadedModel:
+    """``other``; raises ConfigError where the layers of two models cannot be compared."""
+    shapes = [[(one.num_experts, one.top_k) for one in each.routers] for each in (loaded, other)]
+    if shapes[0] != shapes[1] or other.vocab_size != loaded.vocab_size:
         got = [f"{len(s)} routers, {s[0][0]} experts, top-{s[0][1]}" for s in shapes]
         raise ConfigError(expected="--against another checkpoint of the same model", got=" and ".join(got),
                           do="compare checkpoints of one run")  # fmt: skip

@@ -1,9 +1,9 @@
-"""Text as token windows on the disk, one file per domain: read once, in a stream, up to so many tokens per domain.
+"""Text as windows of token ids on disk, one file per domain, read as a stream up to a number of tokens per domain.
 
     FOLDER/tokens/000.bin    token ids (uint32) of the first domain, window after window
     FOLDER/tokens/index.json written last: the domains, their numbers of windows, what was left out
 
-So a pass needs memory for one micro-batch only, and a pass that goes on reads the same tokens.
+So a pass needs memory for one micro-batch only, and a resumed inspection reads the same tokens.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ..errors import ConfigError, DataError, OutputError
 from ..lab.data.corpus import LONGEST_DOCUMENT, embedded_corpus
 from ..lab.data.sources import Part, find_parts, text_pieces
 from ..storage.files import atomic_write
-from .loading import Words, held_out, run_config
+from .loading import TokenizerAdapter, held_out, run_config
 
 __all__ = ["Windows", "check_length", "read_windows", "source_files", "user_text", "windows_of_run", "write_windows"]
 
 MOST_DOMAINS = 64
-BATCH = 32  # documents that are tokenized at a time
+BATCH = 32  # documents tokenized together
 INDEX = "index.json"
 Progress = Callable[[str, float], None]
 Document = tuple[str, str]  # domain, text
@@ -35,7 +35,7 @@ Streams = Callable[[], Iterator[tuple[str, np.ndarray]]]  # (domain, token ids),
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of S tokens by domain. ``problems`` says what was left out."""
+    """Windows of S tokens by domain; ``problems`` lists what was left out."""
 
     folder: Path
     domains: list[str]
@@ -45,11 +45,11 @@ class Windows:
 
     @property
     def equal(self) -> int:
-        """Windows that every domain has."""
+        """The number of windows of the domain with the fewest."""
         return min(self.windows)
 
     def read(self, domain: int, start: int, stop: int) -> np.ndarray:
-        """(n, S) int64."""
+        """Token ids of the windows ``start`` to ``stop`` of a domain, (n, S) int64; fewer at the end."""
         stop = min(stop, self.windows[domain])
         with open(self.folder / f"{domain:03d}.bin", "rb") as file:
             file.seek(4 * start * self.length)
@@ -57,7 +57,7 @@ class Windows:
         return ids.reshape(-1, self.length).astype(np.int64)
 
     def frequency(self, vocab_size: int, windows: int = 256) -> np.ndarray:
-        """(V,) how often each token id occurs. Raises DataError for ids that the model has no embedding for."""
+        """(V,) counts of each token id. Raises DataError for ids that the model has no embedding for."""
         counts_V = np.zeros(vocab_size, np.int64)
         for domain, number in enumerate(self.windows):
             for start in range(0, number, windows):
@@ -70,7 +70,7 @@ class Windows:
 
 
 def read_windows(folder: Path) -> Windows | None:
-    """The windows that are in a folder, or None."""
+    """The windows in a folder, or None."""
     try:
         index = json.loads((folder / INDEX).read_bytes())
         return Windows(folder, index["domains"], index["windows"], index["length"], index["problems"])
@@ -124,7 +124,7 @@ def _write(folder: Path, streams: Iterable[tuple[str, np.ndarray]], length: int)
 
 
 def windows_of_run(folder: Path, tokens: int | None) -> tuple[int, Streams]:
-    """(S, streams) of the held-out windows that a run of the lab measures itself with."""
+    """(S, streams) of the held-out windows that a run of the lab is evaluated on."""
     data = held_out(run_config(folder))
     length = data.sequence_length
     most = None if tokens is None else max(1, tokens // length)
@@ -136,8 +136,14 @@ def windows_of_run(folder: Path, tokens: int | None) -> tuple[int, Streams]:
     return length, streams
 
 
-def user_text(data: Path | None, words: Words, length: int, tokens: int | None, domains: Sequence[str] | None,
-              progress: Progress | None) -> Streams:  # fmt: skip
+def user_text(
+    data: Path | None,
+    tokenizer: TokenizerAdapter,
+    length: int,
+    tokens: int | None,
+    domains: Sequence[str] | None,
+    progress: Progress | None,
+) -> Streams:
     """Streams of token ids from the text of this installation (None) or from what `lab.data.sources` reads."""
     most = None if tokens is None else max(1, tokens // length) * length
 
@@ -145,8 +151,8 @@ def user_text(data: Path | None, words: Words, length: int, tokens: int | None, 
         wanted = _Wanted(most, domains)
         documents = _own_documents(domains, progress) if data is None else _documents(data, wanted, progress)
         for batch in _batches(documents, wanted):
-            for (domain, _), ids in zip(batch, words.encode([text for _, text in batch]), strict=True):
-                kept = wanted.take(domain, [*ids, words.end] if words.end is not None else ids)
+            for (domain, _), ids in zip(batch, tokenizer.encode([text for _, text in batch]), strict=True):
+                kept = wanted.take(domain, [*ids, tokenizer.end] if tokenizer.end is not None else ids)
                 if len(kept):
                     yield domain, kept
         wanted.check_found()
@@ -155,7 +161,7 @@ def user_text(data: Path | None, words: Words, length: int, tokens: int | None, 
 
 
 class _Wanted:
-    """How many tokens of which domain are still wanted."""
+    """Counts the tokens of each domain that are still needed."""
 
     def __init__(self, most: int | None, domains: Sequence[str] | None) -> None:
         self.most, self.domains = most, list(domains) if domains else None
@@ -167,7 +173,7 @@ class _Wanted:
         )
 
     def full(self) -> bool:
-        """Whether nothing more can be wanted: only where the domains are known."""
+        """Whether all domains are complete: known only where the domains are given."""
         return self.domains is not None and not any(map(self.wants, self.domains))
 
     def take(self, domain: str, ids: list[int]) -> np.ndarray:
@@ -184,7 +190,7 @@ class _Wanted:
 
 
 def source_files(data: Path | None) -> str:
-    """Changes when the text does; reads no content."""
+    """A string that changes when the text files do; from their sizes and times, without reading them."""
     if data is None:
         return "the text of this installation"
     return " ".join(
@@ -202,23 +208,23 @@ def _own_documents(domains: Sequence[str] | None, progress: Progress | None) -> 
 
 
 def _documents(data: Path, wanted: _Wanted, progress: Progress | None) -> Iterator[Document]:
-    """Of a source with a held-out part, that part; of any other, all of it."""
+    """The held-out part of a source if it has one, else all of it."""
     parts = find_parts(data)
     held = [part for part in parts if part.heldout]
     parts = held or parts
     sizes = [part.path.stat().st_size for part in parts]
     for i, part in enumerate(parts):
         if progress:
-            progress(f"reading {part.path.name if part.rows else part.domain}", sum(sizes[:i]) / max(1, sum(sizes)))
+            progress(f"capture {part.path.name if part.rows else part.domain}", sum(sizes[:i]) / max(1, sum(sizes)))
         if wanted.full():
             return
         yield from _part(part, wanted)
 
 
 def _part(part: Part, wanted: _Wanted) -> Iterator[Document]:
-    """One file; it is left early when it is named after its domain and that one is full.
+    """The documents of one file, as long as its domain needs some.
 
-    Records that name no domain are of the one that the file is named after.
+    Records without a domain belong to the domain that the file is named after.
     """
     if part.domain is not None and not wanted.wants(part.domain):
         return
@@ -246,7 +252,7 @@ def _batches(documents: Iterator[Document], wanted: _Wanted) -> Iterator[list[Do
 
 
 def check_length(length: int, longest: int | None) -> None:
-    """Raises ConfigError for windows that the model has no positions for."""
+    """Raises ConfigError for windows longer than the positions of the model."""
     if length < 2 or (longest is not None and length > longest):
         raise ConfigError(expected=f"windows of 2 to {longest or 'any number of'} tokens", got=f"--length {length}",
                           do="choose a length that the model knows")  # fmt: skip

@@ -22,8 +22,20 @@ from ..errors import DataError
 from .codec import Rules, decode
 from .files import output_errors, write_whole
 
-__all__ = ["ARRAYS_NAME", "INSPECTION_NAME", "SCHEMA", "Arrays", "DomainText", "Facts", "Inspection", "Layer", "Pair",
-           "is_inspection", "read_inspection", "write_inspection"]  # fmt: skip
+__all__ = [
+    "ARRAYS_NAME",
+    "INSPECTION_NAME",
+    "SCHEMA",
+    "Arrays",
+    "DomainText",
+    "Inspection",
+    "InspectionFacts",
+    "Layer",
+    "Pair",
+    "is_inspection",
+    "read_inspection",
+    "write_inspection",
+]  # fmt: skip
 
 INSPECTION_NAME, ARRAYS_NAME = "inspection.json", "arrays.npz"
 KIND, SCHEMA = "equipoise inspection", 1
@@ -32,7 +44,7 @@ HIGH = 2.0  # times the frequency of uniform routing: from there on an expert is
 
 
 @dataclass(frozen=True)
-class Facts:
+class InspectionFacts:
     """What was inspected, and how."""
 
     model: str  # as the user named it
@@ -136,7 +148,7 @@ class Arrays:
 class Inspection:
     """Everything that an inspection found."""
 
-    facts: Facts
+    facts: InspectionFacts
     domains: list[DomainText]
     layers: list[Layer]
     strings: dict[int, str]  # of every token id in the arrays
@@ -238,7 +250,7 @@ def read_inspection(folder: str | Path) -> Inspection:
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             arrays = Arrays(**{f.name: stored[f.name] for f in fields(Arrays)})
         return Inspection(
-            facts=decode(Facts, head["facts"], RULES, "facts"),
+            facts=decode(InspectionFacts, head["facts"], RULES, "facts"),
             domains=[decode(DomainText, one, RULES, f"domains[{i}]") for i, one in enumerate(head["domains"])],
             layers=[decode(Layer, one, RULES, f"layers[{i}]") for i, one in enumerate(head["layers"])],
             strings={int(key): str(value) for key, value in head["strings"].items()},

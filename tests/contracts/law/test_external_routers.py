@@ -316,13 +316,13 @@ def test_the_gate_of_a_router_without_parameters_is_told_also_from_close_logits(
             weights, ids = logits.sigmoid().topk(k, dim=-1)
             return logits, weights / weights.sum(dim=-1, keepdim=True), ids
 
-    from equipoise.external.discovery import find_foreign
+    from equipoise.external.discovery import find_external_routers
 
     for router, gate in ((Choose(), "softmax"), (Sigmoid(), "sigmoid")):
         block = Beside(by_name=False)
         block.router = router
         torch.nn.init.normal_(block.gate.weight, std=scale)
-        ((_, found),) = find_foreign(Chain(block), {"x": X.float()})
+        ((_, found),) = find_external_routers(Chain(block), {"x": X.float()})
         assert found.gate == gate
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from _rounding import OURS, Float64, allowed, distance, worst
 from equipoise import AuxLoss, Balancer, ExpertBias
+from equipoise.external.discovery import find_external_routers
+from equipoise.external.output_formats import format_of
 from integrations.hf._law import Twin, bias_of, law, naive_bias_step
-from integrations.hf.families import build
+from integrations.hf.families import FIRST, build
 
 __all__ = [
     "COMPILED",
@@ -26,11 +30,13 @@ __all__ = [
     "check_native_bias",
     "check_own_bias",
     "inputs",
+    "kind_of",
     "loss_of",
     "policies_for",
     "quiet",
     "rounding",
     "same_gradients",
+    "tiers",
 ]
 
 COEF, RATE = 0.3, 0.005
@@ -56,6 +62,27 @@ RECOMPUTED = {"non-reentrant": _recompute(False), "reentrant": _recompute(True)}
 
 def COMPILED(model: nn.Module) -> Any:
     return torch.compile(model, backend="aot_eager")
+
+
+def tiers(families: Iterable[str]) -> list[Any]:
+    """Families as parameters of a test: those of ``FIRST`` always, the others with -m full."""
+    return [family if family in FIRST else pytest.param(family, marks=pytest.mark.full) for family in families]
+
+
+@functools.cache
+def kind_of(family: str) -> tuple[Any, ...]:
+    """What the code of equipoise tells apart in a family's routers, found in a model whose logits are nearly equal."""
+    with quiet():
+        model = build(family, initializer_range=0.02)
+        (_, router), *_ = find_external_routers(model, None)
+    spec, bias = router.spec, router._correction_bias
+    place = None
+    if bias is not None:
+        parts = [router.module, *router.module.children()]
+        at = next((i for i, part in enumerate(parts) if part is bias.owner), -1)  # -1: the block
+        place = (min(at, 1), bias.name.startswith("expert"), bias.name in bias.owner._parameters)
+    weights = (spec.gate, spec.normalize, spec.scale != 1.0, spec.exact, spec.probabilities)
+    return (*weights, bool(spec.idle), spec.images is not None, place, format_of(router.module))
 
 
 def inputs(seed: int = 0, *, batch: int = 3, length: int = 6, padded: bool = True) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["FAMILIES", "NATIVE", "NOT_BUILT", "NO_BIAS", "OWN", "REFUSED", "SERVED", "build"]
+__all__ = ["FAMILIES", "FIRST", "NATIVE", "NOT_BUILT", "NO_BIAS", "OWN", "REFUSED", "SERVED", "build"]
 
 # Names that mean the same in most configurations; a family takes those that its class knows.
 TINY: dict[str, Any] = {
@@ -251,7 +251,7 @@ FAMILIES: dict[str, Family] = {
 
 NOT_BUILT: dict[str, str] = {}  # family -> the error its configuration gives
 
-# family -> the class that equipoise.external.output_formats.SPECIAL refuses, with the reason there
+# family -> the class that equipoise.external.output_formats.FORMATS refuses, with the reason there
 REFUSED: dict[str, str] = {
     "dbrx": "DbrxRouter",
     "doge": "DogeCDMoE",
@@ -272,6 +272,31 @@ NATIVE: list[str] = [
 NO_BIAS: list[str] = ["diffusion_gemma", "gemma4", "phimoe"]
 SERVED: list[str] = [family for family in FAMILIES if family not in REFUSED and family not in NOT_BUILT]
 OWN: list[str] = [family for family in SERVED if family not in NATIVE and family not in NO_BIAS]
+
+# One family of each kind of router, tested in full by `make test`; the others are with -m full. What makes a kind is
+# in `_cases.kind_of`, and a test says so where a family is of a kind that is not here.
+FIRST: dict[str, str] = {
+    "qwen3_moe": "normalized softmax, no bias: the most frequent kind",
+    "deepseek_v2": "softmax probabilities of all experts",
+    "openai_privacy_filter": "normalized softmax times a constant",
+    "flint": "normalized sigmoid, no bias",
+    "llama4": "scores of all experts, scattered, and no ids; sigmoid",
+    "glm4_moe": "sigmoid, the bias a buffer of the router",
+    "deepseek_v3": "the same times a constant",
+    "laguna": "sigmoid, the bias a parameter of the router",
+    "minimax_m2": "sigmoid, the bias a buffer of the block",
+    "hy_v3": "the same times a constant",
+    "lfm2_moe": "the same under another name",
+    "afmoe": "sigmoid, the bias a parameter of the block",
+    "deepseek_v4": "square root of softplus",
+    "ernie4_5_moe": "softmax chosen with a bias inside the router",
+    "ernie4_5_vl_moe": "the same, one router for text and one for images",
+    "gemma4": "probabilities in place of logits, weights with a learned scale",
+    "phimoe": "weights that are sampled",
+    "inkling": "weights normalized together with shared experts",
+    "longcat_flash": "no-op experts that return their token",
+    "zaya": "a choice that skips the layer",
+}
 
 
 def build(family: str, **more: Any) -> nn.Module:

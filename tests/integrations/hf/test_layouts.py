@@ -195,15 +195,17 @@ def test_what_lies_behind_the_last_boundary_is_padding():
 
 def test_pictures_inside_a_document_do_not_end_it():
     """Of three axes (time, height, width) the first stands still inside a picture."""
-    from equipoise.external.call_arguments import _begins
+    from equipoise.external.call_arguments import document_starts
 
     text, picture = torch.arange(2).expand(3, -1), torch.tensor([[2, 2, 2, 2], [2, 2, 3, 3], [2, 3, 2, 3]])
     after = torch.tensor([4, 5]).expand(3, -1)
     axes_AS = torch.cat([text, picture, after, text, torch.zeros(3, 1, dtype=torch.long), text], dim=1)
-    begins = _begins(axes_AS[:, None])[0].nonzero().view(-1).tolist()
+    begins = document_starts(axes_AS[:, None])[0].nonzero().view(-1).tolist()
     assert begins == [0, 8, 10, 11]
     with_text = torch.cat([torch.arange(axes_AS.shape[1])[None], axes_AS])
-    assert _begins(with_text[:, None])[0].nonzero().view(-1).tolist() == [0], "the first of four is that of text"
+    assert document_starts(with_text[:, None])[0].nonzero().view(-1).tolist() == [0], (
+        "the first of four is that of text"
+    )
 
 
 @pytest.mark.parametrize("scope", ["sequence", "global_batch"])
@@ -309,11 +311,12 @@ def test_a_bias_counts_what_the_call_inside_says():
 
 def test_a_mask_of_a_cache_is_longer():
     """The end of the mask is that of the tokens at hand."""
-    from equipoise.external.call_arguments import Level
+    from equipoise.external.call_arguments import CallArguments
+    from equipoise.external.padding import mask_of_call
 
-    level = Level(build(FAMILY), outermost=True)
-    level.note((), {"input_ids": torch.zeros(1, 2, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1, 0]])})
-    assert level.mask_BS().tolist() == [[True, False]]
+    call = CallArguments(build(FAMILY), outermost=True)
+    call.record((), {"input_ids": torch.zeros(1, 2, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1, 0]])})
+    assert mask_of_call(call).tolist() == [[True, False]]
 
 
 class Two(nn.Module):
@@ -365,11 +368,11 @@ def test_masks_of_other_kinds(mask, counted):
     model = build(FAMILY).train()
     with quiet():
         balancer = Balancer(model, [AuxLoss()])
-    from equipoise.external.batch_context import _mask
+    from equipoise.external.padding import mask_of_calls
 
-    (level, *_) = (level for level in balancer._layers[0].router._way)
-    level.note((), {"input_ids": inputs()["input_ids"], "attention_mask": mask})
-    found, unread = _mask([level])
+    (call, *_) = (call for call in balancer._layers[0].router._calls_around)
+    call.record((), {"input_ids": inputs()["input_ids"], "attention_mask": mask})
+    found, unread = mask_of_calls([call])
     if counted is None:
         assert found is None and "who sees whom" in unread
     else:
@@ -377,15 +380,16 @@ def test_masks_of_other_kinds(mask, counted):
 
 
 def test_a_batch_that_is_one_argument_is_opened():
-    from equipoise.external.call_arguments import Level
+    from equipoise.external.call_arguments import CallArguments
+    from equipoise.external.padding import mask_of_call
 
     class Net(nn.Module):
         def forward(self, batch: dict) -> None:
             pass
 
-    level = Level(Net(), outermost=True)
-    level.note((inputs(),), {})
-    assert int(level.mask_BS().sum()) == 15 and level.shape == (3, 6)
+    call = CallArguments(Net(), outermost=True)
+    call.record((inputs(),), {})
+    assert int(mask_of_call(call).sum()) == 15 and call.shape == (3, 6)
 
 
 def test_what_is_said_and_fits_no_router_is_an_error():
@@ -402,7 +406,7 @@ def test_what_is_said_and_fits_no_router_is_an_error():
             with balancer.layout(TokenLayout(3, ~mask_T)):
                 model(**given)
             model(**given)
-            assert balancer._layers[0].router.layout.said.token_mask_T is mask_T
+            assert balancer._layers[0].router.batch_context.declared.token_mask_T is mask_T
 
 
 def test_a_copy_goes_forward_without_its_head():

@@ -24,6 +24,7 @@ from integrations.hf._cases import (
     quiet,
     rounding,
     same_gradients,
+    tiers,
 )
 from integrations.hf._law import Twin, bias_of, law, naive_bias_step
 from integrations.hf.families import NATIVE, OWN, SERVED, build
@@ -107,7 +108,7 @@ def test_accumulated_micro_batches_are_one_step(family: str) -> None:
             assert torch.allclose(bias_E, torch.tensor(naive_bias_step([0.0] * 8, count, 0.005)), atol=1e-7)
 
 
-@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("family", tiers(NATIVE))
 def test_the_models_own_bias_is_moved_in_fp32_where_its_checkpoint_has_it(family: str) -> None:
     check_native_bias(family)
 
@@ -145,7 +146,7 @@ def test_a_model_that_begins_in_bf16_gets_an_fp32_bias() -> None:
     assert list(bias_of(model)) == list(before)
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", tiers(OWN))
 def test_a_bias_of_ours_changes_the_choice_and_comes_back(family: str) -> None:
     check_own_bias(family)
 

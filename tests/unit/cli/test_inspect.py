@@ -302,7 +302,7 @@ def nothing(folder):
     ("make", "code", "says"),
     [
         (dense, 2, ["dense model", "MoE layers"]),
-        (doge, 2, ["DogeCDMoE", "families.md", "inspection.routers.LOOK"]),
+        (doge, 2, ["DogeCDMoE", "families.md", 'register_router("DogeCDMoE", read=']),
         (no_tokenizer, 4, ["a tokenizer in", "--tokenizer"]),
         (cut_weights, 4, ["weights of Qwen3MoeForCausalLM"]),
         (missing_weights, 4, ["2 missing", "gate.weight"]),

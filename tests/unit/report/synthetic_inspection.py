@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.storage.inspection_record import Arrays, DomainText, Facts, Inspection, Layer, Pair
+from equipoise.storage.inspection_record import Arrays, DomainText, Inspection, InspectionFacts, Layer, Pair
 
 DOMAINS = ["python", "english", "cpp", "json", "french", "maths", "law", "latex", "chat", "wiki", "chinese", "smiles"]
 WORDS = [" the", " of", "(", ")", " return", "=", "self", " α", "<b>", "&amp;", "\n", "\t", " 0", "}", "Ġx", "'", '"']
@@ -75,7 +75,7 @@ def synthetic_inspection(
         passage_experts_NSLK=passage_experts.astype(np.int16),
         saturation_DL=draw.uniform(0.5, 1, (D, L)) if against else np.full((D, L), np.nan),
     )
-    facts = Facts(
+    facts = InspectionFacts(
         model=model, family="qwen3_moe", data="the text of this installation",
         against="models/early" if against else None,
         device="cpu", dtype="float32", created="2026-01-31T12:00:00+00:00", seconds=61.5, sequence_length=512,

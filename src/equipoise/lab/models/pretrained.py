@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from ...adapters.biases import biases_beside, check_biases, put_back
 from ...errors import ConfigError, DataError
-from ...external.discovery import find_foreign
-from ...external.router import ForeignRouter
+from ...external.discovery import find_external_routers
+from ...external.observe import capture, observed
+from ...external.router import ExternalRouter
 from ...storage.balancer_file import FILE
 from ..config.schema import CompareConfig, ModelConfig, RunConfig
 from ..config.strategies import strategy_of
@@ -263,26 +264,22 @@ def load_network(folder: str, biases: str | None = None) -> nn.Module:
     return network
 
 
-def _routers(network: nn.Module) -> list[ForeignRouter]:
+def _routers(network: nn.Module) -> list[ExternalRouter]:
     """Those that text meets, all of one size."""
-    found = find_foreign(network, None)
+    found = find_external_routers(network, None)
     if not found:
         raise ConfigError(
             expected="a mixture-of-experts model",
             got=f"{type(network).__name__}, in which no router was found: it is dense",
             do="choose another folder",
         )
-    met: set[str] = set()
-    hooks = [router.layout for _, router in found[:1]]
-    watches = [router.module.register_forward_hook(lambda *_, name=name: met.add(name)) for name, router in found]
+    found[0][1].batch_context.remove()  # nothing is balanced yet
     training = network.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), capture([observed(name, router.module, router.spec) for name, router in found]) as met:
             network.eval()(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
     finally:
         network.train(training)
-        for hook in [*hooks, *watches]:
-            hook.remove()
     silent = [name for name, _ in found if name not in met]
     sizes = {(router.num_experts, router.top_k) for _, router in found}
     if silent or len(sizes) > 1:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...distributed import ALONE, Group
 from ...errors import DataError
-from ...external.discovery import find_foreign
-from ...external.output_formats import read
-from ...external.router import ForeignRouter
+from ...external.observe import Choices, ObservedRouter, capture, find_routers
 from ...functional.metrics import dead_experts, maxvio, mutual_information
 from ...functional.routing import count_choices, gate_probs
-from ...layers.router import Router
 from ...storage.run_record import Evaluation
 
 if TYPE_CHECKING:
@@ -96,13 +92,13 @@ def shuffled_mutual_information(counts_NLE: Tensor, labels_N: Tensor, *, seed: i
 
 def _measured(model: TrainableLM, batches: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
     """Of every sequence: loss (N,), counts (N, L, E), score (N, L)."""
-    routers = _routers(model)
     device = next(model.parameters()).device
+    routers = find_routers(model, lambda: model.hidden(batches[0][:1, :-1].to(device)))
     results: list[tuple[Tensor, ...]] = []
     was_training = model.training
     model.eval()
     try:
-        with _watch(routers) as seen:
+        with capture(routers) as seen:
             for turn in range(0, len(batches), group.size):
                 # with expert parallelism all ranks run equally often: what is left over runs twice, counts once
                 batch = batches[min(turn + group.rank, len(batches) - 1)].to(device)
@@ -129,58 +125,6 @@ def _of_all(found: tuple[Tensor, ...], sizes: list[int], group: Group) -> tuple[
             rows[start : start + len(tensor)] = tensor
         whole.append(group.sum(rows))
     return tuple(whole)
-
-
-class Watched(NamedTuple):
-    """A router that is looked at, ours or another library's."""
-
-    module: nn.Module
-    num_experts: int
-    gate: str
-    read: Callable[[Any], tuple[Tensor, Tensor]]  # from what it returns: logits (T, E + idle), choices (T, K)
-    idle: int = 0  # experts behind the others that do no work: choices of them are no load
-
-
-def _routers(model: TrainableLM) -> list[Watched]:
-    own = [module for module in model.modules() if isinstance(module, Router)]
-    if own:
-        return [Watched(one, one.num_experts, one.gate, lambda routing: (routing.logits_TE, routing.expert_ids_TK))
-                for one in own]  # fmt: skip
-    routers = [router for _, router in find_foreign(model.routed, None)]
-    for router in routers:
-        if router.balance_state is None:
-            router.layout.remove()  # nobody balances, so nobody asks how the tokens lie
-    return [Watched(one.module, one.num_experts, one.gate, _reader(one), one.idle) for one in routers]
-
-
-def _reader(router: ForeignRouter) -> Callable[[Any], tuple[Tensor, Tensor]]:
-    def taken(output: Any) -> tuple[Tensor, Tensor]:
-        found = read(router.module, output)
-        assert found is not None  # it is one because it was read
-        logits_TE = found.logits_TE.float()
-        return logits_TE.clamp(min=1e-30).log() if router.facts.probabilities else logits_TE, found.ids_TK
-
-    return taken
-
-
-@contextmanager
-def _watch(routers: Sequence[Watched]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Holds (logits, choices) of the last routing of each router while it is open."""
-    seen: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(routers)
-
-    def noted(place: int) -> Callable[..., None]:
-        def note(_module: nn.Module, _arguments: Any, output: Any) -> None:
-            seen[place] = routers[place].read(output)
-
-        return note
-
-    # behind the hook of a balancer, which may have chosen again
-    hooks = [router.module.register_forward_hook(noted(place)) for place, router in enumerate(routers)]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _take(data: PackedData, limit: int, mix: str) -> tuple[Tensor, Tensor]:
@@ -212,19 +156,20 @@ def _sequence_losses(model: TrainableLM, tokens_BS: Tensor) -> Tensor:
     return model.token_losses(tokens_BS[:, :-1], tokens_BS[:, 1:]).double().mean(dim=1)
 
 
-def _sequence_counts(seen: Sequence[tuple[Tensor, Tensor]], routers: Sequence[Watched], num_sequences: int) -> Tensor:
+def _sequence_counts(seen: Mapping[str, Choices], routers: Sequence[ObservedRouter], num_sequences: int) -> Tensor:
     """(sequences, layers, experts) choices."""
     counts = []
-    for (_, ids_TK), router in zip(seen, routers, strict=True):
-        choices = router.num_experts + router.idle
+    for router in routers:
+        ids_TK, choices = seen[router.name].ids_TK, router.num_experts + router.idle
         counts.append(count_choices(ids_TK, choices, num_sequences=num_sequences)[:, : router.num_experts])
     return torch.stack(counts, dim=1)
 
 
-def _sequence_scores(seen: Sequence[tuple[Tensor, Tensor]], routers: Sequence[Watched], num_sequences: int) -> Tensor:
+def _sequence_scores(seen: Mapping[str, Choices], routers: Sequence[ObservedRouter], num_sequences: int) -> Tensor:
     """(sequences, layers) mean over tokens of the gate probability that the K chosen experts have together."""
     scores = []
-    for (logits_TE, ids_TK), router in zip(seen, routers, strict=True):
+    for router in routers:
+        logits_TE, ids_TK = seen[router.name]
         chosen_TK = gate_probs(logits_TE, router.gate).gather(-1, ids_TK)
         scores.append(chosen_TK.sum(dim=-1).view(num_sequences, -1).double().mean(dim=1))
     return torch.stack(scores, dim=1)

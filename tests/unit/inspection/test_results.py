@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from equipoise.inspection import Request, inspect
+from equipoise.inspection.results import ALIKE, _pairs
 from unit.inspection import _naive
 from unit.inspection._folders import hooked, windows_of
 
@@ -117,3 +118,11 @@ def test_examples_and_passages_are_tokens_that_chose(case):
 
 def around(ids, position):
     return [ids[i] if 0 <= i < len(ids) else -1 for i in range(position - 8, position + 9)]
+
+
+def test_pairs_of_similar_experts_are_listed_once_the_most_similar_first():
+    similarity_EE = np.full((4, 4), ALIKE - 0.01)
+    for a, b, value in ((0, 3, 0.95), (1, 2, 0.99)):
+        similarity_EE[a, b] = similarity_EE[b, a] = value
+    similarity_EE[0, 1] = np.nan
+    assert [(one.first, one.second, one.similarity) for one in _pairs(similarity_EE)] == [(1, 2, 0.99), (0, 3, 0.95)]

@@ -12,23 +12,23 @@ from hypothesis import strategies as st
 from torch import nn
 
 from equipoise.errors import InputError
+from equipoise.external.observe import Choices, ObservedRouter
 from equipoise.functional import mutual_information
 from equipoise.functional.specialization import information_bias
-from equipoise.inspection.accumulator import Sizes, Tally
-from equipoise.inspection.routers import Found, Seen
+from equipoise.inspection.accumulator import Accumulator, Sizes
 
 E, K, S, V = 8, 2, 16, 40
 
 
 def router(experts=E, name="gate"):
-    return Found(name, nn.Identity(), experts, K, "softmax", lambda output: output)
+    return ObservedRouter(name, nn.Identity(), experts, K, "softmax", lambda _args, _kwargs, output: output)
 
 
-def tally_of(windows, *, at_a_time, micro_batch=2, experts=(E,), prefer=0.0, same=False, seed=0):
-    """A tally of random routing; domains prefer experts of their own by ``prefer``."""
+def accumulated(windows, *, at_a_time, micro_batch=2, experts=(E,), prefer=0.0, same=False, seed=0):
+    """A accumulator of random routing; domains prefer experts of their own by ``prefer``."""
     sizes = Sizes(len(windows), windows, min(windows), S, micro_batch, seed)
     routers = [router(n, f"gate{i}") for i, n in enumerate(experts)]
-    tally = Tally(routers, sizes, np.ones(V, np.int64), torch.device("cpu"))
+    accumulator = Accumulator(routers, sizes, np.ones(V, np.int64), torch.device("cpu"))
     for number in range(math.ceil(max(windows) / at_a_time)):
         for d, n in enumerate(windows):
             first, stop = number * at_a_time, min(n, (number + 1) * at_a_time)
@@ -47,14 +47,14 @@ def tally_of(windows, *, at_a_time, micro_batch=2, experts=(E,), prefer=0.0, sam
                         z[:, d] += prefer
                     seen[i].append(z)
             logits = [torch.cat(parts) for parts in seen]
-            tally.add(d, first, torch.stack(ids), [Seen(z, z.topk(K).indices) for z in logits])
-        tally.close_round(number)
-    return tally
+            accumulator.add(d, first, torch.stack(ids), [Choices(z, z.topk(K).indices) for z in logits])
+        accumulator.close_round(number)
+    return accumulator
 
 
 @pytest.mark.parametrize("at_a_time", [2, 4, 6])
 def test_how_many_pass_at_a_time_changes_no_sum(at_a_time):
-    one, other = tally_of([7, 10, 4], at_a_time=at_a_time), tally_of([7, 10, 4], at_a_time=10)
+    one, other = accumulated([7, 10, 4], at_a_time=at_a_time), accumulated([7, 10, 4], at_a_time=10)
     for name, tensor in one.state.items():
         if name.startswith(("shuffled", "example")):
             continue  # drawn anew for each pass
@@ -62,7 +62,7 @@ def test_how_many_pass_at_a_time_changes_no_sum(at_a_time):
 
 
 def test_layers_of_different_sizes_do_not_mix():
-    both, small = tally_of([6, 6], at_a_time=2, experts=(4, 8)), tally_of([6, 6], at_a_time=2, experts=(4,))
+    both, small = accumulated([6, 6], at_a_time=2, experts=(4, 8)), accumulated([6, 6], at_a_time=2, experts=(4,))
     assert (both.state["counts_DLE"][:, 0, 4:] == 0).all()
     assert torch.equal(both.state["counts_DLE"][:, 0, :4], small.state["counts_DLE"][:, 0])
     assert torch.allclose(both.state["sequence_vio_DL"][:, 0], small.state["sequence_vio_DL"][:, 0])
@@ -72,7 +72,7 @@ def test_layers_of_different_sizes_do_not_mix():
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=3), st.integers(1, 5), st.integers(0, 3))
 def test_dealt_labels_keep_every_window_and_every_total(windows, at_a_time, seed):
     """Whatever the numbers of windows: labels are dealt to the equal windows, each domain's label as often."""
-    state = tally_of(windows, at_a_time=at_a_time, micro_batch=1, seed=seed).state
+    state = accumulated(windows, at_a_time=at_a_time, micro_batch=1, seed=seed).state
     for shuffled_DLE in state["shuffled_RDLE"]:
         assert torch.equal(shuffled_DLE.sum(0), state["equal_DLE"].sum(0))
         assert (shuffled_DLE.sum(-1) == min(windows) * S * K).all()
@@ -80,7 +80,10 @@ def test_dealt_labels_keep_every_window_and_every_total(windows, at_a_time, seed
 
 def test_shuffled_labels_are_what_chance_shows():
     """Domains that are the same lie within the shuffles; domains that differ lie far beyond."""
-    alike, apart = tally_of([30, 30], at_a_time=4, same=True).state, tally_of([30, 30], at_a_time=4, prefer=1.0).state
+    alike, apart = (
+        accumulated([30, 30], at_a_time=4, same=True).state,
+        accumulated([30, 30], at_a_time=4, prefer=1.0).state,
+    )
     for state, beyond in ((alike, False), (apart, True)):
         value = float(mutual_information(state["equal_DLE"][:, 0]))
         shuffled = mutual_information(state["shuffled_RDLE"][:, :, 0])
@@ -119,7 +122,9 @@ def test_the_bias_of_independent_choices_is_the_known_one():
 
 
 def test_memory_does_not_grow_with_text():
-    sizes = [sum(t.numel() * t.element_size() for t in tally_of([n, n], at_a_time=8).state.values()) for n in (2, 64)]
+    sizes = [
+        sum(t.numel() * t.element_size() for t in accumulated([n, n], at_a_time=8).state.values()) for n in (2, 64)
+    ]
     assert sizes[0] == sizes[1]
 
 
@@ -127,20 +132,20 @@ def test_examples_are_drawn_evenly():
     """Among 64 windows, each with one token for expert 0, every window is shown about equally often."""
     shown = np.zeros(64)
     for seed in range(100):
-        tally = Tally([router()], Sizes(1, [64], 64, 4, 1, seed), np.ones(V, np.int64), torch.device("cpu"))
+        accumulator = Accumulator([router()], Sizes(1, [64], 64, 4, 1, seed), np.ones(V, np.int64), torch.device("cpu"))
         for first in range(0, 64, 8):
             choices = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]]).repeat(8, 1)
-            tally.add(0, first, torch.zeros(8, 4, dtype=torch.long), [Seen(torch.zeros(32, E), choices)])
-        place = int(tally.state["example_place_LEJ"][0, 0, 0])
+            accumulator.add(0, first, torch.zeros(8, 4, dtype=torch.long), [Choices(torch.zeros(32, E), choices)])
+        place = int(accumulator.state["example_place_LEJ"][0, 0, 0])
         assert place & 0xFFFFFF == 0
         shown[place >> 24] += 1
     assert shown.sum() == 100 and shown.max() <= 8 and (shown > 0).sum() > 40
 
 
 def test_logits_that_are_not_finite_are_named():
-    tally = Tally([router(name="model.layers.3.gate")], Sizes(1, [1], 1, 4, 1, 0), np.ones(V, np.int64),
+    accumulator = Accumulator([router(name="model.layers.3.gate")], Sizes(1, [1], 1, 4, 1, 0), np.ones(V, np.int64),
                   torch.device("cpu"))  # fmt: skip
     z = torch.zeros(4, E)
     z[1, 2] = torch.nan
     with pytest.raises(InputError, match=r"model\.layers\.3\.gate"):
-        tally.add(0, 0, torch.zeros(1, 4, dtype=torch.long), [Seen(z, torch.zeros(4, K, dtype=torch.long))])
+        accumulator.add(0, 0, torch.zeros(1, 4, dtype=torch.long), [Choices(z, torch.zeros(4, K, dtype=torch.long))])
