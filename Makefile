@@ -2,6 +2,7 @@
 
 PYTHON  ?= python3
 VENV    ?= .venv
+OLDEST   = .venv-oldest
 BIN      = $(VENV)/bin
 EXTRAS   = lab,hf,lightning,report,dev
 TORCH   ?= 2.13.0
@@ -14,7 +15,8 @@ TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PIP      = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare test test-all invariance mutations faults check house format bench bench-grid lock clean
+.PHONY: help env compare test test-all test-oldest invariance mutations faults check house format dist bench \
+        bench-grid lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
@@ -32,6 +34,9 @@ test: env  ## all tests, the examples in the docstrings among them
 
 test-all: env  ## the same and what takes long, the full matrix among it
 	$(TEST_ENV) $(BIN)/python -m pytest $(XDIST) -m "" $(ARGS)
+
+test-oldest: $(OLDEST)/.installed  ## all tests with the oldest packages that pyproject.toml allows, in .venv-oldest
+	$(TEST_ENV) $(OLDEST)/bin/python -m pytest $(XDIST) $(ARGS)
 
 # In parts: ARGS='-k "ddp and reentrant"'. Without the Tie every case has to fail: ARGS="--without-tie".
 invariance: env  ## every way to cut a batch: the full product of the matrix, many hours
@@ -55,6 +60,10 @@ format: env  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+dist: env  ## build the sdist and the wheel in dist/
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+
 bench: env  ## the MoE layer against its peers, what balancing costs, the trainer, how a step grows: 12 minutes
 	$(BIN)/python benchmarks/moe_layer.py $(ARGS)
 	$(BIN)/python benchmarks/balance_cost.py
@@ -75,8 +84,8 @@ lock:  ## choose all versions again and write requirements.lock
 	mv build/requirements.lock requirements.lock
 	rm -rf build/lock
 
-clean:  ## remove .venv and every cache; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove both environments and every cache; runs/ stays
+	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made once, from nothing, and made again when the lock changes.
@@ -91,4 +100,10 @@ $(VENV)/.locked: requirements.lock
 
 $(VENV)/.installed: $(VENV)/.locked pyproject.toml
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Only the direct dependencies are pinned, to their lower bounds; what these need is the newest that fits them.
+$(OLDEST)/.installed: requirements-oldest.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --constraint requirements-oldest.txt --editable ".[$(EXTRAS)]"
 	@touch $@

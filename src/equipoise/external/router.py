@@ -175,13 +175,13 @@ class ExternalRouter:
                 masked=True,
             )
             weights_TK = again_TK.to(weights_TK.dtype)
-        if self._balance_state is not None and self._balance_state.sees(training=module.training):
-            weights_TK = self._tie(self._balance_state, weights_TK, logits_TE[:, : self.num_experts], ids_TK)
+        if self._balance_state is not None and self._balance_state.measures(training=module.training):
+            weights_TK = self._attach(self._balance_state, weights_TK, logits_TE[:, : self.num_experts], ids_TK)
         if weights_TK is parsed.parts.weights_TK:  # nothing changed
             return None
         return parsed.replace(weights_TK, None if self.own_bias is None else ids_TK)
 
-    def _tie(self, state: RouterState, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    def _attach(self, state: RouterState, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
         placed = self.batch_context.on(self._placed(state, len(ids_TK)), ids_TK.device)
         self._check(placed, state)
         batch, rows_T, given_TK = placed.batch, placed.rows_T, weights_TK

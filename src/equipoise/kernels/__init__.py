@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .availability import INTERPRETED, installed, usable
-from .experts import experts_fit, fused_experts
+from .experts import experts_fit, fused_experts, grouped_mm, has_grouped_mm
 from .gate import gate_fits, gate_logits
 from .router import STATISTICS, Chosen, RouterForm, choose_and_count, fits, router_gradient, summarize
 
@@ -18,6 +18,8 @@ __all__ = [
     "fused_experts",
     "gate_fits",
     "gate_logits",
+    "grouped_mm",
+    "has_grouped_mm",
     "installed",
     "router_gradient",
     "summarize",

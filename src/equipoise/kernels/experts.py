@@ -8,6 +8,7 @@ again, for 2 % of the layer's time and N D elements less memory.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,18 @@ from torch import Tensor, library
 
 from .availability import load, usable
 
-__all__ = ["Rows", "add_rows", "copy_rows", "experts_fit", "fused_experts", "sort_pairs", "swiglu", "swiglu_gradient"]
+__all__ = [
+    "Rows",
+    "add_rows",
+    "copy_rows",
+    "experts_fit",
+    "fused_experts",
+    "grouped_mm",
+    "has_grouped_mm",
+    "sort_pairs",
+    "swiglu",
+    "swiglu_gradient",
+]
 
 BLOCK_PAIRS = 128  # pairs that one program ranks, each against each
 
@@ -36,6 +48,38 @@ def experts_fit(x_TD: Tensor) -> bool:
     False
     """
     return usable(x_TD) and x_TD.dtype in (torch.bfloat16, torch.float16, torch.float32)
+
+
+def has_grouped_mm() -> bool:
+    """Whether this PyTorch has ``F.grouped_mm``: 2.10 and later do, 2.9 does not.
+
+    >>> has_grouped_mm() == hasattr(torch.nn.functional, "grouped_mm")
+    True
+    """
+    return hasattr(F, "grouped_mm")
+
+
+def grouped_mm(left: Tensor, right: Tensor, ends_E: Tensor) -> Tensor:
+    """``F.grouped_mm``, and without it a matrix product per expert, which waits for the GPU to read ``ends_E``.
+
+    Left (N, A) and right (E, A, B) give (N, B): each expert's rows times its matrix. Left (A, N) and right (N, B) give
+    (E, A, B): a matrix of each expert, zero for one without rows. ``ends_E`` (int32) says where each expert's rows end.
+    Rows behind the last end belong to no expert: here they are zero, from ``F.grouped_mm`` they are undefined.
+
+    >>> grouped_mm(torch.ones(3, 8), torch.ones(2, 8, 8), torch.tensor([1, 3], dtype=torch.int32)).shape
+    torch.Size([3, 8])
+    """
+    if has_grouped_mm():
+        return F.grouped_mm(left, right, offs=ends_E)
+    sizes = [stop - start for start, stop in pairwise([0, *ends_E.tolist()])]
+    if right.dim() == 2:
+        sizes.append(len(right) - sum(sizes))
+        shares = zip(left.split(sizes, dim=1)[:-1], right.split(sizes)[:-1], strict=True)
+        return torch.stack([a @ b for a, b in shares])
+    sizes.append(len(left) - sum(sizes))
+    # unbind, because the gradient of right[e] is a zero tensor of the size of all experts, for each of them
+    shares = zip(left.split(sizes)[:-1], right.unbind(), strict=True)
+    return torch.cat([*(a @ b for a, b in shares), left.new_zeros(sizes[-1], right.shape[2])])
 
 
 @library.custom_op("equipoise::sort_pairs", mutates_args=())
@@ -164,8 +208,8 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         order_N, rows_TK, offsets = sort_pairs(ids_TK, len(gate_up_EFD))
         ends_E = offsets[1:]
-        hidden_NF = F.grouped_mm(copy_rows(x_TD, rows_TK), gate_up_EFD.mT, offs=ends_E)
-        out_ND = F.grouped_mm(swiglu(hidden_NF, order_N, weights_TK), down_EDH.mT, offs=ends_E)
+        hidden_NF = grouped_mm(copy_rows(x_TD, rows_TK), gate_up_EFD.mT, ends_E)
+        out_ND = grouped_mm(swiglu(hidden_NF, order_N, weights_TK), down_EDH.mT, ends_E)
         ctx.save_for_backward(x_TD, gate_up_EFD, down_EDH, weights_TK, hidden_NF, order_N, rows_TK, ends_E)
         return add_rows(out_ND, rows_TK)
 
@@ -174,16 +218,16 @@ class _Experts(torch.autograd.Function):
         x_TD, gate_up_EFD, down_EDH, weights_TK, hidden_NF, order_N, rows_TK, ends_E = ctx.saved_tensors
         needs_x, needs_gate_up, needs_down, _, needs_weights = ctx.needs_input_grad
         dy_ND = copy_rows(grads[0], rows_TK)
-        d_act_NH = F.grouped_mm(dy_ND, down_EDH, offs=ends_E)
+        d_act_NH = grouped_mm(dy_ND, down_EDH, ends_E)
         act_NH, d_hidden_NF, d_weights_TK = swiglu_gradient(hidden_NF, d_act_NH, order_N, weights_TK)
         dx_TD = d_gate_up_EFD = d_down_EDH = None
         if needs_down:
-            d_down_EDH = F.grouped_mm(dy_ND.mT, act_NH, offs=ends_E)
+            d_down_EDH = grouped_mm(dy_ND.mT, act_NH, ends_E)
         del dy_ND, d_act_NH, act_NH  # or they would lie beside the rows of x
         if needs_gate_up:
-            d_gate_up_EFD = F.grouped_mm(d_hidden_NF.mT, copy_rows(x_TD, rows_TK), offs=ends_E)
+            d_gate_up_EFD = grouped_mm(d_hidden_NF.mT, copy_rows(x_TD, rows_TK), ends_E)
         if needs_x:
-            dx_TD = add_rows(F.grouped_mm(d_hidden_NF, gate_up_EFD, offs=ends_E), rows_TK)
+            dx_TD = add_rows(grouped_mm(d_hidden_NF, gate_up_EFD, ends_E), rows_TK)
         return dx_TD, d_gate_up_EFD, d_down_EDH, None, d_weights_TK.to(weights_TK.dtype) if needs_weights else None
 
 

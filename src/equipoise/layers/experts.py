@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..distributed import Group
 from ..errors import ConfigError, InputError, StateError
 from ..functional.permute import permute, sort_by_expert, unpermute
-from ..kernels import experts_fit, fused_experts
+from ..kernels import experts_fit, fused_experts, grouped_mm
 from .cpu.padded_experts import padded_experts
 from .expert_parallel import ExpertShard
 
@@ -93,8 +93,10 @@ def grouped_experts(
     """The same function as `padded_experts` by ``F.grouped_mm``: the way off the CPU.
 
     Where the kernels run (`equipoise.kernels`) all that lies between the products is fused; elsewhere it is PyTorch's.
+    PyTorch 2.9 has no ``F.grouped_mm``: there it is a matrix product per expert and waits for the GPU.
 
-    Raises ConfigError for rows that are not whole multiples of 16 bytes, which the grouped kernels demand.
+    Raises ConfigError for rows that are not whole multiples of 16 bytes, which the grouped kernels demand: in every
+    version of PyTorch, so that a model which trains in one trains in all.
 
     >>> x, gate_up, down = torch.randn(3, 8), torch.randn(2, 16, 8), torch.randn(2, 8, 8)
     >>> ids, weights = torch.tensor([[0], [1], [1]]), torch.rand(3, 1)
@@ -113,10 +115,10 @@ def grouped_experts(
         return fused_experts(x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)
     order = sort_by_expert(expert_ids_TK, len(gate_up_EFD))
     ends = order.offsets[1:].int()
-    hidden = F.grouped_mm(permute(x_TD, order), gate_up_EFD.mT, offs=ends)
+    hidden = grouped_mm(permute(x_TD, order), gate_up_EFD.mT, ends)
     gate, up = hidden.chunk(2, dim=-1)
     weights_N1 = weights_TK.flatten()[order.order_N].to(x_TD.dtype).unsqueeze(1)
-    return unpermute(F.grouped_mm(F.silu(gate) * up * weights_N1, down_EDH.mT, offs=ends), order)
+    return unpermute(grouped_mm(F.silu(gate) * up * weights_N1, down_EDH.mT, ends), order)
 
 
 def shard_experts(model: nn.Module, group: Group) -> list[Experts]:

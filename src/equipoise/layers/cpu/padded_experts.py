@@ -20,10 +20,10 @@ import threading
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, library
 
 from ...functional.permute import equal_runs, gather_sum, max_rows, pad_rows
+from ...kernels import grouped_mm, has_grouped_mm
 from .huge_pages import LARGE, fresh
 
 __all__ = ["padded_experts"]
@@ -63,7 +63,7 @@ class _Block(NamedTuple):
     def multiply(self, left_RA: Tensor, right_EAB: Tensor, out_RB: Tensor) -> Tensor:
         """left @ right[e] over each expert's share of the block's rows; in ``out`` if it can be."""
         if self.ends_E is not None:
-            return F.grouped_mm(left_RA, right_EAB, offs=self.ends_E)
+            return grouped_mm(left_RA, right_EAB, self.ends_E)
         shares = left_RA.split(self.sizes), right_EAB[self.experts].split(self.runs), out_RB.split(self.sizes)
         for run, rows, left, right, out in zip(self.runs, self.sizes, *shares, strict=True):
             if run > 1:
@@ -75,7 +75,7 @@ class _Block(NamedTuple):
     def outer(self, left_RA: Tensor, right_RB: Tensor, out_EAB: Tensor) -> Tensor:
         """left.T @ right[e] over each expert's share, zero for an expert without rows; in ``out`` if it can be."""
         if self.ends_E is not None:
-            return F.grouped_mm(left_RA.t(), right_RB, offs=self.ends_E)
+            return grouped_mm(left_RA.t(), right_RB, self.ends_E)
         shares = left_RA.split(self.sizes), right_RB.split(self.sizes), out_EAB[self.experts].split(self.runs)
         for run, rows, left, right, out in zip(self.runs, self.sizes, *shares, strict=True):
             if not rows:
@@ -104,7 +104,7 @@ def _blocks(sizes_E: Tensor, x_TD: Tensor, hidden: int) -> list[_Block]:
             blocks.append(_Block(slice(start, stop), slice(first, expert + run), runs, shares, None))
             start, first, runs, shares = stop, expert + run, [], []
     size, dim = x_TD.dtype.itemsize, x_TD.shape[1]
-    grouped = hasattr(F, "grouped_mm")  # not in every PyTorch that this library runs on
+    grouped = has_grouped_mm()  # not in every PyTorch that this library runs on
     grouped &= size <= 4 and dim * size % 16 == hidden * size % 16 == 0  # what it demands
     grouped &= len(sizes) * hidden * dim * size < LARGE  # else its fresh gradients cost more than a loop in Python
     if grouped and len(blocks) == 1 and len(blocks[0].runs) == len(sizes) and stop:
