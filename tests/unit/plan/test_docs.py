@@ -8,9 +8,7 @@ from pathlib import Path
 
 from equipoise.cli import build_parser
 from equipoise.cli.plan import EPILOG
-from equipoise.plan import calibration as check
-from equipoise.plan import describe, parse_settings, render_check, render_outlook, typical
-from equipoise.plan import forecast as outlook
+from equipoise.plan import check, describe, outlook, parse_settings, render_check, render_outlook, typical
 from equipoise.plan.cluster import Cluster
 from equipoise.plan.loads import Skew, expected_maxvio
 from equipoise.plan.typical_skews import TYPICAL

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from equipoise.plan import Skew, Strategy, describe, typical
-from equipoise.plan import forecast as outlook
+from equipoise.plan import Skew, Strategy, describe, outlook, typical
 from equipoise.plan.presets import MODELS
 from equipoise.plan.text import clip, headline, render_outlook, render_presets
 

@@ -17,8 +17,8 @@ from plotly import graph_objects
 
 from equipoise.errors import ConfigError, OutputError
 from equipoise.report import Comparison, load_runs, summarize, write_html
+from equipoise.report.html import page as html_page
 from equipoise.report.html.figures import perplexity_curves
-from equipoise.report.html.page import page as html
 from equipoise.report.html.page import render_html
 from equipoise.storage.run_record import read_run
 from unit.report.synthetic import header, write_run
@@ -254,7 +254,7 @@ def test_a_full_disk_keeps_the_old_page(comparison, tmp_path):
 
 def test_without_plotly_the_error_says_what_to_install(comparison, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    html._plotly.cache_clear()
+    html_page._plotly.cache_clear()
     with pytest.raises(ConfigError, match="equipoise\\[report\\]"):
         write_html(comparison, tmp_path / "report.html")
     assert os.listdir(tmp_path) == []
