@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from ..report.data.comparison import Comparison
     from ..report.data.inspections import Named
-    from ..report.data.summarize import Comparison
     from ..storage.run_record import Run
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from .data.comparison import Comparison, StrategySummary
 from .data.load import load, load_runs
-from .data.summarize import Comparison, StrategySummary, summarize, to_json
+from .data.summarize import summarize, to_json
 from .html.page import write_html
 from .text.comparison import render_terminal
 

@@ -7,14 +7,11 @@ zero. One seed names no winner in perplexity, however large its difference.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from .comparison import StrategySummary
 from .formatting import clean, listed, number, percent, rough_perplexity, signed
 from .spread import known_spread
 from .statistics import Difference, estimate
-
-if TYPE_CHECKING:
-    from .summarize import StrategySummary
 
 __all__ = ["headline"]
 

@@ -1,93 +1,26 @@
-"""Run records in, the numbers of a comparison out: plain dataclasses that the terminal, the page and JSON all show."""
+"""Summarizes run records as a comparison: groups runs by strategy and takes means and paired differences over seeds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from ...errors import ConfigError, unknown_name
 from ...storage.run_record import Run
 from . import comparability
-from .curves import Charts, charts, training_metrics
+from .comparison import Comparison, EstimatorSummary, RunFacts, StrategySummary
+from .curves import charts, training_metrics
 from .formatting import clean, listed
 from .headline import headline
 from .measures import MEASURES
 from .run_view import Observation, mean, observe, usable
-from .statistics import Difference, Estimate, estimate, paired_difference, random_maxvio
+from .statistics import estimate, paired_difference, random_maxvio
 
-__all__ = ["Comparison", "EstimatorSummary", "RunFacts", "StrategySummary", "null", "summarize", "to_json"]
+__all__ = ["null", "summarize", "to_json"]
 
 PREFERRED_BASELINE = "micro"  # what everybody ran before: the differences read as what a change of it brings
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """One run of a strategy. ``step`` is the last one it trained, ``seen_at`` the one its numbers are of."""
-
-    path: str
-    seed: int
-    status: str
-    step: int
-    planned_steps: int | None
-    seen_at: int
-    tokens: int
-    seconds: float
-    started: str
-    message: str
-    problems: list[str]
-
-
-@dataclass(frozen=True)
-class EstimatorSummary:
-    """Gradient of the balance loss with this f against the exact one: means over all steps at which it was measured."""
-
-    name: str
-    relative_error: float
-    cosine: float
-    in_use: bool
-    n: int
-
-
-@dataclass(frozen=True)
-class StrategySummary:
-    """All runs of one strategy. ``differences`` are against the baseline, empty for the baseline itself."""
-
-    name: str
-    policies: list[str]
-    runs: list[RunFacts]
-    compared: bool  # its numbers are of the same step as the others'
-    values: dict[str, Estimate | None]
-    differences: dict[str, Difference | None]
-    domain_perplexity: dict[str, Estimate | None]
-    domain_bits: dict[str, Estimate | None]
-    domain_differences: dict[str, Difference | None]
-    layers: dict[str, list[float]]  # measure -> mean over seeds, by layer
-    estimators: list[EstimatorSummary]
-    charts: Charts
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a report says. ``step`` is None when the strategies have no evaluated step in common."""
-
-    headline: str  # what is certain: the experts and their load
-    quality: str  # perplexity: who is told apart; may be empty
-    baseline: str
-    step: int | None
-    strategies: list[StrategySummary]
-    warnings: list[str]
-    problems: list[str]
-    domains: list[str]
-    noise_floor: dict[str, float]  # measure -> MaxVio of perfectly uniform random routing
-    facts: dict[str, Any] = field(default_factory=dict)  # layers, experts, parameters, tokens per step, ...
-    config: dict[str, Any] = field(default_factory=dict)  # flat, of the baseline's first run
-    corpora: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> StrategySummary:
-        return next(one for one in self.strategies if one.name == name)
 
 
 def summarize(runs: Sequence[Run], *, baseline: str | None = None, problems: Sequence[str] = ()) -> Comparison:

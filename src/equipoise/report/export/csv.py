@@ -11,9 +11,9 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...storage.run_record import Run
+from ..data.comparison import Comparison
 from ..data.inspections import LAYER_MEASURES, Named
 from ..data.measures import MEASURES
-from ..data.summarize import Comparison
 from ..html.page import write_file
 
 __all__ = ["write_csv"]

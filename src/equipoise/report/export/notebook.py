@@ -12,10 +12,11 @@ import numpy as np
 from ...errors import ConfigError, DataError, unknown_name
 from ...storage.inspection_record import Inspection
 from ...storage.run_record import Run
+from ..data.comparison import Comparison
 from ..data.formatting import clean
 from ..data.inspections import named
 from ..data.load import load
-from ..data.summarize import Comparison, summarize
+from ..data.summarize import summarize
 from ..html import figures
 from ..html import heatmaps as maps
 from ..html.figures import Figure

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from ..data.comparison import Comparison
 from ..data.curves import Curve
 from ..data.formatting import clean, clip
-from ..data.summarize import Comparison
 
 __all__ = [
     "FLOORS",

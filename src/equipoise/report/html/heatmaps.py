@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.comparison import Comparison
 from ..data.formatting import clean
-from ..data.summarize import Comparison
 
 __all__ = ["Map", "by_domain", "domain_maps", "heat_map", "load_maps", "top_of", "view"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from ...errors import ConfigError, OutputError
 from ...storage.inspection_record import Inspection
 from ...storage.run_record import write_whole
+from ..data.comparison import Comparison
 from ..data.formatting import clean
 from ..data.inspections import Named, headline_of, named
-from ..data.summarize import Comparison
 from .inspection_sections import inspection_cards, inspection_origin, inspection_sections
 from .run_sections import run_cards, run_facts, run_origin, run_sections
 from .widgets import Parts, safe, section

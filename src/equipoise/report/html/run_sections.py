@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
+from ..data.comparison import Comparison
 from ..data.formatting import clean, number
-from ..data.summarize import Comparison
 from . import figures, tables
 from . import heatmaps as maps
 from .figures import Figure

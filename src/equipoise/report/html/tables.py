@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
+from ..data.comparison import Comparison, StrategySummary
 from ..data.formatting import bytes_text, count, duration, fine_perplexity, number, percent, rough_perplexity, signed
 from ..data.measures import GROUPS, MEASURES, Measure
 from ..data.statistics import Difference, Estimate
-from ..data.summarize import Comparison, StrategySummary
 from .widgets import breakable, cell, dot, safe, table
 
 __all__ = ["card", "config_list", "estimators_table", "numbers_table", "per_domain_table", "policies_table",

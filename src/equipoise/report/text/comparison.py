@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
+from ..data.comparison import Comparison, StrategySummary
 from ..data.formatting import bytes_text, clean, clip, count, fine_perplexity, number, percent, signed, width
 from ..data.statistics import Difference, Estimate
-from ..data.summarize import Comparison, StrategySummary
 
 __all__ = ["COLUMNS", "render_terminal"]
 
