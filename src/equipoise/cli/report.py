@@ -72,7 +72,7 @@ class Report:
 
     def text(self) -> str:
         from ..report import render_terminal
-        from ..report.data.inspections import render_inspections
+        from ..report.text.inspections import render_inspections
 
         parts = [render_terminal(self.comparison)] if self.comparison else []
         parts += [render_inspections(self.found)] if self.found else []

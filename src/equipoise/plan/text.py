@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import textwrap
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+from ..report.data.formatting import clean, clip
+from ..report.text.table import table, wrap
 from .calibration import PAPER, Check
 from .forecast import Growth, Outlook, Row
 from .presets import GPUS, MODELS
 from .typical_skews import TYPICAL
 
-__all__ = ["COLUMNS", "headline", "render_check", "render_outlook", "render_presets"]
+__all__ = ["headline", "render_check", "render_outlook", "render_presets"]
 
-COLUMNS = 80
 NAME = 18
 AT_ONCE = 5  # strategies side by side
 
@@ -21,12 +20,12 @@ AT_ONCE = 5  # strategies side by side
 def render_outlook(plan: Outlook) -> str:
     """The whole plan."""
     blocks = [
-        _wrap(headline(plan)),
-        "\n".join(_wrap(f"! {clean(note)}", "  ") for note in plan.notes[:12]),
+        wrap(headline(plan)),
+        "\n".join(wrap(f"! {clean(note)}", "  ") for note in plan.notes[:12]),
         _strategies(plan),
         _time(plan),
         *_growth(plan),
-        "Assumed\n" + "\n".join(_wrap(f"- {text}", "  ") for text in _assumptions(plan)),
+        "Assumed\n" + "\n".join(wrap(f"- {text}", "  ") for text in _assumptions(plan)),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -67,7 +66,7 @@ def _strategies(plan: Outlook) -> str:
         "slowest/mean: load of a group's slowest rank in a layer and micro-batch, mean ± standard error of the "
         "simulation; memory: activations of routed experts on the fullest GPU."
     )
-    return _table("What each strategy costs", head, lines) + "\n" + _wrap(note)
+    return _table("What each strategy costs", head, lines) + "\n" + wrap(note)
 
 
 def _time(plan: Outlook) -> str:
@@ -80,20 +79,20 @@ def _time(plan: Outlook) -> str:
         f"Milliseconds of a step: dense {_ms(even.dense)}, experts {_ms(even.experts)}, all-to-all "
         f"{_ms(even.all_to_all)}, gradients {_ms(even.gradients)}; and beyond even load"
     )
-    return _table(_wrap(title), ["strategy", "slowest rank", "slowest group", "sums of loads", "together"], lines)
+    return _table(wrap(title), ["strategy", "slowest rank", "slowest group", "sums of loads", "together"], lines)
 
 
 def _growth(plan: Outlook) -> Iterator[str]:
     names = [one.name for one in plan.rows]
     for start in range(0, len(names) if plan.growth else 0, AT_ONCE):
         chosen = slice(start, start + AT_ONCE)
-        head = ["EP", "GPUs", "each", *(clip(clean(name), 10) for name in names[chosen])]
+        head = ["EP", "GPUs", "each", *(_name(name, 10) for name in names[chosen])]
         lines = [[_ranks(g.ep), _ranks(g.gpus), _held(g), *map(_grown, g.rows[chosen])] for g in plan.growth]
         note = (
             "slowest/mean load and the step's time over even load. each: experts per rank; 1/n where n ranks hold "
             "copies of one and share its tokens. GPUs grow with EP, so does the text that a group routes together."
         )
-        yield _table("How it grows with the ranks that share out the experts (EP)", head, lines) + "\n" + _wrap(note)
+        yield _table("How it grows with the ranks that share out the experts (EP)", head, lines) + "\n" + wrap(note)
 
 
 def _grown(row: Row) -> str:
@@ -142,7 +141,7 @@ def render_check(found: Check) -> str:
     for one in found.rows:
         scope = f"{one.maxvio:.2f}"
         lines.append([one.name, f"{one.paper:.2f}", f"{one.model:.2f}", f"{one.straggler.mean:.3f}", scope, one.fitted])
-    table = _table("Seconds per step, 43 B parameters, 6.6 B active (arXiv 2501.11873, table 5)",
+    rows = _table("Seconds per step, 43 B parameters, 6.6 B active (arXiv 2501.11873, table 5)",
                    ["strategy", "paper", "model", "slowest/mean", "MaxVio of 8", "fitted"], lines)  # fmt: skip
     c, text = found.cluster, []
     text.append(
@@ -162,7 +161,7 @@ def render_check(found: Check) -> str:
         f"Assumed, because unpublished: {c.gpus} GPUs, {c.layers} layers of width {c.width}, no overlap. The slowest "
         f"rank stretches {found.waited:.0%} of a step there."
     )
-    return table + "\n\n" + "\n".join(_wrap(one) for one in text) + "\n"
+    return rows + "\n\n" + "\n".join(wrap(one) for one in text) + "\n"
 
 
 def render_presets() -> str:
@@ -178,47 +177,12 @@ def render_presets() -> str:
     ]) + "\n"  # fmt: skip
 
 
-def clean(text: str) -> str:
-    """A name from a file without control characters.
-
-    >>> clean("a\\x1b[31mb")
-    'a\\\\x1b[31mb'
-    """
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return table(title, head, [[_name(row[0], NAME), *row[1:]] for row in rows], gaps=(2,))
 
 
-def clip(text: str, columns: int) -> str:
-    """At most so many columns wide; wide characters count twice.
-
-    >>> clip("global@0.02+micro", 10)
-    'global@0.…'
-    """
-    if _width(text) <= columns:
-        return text
-    while _width(text) > columns - 1:
-        text = text[:-1]
-    return text + "…"
-
-
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
-
-
-def _table(title: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """First column left, the others right, each as wide as it has to be."""
-    rows = [list(head), *([clip(clean(line[0]), NAME), *line[1:]] for line in lines)]
-    widths = [max(_width(row[i]) for row in rows) for i in range(len(head))]
-    text = []
-    for row in rows:
-        cells = [" " * (widths[i] - _width(cell)) + cell if i else cell + " " * (widths[0] - _width(cell))
-                 for i, cell in enumerate(row)]  # fmt: skip
-        text.append("  ".join(cells).rstrip())
-    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([title, rule, *text])
-
-
-def _wrap(text: str, indent: str = "") -> str:
-    return textwrap.fill(text, COLUMNS, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False)
+def _name(text: str, columns: int) -> str:
+    return clip(clean(text), columns, keep_end=False)
 
 
 def _against(one: Row, base: Row) -> float:

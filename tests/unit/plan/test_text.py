@@ -6,7 +6,7 @@ import pytest
 
 from equipoise.plan import Skew, Strategy, describe, outlook, typical
 from equipoise.plan.presets import MODELS
-from equipoise.plan.text import clip, headline, render_outlook, render_presets
+from equipoise.plan.text import headline, render_outlook, render_presets
 
 
 def widest(text: str) -> int:
@@ -50,8 +50,3 @@ def test_presets_are_listed():
     text = render_presets()
     assert widest(text) <= 80
     assert all(name in text for name in MODELS)
-
-
-def test_a_clipped_name_keeps_its_columns():
-    assert clip("short", 10) == "short"
-    assert clip("中" * 9, 6) == "中中…"

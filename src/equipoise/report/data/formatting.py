@@ -30,15 +30,21 @@ def width(text: str) -> int:
     return wide - sum(bool(unicodedata.combining(char)) for char in text)
 
 
-def clip(text: str, columns: int) -> str:
-    """At most ``columns`` wide; what is cut from the middle leaves an ellipsis, for names differ at both ends.
+def clip(text: str, columns: int, *, keep_end: bool = True) -> str:
+    """At most ``columns`` wide, an ellipsis in place of what is cut: the middle, for names differ at both ends.
 
-    >>> clip("sequences:8@0.02+micro", 12)
-    'sequen…micro'
+    ``keep_end=False`` cuts the end instead.
+
+    >>> clip("sequences:8@0.02+micro", 12), clip("sequences:8@0.02+micro", 12, keep_end=False)
+    ('sequen…micro', 'sequences:8…')
     """
     if width(text) <= columns:
         return text
     head, tail = "", ""
+    if not keep_end:
+        while width(head + text[len(head)]) < columns:
+            head += text[len(head)]
+        return f"{head}…"
     while width(head) + width(tail) < columns - 1:
         if width(head) <= width(tail):
             head += text[len(head)]

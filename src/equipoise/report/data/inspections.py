@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,12 +10,18 @@ from typing import Any
 import numpy as np
 
 from ...storage.inspection_record import Inspection, Layer
-from .formatting import clean, clip, number
+from .formatting import clean, number
 
-__all__ = ["LAYER_MEASURES", "LayerMeasure", "Named", "headline_of", "inspections_json", "mean_of", "named",
-           "render_inspections", "straggler"]  # fmt: skip
-
-WIDE = 80  # columns of a terminal
+__all__ = [
+    "LAYER_MEASURES",
+    "LayerMeasure",
+    "Named",
+    "headline_of",
+    "inspections_json",
+    "mean_of",
+    "named",
+    "straggler",
+]
 
 
 @dataclass(frozen=True)
@@ -127,24 +132,3 @@ def inspections_json(found: Sequence[Named]) -> list[dict[str, Any]]:
         }
         for one in found
     ]
-
-
-def render_inspections(found: Sequence[Named]) -> str:
-    """What a terminal shows: the headline, and a line per measure with one column per inspection, 80 wide."""
-    lines = [*textwrap.wrap(headline_of(found), WIDE), ""]
-    for group in (found[start : start + 3] for start in range(0, len(found), 3)):
-        lines += ["Mean over layers (chance)".ljust(34) + "".join(clip(clean(one.name), 14).rjust(15) for one in group)]
-        for measure in LAYER_MEASURES:
-            cells = []
-            for one in group:
-                value, floor = mean_of(one.inspection, measure), mean_of(one.inspection, measure, floor=True)
-                chance = f" ({number(floor, measure.places)})" if math.isfinite(floor) else ""
-                cells.append(f"{number(value, measure.places)}{chance}".rjust(15))
-            lines.append(measure.label.ljust(34) + "".join(cells))
-        for label, read in (("Dead experts", "dead"), ("Idle experts", "idle")):
-            sums = [sum(len(getattr(layer, read)) for layer in one.inspection.layers) for one in group]
-            lines.append(label.ljust(34) + "".join(str(total).rjust(15) for total in sums))
-        lines.append("")
-    problems = [f"! {clean(one.name)}: {clean(problem)}" for one in found for problem in one.inspection.problems]
-    lines += [line for problem in problems for line in textwrap.wrap(problem, WIDE, subsequent_indent="  ")]
-    return "\n".join(lines).rstrip("\n") + "\n"

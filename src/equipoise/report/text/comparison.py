@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
 from ..data.comparison import Comparison, StrategySummary
 from ..data.formatting import bytes_text, clean, clip, count, fine_perplexity, number, percent, signed, width
 from ..data.statistics import Difference, Estimate
+from .table import COLUMNS, table, wrap
 
-__all__ = ["COLUMNS", "render_terminal"]
+__all__ = ["render_terminal"]
 
-COLUMNS = 80
 NAME = 18  # the widest a strategy's column gets
 Cell = Callable[[StrategySummary], str]
 
@@ -19,10 +18,10 @@ Cell = Callable[[StrategySummary], str]
 def render_terminal(comparison: Comparison) -> str:
     """The whole comparison as text, no line wider than 80 columns, no control characters from names."""
     blocks = [
-        _wrap(_title(comparison)),
-        _wrap(comparison.headline),
-        _wrap(comparison.quality),
-        *("\n".join(_wrap(f"! {text}", "  ") for text in texts) for texts in _remarks(comparison) if texts),
+        wrap(_title(comparison)),
+        wrap(comparison.headline),
+        wrap(comparison.quality),
+        *("\n".join(wrap(f"! {text}", "  ") for text in texts) for texts in _remarks(comparison) if texts),
         _quality(comparison),
         _balance(comparison),
         _cost(comparison),
@@ -121,7 +120,7 @@ def _domains(comparison: Comparison) -> Iterator[str]:
             [clip(clean(one.name), NAME), *(fine_perplexity(_mean(one.domain_perplexity.get(name))) for name in names)]
             for one in comparison.strategies
         ]
-        yield _grid("Perplexity by domain", ["strategy", *(clip(clean(name), wide) for name in names)], rows)
+        yield table("Perplexity by domain", ["strategy", *(clip(clean(name), wide) for name in names)], rows)
 
 
 def _estimators(comparison: Comparison) -> Iterator[str]:
@@ -138,7 +137,7 @@ def _estimators(comparison: Comparison) -> Iterator[str]:
         note = "relative error, cosine; * trained with it. Means over the steps at which they were measured."
         title = "Gradient of the balance loss against the exact one"
         header = ["strategy", *(clip(clean(name), 12) + " " for name in chunk)]
-        yield _grid(title, header, rows, note if chunk is chunks[-1] else "")
+        yield table(title, header, rows, note if chunk is chunks[-1] else "")
 
 
 def _chunks(names: Sequence[str], wide: int, first: int = NAME) -> Iterator[Sequence[str]]:
@@ -191,39 +190,4 @@ def _table(
     if len(kept) == 1:
         return ""
     header = ["strategy", *columns]
-    return _grid(title, [header[i] for i in kept], [[row[i] for i in kept] for row in rows], note, spans)
-
-
-def _grid(
-    title: str,
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    note: str = "",
-    spans: dict[str, tuple[str, ...]] | None = None,
-) -> str:
-    widths = [max(width(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    gap = 3 if sum(widths) + 3 * (len(widths) - 1) <= COLUMNS else 2
-    rule = "─" * min(COLUMNS, sum(widths) + gap * (len(widths) - 1))
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0] + " " * (widths[0] - width(row[0]))]
-        cells += [" " * (wide - width(cell)) + cell for cell, wide in zip(row[1:], widths[1:], strict=True)]
-        return (" " * gap).join(cells).rstrip()
-
-    parts = [title, rule, line(header), *map(line, rows)]
-    if spans:
-        ends = [sum(widths[: i + 1]) + gap * i for i in range(len(widths))]
-        over = ""
-        for text, members in spans.items():
-            inside = [i for i, name in enumerate(header) if name in members]
-            if inside:
-                start = ends[inside[0]] - widths[inside[0]]
-                over = over.ljust(start) + f" {text} ".center(ends[inside[-1]] - start, "·")
-        parts.insert(2, over)
-    return "\n".join(parts + ([_wrap(note)] if note else []))
-
-
-def _wrap(text: str, indent: str = "") -> str:
-    """Wrapped at 80 columns; what is too long for a line by itself is broken."""
-    lines = textwrap.wrap(text, COLUMNS, subsequent_indent=indent, break_on_hyphens=False)
-    return "\n".join(clip(line, COLUMNS) for line in lines)
+    return table(title, [header[i] for i in kept], [[row[i] for i in kept] for row in rows], note, spans=spans)
