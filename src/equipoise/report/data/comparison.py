@@ -52,7 +52,7 @@ class StrategySummary:
     domain_perplexity: dict[str, Estimate | None]
     domain_bits: dict[str, Estimate | None]
     domain_differences: dict[str, Difference | None]
-    layers: dict[str, list[float]]  # measure -> mean over seeds, by layer
+    layers: dict[str, list[float]]  # field of the evaluation -> mean over seeds, by layer
     estimators: list[EstimatorSummary]
     charts: Charts
 
@@ -69,7 +69,7 @@ class Comparison:
     warnings: list[str]
     problems: list[str]
     domains: list[str]
-    noise_floor: dict[str, float]  # measure -> MaxVio of perfectly uniform random routing
+    noise_floor: dict[str, float]  # column -> MaxVio of uniformly random routing
     facts: dict[str, Any] = field(default_factory=dict)  # layers, experts, parameters, tokens per step, ...
     config: dict[str, Any] = field(default_factory=dict)  # flat, of the baseline's first run
     corpora: list[str] = field(default_factory=list)

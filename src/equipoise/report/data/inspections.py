@@ -13,8 +13,8 @@ from ...storage.inspection_record import Inspection, Layer
 from .formatting import clean, number
 
 __all__ = [
-    "LAYER_MEASURES",
-    "LayerMeasure",
+    "LAYER_COLUMNS",
+    "LayerColumn",
     "Named",
     "headline_of",
     "inspections_json",
@@ -25,7 +25,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class LayerMeasure:
+class LayerColumn:
     """``read`` and ``floor`` take a layer; the floor is what chance alone gives, where that is known."""
 
     label: str
@@ -35,23 +35,23 @@ class LayerMeasure:
     places: int | None = None
 
 
-LAYER_MEASURES = (
-    LayerMeasure("MaxVio, all text", lambda one: one.maxvio_global, lambda one: one.noise_global, "uniform routing", 2),
-    LayerMeasure("MaxVio, micro-batch", lambda one: one.maxvio_micro_batch, lambda one: one.noise_micro_batch,
+LAYER_COLUMNS = (
+    LayerColumn("MaxVio, all text", lambda one: one.maxvio_global, lambda one: one.noise_global, "uniform routing", 2),
+    LayerColumn("MaxVio, micro-batch", lambda one: one.maxvio_micro_batch, lambda one: one.noise_micro_batch,
                  "uniform routing", 2),
-    LayerMeasure("MaxVio, sequence", lambda one: one.maxvio_sequence, lambda one: one.noise_sequence,
+    LayerColumn("MaxVio, sequence", lambda one: one.maxvio_sequence, lambda one: one.noise_sequence,
                  "uniform routing", 2),
-    LayerMeasure("Domain information, nats", lambda one: one.information_corrected,
+    LayerColumn("Domain information, nats", lambda one: one.information_corrected,
                  lambda one: one.information_shuffled, "domains shuffled"),
-    LayerMeasure("Router entropy per token, nats", lambda one: one.entropy_token,
+    LayerColumn("Router entropy per token, nats", lambda one: one.entropy_token,
                  lambda one: math.log(one.num_experts), "all experts alike", 2),
-    LayerMeasure("Entropy of the mean gate, nats", lambda one: one.entropy_mean,
+    LayerColumn("Entropy of the mean gate, nats", lambda one: one.entropy_mean,
                  lambda one: math.log(one.num_experts), "all experts alike", 2),
-    LayerMeasure("Top-K score", lambda one: one.topk_score, lambda one: one.top_k / one.num_experts,
+    LayerColumn("Top-K score", lambda one: one.topk_score, lambda one: one.top_k / one.num_experts,
                  "uniform gate", 3),
-    LayerMeasure("Choices told by the token id", lambda one: one.id_share, lambda one: one.id_share_chance,
+    LayerColumn("Choices told by the token id", lambda one: one.id_share, lambda one: one.id_share_chance,
                  "ids do not matter", 3),
-    LayerMeasure("Saturation", lambda one: one.saturation, lambda one: one.saturation_chance,
+    LayerColumn("Saturation", lambda one: one.saturation, lambda one: one.saturation_chance,
                  "independent choices", 3),
 )  # fmt: skip
 
@@ -81,21 +81,21 @@ def named(inspections: Sequence[Inspection], first_colour: int = 0) -> list[Name
     return found
 
 
-def mean_of(inspection: Inspection, measure: LayerMeasure, *, floor: bool = False) -> float:
+def mean_of(inspection: Inspection, column: LayerColumn, *, floor: bool = False) -> float:
     """Mean over the layers that have it, NaN without any."""
-    read = measure.floor if floor else measure.read
+    read = column.floor if floor else column.read
     values = [value for one in inspection.layers if read and (value := read(one)) is not None and math.isfinite(value)]
     return math.fsum(values) / len(values) if values else math.nan
 
 
 def straggler(inspection: Inspection) -> float:
     """Mean over layers of the largest load over the mean load, all text, every domain weighing the same."""
-    return 1 + mean_of(inspection, LAYER_MEASURES[0])
+    return 1 + mean_of(inspection, LAYER_COLUMNS[0])
 
 
 def headline_of(found: Sequence[Named]) -> str:
     """What one inspection found, or how far apart several are, in a sentence."""
-    about = LAYER_MEASURES[3]
+    about = LAYER_COLUMNS[3]
     knows = {one.name: mean_of(one.inspection, about) for one in found}
     known = {name: value for name, value in knows.items() if math.isfinite(value)}
     if len(found) > 1 and len(known) > 1:

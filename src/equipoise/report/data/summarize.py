@@ -11,10 +11,10 @@ from ...errors import ConfigError, unknown_name
 from ...storage.run_record import Run
 from . import comparability
 from .comparison import Comparison, EstimatorSummary, RunFacts, StrategySummary
+from .comparison_columns import COMPARISON_COLUMNS
 from .curves import charts, training_metrics
 from .formatting import clean, listed
 from .headline import headline
-from .measures import MEASURES
 from .run_view import Observation, mean, observe, usable
 from .statistics import estimate, paired_difference, random_maxvio
 
@@ -146,12 +146,12 @@ def _strategy(
     against = [one.run for one in seen[baseline]] if compare else []
     shown = at or own
     values, differences = {}, {}
-    for measure in MEASURES:
-        by_seed = {one.header.seed: measure.read(one) for one in shown}
-        values[measure.key] = estimate(by_seed, ratio=measure.ratio)
+    for column in COMPARISON_COLUMNS:
+        by_seed = {one.header.seed: column.read(one) for one in shown}
+        values[column.key] = estimate(by_seed, ratio=column.ratio)
         if compare and at:
-            base = {one.header.seed: measure.read(one) for one in base_at}
-            differences[measure.key] = paired_difference(by_seed, base, ratio=measure.ratio)
+            base = {one.header.seed: column.read(one) for one in base_at}
+            differences[column.key] = paired_difference(by_seed, base, ratio=column.ratio)
     names = own[0].header.domains
     return StrategySummary(
         name=label,
@@ -246,19 +246,10 @@ def _problems(runs: Sequence[Run]) -> list[str]:
 
 
 def _noise_floor(seen: Observation) -> dict[str, float]:
-    """measure -> MaxVio that uniformly random routing of as many tokens would show on average."""
-    header, config = seen.header, seen.config
-    step_tokens = mean(step.tokens for step in seen.window)
-    micro_batches, length = config.get("train.micro_batches"), config.get("data.sequence_length")
-    micro = step_tokens / micro_batches if isinstance(micro_batches, int) and micro_batches > 0 else math.nan
-    sequence = float(length) if isinstance(length, int) else math.nan
-    held_out = math.fsum(seen.evaluation.tokens.values()) if seen.evaluation else math.nan
-    tokens = {
-        "train_maxvio_global": step_tokens, "train_maxvio_micro_batch": micro, "train_maxvio_sequence": sequence,
-        "heldout_maxvio_global": held_out, "heldout_maxvio_micro_batch": micro, "heldout_maxvio_sequence": sequence,
-    }  # fmt: skip
+    """Column -> MaxVio that uniformly random routing of as many tokens would show on average."""
+    tokens = {one.key: one.noise_tokens(seen) for one in COMPARISON_COLUMNS if one.noise_tokens}
     known = {key: count for key, count in tokens.items() if math.isfinite(count) and count > 0}
-    return {key: random_maxvio(count, header.top_k, header.num_experts) for key, count in known.items()}
+    return {key: random_maxvio(count, seen.header.top_k, seen.header.num_experts) for key, count in known.items()}
 
 
 def _facts(seen: Observation) -> dict[str, Any]:

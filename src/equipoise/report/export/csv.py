@@ -12,8 +12,8 @@ from typing import Any
 from ...errors import ConfigError
 from ...storage.run_record import Run
 from ..data.comparison import Comparison
-from ..data.inspections import LAYER_MEASURES, Named
-from ..data.measures import MEASURES
+from ..data.comparison_columns import COMPARISON_COLUMNS
+from ..data.inspections import LAYER_COLUMNS, Named
 from ..html.page import write_file
 
 __all__ = ["write_csv"]
@@ -54,12 +54,12 @@ def _numbers(comparison: Comparison) -> Rows:
     yield ["strategy", "measure", "unit", "mean", "low", "high", "seeds", "difference", "difference_low",
            "difference_high", "uniform_random"]  # fmt: skip
     for strategy in comparison.strategies:
-        for measure in MEASURES:
-            value, off = strategy.values.get(measure.key), strategy.differences.get(measure.key)
+        for column in COMPARISON_COLUMNS:
+            value, off = strategy.values.get(column.key), strategy.differences.get(column.key)
             if value is not None:
-                yield [strategy.name, measure.key, measure.unit, value.mean, value.low, value.high, value.n,
+                yield [strategy.name, column.key, column.unit, value.mean, value.low, value.high, value.n,
                        off and off.mean, off and off.low, off and off.high,
-                       comparison.noise_floor.get(measure.key)]  # fmt: skip
+                       comparison.noise_floor.get(column.key)]  # fmt: skip
 
 
 def _steps(runs: Sequence[Run]) -> Rows:
@@ -91,15 +91,15 @@ def _loads(runs: Sequence[Run]) -> Rows:
 def _layers(found: Sequence[Named]) -> Rows:
     heads = [
         part
-        for measure in LAYER_MEASURES
-        for part in (measure.label, *([f"{measure.label}, {measure.chance}"] * bool(measure.floor)))
+        for column in LAYER_COLUMNS
+        for part in (column.label, *([f"{column.label}, {column.chance}"] * bool(column.floor)))
     ]
     yield ["model", "layer", "name", *heads, "dead", "idle"]
     for one in found:
         for index, layer in enumerate(one.inspection.layers):
             cells = []
-            for measure in LAYER_MEASURES:
-                cells += [measure.read(layer), *([measure.floor(layer)] if measure.floor else [])]
+            for column in LAYER_COLUMNS:
+                cells += [column.read(layer), *([column.floor(layer)] if column.floor else [])]
             yield [one.name, index, layer.name, *cells, len(layer.dead), len(layer.idle)]
 
 

@@ -38,7 +38,7 @@ NAMES = {
 }
 FLOORS = {f"balance/maxvio_{scope}": f"train_maxvio_{scope}" for scope in ("global", "micro_batch", "sequence")}
 LOG_TICKS = [m * 10**e for e in range(-3, 4) for m in (1, 2, 5)]
-LAYER_MEASURES = {
+BY_LAYER = {
     "mutual_information": "Domain information, nats",
     "topk_score": "Top-K score",
     "maxvio_global": "MaxVio, all held-out text",
@@ -89,7 +89,7 @@ def training_curves(comparison: Comparison) -> Figure | None:
 def layer_curves(comparison: Comparison) -> Figure | None:
     """Held-out measures by layer."""
     views = []
-    for key, label in LAYER_MEASURES.items():
+    for key, label in BY_LAYER.items():
         data = []
         for index, one in enumerate(comparison.strategies):
             values = one.layers.get(key, [])

@@ -10,7 +10,7 @@ import numpy as np
 from ...storage.inspection_record import Inspection
 from ..data.curves import thin
 from ..data.formatting import clean, duration, number
-from ..data.inspections import LAYER_MEASURES, LayerMeasure, Named, mean_of, straggler
+from ..data.inspections import LAYER_COLUMNS, LayerColumn, Named, mean_of, straggler
 from .figures import by_layer
 from .heatmaps import Map, by_domain, heat_map, top_of, view
 from .token_text import left_out, passages_of, vocabulary_of
@@ -27,7 +27,7 @@ def inspection_cards(found: Sequence[Named]) -> str:
     cards = []
     for one in found:
         facts, layers = one.inspection.facts, one.inspection.layers
-        information, chance = (mean_of(one.inspection, LAYER_MEASURES[3], floor=floor) for floor in (False, True))
+        information, chance = (mean_of(one.inspection, LAYER_COLUMNS[3], floor=floor) for floor in (False, True))
         about = (
             f"domain information; shuffled {number(chance)}"
             if math.isfinite(chance)
@@ -36,7 +36,7 @@ def inspection_cards(found: Sequence[Named]) -> str:
         rows = (
             ("Busiest / mean", f"{number(straggler(one.inspection))} ×"),
             ("Dead experts", str(sum(len(layer.dead) for layer in layers))),
-            ("Entropy", f"{number(mean_of(one.inspection, LAYER_MEASURES[4]))} nats"),
+            ("Entropy", f"{number(mean_of(one.inspection, LAYER_COLUMNS[4]))} nats"),
         )
         sizes = f"{safe(facts.family)}, {len(layers)} layers of {layers[0].num_experts if layers else 0}"
         if facts.biases:
@@ -103,7 +103,7 @@ class _Sections:
         return body.replace("</section>", f"{listed}</section>")
 
     def layers(self) -> str:
-        figure = by_layer([(m.label, self._curves(m)) for m in LAYER_MEASURES])
+        figure = by_layer([(m.label, self._curves(m)) for m in LAYER_COLUMNS])
         title = "Inspected layer by layer"
         lead = (
             "Dotted: what chance gives, in the colour of its model. MaxVio is the largest load of an expert over the "
@@ -115,37 +115,35 @@ class _Sections:
             chart = f'<div class="tools">{menu}</div>{self.parts.lines("inspected-layers", figure, title)}'
         return section(title, lead, chart + "".join(self._layer_table(i, one) for i, one in enumerate(self.found)))
 
-    def _curves(self, measure: LayerMeasure) -> list[tuple[str, int, list[float], list[float], str]]:
+    def _curves(self, column: LayerColumn) -> list[tuple[str, int, list[float], list[float], str]]:
         curves = []
         for one in self.found:
-            values = [_number(measure.read(layer)) for layer in one.inspection.layers]
-            floor = [_number(measure.floor(layer)) for layer in one.inspection.layers] if measure.floor else []
-            curves.append((one.name, one.colour, values, floor, measure.chance))
+            values = [_number(column.read(layer)) for layer in one.inspection.layers]
+            floor = [_number(column.floor(layer)) for layer in one.inspection.layers] if column.floor else []
+            curves.append((one.name, one.colour, values, floor, column.chance))
         return curves
 
     def _layer_table(self, index: int, one: Named) -> str:
         rows = []
-        measures = [m for m in LAYER_MEASURES if any(m.read(layer) is not None for layer in one.inspection.layers)]
+        columns = [m for m in LAYER_COLUMNS if any(m.read(layer) is not None for layer in one.inspection.layers)]
         for number_, layer in enumerate(one.inspection.layers):
             cells = [
                 cell(f'{number_} <small title="{safe(layer.name)}">{safe(layer.name)}</small>', number_, "th", True)
             ]
-            for measure in measures:
-                value, floor = measure.read(layer), measure.floor(layer) if measure.floor else None
+            for column in columns:
+                value, floor = column.read(layer), column.floor(layer) if column.floor else None
                 small = (
-                    f" <small>{number(floor, measure.places)}</small>"
-                    if floor is not None and value is not None
-                    else ""
+                    f" <small>{number(floor, column.places)}</small>" if floor is not None and value is not None else ""
                 )
                 cells.append(
                     cell(
-                        f'<span class="value">{number(value, measure.places)}</span>{small}',
+                        f'<span class="value">{number(value, column.places)}</span>{small}',
                         "" if value is None else value,
                     )
                 )
             cells += [cell(str(len(layer.dead)), len(layer.dead)), cell(str(len(layer.idle)), len(layer.idle))]
             rows.append("".join(cells))
-        heads = ["Layer", *(m.label for m in measures), "Dead", "Idle"]
+        heads = ["Layer", *(m.label for m in columns), "Dead", "Idle"]
         listed = table(f"layers-{index}", f"layers of {one.name}", heads, rows)
         shown = " open" if len(self.found) == 1 and len(rows) <= 12 else ""
         return (

@@ -8,13 +8,15 @@ from html import escape
 from pathlib import Path
 
 from ..data.comparison import Comparison, StrategySummary
-from ..data.formatting import bytes_text, count, duration, fine_perplexity, number, percent, rough_perplexity, signed
-from ..data.measures import GROUPS, MEASURES, Measure
+from ..data.comparison_columns import COMPARISON_COLUMNS, GROUPS, Column
+from ..data.formatting import duration, fine_perplexity, number, percent, rough_perplexity, signed
 from ..data.statistics import Difference, Estimate
 from .widgets import breakable, cell, dot, safe, table
 
 __all__ = ["card", "config_list", "estimators_table", "numbers_table", "per_domain_table", "policies_table",
            "runs_table"]  # fmt: skip
+
+BY_KEY = {column.key: column for column in COMPARISON_COLUMNS}
 
 
 def dots(comparison: Comparison) -> str:
@@ -45,13 +47,13 @@ def card(comparison: Comparison, strategy: StrategySummary, index: int) -> str:
     perplexity = strategy.values.get("perplexity")
     facts = (
         ("Perplexity", rough_perplexity(perplexity.mean if perplexity else None), ""),
-        ("MaxVio", _shown(strategy, "heldout_maxvio_global"), ""),
-        ("Tokens/s", _shown(strategy, "tokens_per_second"), ""),
+        ("MaxVio", _shown(strategy, BY_KEY["heldout_maxvio_global"]), ""),
+        ("Tokens/s", _shown(strategy, BY_KEY["tokens_per_second"]), ""),
     )
     rows = "".join(f"<dt>{name}</dt><dd>{value} {unit}</dd>" for name, value, unit in facts)
     return f"""<article class="card" {dot(index)}>
 <h3>{breakable(strategy.name)}</h3>
-<p class="big">{_shown(strategy, "mutual_information")} <small>nats of domain information</small></p>
+<p class="big">{_shown(strategy, BY_KEY["mutual_information"])} <small>nats of domain information</small></p>
 <dl>{rows}</dl>
 <p class="delta">{_delta(comparison, strategy, perplexity)}</p>
 </article>"""
@@ -83,40 +85,40 @@ def numbers_table(comparison: Comparison) -> str:
     span = len(comparison.strategies) + 2
     rows = []
     for group in GROUPS:
-        members = [m for m in MEASURES if m.group == group]
-        members = [m for m in members if any(one.values.get(m.key) for one in comparison.strategies)]
+        members = [one for one in COMPARISON_COLUMNS if one.group == group]
+        members = [column for column in members if any(one.values.get(column.key) for one in comparison.strategies)]
         if members:
             rows.append(f'<tr class="group"><th colspan="{span}" scope="rowgroup">{group}</th></tr>')
-        rows += [_measure_row(comparison, measure) for measure in members]
+        rows += [_row(comparison, column) for column in members]
     return _stacked(comparison, "numbers", "", rows, '<th class="why" scope="col">What it means</th>')
 
 
-def _measure_row(comparison: Comparison, measure: Measure) -> str:
-    values = [one.values.get(measure.key) for one in comparison.strategies]
+def _row(comparison: Comparison, column: Column) -> str:
+    values = [one.values.get(column.key) for one in comparison.strategies]
     cells = []
     for value, one in zip(values, comparison.strategies, strict=True):
-        difference = one.differences.get(measure.key)
-        small = _small(difference, measure)
-        mark = ' class="best"' if _tone(difference, measure.better) == "good" else ""
+        difference = one.differences.get(column.key)
+        small = _small(difference, column)
+        mark = ' class="best"' if _tone(difference, column.better) == "good" else ""
         exact = value.mean if value is not None else ""
-        shown = f'<span class="value">{_shown(one, measure.key)}</span>{small}'
+        shown = f'<span class="value">{_shown(one, column)}</span>{small}'
         cells.append(f'<td{mark} data-value="{exact}">{shown}</td>')
-    floor = comparison.noise_floor.get(measure.key)
+    floor = comparison.noise_floor.get(column.key)
     note = f'<span class="floor">uniform random: {number(floor, 2)}</span>' if floor is not None else ""
-    unit = f", {measure.unit}" if measure.unit not in ("", "bytes") else ""
+    unit = f", {column.unit}" if column.unit not in ("", "bytes") else ""
     return (
-        f'<tr><th scope="row">{measure.label}{unit}{note}</th>{"".join(cells)}'
-        f'<td class="why">{escape(measure.explain)}</td></tr>'
+        f'<tr><th scope="row">{column.label}{unit}{note}</th>{"".join(cells)}'
+        f'<td class="why">{escape(column.explain)}</td></tr>'
     )
 
 
-def _small(difference: Difference | None, measure: Measure) -> str:
-    if difference is None or not any(difference.by_seed.values()) or not measure.compared:
+def _small(difference: Difference | None, column: Column) -> str:
+    if difference is None or not any(difference.by_seed.values()) or not column.compared:
         return ""
-    show = percent if measure.ratio else signed
-    text = f'<small class="{_tone(difference, measure.better)}">{_minus(show(difference.mean))}</small>'
+    show = percent if column.ratio else signed
+    text = f'<small class="{_tone(difference, column.better)}">{_minus(show(difference.mean))}</small>'
     if difference.low is not None:
-        text += f" <small>{_interval(difference, ratio=measure.ratio)}</small>"
+        text += f" <small>{_interval(difference, ratio=column.ratio)}</small>"
     return text
 
 
@@ -134,16 +136,9 @@ def _tone(difference: Difference | None, better: str) -> str:
     return "good" if (difference.mean < 0) == (better == "lower") else "bad"
 
 
-def _shown(strategy: StrategySummary, key: str) -> str:
-    value = strategy.values.get(key)
-    measure = next(one for one in MEASURES if one.key == key)
-    if key == "peak_memory":
-        return bytes_text(value.mean if value else None)
-    if key == "dead_experts":
-        return count(value.mean if value else None)
-    if key == "perplexity":
-        return fine_perplexity(value.mean if value else None)
-    return _minus(number(value.mean if value else None, measure.places))
+def _shown(strategy: StrategySummary, column: Column) -> str:
+    value = strategy.values.get(column.key)
+    return _minus(column.show(value.mean if value else None, column.places))
 
 
 def per_domain_table(comparison: Comparison) -> str:

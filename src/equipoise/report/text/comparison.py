@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from ..data.comparison import Comparison, StrategySummary
-from ..data.formatting import bytes_text, clean, clip, count, fine_perplexity, number, percent, signed, width
+from ..data.comparison_columns import COMPARISON_COLUMNS, Column
+from ..data.formatting import clean, clip, fine_perplexity, number, percent, signed, width
 from ..data.statistics import Difference, Estimate
 from .table import COLUMNS, table, wrap
 
@@ -49,15 +50,6 @@ def _remarks(comparison: Comparison) -> Iterator[list[str]]:
 
 
 def _quality(comparison: Comparison) -> str:
-    base = comparison.baseline
-    columns: dict[str, Cell] = {
-        "perplexity": lambda one: fine_perplexity(_mean(one.values.get("perplexity"))),
-        f"vs {clip(clean(base), 12)}": lambda one: _relative(one, base),
-        "bits/byte": _value("bits_per_byte", 3),
-        "info": _value("mutual_information", 3),
-        "chance": _value("mutual_information_shuffled", 4),
-        "top-K": _value("topk_score", 3),
-    }
     title = "Held-out text" + (f" after {comparison.step} steps" if comparison.step is not None else "")
     note = (
         "info: nats that the choice of an expert tells about the domain; chance: the same with shuffled labels; "
@@ -65,40 +57,20 @@ def _quality(comparison: Comparison) -> str:
     )
     if any(one.n > 1 for strategy in comparison.strategies for one in strategy.differences.values() if one):
         note += " [ ]: 95% interval of the difference, paired by seed."
-    return _table(title, comparison.strategies, columns, note)
+    return _table(title, comparison, ("Quality", "Specialization"), note)
 
 
 def _balance(comparison: Comparison) -> str:
-    columns: dict[str, Cell] = {
-        "global": _value("train_maxvio_global", 2),
-        "micro": _value("train_maxvio_micro_batch", 2),
-        "sequence": _value("train_maxvio_sequence", 2),
-        "all": _value("heldout_maxvio_global", 2),
-        "micro ": _value("heldout_maxvio_micro_batch", 2),
-        "sequence ": _value("heldout_maxvio_sequence", 2),
-        "dead": lambda one: count(_mean(one.values.get("dead_experts"))),
-    }
-    floor = comparison.noise_floor
-    keys = ("train_maxvio_global", "train_maxvio_micro_batch", "train_maxvio_sequence", "heldout_maxvio_global",
-            "heldout_maxvio_micro_batch", "heldout_maxvio_sequence")  # fmt: skip
-    last = ["uniform random", *(number(floor.get(key), 2) for key in keys), ""]
     note = (
         "MaxVio = largest load / mean load - 1: 0 is even, 1 is an expert with twice its share. In training: over the "
         "global batch, a micro-batch, a sequence, mean of the last quarter of the steps. dead: experts without a token."
     )
-    spans = {"in training": ("global", "micro", "sequence"), "held-out text": ("all", "micro ", "sequence ")}
-    return _table("Balance (MaxVio)", comparison.strategies, columns, note, last, spans)
+    groups = ("Balance in training", "Balance on held-out text")
+    return _table("Balance (MaxVio)", comparison, groups, note, noise_floor=True)
 
 
 def _cost(comparison: Comparison) -> str:
-    columns: dict[str, Cell] = {
-        "tokens/s": _value("tokens_per_second", 0),
-        "s/step": _value("seconds_per_step", None),
-        "vs base": lambda one: _shown(d) if (d := one.differences.get("seconds_per_step")) else "",
-        "memory": lambda one: bytes_text(_mean(one.values.get("peak_memory"))),
-        "runs": _statuses,
-    }
-    return _table("Cost", comparison.strategies, columns)
+    return _table("Cost", comparison, ("Cost",), last={"runs": _statuses})
 
 
 def _statuses(strategy: StrategySummary) -> str:
@@ -151,20 +123,23 @@ def _mean(value: Estimate | None) -> float | None:
     return value.mean if value else None
 
 
-def _value(key: str, places: int | None) -> Cell:
+def _value(column: Column, places: int | None) -> Cell:
+    return lambda strategy: column.show(_mean(strategy.values.get(column.key)), places)
+
+
+def _difference(column: Column, baseline: str) -> Cell:
     def cell(strategy: StrategySummary) -> str:
-        return number(_mean(strategy.values.get(key)), places)
+        if (difference := strategy.differences.get(column.key)) is not None:
+            return _shown(difference)
+        return _why_none(strategy, baseline) if column.group == "Quality" else ""  # the first table says it for all
 
     return cell
 
 
-def _relative(strategy: StrategySummary, baseline: str) -> str:
+def _why_none(strategy: StrategySummary, baseline: str) -> str:
     if not strategy.compared:
         return f"at step {strategy.runs[0].seen_at}"
-    difference = strategy.differences.get("perplexity")
-    if difference is None:
-        return "" if strategy.name == baseline else "–"
-    return _shown(difference)
+    return "" if strategy.name == baseline else "–"
 
 
 def _shown(difference: Difference) -> str:
@@ -176,18 +151,36 @@ def _shown(difference: Difference) -> str:
 
 def _table(
     title: str,
-    strategies: Sequence[StrategySummary],
-    columns: dict[str, Cell],
+    comparison: Comparison,
+    groups: Sequence[str],
     note: str = "",
-    last: list[str] | None = None,
-    spans: dict[str, tuple[str, ...]] | None = None,
+    *,
+    noise_floor: bool = False,
+    last: dict[str, Cell] | None = None,
 ) -> str:
-    """Strategies in rows; a column that no strategy fills is left out. ``spans`` are headings over several columns."""
-    rows = [[clip(clean(one.name), NAME), *(cell(one) for cell in columns.values())] for one in strategies]
-    if last:
-        rows.append(last)
-    kept = [0] + [i for i in range(1, len(columns) + 1) if any(row[i] not in ("", "–") for row in rows)]
+    """The columns of these groups, strategies in rows; a column that no strategy fills is left out.
+
+    ``noise_floor`` adds a row with what random routing shows; ``last`` are columns beside those of the groups.
+    """
+    cells: dict[str, Cell] = {}
+    floors: list[str] = []
+    spans: dict[str, list[str]] = {}
+    for column in COMPARISON_COLUMNS:
+        if column.group not in groups or (shown := column.terminal) is None:
+            continue
+        cells[shown.heading] = _value(column, shown.places)
+        floors.append(number(comparison.noise_floor.get(column.key), shown.places) if column.noise_tokens else "")
+        if shown.over:
+            spans.setdefault(shown.over, []).append(shown.heading)
+        if shown.difference:
+            heading = shown.difference.format(baseline=clip(clean(comparison.baseline), 12))
+            cells[heading] = _difference(column, comparison.baseline)
+            floors.append("")
+    cells |= last or {}
+    rows = [[clip(clean(one.name), NAME), *(cell(one) for cell in cells.values())] for one in comparison.strategies]
+    rows += [["uniform random", *floors]] if noise_floor else []
+    kept = [0] + [i for i in range(1, len(cells) + 1) if any(row[i] not in ("", "–") for row in rows)]
     if len(kept) == 1:
         return ""
-    header = ["strategy", *columns]
+    header = ["strategy", *cells]
     return table(title, [header[i] for i in kept], [[row[i] for i in kept] for row in rows], note, spans=spans)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from ..data.formatting import clean, clip, number
-from ..data.inspections import LAYER_MEASURES, Named, headline_of, mean_of
+from ..data.inspections import LAYER_COLUMNS, Named, headline_of, mean_of
 from .table import align, wrap
 
 __all__ = ["render_inspections"]
@@ -29,13 +29,13 @@ def render_inspections(found: Sequence[Named]) -> str:
 
 def _rows(group: Sequence[Named]) -> Iterator[list[str]]:
     yield ["Mean over layers (chance)", *(clip(clean(one.name), NAME) for one in group)]
-    for measure in LAYER_MEASURES:
+    for column in LAYER_COLUMNS:
         cells = []
         for one in group:
-            value, floor = mean_of(one.inspection, measure), mean_of(one.inspection, measure, floor=True)
-            chance = f" ({number(floor, measure.places)})" if math.isfinite(floor) else ""
-            cells.append(f"{number(value, measure.places)}{chance}")
-        yield [measure.label, *cells]
+            value, floor = mean_of(one.inspection, column), mean_of(one.inspection, column, floor=True)
+            chance = f" ({number(floor, column.places)})" if math.isfinite(floor) else ""
+            cells.append(f"{number(value, column.places)}{chance}")
+        yield [column.label, *cells]
     count: tuple[tuple[str, Callable[..., int]], ...] = (
         ("Dead experts", lambda layer: len(layer.dead)),
         ("Idle experts", lambda layer: len(layer.idle)),
