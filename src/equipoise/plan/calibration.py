@@ -7,12 +7,11 @@ micro-batch, 512 a step. Balanced over 8 sequences a step takes 1.55 s, over 128
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .cluster import Cluster, describe
 from .cost import StepTime, step_time, work
-from .loads import Skew, expected_maxvio
+from .loads import Skew, bisect, expected_maxvio
 from .straggler import Straggler, straggler
 from .typical_skews import TYPICAL
 
@@ -74,13 +73,13 @@ def check(cluster: Cluster | None = None, *, seed: int = 0) -> Check:
         return step_time(on, straggler(skew, on, seed=seed), counts=counts)
 
     micro = TYPICAL["micro"]
-    efficiency = _solve(lambda x: -time(replace(start, efficiency=x), micro, False).total, -PAPER["micro"], 0.01, 1.0)
+    efficiency = bisect(lambda x: -time(replace(start, efficiency=x), micro, False).total, -PAPER["micro"], 0.01, 1.0)
     on = replace(start, efficiency=efficiency)
     first = time(on, micro, False)
     corpus = TYPICAL["global"].corpus
 
     def skew_of(name: str) -> Skew:
-        return Skew(corpus, _solve(lambda x: time(on, Skew(corpus, x)).total, PAPER[name], 0.0, 4.0))
+        return Skew(corpus, bisect(lambda x: time(on, Skew(corpus, x)).total, PAPER[name], 0.0, 4.0))
 
     skews = {"micro": micro, "global": skew_of("global"), "global+micro": skew_of("global+micro")}
     rows = [
@@ -106,11 +105,3 @@ def check(cluster: Cluster | None = None, *, seed: int = 0) -> Check:
         hidden=(rows[2].model - sums) / first.total - 1,
         from_lab=time(on, LAB_GLOBAL).total,
     )
-
-
-def _solve(f: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """Where the rising ``f`` reaches ``target``, by halving; an end of the interval where it never does."""
-    for _ in range(15):
-        middle = (low + high) / 2
-        low, high = (middle, high) if f(middle) < target else (low, middle)
-    return (low + high) / 2

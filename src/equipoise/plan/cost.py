@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..report.data.order_statistics import expected_max
 from .cluster import Cluster
-from .straggler import Straggler, expected_max
+from .straggler import Straggler
 
 __all__ = ["Memory", "StepTime", "Work", "memory", "step_time", "sum_seconds", "work"]
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, DataError
 
-__all__ = ["SOURCES", "Loads", "Recorded", "Skew", "expected_maxvio", "fit", "shares"]
+__all__ = ["SOURCES", "Loads", "Recorded", "Skew", "bisect", "expected_maxvio", "fit", "shares"]
 
 Array = NDArray[np.floating]
 SOURCES = 32  # kinds of text; a group of ranks draws from them
@@ -183,7 +183,16 @@ def _solve(f: Callable[[float], float], target: float) -> float:
     low, high = 0.0, 1.0
     while f(high) < target and high < STEEPEST:
         low, high = high, 2 * high
-    for _ in range(10):
+    return bisect(f, target, low, high, rounds=10)
+
+
+def bisect(f: Callable[[float], float], target: float, low: float, high: float, *, rounds: int = 15) -> float:
+    """Where the rising ``f`` reaches ``target``, by halving; an end of the interval where it never does.
+
+    >>> round(bisect(lambda x: x * x, 2.0, 0.0, 4.0, rounds=20), 4)
+    1.4142
+    """
+    for _ in range(rounds):
         middle = (low + high) / 2
         low, high = (middle, high) if f(middle) < target else (low, middle)
     return (low + high) / 2

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
 from .cluster import Cluster
 from .loads import Batch, Loads
 
-__all__ = ["Straggler", "batch_of", "expected_max", "straggler"]
+__all__ = ["Straggler", "batch_of", "straggler"]
 
 CELLS = 400_000  # loads in one simulation: bounds time and memory
 SOURCE_CELLS = 4_000_000  # the same for the shares of all sources
@@ -60,12 +59,3 @@ def straggler(loads: Loads, cluster: Cluster, *, seed: int = 0) -> Straggler:
         rank_spread=float(relative_LBR.std()),
         draws=layers * batches,
     )
-
-
-def expected_max(n: int) -> float:
-    """Mean of the largest of ``n`` independent standard normal numbers (Blom's approximation, 0 for n = 1).
-
-    >>> expected_max(1), round(expected_max(2), 2), round(expected_max(1000), 2)
-    (0.0, 0.59, 3.23)
-    """
-    return NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) if n > 1 else 0.0

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-__all__ = ["Difference", "Estimate", "estimate", "paired_difference", "random_maxvio",
-           "t_quantile"]  # fmt: skip
+__all__ = ["Difference", "Estimate", "estimate", "paired_difference", "t_quantile"]
 
 # Student's t, two-sided 95 %, for 1 to 30 degrees of freedom (the table of every statistics book)
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
@@ -60,22 +59,6 @@ def t_quantile(degrees: int) -> float:
         return T_975[degrees - 1]
     z = NormalDist().inv_cdf(0.975)  # and the first terms of its expansion in 1 / degrees
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-
-
-def random_maxvio(tokens: float, top_k: int, num_experts: int) -> float:
-    """Mean MaxVio of uniformly random routing: ``functional.metrics.maxvio_noise_floor`` without torch.
-
-    >>> round(random_maxvio(2048 * 64 // 8, 8, 64), 3)
-    0.049
-    """
-    if not 0 < top_k < num_experts or tokens <= 0:
-        return 0.0
-    share = top_k / num_experts
-    load = tokens * share
-    largest = NormalDist().inv_cdf((num_experts - 0.375) / (num_experts + 0.25))  # of E Gaussians (Blom)
-    spread = math.sqrt((num_experts - top_k) / (num_experts - 1) / load)
-    skew = (largest**2 - 1) * (1 - 2 * share) / (6 * load)
-    return min(max(largest * spread + skew, 0.0), 1 / share - 1)
 
 
 def estimate(by_seed: Mapping[int, float], *, ratio: bool = False) -> Estimate | None:

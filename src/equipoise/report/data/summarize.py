@@ -15,8 +15,9 @@ from .comparison_columns import COMPARISON_COLUMNS
 from .curves import charts, training_metrics
 from .formatting import clean, listed
 from .headline import headline
+from .order_statistics import random_maxvio
 from .run_view import Observation, mean, observe, usable
-from .statistics import estimate, paired_difference, random_maxvio
+from .statistics import estimate, paired_difference
 
 __all__ = ["null", "summarize", "to_json"]
 
