@@ -15,7 +15,7 @@ from .loads import Skew, bisect, expected_maxvio
 from .straggler import Straggler, straggler
 from .typical_skews import TYPICAL
 
-__all__ = ["PAPER", "Check", "CheckRow", "check", "paper_cluster"]
+__all__ = ["PAPER", "Calibration", "CalibrationRow", "calibrate", "paper_cluster"]
 
 PAPER = {"micro": 1.55, "global": 1.64, "global+micro": 1.59}  # seconds per step
 TOTAL, ACTIVE = 42.8e9, 6.6e9
@@ -25,7 +25,7 @@ LAB_GLOBAL = Skew(0.12, 0.86)  # 300 steps of the lab under a global loss
 
 
 @dataclass(frozen=True)
-class CheckRow:
+class CalibrationRow:
     """One strategy: what the paper measured, what the model says, and what was ``fitted`` so that they agree."""
 
     name: str
@@ -38,13 +38,13 @@ class CheckRow:
 
 
 @dataclass(frozen=True)
-class Check:
+class Calibration:
     """Table 5 again. ``efficiency`` and two skews are fitted; what is left is predicted."""
 
     cluster: Cluster
     efficiency: float
     waited: float  # share of an even step that the slowest rank stretches
-    rows: list[CheckRow]
+    rows: list[CalibrationRow]
     sums: float  # the balancer's sums, as a share of the first row: the paper says about 0.01
     hidden: float  # the last row's cost if these sums were hidden: the paper says it can be below 0.02
     from_lab: float  # seconds of `global` with the lab's loads: only the efficiency is fitted
@@ -65,7 +65,7 @@ def paper_cluster(gpus: int = 128) -> Cluster:
     return describe(None, "h100", settings)
 
 
-def check(cluster: Cluster | None = None, *, seed: int = 0) -> Check:
+def calibrate(cluster: Cluster | None = None, *, seed: int = 0) -> Calibration:
     """Fits the efficiency on the first row and one skew on each other row; predicts the rest."""
     start = cluster or paper_cluster()
 
@@ -83,7 +83,7 @@ def check(cluster: Cluster | None = None, *, seed: int = 0) -> Check:
 
     skews = {"micro": micro, "global": skew_of("global"), "global+micro": skew_of("global+micro")}
     rows = [
-        CheckRow(
+        CalibrationRow(
             name=name,
             paper=PAPER[name],
             model=time(on, skew, name != "micro").total,
@@ -96,7 +96,7 @@ def check(cluster: Cluster | None = None, *, seed: int = 0) -> Check:
     ]
     sums = time(on, skews["global"]).balance_sums
     even = on.micro_batches * (work(on).dense + work(on).waited)
-    return Check(
+    return Calibration(
         cluster=on,
         efficiency=efficiency,
         waited=on.micro_batches * work(on).waited / even,

@@ -12,7 +12,7 @@ from .cost import Memory, StepTime, Work, memory, step_time, work
 from .straggler import Straggler, straggler
 from .typical_skews import Strategy
 
-__all__ = ["EVEN", "Growth", "Outlook", "Row", "growth_sizes", "outlook", "to_json"]
+__all__ = ["EVEN", "Forecast", "Growth", "Row", "forecast", "growth_sizes", "to_json"]
 
 EVEN = Straggler(1.0, 0.0, 0.0, 0.0, 0)
 
@@ -42,7 +42,7 @@ class Growth:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Forecast:
     """What ``equipoise plan`` shows."""
 
     cluster: Cluster
@@ -54,8 +54,8 @@ class Outlook:
     seed: int
 
 
-def outlook(cluster: Cluster, strategies: list[Strategy], *, up_to: int = 4096, seed: int = 0,
-            notes: list[str] | None = None) -> Outlook:  # fmt: skip
+def forecast(cluster: Cluster, strategies: list[Strategy], *, up_to: int = 4096, seed: int = 0,
+            notes: list[str] | None = None) -> Forecast:  # fmt: skip
     """Everything; ``up_to`` bounds the ranks per group of the growth table (0: none).
 
     Raises ConfigError without a strategy, and where recorded counts are of another number of experts.
@@ -72,7 +72,7 @@ def outlook(cluster: Cluster, strategies: list[Strategy], *, up_to: int = 4096, 
         Growth(on.ep, on.gpus, on.replicas, on.experts_per_rank, [rows[i] for rows in table])
         for i, on in enumerate(wider, start=1)
     ]
-    return Outlook(cluster, work(cluster), _even(cluster), [rows[0] for rows in table], growth, notes or [], seed)
+    return Forecast(cluster, work(cluster), _even(cluster), [rows[0] for rows in table], growth, notes or [], seed)
 
 
 def growth_sizes(experts: int, up_to: int) -> list[int]:
@@ -94,7 +94,7 @@ def growth_sizes(experts: int, up_to: int) -> list[int]:
     return [ep for ep in sizes if ep <= up_to]
 
 
-def to_json(plan: Outlook) -> dict[str, Any]:
+def to_json(plan: Forecast) -> dict[str, Any]:
     """Plain data: seconds, bytes, shares."""
 
     def row(one: Row) -> dict[str, Any]:

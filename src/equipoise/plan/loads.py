@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, DataError
 
-__all__ = ["SOURCES", "Loads", "Recorded", "Skew", "bisect", "expected_maxvio", "fit", "shares"]
+__all__ = ["SOURCES", "Loads", "RecordedCounts", "Skew", "bisect", "expected_maxvio", "fit", "shares"]
 
 Array = NDArray[np.floating]
 SOURCES = 32  # kinds of text; a group of ranks draws from them
@@ -67,11 +67,11 @@ class Skew:
 
 
 @dataclass(frozen=True, eq=False)
-class Recorded:
+class RecordedCounts:
     """Counts [micro-batches, layers, experts], each micro-batch one rank's. A group's load is the sum of as many of
     them, drawn again and again; nothing is added to the noise that they have. Raises DataError for what are no counts.
 
-    >>> Recorded(np.ones((4, 2, 8))).counts_MLE.shape
+    >>> RecordedCounts(np.ones((4, 2, 8))).counts_MLE.shape
     (4, 2, 8)
     """
 

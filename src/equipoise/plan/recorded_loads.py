@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
+from ..storage.inspection_record import is_inspection, read_inspection
 from ..storage.run_record import RECORD_NAME, Run, read_run
-from .loads import Array, Loads, Recorded, fit
+from .loads import Array, Loads, RecordedCounts, fit
 from .typical_skews import TYPICAL, Strategy, needs_counts
 
-__all__ = ["Observed", "observe"]
+__all__ = ["RecordedLoads", "read_recorded_loads"]
 
 TABLES = (".csv", ".npy", ".npz")
 MOST_COUNTS = 5e7  # that a .csv may speak of
 
 
 @dataclass(frozen=True)
-class Observed:
+class RecordedLoads:
     """What was found at the given paths. Counts hold for their own layers and experts, a law for any number."""
 
     strategies: list[Strategy]
@@ -42,11 +44,23 @@ class _Measured:
     scope: dict[str, int]  # what `fit` has to know about both stretches
 
 
-def observe(paths: Iterable[str | Path]) -> Observed:
-    """Reads run folders, folders of runs, record files, and .npy, .npz or .csv files of counts.
+def read_recorded_loads(paths: Iterable[str | Path]) -> RecordedLoads:
+    """Reads run folders, folders of runs, record files, inspections, and .npy, .npz or .csv files of counts.
 
     Runs of one strategy (seeds) are averaged. Raises DataError for what cannot be read and for a record without loads.
     """
+    places = list(map(Path, paths))
+    inspections = [place for place in places if is_inspection(place)]
+    found = _read_runs_and_counts(place for place in places if place not in inspections)
+    inspected = [_inspected(folder) for folder in inspections]
+    return replace(
+        found,
+        strategies=[*found.strategies, *(strategy for strategy, _ in inspected)],
+        experts=sorted({*found.experts, *(experts for _, experts in inspected)}),
+    )
+
+
+def _read_runs_and_counts(paths: Iterable[Path]) -> RecordedLoads:
     found: list[Strategy] = []
     measured: dict[str, list[_Measured]] = {}
     scopes: dict[str, dict[str, int]] = {}
@@ -54,7 +68,7 @@ def observe(paths: Iterable[str | Path]) -> Observed:
     problems: list[str] = []
     for path in _expand(paths):
         if path.suffix in TABLES:
-            counts = Recorded(_read_table(path))
+            counts = RecordedCounts(_read_table(path))
             origin = f"{path.name}: {counts.counts_MLE.shape[0]} micro-batches"
             found.append(Strategy(path.stem, counts, origin, counts=needs_counts(path.stem)))
             _agree(counted, {"layers": counts.counts_MLE.shape[1], "experts": counts.counts_MLE.shape[2]}, path)
@@ -66,11 +80,11 @@ def observe(paths: Iterable[str | Path]) -> Observed:
             _agree(scopes.setdefault(one.name, {}), one.scope, path)
     order = sorted(measured, key=lambda name: list(TYPICAL).index(name) if name in TYPICAL else len(TYPICAL))
     experts = sorted({one.scope["experts"] for runs in measured.values() for one in runs})
-    return Observed([*found, *(_strategy(measured[name]) for name in order)], counted, experts, problems)
+    return RecordedLoads([*found, *(_strategy(measured[name]) for name in order)], counted, experts, problems)
 
 
-def _expand(paths: Iterable[str | Path]) -> Iterable[Path]:
-    for path in map(Path, paths):
+def _expand(paths: Iterable[Path]) -> Iterable[Path]:
+    for path in paths:
         runs = sorted(one.parent for one in path.glob(f"*/{RECORD_NAME}")) if path.is_dir() else []
         yield from runs if runs and not (path / RECORD_NAME).exists() else [path]
 
@@ -166,6 +180,24 @@ def _strategy(runs: list[_Measured]) -> Strategy:
     seeds = f" of {len(runs)} runs" if len(runs) > 1 else ""
     origin = f"recorded MaxVio{seeds}: {batch:.2f} per micro-batch, {corpus:.2f} per step"
     return Strategy(runs[0].name, loads, origin, counts=needs_counts(runs[0].name))
+
+
+def _inspected(folder: Path) -> tuple[Strategy, int]:
+    """The law with the MaxVio of an inspection's layers, those of the most common shape; and their experts."""
+    inspection = read_inspection(folder)
+    if not inspection.layers:
+        raise DataError(expected=f"an inspection of MoE layers in {folder}", got="none", do="inspect another model")
+    shapes = Counter((one.num_experts, one.top_k) for one in inspection.layers)
+    (experts, top_k), number = shapes.most_common(1)[0]
+    layers = [one for one in inspection.layers if (one.num_experts, one.top_k) == (experts, top_k)]
+    batch = sum(one.maxvio_micro_batch for one in layers) / number
+    corpus = sum(one.maxvio_global for one in layers) / number
+    pairs = inspection.facts.sequence_length * top_k
+    windows = max(1, inspection.facts.equal_windows) * max(1, len(inspection.domains))
+    skew = fit(batch, corpus, experts=experts, sources=1, pairs=pairs * inspection.facts.micro_batch,
+               all_sources=windows, all_pairs=windows * pairs, top_k=top_k)  # fmt: skip
+    origin = f"inspected {inspection.facts.model}: MaxVio {batch:.2f} per micro-batch, {corpus:.2f} over all"
+    return Strategy(folder.resolve().name, skew, origin), experts
 
 
 def _mean(values: Iterable[Any]) -> float:

@@ -6,18 +6,18 @@ from collections.abc import Iterator, Sequence
 
 from ..report.data.formatting import clean, clip
 from ..report.text.table import table, wrap
-from .calibration import PAPER, Check
-from .forecast import Growth, Outlook, Row
+from .calibration import PAPER, Calibration
+from .forecast import Forecast, Growth, Row
 from .presets import GPUS, MODELS
 from .typical_skews import TYPICAL
 
-__all__ = ["headline", "render_check", "render_outlook", "render_presets"]
+__all__ = ["headline", "render_calibration", "render_forecast", "render_presets"]
 
 NAME = 18
 AT_ONCE = 5  # strategies side by side
 
 
-def render_outlook(plan: Outlook) -> str:
+def render_forecast(plan: Forecast) -> str:
     """The whole plan."""
     blocks = [
         wrap(headline(plan)),
@@ -30,7 +30,7 @@ def render_outlook(plan: Outlook) -> str:
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def headline(plan: Outlook) -> str:
+def headline(plan: Forecast) -> str:
     """The answer in one or two sentences: what global costs against micro, else what everything costs against even."""
     rows = {one.name: one for one in plan.rows}
     base, wide, both = (rows.get(name) for name in ("micro", "global", "global+micro"))
@@ -47,7 +47,7 @@ def headline(plan: Outlook) -> str:
     return f"Against even load a step takes longer by: {listed} ({where})."
 
 
-def _strategies(plan: Outlook) -> str:
+def _strategies(plan: Forecast) -> str:
     base = next((one for one in plan.rows if one.name == "micro"), None)
     head = ["strategy", "slowest/mean", "s/step", "vs even", *(["vs micro"] if base else []), "experts' memory"]
     even = _bytes(plan.rows[0].memory.even)
@@ -69,7 +69,7 @@ def _strategies(plan: Outlook) -> str:
     return _table("What each strategy costs", head, lines) + "\n" + wrap(note)
 
 
-def _time(plan: Outlook) -> str:
+def _time(plan: Forecast) -> str:
     even = plan.even
     lines = []
     for one in plan.rows:
@@ -82,7 +82,7 @@ def _time(plan: Outlook) -> str:
     return _table(wrap(title), ["strategy", "slowest rank", "slowest group", "sums of loads", "together"], lines)
 
 
-def _growth(plan: Outlook) -> Iterator[str]:
+def _growth(plan: Forecast) -> Iterator[str]:
     names = [one.name for one in plan.rows]
     for start in range(0, len(names) if plan.growth else 0, AT_ONCE):
         chosen = slice(start, start + AT_ONCE)
@@ -108,7 +108,7 @@ def _held(one: Growth) -> str:
     return str(one.experts_per_rank) if one.replicas == 1 else f"1/{one.replicas}"
 
 
-def _assumptions(plan: Outlook) -> Iterator[str]:
+def _assumptions(plan: Forecast) -> Iterator[str]:
     c = plan.cluster
     yield (
         f"{c.layers} MoE layers x {c.experts} experts, top-{c.top_k}, width {c.width}, expert width {c.expert_hidden}, "
@@ -135,7 +135,7 @@ def _assumptions(plan: Outlook) -> Iterator[str]:
     yield f"seed {plan.seed}; other machine or model: --set NAME=VALUE, --preset, --cluster FILE.toml"
 
 
-def render_check(found: Check) -> str:
+def render_calibration(found: Calibration) -> str:
     """Table 5 of the paper beside the model, with what was fitted and what was predicted."""
     lines = []
     for one in found.rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from equipoise.plan.calibration import PAPER, check, paper_cluster
+from equipoise.plan.calibration import PAPER, calibrate, paper_cluster
 from equipoise.plan.cluster import describe
 from equipoise.plan.presets import MODELS
 from equipoise.plan.typical_skews import TYPICAL
@@ -23,7 +23,7 @@ PUBLISHED = {
 
 @pytest.fixture(scope="module")
 def found():
-    return check()
+    return calibrate()
 
 
 def test_the_fitted_rows_are_met(found):
@@ -54,7 +54,7 @@ def test_the_papers_model_adds_up():
 
 
 def test_another_number_of_gpus_still_meets_the_rows():
-    other = check(paper_cluster(gpus=256))
+    other = calibrate(paper_cluster(gpus=256))
     assert [round(one.model, 2) for one in other.rows] == list(PAPER.values())
     assert other.efficiency < 0.3  # half the work per GPU in the same time
 
