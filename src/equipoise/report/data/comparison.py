@@ -13,7 +13,7 @@ __all__ = ["Comparison", "EstimatorSummary", "RunFacts", "StrategySummary"]
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run of a strategy. ``step`` is the last one it trained, ``seen_at`` the one its numbers are of."""
+    """One run of a strategy. ``step`` is the last one trained, ``seen_at`` the one that its numbers are from."""
 
     path: str
     seed: int
@@ -30,7 +30,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class EstimatorSummary:
-    """Gradient of the balance loss with this f against the exact one: means over all steps at which it was measured."""
+    """Gradient of the balance loss with an estimated f against the exact one, averaged over the steps measured."""
 
     name: str
     relative_error: float
@@ -41,12 +41,12 @@ class EstimatorSummary:
 
 @dataclass(frozen=True)
 class StrategySummary:
-    """All runs of one strategy. ``differences`` are against the baseline, empty for the baseline itself."""
+    """All runs of one strategy. ``differences`` are from the baseline, and empty for the baseline itself."""
 
     name: str
     policies: list[str]
     runs: list[RunFacts]
-    compared: bool  # its numbers are of the same step as the others'
+    compared: bool  # its numbers are from the same step as those of the others
     values: dict[str, Estimate | None]
     differences: dict[str, Difference | None]
     domain_perplexity: dict[str, Estimate | None]
@@ -59,10 +59,10 @@ class StrategySummary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a report says. ``step`` is None when the strategies have no evaluated step in common."""
+    """The numbers of a report. ``step`` is None if the strategies share no evaluated step."""
 
-    headline: str  # what is certain: the experts and their load
-    quality: str  # perplexity: who is told apart; may be empty
+    headline: str  # what is certain: specialization and load
+    quality: str  # perplexity, and which differences are significant; may be empty
     baseline: str
     step: int | None
     strategies: list[StrategySummary]
@@ -71,7 +71,7 @@ class Comparison:
     domains: list[str]
     noise_floor: dict[str, float]  # column -> MaxVio of uniformly random routing
     facts: dict[str, Any] = field(default_factory=dict)  # layers, experts, parameters, tokens per step, ...
-    config: dict[str, Any] = field(default_factory=dict)  # flat, of the baseline's first run
+    config: dict[str, Any] = field(default_factory=dict)  # dotted names, from the first run of the baseline
     corpora: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .formatting import bytes_text, count, fine_perplexity, number
-from .run_view import Observation, is_number, mean
+from .run_view import RunView, is_number, mean
 
 __all__ = ["COMPARISON_COLUMNS", "GROUPS", "Column", "TerminalColumn"]
 
@@ -55,33 +55,33 @@ class Column:
     label: str
     group: str
     explain: str
-    read: Callable[[Observation], float]
+    read: Callable[[RunView], float]
     better: str = ""
     unit: str = ""
     ratio: bool = False
     places: int | None = None
     show: Callable[[float | None, int | None], str] = number
     compared: bool = True
-    noise_tokens: Callable[[Observation], float] | None = None
+    noise_tokens: Callable[[RunView], float] | None = None
     terminal: TerminalColumn | None = None
 
 
-def _perplexity(seen: Observation) -> float:
-    return seen.evaluation.perplexity if seen.evaluation else math.nan
+def _perplexity(view: RunView) -> float:
+    return view.evaluation.perplexity if view.evaluation else math.nan
 
 
-def _held_out(name: str) -> Callable[[Observation], float]:
+def _held_out(name: str) -> Callable[[RunView], float]:
     """Mean over layers (or domains) of a field of the evaluation."""
 
-    def read(seen: Observation) -> float:
-        value = getattr(seen.evaluation, name, None)
+    def read(view: RunView) -> float:
+        value = getattr(view.evaluation, name, None)
         return mean(_numbers(value)) if value is not None else math.nan
 
     return read
 
 
-def _dead(seen: Observation) -> float:
-    known = _numbers(seen.evaluation.dead_experts) if seen.evaluation else []
+def _dead(view: RunView) -> float:
+    known = _numbers(view.evaluation.dead_experts) if view.evaluation else []
     return math.fsum(known) if known else math.nan
 
 
@@ -94,38 +94,38 @@ def _numbers(value: object) -> list[float]:
     return [value] if is_number(value) else []  # type: ignore[list-item]
 
 
-def _trained(name: str) -> Callable[[Observation], float]:
-    return lambda seen: seen.trained(name)
+def _trained(name: str) -> Callable[[RunView], float]:
+    return lambda view: view.trained(name)
 
 
-def _speed(seen: Observation) -> float:
-    return seen.over_steps(lambda step: step.tokens / step.seconds if step.seconds > 0 else math.nan)
+def _speed(view: RunView) -> float:
+    return view.over_steps(lambda step: step.tokens / step.seconds if step.seconds > 0 else math.nan)
 
 
-def _seconds(seen: Observation) -> float:
-    return seen.over_steps(lambda step: step.seconds if step.seconds > 0 else math.nan)
+def _seconds(view: RunView) -> float:
+    return view.over_steps(lambda step: step.seconds if step.seconds > 0 else math.nan)
 
 
-def _memory(seen: Observation) -> float:
-    return float(seen.run.end.peak_memory_bytes) if seen.run.end else math.nan
+def _memory(view: RunView) -> float:
+    return float(view.run.end.peak_memory_bytes) if view.run.end else math.nan
 
 
-def _step_tokens(seen: Observation) -> float:
-    return mean(step.tokens for step in seen.window)
+def _step_tokens(view: RunView) -> float:
+    return mean(step.tokens for step in view.window)
 
 
-def _micro_batch_tokens(seen: Observation) -> float:
-    micro_batches = seen.config.get("train.micro_batches")
-    return _step_tokens(seen) / micro_batches if isinstance(micro_batches, int) and micro_batches > 0 else math.nan
+def _micro_batch_tokens(view: RunView) -> float:
+    micro_batches = view.config.get("train.micro_batches")
+    return _step_tokens(view) / micro_batches if isinstance(micro_batches, int) and micro_batches > 0 else math.nan
 
 
-def _sequence_tokens(seen: Observation) -> float:
-    length = seen.config.get("data.sequence_length")
+def _sequence_tokens(view: RunView) -> float:
+    length = view.config.get("data.sequence_length")
     return float(length) if isinstance(length, int) else math.nan
 
 
-def _held_out_tokens(seen: Observation) -> float:
-    return math.fsum(seen.evaluation.tokens.values()) if seen.evaluation else math.nan
+def _held_out_tokens(view: RunView) -> float:
+    return math.fsum(view.evaluation.tokens.values()) if view.evaluation else math.nan
 
 
 MAXVIO = "MaxVio = largest load of an expert / mean load − 1: 0 is even, 1 means that one expert works twice its share"
@@ -140,7 +140,7 @@ COMPARISON_COLUMNS = (
            _held_out("bits_per_byte"), "lower", places=3, terminal=TerminalColumn("bits/byte", 3)),
     Column("train_loss", "Training loss", "Quality",
            "Mean cross-entropy over the last quarter of the steps, without the balance loss.",
-           lambda seen: mean(step.loss for step in seen.window), "lower", "nats", places=3),
+           lambda view: mean(step.loss for step in view.window), "lower", "nats", places=3),
     Column("mutual_information", "Domain information", "Specialization",
            "Mutual information of expert and domain: what the choice of an expert tells about the domain of the text.",
            _held_out("mutual_information"), "higher", "nats", terminal=TerminalColumn("info", 3)),

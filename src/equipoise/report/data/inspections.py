@@ -1,4 +1,4 @@
-"""Inspections in plain numbers: how each is called, what is said of it first, its measures layer by layer."""
+"""The numbers of inspections: a name for each, a headline, and the columns of their layers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from .formatting import clean, number
 __all__ = [
     "LAYER_COLUMNS",
     "LayerColumn",
-    "Named",
+    "NamedInspection",
     "headline_of",
     "inspections_json",
     "mean_of",
-    "named",
+    "name_inspections",
     "straggler",
 ]
 
 
 @dataclass(frozen=True)
 class LayerColumn:
-    """``read`` and ``floor`` take a layer; the floor is what chance alone gives, where that is known."""
+    """One number of an inspected layer: the terminal, the page and the CSV take theirs from ``LAYER_COLUMNS``.
+
+    ``floor`` is what chance alone gives, if that is known.
+    """
 
     label: str
     read: Callable[[Layer], float | None]
@@ -57,16 +60,16 @@ LAYER_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Named:
-    """An inspection under a name that no other on the page has; ``colour`` is its place among the colours."""
+class NamedInspection:
+    """An inspection with a name that is unique on the page; ``colour`` is an index into the page's colours."""
 
     name: str
     colour: int
     inspection: Inspection
 
 
-def named(inspections: Sequence[Inspection], first_colour: int = 0) -> list[Named]:
-    """Names from the model's path, longer where two would be alike."""
+def name_inspections(inspections: Sequence[Inspection], first_colour: int = 0) -> list[NamedInspection]:
+    """Names inspections by the last parts of the model's path, as many as make the names unique."""
     whole = [one.facts.model.rstrip("/") or "model" for one in inspections]
     for parts in (1, 2, 3):
         names = ["/".join(one.split("/")[-parts:]) for one in whole]
@@ -77,24 +80,24 @@ def named(inspections: Sequence[Inspection], first_colour: int = 0) -> list[Name
     for index, (name, inspection) in enumerate(zip(names, inspections, strict=True)):
         seen[name] = seen.get(name, 0) + 1
         own = f"{name} #{seen[name]}" if names.count(name) > 1 else name
-        found.append(Named(own, first_colour + index, inspection))
+        found.append(NamedInspection(own, first_colour + index, inspection))
     return found
 
 
 def mean_of(inspection: Inspection, column: LayerColumn, *, floor: bool = False) -> float:
-    """Mean over the layers that have it, NaN without any."""
+    """Mean over the layers that have the column; NaN if none has."""
     read = column.floor if floor else column.read
     values = [value for one in inspection.layers if read and (value := read(one)) is not None and math.isfinite(value)]
     return math.fsum(values) / len(values) if values else math.nan
 
 
 def straggler(inspection: Inspection) -> float:
-    """Mean over layers of the largest load over the mean load, all text, every domain weighing the same."""
+    """Largest load over mean load on all text, each domain weighted equally; mean over layers."""
     return 1 + mean_of(inspection, LAYER_COLUMNS[0])
 
 
-def headline_of(found: Sequence[Named]) -> str:
-    """What one inspection found, or how far apart several are, in a sentence."""
+def headline_of(found: Sequence[NamedInspection]) -> str:
+    """The result of one inspection, or how far several differ, in a sentence."""
     about = LAYER_COLUMNS[3]
     knows = {one.name: mean_of(one.inspection, about) for one in found}
     known = {name: value for name, value in knows.items() if math.isfinite(value)}
@@ -119,8 +122,8 @@ def headline_of(found: Sequence[Named]) -> str:
     return text + (f", {dead} expert{'s are' if dead > 1 else ' is'} never chosen." if dead else ".")
 
 
-def inspections_json(found: Sequence[Named]) -> list[dict[str, Any]]:
-    """The numbers of each inspection without its arrays and texts; NaN as None."""
+def inspections_json(found: Sequence[NamedInspection]) -> list[dict[str, Any]]:
+    """The numbers of each inspection without its arrays and texts."""
     return [
         {
             "name": one.name,

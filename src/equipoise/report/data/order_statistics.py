@@ -1,4 +1,4 @@
-"""The largest of several random numbers, in plain floats: what reports and plans compare loads with."""
+"""Expected maxima in plain floats: the noise floor of MaxVio, and of a load over many ranks."""
 
 from __future__ import annotations
 

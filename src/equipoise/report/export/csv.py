@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...storage.run_record import Run
 from ..data.comparison import Comparison
 from ..data.comparison_columns import COMPARISON_COLUMNS
-from ..data.inspections import LAYER_COLUMNS, Named
+from ..data.inspections import LAYER_COLUMNS, NamedInspection
 from ..html.page import write_file
 
 __all__ = ["write_csv"]
@@ -22,7 +22,7 @@ Rows = Iterator[Sequence[Any]]
 
 
 def write_csv(
-    path: str | Path, comparison: Comparison | None, runs: Sequence[Run], found: Sequence[Named]
+    path: str | Path, comparison: Comparison | None, runs: Sequence[Run], found: Sequence[NamedInspection]
 ) -> list[Path]:
     """``path`` ending in .csv: the table of all numbers. Else a folder with a file of each kind.
 
@@ -88,7 +88,7 @@ def _loads(runs: Sequence[Run]) -> Rows:
                     yield [*_who(run), load.step, layer, expert, count]
 
 
-def _layers(found: Sequence[Named]) -> Rows:
+def _layers(found: Sequence[NamedInspection]) -> Rows:
     heads = [
         part
         for column in LAYER_COLUMNS
@@ -103,7 +103,7 @@ def _layers(found: Sequence[Named]) -> Rows:
             yield [one.name, index, layer.name, *cells, len(layer.dead), len(layer.idle)]
 
 
-def _domains(found: Sequence[Named]) -> Rows:
+def _domains(found: Sequence[NamedInspection]) -> Rows:
     yield ["model", "domain", "layer", "expert", "choices", "frequency"]
     for one in found:
         frequency_DLE = one.inspection.frequency_DLE()

@@ -14,7 +14,7 @@ from ...storage.inspection_record import Inspection
 from ...storage.run_record import Run
 from ..data.comparison import Comparison
 from ..data.formatting import clean
-from ..data.inspections import named
+from ..data.inspections import name_inspections
 from ..data.load import load
 from ..data.summarize import summarize
 from ..html import figures
@@ -177,7 +177,7 @@ def domains(source: Source | Sequence[Source], strategy: str | None = None, *, d
     import_plotly()
     runs, inspections = _read(source)
     if inspections and not runs:
-        found = {one.name: one.inspection for one in named(inspections)}
+        found = {one.name: one.inspection for one in name_inspections(inspections)}
         if strategy is not None and strategy not in found:
             raise unknown_name("inspection", strategy, found)
         name = strategy or next(iter(found))

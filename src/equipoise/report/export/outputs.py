@@ -10,14 +10,14 @@ from pathlib import Path
 from ...errors import ConfigError
 from ...storage.run_record import Run
 from ..data.comparison import Comparison
-from ..data.inspections import Named, inspections_json, named
+from ..data.inspections import NamedInspection, inspections_json, name_inspections
 from ..data.load import load
 from ..data.summarize import null, summarize, to_json
 from ..html.page import render_html, write_file
 from ..text.comparison import render_terminal
 from ..text.inspections import render_inspections
 from .csv import write_csv
-from .png import write_pictures
+from .png import write_png
 
 __all__ = ["Report", "read_report", "write_outputs"]
 
@@ -28,7 +28,7 @@ class Report:
 
     runs: list[Run]
     comparison: Comparison | None  # None without runs
-    found: list[Named]
+    found: list[NamedInspection]
     problems: list[str]  # those that the comparison does not carry
 
     def html(self, live: float = 0) -> str:
@@ -59,7 +59,7 @@ def read_report(paths: Sequence[str | Path], baseline: str | None = None) -> Rep
     comparison = summarize(runs, baseline=baseline, problems=problems) if runs else None
     if comparison is None and baseline is not None:
         raise ConfigError(expected="runs, where --baseline is given", got="inspections only", do="leave --baseline out")
-    found = named(inspections, len(comparison.strategies) if comparison else 0)
+    found = name_inspections(inspections, len(comparison.strategies) if comparison else 0)
     return Report(runs, comparison, found, [] if comparison else problems)
 
 
@@ -69,7 +69,7 @@ def write_outputs(
     """Writes what is named and returns a line about each.
 
     Args:
-        out: file of the page. csv: see `write_csv`. png: see `write_pictures`. dark: draws dark pictures.
+        out: file of the page. csv: see `write_csv`. png: see `write_png`. dark: draws dark pictures.
 
     Raises OutputError where a file cannot be written, ConfigError where a package or a browser is missing.
     """
@@ -78,6 +78,6 @@ def write_outputs(
     if csv:
         lines += [f"Numbers: {path}" for path in write_csv(csv, report.comparison, report.runs, report.found)]
     if png:
-        made = write_pictures(html, png, scheme="dark" if dark else "light")
+        made = write_png(html, png, scheme="dark" if dark else "light")
         lines.append(f"Pictures: {made[0]}" if len(made) == 1 else f"Pictures: {len(made)} in {png}")
     return lines

@@ -12,13 +12,13 @@ from typing import Any
 from ...errors import ConfigError, OutputError
 from ..html.page import write_file
 
-__all__ = ["BROWSERS", "write_pictures"]
+__all__ = ["BROWSERS", "write_png"]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WAIT = 60_000  # milliseconds for a page to be drawn
 
 
-def write_pictures(page: str, path: str | Path, *, wide: int = 1200, scheme: str = "light") -> list[Path]:
+def write_png(page: str, path: str | Path, *, wide: int = 1200, scheme: str = "light") -> list[Path]:
     """``path`` ending in .png: the whole page. Else a folder with a picture of each section, numbered in their order.
 
     Args:

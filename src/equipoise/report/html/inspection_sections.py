@@ -10,11 +10,11 @@ import numpy as np
 from ...storage.inspection_record import Inspection
 from ..data.curves import thin
 from ..data.formatting import clean, duration, number
-from ..data.inspections import LAYER_COLUMNS, LayerColumn, Named, mean_of, straggler
+from ..data.inspections import LAYER_COLUMNS, LayerColumn, NamedInspection, mean_of, straggler
 from .figures import by_layer
 from .heatmaps import Map, by_domain, heat_map, top_of, view
 from .token_text import left_out, passages_of, vocabulary_of
-from .widgets import Parts, breakable, cell, dot, safe, section, table
+from .widgets import Widgets, breakable, cell, dot, safe, section, table
 
 __all__ = ["inspection_cards", "inspection_origin", "inspection_sections"]
 
@@ -23,7 +23,7 @@ MOST_DOMAIN_CELLS, MOST_PAIR_CELLS, MOST_SHARED_CELLS = 800_000, 800_000, 100_00
 MOST_ALIKE = 200  # rows
 
 
-def inspection_cards(found: Sequence[Named]) -> str:
+def inspection_cards(found: Sequence[NamedInspection]) -> str:
     cards = []
     for one in found:
         facts, layers = one.inspection.facts, one.inspection.layers
@@ -51,16 +51,16 @@ def inspection_cards(found: Sequence[Named]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>\n'
 
 
-def inspection_sections(found: Sequence[Named], parts: Parts) -> list[str]:
+def inspection_sections(found: Sequence[NamedInspection], widgets: Widgets) -> list[str]:
     """All of them in the order of the page; those that nothing was measured for are left out."""
-    page = _Sections(found, parts)
+    page = _Sections(found, widgets)
     return [page.domains(), page.layers(), page.by_domain(), page.shared(), page.pairs(), page.alike(),
             page.vocabulary(), page.text()]  # fmt: skip
 
 
 class _Sections:
-    def __init__(self, found: Sequence[Named], parts: Parts) -> None:
-        self.found, self.parts = found, parts
+    def __init__(self, found: Sequence[NamedInspection], widgets: Widgets) -> None:
+        self.found, self.widgets = found, widgets
 
     def domains(self) -> str:
         def cells(one: Inspection) -> np.ndarray:
@@ -111,8 +111,8 @@ class _Sections:
         )
         chart = ""
         if figure is not None:
-            menu = self.parts.select("inspected-layers", [one["label"] for one in figure["views"]], "Show")
-            chart = f'<div class="tools">{menu}</div>{self.parts.lines("inspected-layers", figure, title)}'
+            menu = self.widgets.select("inspected-layers", [one["label"] for one in figure["views"]], "Show")
+            chart = f'<div class="tools">{menu}</div>{self.widgets.lines("inspected-layers", figure, title)}'
         return section(title, lead, chart + "".join(self._layer_table(i, one) for i, one in enumerate(self.found)))
 
     def _curves(self, column: LayerColumn) -> list[tuple[str, int, list[float], list[float], str]]:
@@ -123,7 +123,7 @@ class _Sections:
             curves.append((one.name, one.colour, values, floor, column.chance))
         return curves
 
-    def _layer_table(self, index: int, one: Named) -> str:
+    def _layer_table(self, index: int, one: NamedInspection) -> str:
         rows = []
         columns = [m for m in LAYER_COLUMNS if any(m.read(layer) is not None for layer in one.inspection.layers)]
         for number_, layer in enumerate(one.inspection.layers):
@@ -173,13 +173,13 @@ class _Sections:
             rows = [domain.name for domain in one.inspection.domains]
             figure = heat_map(views, rows, top=1.0, row="domain", cell="layer", column="layer", scale="amount", unit="")
             panels.append((breakable(one.name), one.colour, figure))
-        menu = self.parts.select("by-domain", [label for label, *_ in kinds], "Show")
-        made = self.parts.panels("by-domain", "By domain and layer", panels)
+        menu = self.widgets.select("by-domain", [label for label, *_ in kinds], "Show")
+        made = self.widgets.panels("by-domain", "By domain and layer", panels)
         lead = (
             "Mean over the tokens of a domain (top-K score, entropy) or over its sequences and micro-batches (MaxVio)."
         )
         return section(
-            "By domain and layer", lead, f'<div class="tools">{menu}{self.parts.ramp("by-domain")}</div>{made}'
+            "By domain and layer", lead, f'<div class="tools">{menu}{self.widgets.ramp("by-domain")}</div>{made}'
         )
 
     def pairs(self) -> str:
@@ -221,8 +221,8 @@ class _Sections:
                        table("alike", "dead and redundant experts", heads, rows[:MOST_ALIKE], left=(0, 2)))  # fmt: skip
 
     def vocabulary(self) -> str:
-        self.parts.texts["vocabulary"] = [vocabulary_of(one, len(self.found)) for one in self.found]
-        if not any(one["layers"] for one in self.parts.texts["vocabulary"]):
+        self.widgets.texts["vocabulary"] = [vocabulary_of(one, len(self.found)) for one in self.found]
+        if not any(one["layers"] for one in self.widgets.texts["vocabulary"]):
             return ""
         lead = (
             "The token ids that give an expert most of its load: how many of its choices they are, and how many of the "
@@ -231,13 +231,13 @@ class _Sections:
         return section("What one expert reads", lead, '<div id="vocabulary"><p class="empty">Needs scripts.</p></div>')
 
     def text(self) -> str:
-        self.parts.texts["passages"] = [passages_of(one, len(self.found)) for one in self.found]
-        if not any(one["passages"] for one in self.parts.texts["passages"]):
+        self.widgets.texts["passages"] = [passages_of(one, len(self.found)) for one in self.found]
+        if not any(one["passages"] for one in self.widgets.texts["passages"]):
             return ""
         lead = (
             "Each token in the colour, and with the number, of its first expert in this layer. Point at a token, or go "
             "through the text with the arrow keys, to see all its experts; a click or Enter keeps one expert lit."
-            + left_out(self.found, self.parts.texts["passages"])
+            + left_out(self.found, self.widgets.texts["passages"])
         )
         return section(
             "The text, coloured by expert", lead, '<div id="passages"><p class="empty">Needs scripts.</p></div>'
@@ -270,11 +270,11 @@ class _Sections:
         if len(labels) < deepest:
             lead += f" {len(labels)} of {deepest} layers are shown."
         panels = [(breakable(one.name), one.colour, figure) for one, figure in zip(self.found, figures, strict=True)]
-        tools = f'<div class="tools">{self.parts.slider(menu, labels, "Show")}{self.parts.ramp(menu)}</div>'
-        return section(title, lead, tools + self.parts.panels(menu, title, panels))
+        tools = f'<div class="tools">{self.widgets.slider(menu, labels, "Show")}{self.widgets.ramp(menu)}</div>'
+        return section(title, lead, tools + self.widgets.panels(menu, title, panels))
 
 
-def inspection_origin(found: Sequence[Named]) -> str:
+def inspection_origin(found: Sequence[NamedInspection]) -> str:
     rows = []
     for one in found:
         f = one.inspection.facts

@@ -17,10 +17,10 @@ from ...storage.inspection_record import Inspection
 from ...storage.run_record import write_whole
 from ..data.comparison import Comparison
 from ..data.formatting import clean
-from ..data.inspections import Named, headline_of, named
+from ..data.inspections import NamedInspection, headline_of, name_inspections
 from .inspection_sections import inspection_cards, inspection_origin, inspection_sections
 from .run_sections import run_cards, run_facts, run_origin, run_sections
-from .widgets import Parts, safe, section
+from .widgets import Widgets, safe, section
 
 __all__ = ["render_html", "write_file", "write_html"]
 
@@ -59,10 +59,10 @@ def render_html(
     problems: Sequence[str] = (), live: float = 0,
 ) -> str:  # fmt: skip
     """The page as text; the same reports give the same bytes."""
-    parts = Parts()
-    found = named(inspections, len(comparison.strategies) if comparison else 0)
-    runs = run_sections(comparison, parts) if comparison else []
-    inspected = inspection_sections(found, parts) if found else []
+    widgets = Widgets()
+    found = name_inspections(inspections, len(comparison.strategies) if comparison else 0)
+    runs = run_sections(comparison, widgets) if comparison else []
+    inspected = inspection_sections(found, widgets) if found else []
     origin = (run_origin(comparison) if comparison else "") + (inspection_origin(found) if found else "")
     second = ""
     if comparison and found:  # the page's own headline and cards are those of the runs
@@ -72,7 +72,7 @@ def render_html(
     names = [one.name for one in comparison.strategies] if comparison else []
     data = {
         "strategies": [escape(clean(name), quote=False) for name in names],
-        "figures": parts.figures, "maps": parts.maps, "menus": parts.menus, "texts": parts.texts,
+        "figures": widgets.figures, "maps": widgets.maps, "menus": widgets.menus, "texts": widgets.texts,
     }  # fmt: skip
     title = " · ".join(map(clean, [*names, *(one.name for one in found)][:4]))
     version = next(iter([c.versions.get("equipoise", "") for c in [comparison] if c]
@@ -96,7 +96,7 @@ def render_html(
 loads nothing; without scripts the tables remain.</p></footer>
 <div id="spoken" class="unseen" role="status" aria-live="polite"></div>
 <script type="application/gzip" id="report-data">{_packed(_json(data))}</script>
-{f'<script type="application/gzip" id="report-plotly">{_plotly()}</script>' if parts.figures else ""}
+{f'<script type="application/gzip" id="report-plotly">{_plotly()}</script>' if widgets.figures else ""}
 <script type="module">
 {"".join(_asset(f"{name}.js") for name in SCRIPTS)}</script>
 </body>
@@ -105,7 +105,7 @@ loads nothing; without scripts the tables remain.</p></footer>
 
 
 def _head(
-    comparison: Comparison | None, found: Sequence[Named], problems: Sequence[str], body: str, live: float
+    comparison: Comparison | None, found: Sequence[NamedInspection], problems: Sequence[str], body: str, live: float
 ) -> str:
     notes = [f"<p>{safe(text)}</p>" for text in (comparison.warnings if comparison else [])]
     unread = [*(comparison.problems if comparison else []), *problems]

@@ -10,7 +10,7 @@ import numpy as np
 from ...storage.inspection_record import Inspection
 from ..data.curves import thin
 from ..data.formatting import clean
-from ..data.inspections import Named
+from ..data.inspections import NamedInspection
 
 __all__ = ["left_out", "passages_of", "vocabulary_of"]
 
@@ -20,7 +20,7 @@ MOST_VOCABULARY_IDS = 500_000  # tokens × their contexts
 CONTEXT, TOKENS = 11, 4  # of an example, and of an expert: as many as a line of the page and a glance hold
 
 
-def passages_of(one: Named, inspections: int) -> dict[str, Any]:
+def passages_of(one: NamedInspection, inspections: int) -> dict[str, Any]:
     """Passages, first one of every domain; each with ids (S) and experts (layers × S × K, flat).
 
     What is too much for one page is left out from the end: passages, then the end of each, then layers.
@@ -50,7 +50,7 @@ def passages_of(one: Named, inspections: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def left_out(found: Sequence[Named], shown: Sequence[dict[str, Any]]) -> str:
+def left_out(found: Sequence[NamedInspection], shown: Sequence[dict[str, Any]]) -> str:
     """What of the recorded passages is not on the page, in a sentence after a space; empty where all of it is."""
     said = []
     for one, page in zip(found, shown, strict=True):
@@ -66,7 +66,7 @@ def left_out(found: Sequence[Named], shown: Sequence[dict[str, Any]]) -> str:
     return f" To keep the page small it has {'; '.join(said)}: the inspection's folder has all." if said else ""
 
 
-def vocabulary_of(one: Named, inspections: int) -> dict[str, Any]:
+def vocabulary_of(one: NamedInspection, inspections: int) -> dict[str, Any]:
     """Layers of experts of tokens: [id, its share of the expert's load, share of the id's choices, domain, context]."""
     arrays, most = one.inspection.arrays, MOST_VOCABULARY_IDS // inspections
     layers, experts, tokens = arrays.top_ids_LEJ.shape

@@ -11,7 +11,7 @@ from ..data.formatting import clean
 from .figures import Figure
 from .heatmaps import Map
 
-__all__ = ["Parts", "breakable", "cell", "dot", "safe", "section", "table"]
+__all__ = ["Widgets", "breakable", "cell", "dot", "safe", "section", "table"]
 
 HELP = "Arrow keys tell its cells."
 
@@ -60,7 +60,7 @@ def table(name: str, label: str, heads: Sequence[str], rows: Sequence[str], *, l
     )
 
 
-class Parts:
+class Widgets:
     """Controls and figures by name. A name belongs to one menu; everything that names the menu follows it."""
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from ..data.formatting import clean, clip, number
-from ..data.inspections import LAYER_COLUMNS, Named, headline_of, mean_of
+from ..data.inspections import LAYER_COLUMNS, NamedInspection, headline_of, mean_of
 from .table import align, wrap
 
 __all__ = ["render_inspections"]
@@ -16,7 +16,7 @@ NAME = 14  # the widest an inspection's name gets
 LABELS, CELLS = 34, 15  # columns of text
 
 
-def render_inspections(found: Sequence[Named]) -> str:
+def render_inspections(found: Sequence[NamedInspection]) -> str:
     """The headline, means over the layers of each inspection, and what could not be measured."""
     lines = [wrap(headline_of(found)), ""]
     for start in range(0, len(found), AT_ONCE):
@@ -27,7 +27,7 @@ def render_inspections(found: Sequence[Named]) -> str:
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _rows(group: Sequence[Named]) -> Iterator[list[str]]:
+def _rows(group: Sequence[NamedInspection]) -> Iterator[list[str]]:
     yield ["Mean over layers (chance)", *(clip(clean(one.name), NAME) for one in group)]
     for column in LAYER_COLUMNS:
         cells = []

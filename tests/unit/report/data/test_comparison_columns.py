@@ -10,7 +10,7 @@ import pytest
 
 from equipoise.report import load_runs, render_terminal, summarize, to_json
 from equipoise.report.data.comparison_columns import COMPARISON_COLUMNS, GROUPS, Column, TerminalColumn
-from equipoise.report.data.run_view import observe
+from equipoise.report.data.run_view import view_run
 from equipoise.report.export.csv import write_csv
 from equipoise.report.html.page import render_html
 from equipoise.storage.run_record import read_run
@@ -45,8 +45,8 @@ def test_keys_and_headings_are_unique_and_groups_known():
 
 
 def test_every_column_is_read_from_a_full_run_and_missing_from_an_empty_one(folder, tmp_path):
-    full = observe(read_run(folder / "global-s0"), None)
-    empty = observe(read_run(write_run(tmp_path, header("micro", 0, steps=20), until=0, end="")), None)
+    full = view_run(read_run(folder / "global-s0"), None)
+    empty = view_run(read_run(write_run(tmp_path, header("micro", 0, steps=20), until=0, end="")), None)
     empty = replace(empty, evaluation=None)
     for column in COMPARISON_COLUMNS:
         assert column.read(full) == column.read(full), column.key  # not NaN
@@ -65,4 +65,4 @@ def test_every_column_is_read_from_a_full_run_and_missing_from_an_empty_one(fold
 def test_the_noise_floor_is_taken_over_as_many_tokens_as_the_maxvio(folder, key, tokens):
     (column,) = [one for one in COMPARISON_COLUMNS if one.key == key]
     assert column.noise_tokens is not None
-    assert column.noise_tokens(observe(read_run(folder / "global-s0"), None)) == tokens
+    assert column.noise_tokens(view_run(read_run(folder / "global-s0"), None)) == tokens

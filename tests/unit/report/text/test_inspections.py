@@ -6,13 +6,13 @@ import math
 from dataclasses import replace
 
 from equipoise.report.data.formatting import width
-from equipoise.report.data.inspections import named
+from equipoise.report.data.inspections import name_inspections
 from equipoise.report.text.inspections import render_inspections
 from unit.report.synthetic_inspection import synthetic_inspection
 
 
 def test_a_line_per_measure_holds_the_mean_and_chance(inspections):
-    text = render_inspections(named(inspections))
+    text = render_inspections(name_inspections(inspections))
     for label, value, chance in (
         ("MaxVio, all text", lambda one: one.maxvio_global, lambda one: one.noise_global),
         ("Entropy of the mean gate, nats", lambda one: one.entropy_mean, lambda one: math.log(one.num_experts)),
@@ -30,13 +30,13 @@ def test_a_line_per_measure_holds_the_mean_and_chance(inspections):
 def test_many_inspections_with_hostile_names_fit(inspections):
     one = replace(inspections[0], problems=["x\x1b[2J: left out " * 9])
     facts = [replace(one.facts, model=f"models/{i}中\x1b[31m" + "long" * 20) for i in range(7)]
-    text = render_inspections(named([replace(one, facts=each) for each in facts]))
+    text = render_inspections(name_inspections([replace(one, facts=each) for each in facts]))
     assert max(map(width, text.splitlines())) <= 80
     assert "\x1b" not in text
     assert text.count("Mean over layers") == 3  # tables, for seven columns
 
 
 def test_one_domain_has_no_information():
-    text = render_inspections(named([synthetic_inspection(names=["only"])]))
+    text = render_inspections(name_inspections([synthetic_inspection(names=["only"])]))
     (line,) = [line for line in text.splitlines() if line.startswith("Domain information")]
     assert line.split() == ["Domain", "information,", "nats", "–"]
