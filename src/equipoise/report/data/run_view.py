@@ -15,7 +15,7 @@ __all__ = ["RunView", "flatten", "last_quarter", "usable", "view_run"]
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as of ``step``: ``evaluation`` is the last one at or before it, ``window`` the last quarter of ``steps``."""
+    """A run as of ``step``: ``evaluation`` is the last at or before it, ``window`` the last quarter of ``steps``."""
 
     run: Run
     step: int

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from equipoise.report import load_runs, render_terminal, summarize
+from equipoise.report import load_runs, summarize
 from equipoise.report.data.formatting import fine_perplexity, width
+from equipoise.report.text.comparison import render_terminal
 from equipoise.storage.run_record import read_run
 from unit.report.synthetic import header, write_comparison, write_run
 
