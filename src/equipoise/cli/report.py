@@ -1,4 +1,4 @@
-"""``equipoise report RUN...``: the table, the page, the numbers and the pictures of runs and inspections."""
+"""``equipoise report RUN...``: tables, page, CSV and pictures of runs and inspections."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ LAB_GLOBAL = Skew(0.12, 0.86)  # 300 steps of the lab under a global loss
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """One strategy: what the paper measured, what the model says, and what was ``fitted`` so that they agree."""
+    """One strategy: seconds in the paper and of the model, and the parameter ``fitted`` to make them agree."""
 
     name: str
     paper: float
@@ -39,19 +39,19 @@ class CalibrationRow:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Table 5 again. ``efficiency`` and two skews are fitted; what is left is predicted."""
+    """Table 5 as the model gives it: ``efficiency`` and two skews are fitted, the rest is predicted."""
 
     cluster: Cluster
     efficiency: float
-    waited: float  # share of an even step that the slowest rank stretches
+    waited: float  # fraction of a balanced step that scales with the slowest rank
     rows: list[CalibrationRow]
-    sums: float  # the balancer's sums, as a share of the first row: the paper says about 0.01
-    hidden: float  # the last row's cost if these sums were hidden: the paper says it can be below 0.02
-    from_lab: float  # seconds of `global` with the lab's loads: only the efficiency is fitted
+    sums: float  # all-reduces of the balancer as a fraction of the first row: about 0.01 in the paper
+    hidden: float  # cost of the last row if these were overlapped: below 0.02 in the paper
+    from_lab: float  # seconds of `global` with loads of the lab: only the efficiency is fitted
 
 
 def paper_cluster(gpus: int = 128) -> Cluster:
-    """The paper's model on assumed H100: total and active parameters give those of an expert, and so its width.
+    """The model of the paper on assumed H100; total and active parameters determine the width of an expert.
 
     >>> paper_cluster().expert_hidden, paper_cluster().micro_batches
     (393, 4)
@@ -66,7 +66,11 @@ def paper_cluster(gpus: int = 128) -> Cluster:
 
 
 def calibrate(cluster: Cluster | None = None, *, seed: int = 0) -> Calibration:
-    """Fits the efficiency on the first row and one skew on each other row; predicts the rest."""
+    """Fits the efficiency to the first row and one skew to each other row, and predicts the rest.
+
+    Args:
+        cluster: the model and its machine; None for `paper_cluster`. seed: of the simulation.
+    """
     start = cluster or paper_cluster()
 
     def time(on: Cluster, skew: Skew, counts: bool = True) -> StepTime:

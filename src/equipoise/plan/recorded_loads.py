@@ -1,4 +1,4 @@
-"""Loads that were recorded: a run's record gives the law's two numbers, a file of counts is used as it is."""
+"""Loads from files: runs and inspections give a fitted skew, files of counts are used unchanged."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from .typical_skews import TYPICAL, Strategy, needs_counts
 __all__ = ["RecordedLoads", "read_recorded_loads"]
 
 TABLES = (".csv", ".npy", ".npz")
-MOST_COUNTS = 5e7  # that a .csv may speak of
+MOST_COUNTS = 5e7  # largest array that a .csv may describe
 
 
 @dataclass(frozen=True)
 class RecordedLoads:
-    """What was found at the given paths. Counts hold for their own layers and experts, a law for any number."""
+    """Loads read from paths. Counts apply to their own number of layers and experts, a skew to any number."""
 
     strategies: list[Strategy]
-    counted: dict[str, int]  # layers and experts of the files of counts; empty without
-    experts: list[int]  # of the records
+    counted: dict[str, int]  # layers and experts of the files of counts; empty if there are none
+    experts: list[int]  # numbers of experts of runs and inspections
     problems: list[str]
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Mean MaxVio of a run: over its micro-batches, and over a longer stretch of text."""
+    """Mean MaxVio of a run, over its micro-batches and over more text."""
 
     name: str
     batch: float
     corpus: float
-    scope: dict[str, int]  # what `fit` has to know about both stretches
+    scope: dict[str, int]  # arguments of `fit`
 
 
 def read_recorded_loads(paths: Iterable[str | Path]) -> RecordedLoads:
     """Reads run folders, folders of runs, record files, inspections, and .npy, .npz or .csv files of counts.
 
-    Runs of one strategy (seeds) are averaged. Raises DataError for what cannot be read and for a record without loads.
+    Seeds of one strategy are averaged. Raises DataError for a path that cannot be read and for a record without loads.
     """
     places = list(map(Path, paths))
     inspections = [place for place in places if is_inspection(place)]
@@ -90,7 +90,7 @@ def _expand(paths: Iterable[Path]) -> Iterable[Path]:
 
 
 def _agree(known: dict[str, int], found: dict[str, int], path: Path) -> None:
-    """Files of counts, and the seeds of a strategy, have to be of one model, cut in one way."""
+    """Checks that files of counts, and seeds of a strategy, have one model and one batch layout."""
     for name, value in found.items():
         if known.setdefault(name, value) != value:
             raise DataError(expected=f"loads of one model, cut alike: {name} = {known[name]}", got=f"{value} in {path}",
@@ -143,7 +143,7 @@ def _read_csv(path: Path) -> Array:
 
 
 def _measure(run: Run) -> _Measured:
-    """MaxVio of the last quarter of the steps, else of the last evaluation."""
+    """MaxVio over the last quarter of the steps, or of the last evaluation if steps have none."""
     header, end = run.header, run.steps[-max(1, len(run.steps) // 4) :]
     train, data = _part(header.config, "train"), _part(header.config, "data")
     length, sequences = _whole(data, "sequence_length"), _whole(train, "sequences_per_micro_batch")
@@ -183,7 +183,7 @@ def _strategy(runs: list[_Measured]) -> Strategy:
 
 
 def _inspected(folder: Path) -> tuple[Strategy, int]:
-    """The law with the MaxVio of an inspection's layers, those of the most common shape; and their experts."""
+    """The skew with the mean MaxVio of the layers of the most common shape, and the number of experts of these."""
     inspection = read_inspection(folder)
     if not inspection.layers:
         raise DataError(expected=f"an inspection of MoE layers in {folder}", got="none", do="inspect another model")
@@ -201,7 +201,7 @@ def _inspected(folder: Path) -> tuple[Strategy, int]:
 
 
 def _mean(values: Iterable[Any]) -> float:
-    """Of those that are numbers: a record may hold anything."""
+    """Mean of the numbers among ``values``, since a record may contain anything."""
     known = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
     return sum(known) / len(known) if known else math.nan
 

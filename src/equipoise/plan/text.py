@@ -1,4 +1,4 @@
-"""A plan as plain text of at most 80 columns: the answer, then tables, then what was assumed."""
+"""A plan as plain text of at most 80 columns: the answer, tables, and the assumptions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AT_ONCE = 5  # strategies side by side
 
 
 def render_forecast(plan: Forecast) -> str:
-    """The whole plan."""
+    """The plan as text of at most 80 columns."""
     blocks = [
         wrap(headline(plan)),
         "\n".join(wrap(f"! {clean(note)}", "  ") for note in plan.notes[:12]),
@@ -31,7 +31,7 @@ def render_forecast(plan: Forecast) -> str:
 
 
 def headline(plan: Forecast) -> str:
-    """The answer in one or two sentences: what global costs against micro, else what everything costs against even."""
+    """The answer in a sentence: the cost of global over micro, or else of every strategy over even load."""
     rows = {one.name: one for one in plan.rows}
     base, wide, both = (rows.get(name) for name in ("micro", "global", "global+micro"))
     c = plan.cluster
@@ -136,7 +136,7 @@ def _assumptions(plan: Forecast) -> Iterator[str]:
 
 
 def render_calibration(found: Calibration) -> str:
-    """Table 5 of the paper beside the model, with what was fitted and what was predicted."""
+    """Table 5 of the paper beside the model, and which numbers were fitted or predicted."""
     lines = []
     for one in found.rows:
         scope = f"{one.maxvio:.2f}"
@@ -165,7 +165,7 @@ def render_calibration(found: Calibration) -> str:
 
 
 def render_presets() -> str:
-    """The names that --preset and --gpu know, and the typical loads."""
+    """The names for --preset and --gpu, and the typical loads."""
     models = [[name, *(f"{m[key]:,}" for key in ("layers", "experts", "top_k", "width", "expert_hidden")),
                _short(m["dense_parameters"])] for name, m in MODELS.items()]  # fmt: skip
     gpus = [[name, f"{g['tflops']:g}", f"{g['intra_gb_s']:g}", f"{g['inter_gb_s']:g}"] for name, g in GPUS.items()]

@@ -1,4 +1,4 @@
-"""Reports on runs: records in, a summary, a terminal table and one HTML file out. Imports no torch."""
+"""Reports on runs and inspections: tables in the terminal, one HTML file, CSV and pictures. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of a report as CSV: one file, or a folder with everything that was recorded."""
+"""Writes the numbers of a report as CSV: one file, or a folder with everything that was recorded."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Rows = Iterator[Sequence[Any]]
 def write_csv(
     path: str | Path, comparison: Comparison | None, runs: Sequence[Run], found: Sequence[NamedInspection]
 ) -> list[Path]:
-    """``path`` ending in .csv: the table of all numbers. Else a folder with a file of each kind.
+    """Writes the table of all numbers if ``path`` ends in .csv, else a folder with a file for each kind of record.
 
-    Metrics have the names that the record, TensorBoard and the others have. Raises OutputError, and ConfigError where a
-    file is asked for and an existing folder has its name.
+    Metrics have the names that they have in the record and in TensorBoard. Returns the paths written. Raises
+    OutputError if one cannot be written, and ConfigError if ``path`` ends in .csv and is a folder.
     """
     path = Path(path)
     sheets: dict[str, Rows] = {}
@@ -125,7 +125,7 @@ def _text(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """A spreadsheet runs text that begins like a formula: an apostrophe keeps it text. NaN is an empty cell.
+    """Prefixes text that a spreadsheet would run as a formula with an apostrophe; NaN becomes an empty cell.
 
     >>> _cell("=1+1"), _cell(-1.5), _cell(float("nan"))
     ("'=1+1", -1.5, None)

@@ -1,4 +1,4 @@
-"""The sections of the page that come from inspections: which expert reads what, how evenly, how surely, how alike."""
+"""The sections of the page about inspections: specialization, balance, confidence and similarity of experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .widgets import Widgets, breakable, cell, dot, safe, section, table
 
 __all__ = ["inspection_cards", "inspection_origin", "inspection_sections"]
 
-# What all inspections together may put on the page; beyond it layers are left out, evenly.
+# Limits for all inspections together; beyond them layers are left out, evenly spaced.
 MOST_DOMAIN_CELLS, MOST_PAIR_CELLS, MOST_SHARED_CELLS = 800_000, 800_000, 100_000
 MOST_ALIKE = 200  # rows
 
@@ -52,7 +52,7 @@ def inspection_cards(found: Sequence[NamedInspection]) -> str:
 
 
 def inspection_sections(found: Sequence[NamedInspection], widgets: Widgets) -> list[str]:
-    """All of them in the order of the page; those that nothing was measured for are left out."""
+    """All sections in the order of the page, without those that have no data."""
     page = _Sections(found, widgets)
     return [page.domains(), page.layers(), page.by_domain(), page.shared(), page.pairs(), page.alike(),
             page.vocabulary(), page.text()]  # fmt: skip
@@ -76,7 +76,7 @@ class _Sections:
         )  # fmt: skip
 
     def shared(self) -> str:
-        """Frequent experts that two domains have in common."""
+        """Frequent experts that two domains share."""
         if max(len(one.inspection.domains) for one in self.found) < 2:
             return ""
         body = self._maps(
@@ -151,7 +151,7 @@ class _Sections:
         )
 
     def by_domain(self) -> str:
-        """Layer × domain maps of what has one number per domain and layer (top-K score: the paper's figure 4a)."""
+        """Layer × domain maps of the numbers per domain and layer (top-K score: figure 4a of the paper)."""
         kinds: list[tuple[str, Callable[[Inspection], np.ndarray], str]] = [
             ("Top-K score", lambda one: one.arrays.topk_score_DL, ""),
             ("Router entropy, nats", lambda one: one.arrays.entropy_DL, " nats"),
@@ -247,7 +247,7 @@ class _Sections:
         self, menu: str, title: str, cells: Callable[[Inspection], np.ndarray], most: int,
         show: Callable[..., dict], lead: str, **words: str,
     ) -> str:  # fmt: skip
-        """One view a layer; of a deep model as many layers as fit."""
+        """A map with one view per layer, of a deep model as many layers as fit."""
         figures: list[Map | None] = []
         labels: list[str] = []
         every = [cells(one.inspection) for one in self.found]

@@ -1,4 +1,4 @@
-"""The sections of the page that come from runs: quality and balance over time, numbers, loads, domains, origin."""
+"""The sections of the page about runs: quality and balance over time, numbers, loads, domains, origin."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["run_cards", "run_facts", "run_origin", "run_sections"]
 
 
 def run_facts(comparison: Comparison) -> list[str]:
-    """What was run, in a few phrases under the headline."""
+    """Phrases about the setup, shown under the headline."""
     c, facts = comparison, comparison.facts
     seeds = {run.seed for one in c.strategies for run in one.runs}
     parts = [
@@ -34,7 +34,7 @@ def run_cards(comparison: Comparison) -> str:
 
 
 def run_sections(comparison: Comparison, widgets: Widgets) -> list[str]:
-    """All of them in the order of the page; those without data are left out."""
+    """All sections in the order of the page, without those that have no data."""
     page = _Sections(comparison, widgets)
     return [page.quality_and_balance(), page.numbers(), page.domains_of_experts(), page.loads(), page.layers(),
             page.domains(), page.estimators()]  # fmt: skip
@@ -142,7 +142,7 @@ class _Sections:
         return section(title, lead, tools + self.widgets.panels(menu, title, named))
 
     def _chips(self) -> str:
-        """A legend whose entries switch their strategy off and on, in all charts."""
+        """A legend whose entries toggle their strategy in all charts."""
         strategies = self.comparison.strategies if len(self.comparison.strategies) > 1 else []
         return "".join(
             f'<button class="chip" type="button" data-strategy="{index}" aria-pressed="true" {dot(index)}>'

@@ -1,4 +1,4 @@
-"""The tables of a comparison as markup: cards, the table of all numbers, domains, estimators, runs, configuration."""
+"""The tables of a comparison as HTML: cards, all numbers, domains, estimators, runs, policies, configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BY_KEY = {column.key: column for column in COMPARISON_COLUMNS}
 
 
 def dots(comparison: Comparison) -> str:
-    """Head cells of the strategies, each with its colour."""
+    """Header cells of the strategies with their colours."""
     return "".join(
         f'<th scope="col"><i {dot(index)}></i>{breakable(one.name)}</th>'
         for index, one in enumerate(comparison.strategies)
@@ -28,9 +28,9 @@ def dots(comparison: Comparison) -> str:
 
 
 def _stacked(comparison: Comparison, name: str, first: str, rows: list[str], more: str = "") -> str:
-    """A table with the strategies in columns; on a phone each row becomes a heading over its values.
+    """A table with a column per strategy; on a phone each row becomes a heading above its values.
 
-    It sorts unless its rows are of different measures (``more``: what each of them means).
+    It can be sorted unless ``more`` is given: a last header cell, for rows of different units.
     """
     sorts = "" if more else ' data-sorts="yes"'
     head = f'<tr><th scope="col">{first or "Measure"}</th>{dots(comparison)}{more}</tr>'
@@ -43,7 +43,7 @@ def _stacked(comparison: Comparison, name: str, first: str, rows: list[str], mor
 
 
 def card(comparison: Comparison, strategy: StrategySummary, index: int) -> str:
-    """What is certain stands out; perplexity below it, with all that is known of its difference."""
+    """A strategy at a glance: specialization first, then perplexity with its difference from the baseline."""
     perplexity = strategy.values.get("perplexity")
     facts = (
         ("Perplexity", rough_perplexity(perplexity.mean if perplexity else None), ""),
@@ -81,7 +81,7 @@ def _delta(comparison: Comparison, strategy: StrategySummary, perplexity: Estima
 
 
 def numbers_table(comparison: Comparison) -> str:
-    """Every measure, every strategy, what it means; coloured, and bold where better, if the interval leaves out 0."""
+    """All numbers of all strategies and what they mean; coloured, and bold if better, if the interval excludes 0."""
     span = len(comparison.strategies) + 2
     rows = []
     for group in GROUPS:
@@ -123,14 +123,14 @@ def _small(difference: Difference | None, column: Column) -> str:
 
 
 def _interval(difference: Difference, *, ratio: bool) -> str:
-    """[low, high], of a ratio in percent."""
+    """[low, high], in percent for a ratio."""
     bounds = (difference.low or 0.0, difference.high or 0.0)
     low, high = (signed(100 * one, 1) if ratio else signed(one) for one in bounds)
     return _minus(f"[{low}, {high}]")
 
 
 def _tone(difference: Difference | None, better: str) -> str:
-    """good, bad, or nothing where the interval holds zero, or one seed gives none."""
+    """CSS class: good, bad, or none if the interval includes zero or there is only one seed."""
     if not better or difference is None or not difference.is_clear:
         return ""
     return "good" if (difference.mean < 0) == (better == "lower") else "bad"

@@ -1,4 +1,4 @@
-"""A comparison as plain text of at most 80 columns: the headline, then tables that a log file keeps readable."""
+"""A comparison as plain text of at most 80 columns: the headline, then tables that also read well in a log file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Cell = Callable[[StrategySummary], str]
 
 
 def render_terminal(comparison: Comparison) -> str:
-    """The whole comparison as text, no line wider than 80 columns, no control characters from names."""
+    """The comparison as text: no line is wider than 80 columns, and control characters in names are escaped."""
     blocks = [
         wrap(_title(comparison)),
         wrap(comparison.headline),
@@ -84,7 +84,7 @@ def _statuses(strategy: StrategySummary) -> str:
 
 
 def _domains(comparison: Comparison) -> Iterator[str]:
-    """Perplexity by domain, the domains in columns, as many tables as the width needs."""
+    """Perplexity with a column per domain, in as many tables as fit the width."""
     first = max(8, *(min(NAME, width(clean(one.name))) for one in comparison.strategies))
     wide = min(14, max(8, (COLUMNS - first) // max(1, len(comparison.domains)) - 2))
     for names in _chunks(comparison.domains, wide, first):
@@ -113,7 +113,7 @@ def _estimators(comparison: Comparison) -> Iterator[str]:
 
 
 def _chunks(names: Sequence[str], wide: int, first: int = NAME) -> Iterator[Sequence[str]]:
-    """As many columns of this width as fit beside the strategy's."""
+    """Splits names into groups of as many columns of this width as fit beside the strategy."""
     per_table = max(1, (COLUMNS - first) // (wide + 2))
     for start in range(0, len(names), per_table):
         yield names[start : start + per_table]
@@ -143,7 +143,7 @@ def _why_none(strategy: StrategySummary, baseline: str) -> str:
 
 
 def _shown(difference: Difference) -> str:
-    """In percent, with the interval where there is one."""
+    """A relative difference in percent, with its interval if there is one."""
     if difference.low is None or difference.high is None:
         return percent(difference.mean)
     return f"{percent(difference.mean)} [{signed(100 * difference.low, 1)}, {signed(100 * difference.high, 1)}]"
