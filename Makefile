@@ -41,7 +41,7 @@ mutations: env  ## plant the mistakes of other engines; the tests must catch eac
 	$(BIN)/python tests/mutations.py $(ARGS)
 
 faults: env  ## kill training processes at random moments, resume, compare: takes half an hour
-	PYTHONPATH=tests $(BIN)/python -m unit.lab.faults $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m unit.lab.training.faults $(ARGS)
 
 check: env  ## ruff (lint and format) and pyright
 	$(BIN)/ruff check .

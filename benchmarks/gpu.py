@@ -86,10 +86,10 @@ def prepared(point: Point, device: str) -> tuple[MoE, Balancer, Tensor]:
     layer = build("ours", point).to(device)
     assert isinstance(layer, MoE)
     balancer = Balancer(layer, [AuxLoss("global_batch", 1e-2), AuxLoss("micro_batch", 1e-4)])
-    assert layer.gate.meter is not None
-    pressure, num_experts = layer.gate.meter.pressure.data, point.experts
-    pressure.uniform_()
-    pressure[num_experts : 2 * num_experts] = 0  # the row of a load that forward has measured is never written
+    assert layer.gate.balance_state is not None
+    grad_coefs, num_experts = layer.gate.balance_state.grad_coefs.data, point.experts
+    grad_coefs.uniform_()
+    grad_coefs[num_experts : 2 * num_experts] = 0  # the row of a load that forward has measured is never written
     return layer, balancer, draw(point).to(device)
 
 

@@ -70,8 +70,8 @@ def lab(config: Any) -> Iterator[Any]:
 
     torch.set_num_threads(config.train.threads)
     keep_freed_memory()
-    with TemporaryDirectory() as folder, join() as world:
-        run = _Run(config, Path(folder), world)
+    with TemporaryDirectory() as folder, join() as context:
+        run = _Run(config, Path(folder), context)
         run.start(None)
         try:
             yield run
@@ -105,7 +105,7 @@ def theirs(setting: str, precision: str, threads: int) -> None:
     import transformers
     from torch.utils.data import SequentialSampler
 
-    from equipoise.lab.data.packing import Batches, prepare
+    from equipoise.lab.data.packing import BatchSampler, prepare
     from equipoise.lab.models.hf_weights import hugging_face_config, to_hugging_face
     from equipoise.lab.models.transformer import LanguageModel
 
@@ -120,7 +120,7 @@ def theirs(setting: str, precision: str, threads: int) -> None:
     )
     if implementation != "default":
         model.set_experts_implementation(implementation)
-    batches = Batches(prepare(), seed=config.train.seed, sequences_per_micro_batch=1, micro_batches=32)
+    batches = BatchSampler(prepare(), seed=config.train.seed, sequences_per_micro_batch=1, micro_batches=32)
     rows = [tokens_S for step in range(40) for one in batches.step(step) for tokens_S in one.tokens_BS]
     data = [{"input_ids": row[:-1], "labels": row[1:], "shift_labels": row[1:]} for row in rows]
     with torch.no_grad():

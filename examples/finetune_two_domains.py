@@ -28,7 +28,7 @@ from equipoise import AuxLoss, convert_coef
 from equipoise.adapters.hf import BalanceCallback
 from equipoise.cli import main as command
 from equipoise.lab.config.schema import DataConfig, ModelConfig, RunConfig
-from equipoise.lab.data.packing import Batches, PackedData, prepare
+from equipoise.lab.data.packing import BatchSampler, PackedData, prepare
 from equipoise.lab.models.pretrained import Pretrained, adopt, tokenizer_of
 from equipoise.lab.training.evaluation import evaluate
 from equipoise.storage.run_record import End, Header, Load, RecordWriter, Step, read_run
@@ -41,7 +41,7 @@ class Windows(Dataset):
     """The lab's sequences in the lab's order: domains take turns, each window has one."""
 
     def __init__(self, data: PackedData, steps: int) -> None:
-        batches = Batches(data, seed=0, sequences_per_micro_batch=1, micro_batches=ACCUMULATE)
+        batches = BatchSampler(data, seed=0, sequences_per_micro_batch=1, micro_batches=ACCUMULATE)
         self.rows_NS = torch.cat([batch.tokens_BS for step in range(steps) for batch in batches.step(step)])
 
     def __len__(self) -> int:

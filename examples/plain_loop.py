@@ -78,7 +78,7 @@ def main() -> None:
         optimizer.zero_grad()
         if step in (0, arguments.steps - 1):
             show(f"step {step + 1}", balancer)
-            print(f"{'':>11}  loss {total:.2f}, balance {balancer.metrics()['balance/policy_0/loss']:.3f} (1 = even)")
+            print(f"{'':>11}  loss {total:.2f}, balance {balancer.metrics()['balance/global/loss']:.3f} (1 = even)")
 
 
 if __name__ == "__main__":

@@ -35,28 +35,28 @@ class Mutation:
 MUTATIONS = {
     "Tie replaced by the identity (B06, B42)": Mutation(
         "autograd/balance_gradient.py",
-        "    return _Tie.apply(\n",
-        "    return weights_TK\n    return _Tie.apply(\n",
+        "    return _BalanceGradient.apply(\n",
+        "    return weights_TK\n    return _BalanceGradient.apply(\n",
         "contracts/law/test_tie.py router_options",
     ),
     "counted in forward, so twice under recompute (B20, B22)": Mutation(
         "autograd/balance_gradient.py",
-        "    measured = measure(plan, logits_TE, ids_TK, counts_BE, batch, probs_TE)\n",
-        "    measured = measure(plan, logits_TE, ids_TK, counts_BE, batch, probs_TE)\n"
-        "    if meter.leaf.grad is None:\n"
-        "        meter.leaf.grad = torch.zeros_like(meter.leaf)\n"
-        "    meter.leaf.grad[: meter.plan.forward_size] += measured.statistics\n",
+        "    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE)\n",
+        "    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE)\n"
+        "    if state.grad_accumulator.grad is None:\n"
+        "        state.grad_accumulator.grad = torch.zeros_like(state.grad_accumulator)\n"
+        "    state.grad_accumulator.grad[: spec.forward_size] += measured.statistics\n",
         "contracts/law/test_modes.py bit_equal and selective",
     ),
     "the count flag ignored: two backwards count twice": Mutation(
         "autograd/balance_gradient.py",
-        "counted = torch.cat([statistics, norms]) * pressure[-1]",
+        "counted = torch.cat([statistics, norms]) * spec.count_flag(grad_coefs)",
         "counted = torch.cat([statistics, norms])",
         "contracts/law/test_stated_results.py two_backwards",
     ),
     "evaluation counted and pushed (B26, B28)": Mutation(
         "autograd/balance_gradient.py",
-        "    if not meter.sees(training=training):\n        return weights_TK\n",
+        "    if not state.measures(training=training):\n        return weights_TK\n",
         "    training = True\n",
         "contracts/law/test_stated_results.py evaluation",
     ),
@@ -68,14 +68,14 @@ MUTATIONS = {
     ),
     "1/M: divided by micro-batches once more (B10)": Mutation(
         "balancer/layer_group.py",
-        "        push_LP = bound.push_LP * scale.to(device=bound.push_LP.device, dtype=torch.float64).reshape(())\n",
-        "        push_LP = bound.push_LP * scale.double().square()\n",
+        "        coefs_LP = unit_LP * scale.to(device=unit_LP.device, dtype=torch.float64).reshape(())\n",
+        "        coefs_LP = unit_LP * scale.double().square()\n",
         "contracts/law/test_modes.py any_cut and 4-plain or plain-4",
     ),
     "the loss's scale ignored: M times too strong (B07)": Mutation(
         "balancer/layer_group.py",
-        "        push_LP = bound.push_LP * scale.to(device=bound.push_LP.device, dtype=torch.float64).reshape(())\n",
-        "        push_LP = bound.push_LP * 1.0\n",
+        "        coefs_LP = unit_LP * scale.to(device=unit_LP.device, dtype=torch.float64).reshape(())\n",
+        "        coefs_LP = unit_LP * 1.0\n",
         "contracts/law/test_modes.py any_cut and 4-plain or plain-4",
     ),
     "the step's declared tokens ignored: a mean of means (B60)": Mutation(
@@ -92,9 +92,10 @@ MUTATIONS = {
     ),
     "layers pooled before the product (B12)": Mutation(
         "balancer/step.py",
-        "        summed = iter(sum_tables(",
-        "        counts = [counts_LE.sum(dim=0, keepdim=True).expand_as(counts_LE) for counts_LE in counts]\n"
-        "        summed = iter(sum_tables(",
+        "        of_layers = sum_shards(",
+        "        whole = counts_of\n"
+        "        counts_of = lambda: [one.sum(dim=0, keepdim=True).expand_as(one) for one in whole()]\n"
+        "        of_layers = sum_shards(",
         "contracts/law/test_defects.py B12",
     ),
     "every sequence gets the micro-batch's load (B58, B59)": Mutation(
@@ -126,9 +127,9 @@ MUTATIONS = {
         "balancer/step.py",
         "        self._micro_steps[part] += 1\n",
         "        self._micro_steps[part] += 1\n"
-        "        for bank, one in zip(banks, taken, strict=True):\n"
+        "        for group, one in zip(groups, taken, strict=True):\n"
         "            with torch.no_grad():\n"
-        "                bank.move_biases(self._timeline, one.statistics_LS[:, : bank.plan.num_experts], self._step)\n",
+        "                group.move_biases(self._schedule, group.counts(one.statistics_LS), self._step)\n",
         "contracts/law/test_lifetimes.py bias_rules and sign",
     ),
     "bias not centred (B45, B52)": Mutation(

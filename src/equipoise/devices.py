@@ -7,21 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["AT_HAND", "at_hand", "sent"]
+__all__ = ["HOST_READABLE", "host_readable", "to_device"]
 
-AT_HAND = {"cpu"}  # types of devices whose values can be read without waiting for them; tests take the CPU out
+HOST_READABLE = {"cpu"}  # types of devices whose values can be read without waiting for them; tests take the CPU out
 
 
-def at_hand(device: torch.device) -> bool:
+def host_readable(device: torch.device) -> bool:
     """Whether a value on this device can be looked at without waiting.
 
     >>> at_hand(torch.device("cpu")), at_hand(torch.device("cuda"))
     (True, False)
     """
-    return device.type in AT_HAND
+    return device.type in HOST_READABLE
 
 
-def sent(numbers: Sequence[float], device: torch.device) -> Tensor:
+def to_device(numbers: Sequence[float], device: torch.device) -> Tensor:
     """(n,) fp64 on the device, without waiting for it: from memory that a GPU reads by itself.
 
     >>> sent([1, 2], torch.device("cpu"))

@@ -90,9 +90,9 @@ class Group:
         sizes = torch.zeros(self.size, dtype=torch.int64, device=rows.device)
         sizes[self.rank] = len(rows)
         ends = self.sum(sizes).cumsum(0).tolist()
-        gathered = rows.new_zeros(ends[-1], *rows.shape[1:])
-        gathered[ends[self.rank] - len(rows) : ends[self.rank]] = rows
-        return self.sum(gathered)
+        stack_on = rows.new_zeros(ends[-1], *rows.shape[1:])
+        stack_on[ends[self.rank] - len(rows) : ends[self.rank]] = rows
+        return self.sum(stack_on)
 
     def _start(self, tensor: Tensor, operation: Any) -> Callable[[], Tensor]:
         if self.size == 1:

@@ -59,18 +59,18 @@ def test_the_step_itself_costs_the_same_whatever_the_layers(bench, policies):
         balancer = Balancer(routers, bench.POLICIES[policies])
         bench.step(routers, balancer, 8)
         loss = bench.forward(routers, bench.torch.randn(8, bench.DIM))
-        with bench.Work() as tapped:
+        with bench.Work() as tap_loss:
             loss = balancer.tap(loss)
         micro_batch = loss.grad_fn.micro_batch
         with bench.Work() as bound:
-            pressure = balancer.bind(bench.torch.tensor(1.0), micro_batch)
-            balancer.press(0, pressure, bench.torch.tensor(1.0), count=True)
+            grad_coefs = balancer.micro_batch_coefficients(bench.torch.tensor(1.0), micro_batch)
+            balancer.write_coefficients(0, grad_coefs, bench.torch.tensor(1.0), count=True)
             balancer.end_backward()
         balancer._banks[0].step_split = True  # no router ran in this backward, and that is no fault here
         with bench.Work() as committed:
             balancer.step()
             balancer.metrics()
-        found.append([sum(work.calls.values()) for work in (tapped, bound, committed)])
+        found.append([sum(work.calls.values()) for work in (tap_loss, bound, committed)])
     few, more = found
     assert few == more
 

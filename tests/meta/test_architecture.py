@@ -34,7 +34,8 @@ OPTIONAL = {"accelerate", "datasets", "lightning", "mlflow", "pandas", "peft", "
 EDGE = {"adapters", "cli", "inspection", "lab", "report"}  # the only rooms that may use them
 EXCEPTIONS = {"kernels": {"triton"}, "storage": {"safetensors"}}
 DISTRIBUTED = {"distributed.py", "lab/training/distributed.py"}  # the only files that may name torch.distributed
-WITHOUT_TORCH = {"plan", "plot", "report", "storage/run_record.py", "storage/inspection_record.py"}
+WITHOUT_TORCH = {"plan", "plot", "report", *(f"storage/{one}.py" for one in (
+    "cache", "codec", "files", "inspection_record", "locks", "run_record"))}  # fmt: skip
 LONGEST_FILE, LONGEST_FUNCTION, MOST_FLOORS, MOST_FLAT = 400, 60, 9, 7
 LONGER = {"train": 120}  # the train loop is read from top to bottom
 

@@ -99,7 +99,7 @@ def put_biases(balancer: Balancer, biases: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for layer in balancer._layers:
             if (bias_E := biases.get(plain_name(layer.name))) is not None:
-                layer.router.expert_bias.copy_(bias_E)
+                layer.bias.copy_(bias_E)
 
 
 def plain_name(name: str) -> str:

@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 from ..balancer.balancer import Balancer
 from ..distributed import Ranks
 from ..errors import ConfigError, DataError, EquipoiseError, StateError
-from ..policies import AuxLoss, ExpertBias, Policy, Sequences
-from ..policies.switch import timeline
+from ..policies import Policy, Sequences
+from ..policies.schedule import Schedule
 from ..storage.balancer_file import FILE, read_state, remove_state, state_file, write_state
 from .biases import load_biases, plain_name, put_biases
 from .logs import worth_logging
@@ -171,7 +171,7 @@ class BalanceCallback(TrainerCallback):
     def _release(self) -> None:
         if self._trainer is None:
             return
-        self._hooked.release()
+        self._hooked.zero_coefficients()
         if self._aux_loss_enabled:
             self._trainer.aux_loss_enabled = True
         self._trainer = self._waiting = None
@@ -200,7 +200,7 @@ class BalanceCallback(TrainerCallback):
             total = self._tokens.of_step(batches, next(self._model().parameters()).device)
             self._warn_of_packing(batches[0])
             self._warn_of_weights()
-            self._waiting = (total, len(batches)) if self._tokens.looks else None
+            self._waiting = (total, len(batches)) if self._tokens.observe_only else None
             if self._waiting is None:
                 self._balancer().begin_step(tokens=total, micro_batches=len(batches))
         return batches, items
@@ -210,7 +210,7 @@ class BalanceCallback(TrainerCallback):
         balancer = self._balancer()
         if self._waiting is not None:  # its first forward is over: what the routers saw of it is known
             (total, micro_batches), self._waiting = self._waiting, None
-            self._tokens.look([layer.meter for layer in balancer._layers])
+            self._tokens.look([layer.balance_state for layer in balancer._layers])
             self._warn_of_weights()
             balancer.begin_step(tokens=None if self._tokens.left_open else total, micro_batches=micro_batches)
         try:
@@ -252,7 +252,7 @@ class BalanceCallback(TrainerCallback):
 
     @property
     def _moves_biases(self) -> bool:
-        return any(isinstance(t.policy, ExpertBias) for t in timeline(self.policies))
+        return bool(Schedule(self.policies).biases)
 
     def _balancer(self) -> Balancer:
         assert self.balancer is not None
@@ -266,7 +266,7 @@ class BalanceCallback(TrainerCallback):
 
     def _remembers(self) -> bool:
         """Whether the next step needs more than the Trainer's own files bring: biases, or loads of the past."""
-        losses = [t.policy for t in timeline(self.policies) if isinstance(t.policy, AuxLoss)]
+        losses = [loss for _, loss in Schedule(self.policies).losses]
         past = any(loss.scope == "global_batch" and loss.estimator in ("previous", "ema", "filled") for loss in losses)
         return past or any(layer.router.expert_bias is not None for layer in self._balancer()._layers)
 
@@ -323,7 +323,7 @@ class BalanceCallback(TrainerCallback):
         adapter = hasattr(self._model(), "peft_config")  # of which PEFT saves no buffer but those of modules_to_save
         buffers = self._model().named_buffers()
         saved = {b.data_ptr() for name, b in buffers if not adapter or "modules_to_save" in name}
-        lost = any(router.expert_bias.data_ptr() not in saved for router in routers)
+        lost = any(router.expert_bias is not None and router.expert_bias.data_ptr() not in saved for router in routers)
         if lost and self._trainer.is_world_process_zero():
             warnings.warn(
                 f"ExpertBias moves biases that the files of {'a LoRA adapter' if adapter else 'this model'} do not "
@@ -337,7 +337,7 @@ class BalanceCallback(TrainerCallback):
         positions = batch.get("position_ids") if isinstance(batch, Mapping) else None
         if not isinstance(positions, Tensor) or positions.dim() != 2 or self._balancer().step_count > self._begun_at:
             return
-        scopes = [getattr(t.policy, "scope", None) for t in timeline(self.policies)]
+        scopes = [loss.scope for _, loss in Schedule(self.policies).losses]
         if int((positions == 0).sum()) > len(positions) and any(
             s == "sequence" or isinstance(s, Sequences) for s in scopes
         ):

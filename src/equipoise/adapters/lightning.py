@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..autograd.protocol import BalancedRouter
 from ..balancer.balancer import Balancer
 from ..distributed import Ranks
 from ..errors import ConfigError, DataError
@@ -151,7 +152,7 @@ def _balanced(pl_module: nn.Module, name: str | None) -> nn.Module:
         return pl_module.get_submodule(name)
     found: dict[str, nn.Module] = {}
     for at, module in pl_module.named_modules():
-        if hasattr(module, "meter") and hasattr(module, "num_experts"):
+        if isinstance(module, BalancedRouter):
             return pl_module
         inside = any(at.startswith(f"{outer}.") for outer in found)
         known = isinstance(getattr(module, "dummy_inputs", None), Mapping)

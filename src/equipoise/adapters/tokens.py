@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd.router_state import Meter
+from ..autograd.router_state import RouterState
 from ..distributed import Ranks
 from ..errors import ConfigError, StateError
 from ..external.call_arguments import router_tokens
@@ -38,7 +38,9 @@ class StepTokens:
                 do="leave it out: they are counted where a batch is what the model gets",
             )
         self._how, self._ranks = how, ranks
-        self.looks = how is None  # still has to, at the first micro-batch of all: do routers see what is counted?
+        self.observe_only = (
+            how is None
+        )  # still has to, at the first micro-batch of all: do routers see what is counted?
         self.why = ""  # tokens are not counted
         self._first: Tensor | float = 0.0  # tokens of the first micro-batch of the last step
         if how is None and changed_by:
@@ -50,7 +52,7 @@ class StepTokens:
         return bool(self.why)
 
     def _leave_open(self, why: str) -> None:
-        self._how, self.looks, self.why = OPEN, False, why
+        self._how, self.observe_only, self.why = OPEN, False, why
 
     def describe(self) -> str:
         """The law of this training, in words."""
@@ -85,24 +87,24 @@ class StepTokens:
             do=f"tokens='{OPEN}', or a function of a batch: BalanceCallback(..., tokens=lambda batch: ...)",
         )
 
-    def look(self, meters: Sequence[Meter]) -> None:
+    def look(self, states: Sequence[RouterState]) -> None:
         """After the first forward of all, before its backward: did the routers see what was counted in its batch?
 
         All ranks agree: one that counts and one that does not would train something that neither says.
         """
-        self.looks = False
-        counted, seen = float(self._first), sorted({n for n in map(_seen, meters) if n is not None})
-        device = meters[0].pressure.device if meters else torch.device("cpu")
+        self.observe_only = False
+        counted, seen = float(self._first), sorted({n for n in map(_seen, states) if n is not None})
+        device = states[0].grad_coefs.device if states else torch.device("cpu")
         other = torch.full((1,), float(seen not in ([], [counted])), dtype=torch.float64, device=device)
         if float(self._ranks.tokens.sum(other)):
             shown = f"{counted:g} tokens in the first batch, and the routers saw {', '.join(f'{n:g}' for n in seen)}"
             self._leave_open(shown)
 
 
-def _seen(meter: Meter) -> float | None:
+def _seen(state: RouterState) -> float | None:
     """Valid tokens that a router saw in each of its calls since the last backward; None: it did not run."""
-    tokens, calls = meter.plan.at("tokens"), meter.plan.at("calls")
-    ran = next((slot for slot in meter.slots if slot[calls] > 0), None)
+    tokens, calls = state.spec.at("tokens"), state.spec.at("calls")
+    ran = next((slot for slot in state.pending if slot[calls] > 0), None)
     return None if ran is None else float(ran[tokens] / ran[calls])
 
 

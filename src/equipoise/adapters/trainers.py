@@ -33,7 +33,7 @@ class Hooked:
         self._before.append((owner, name, {name: theirs} if name in vars(owner) else {}))
         setattr(owner, name, lambda *args, **kwargs: mine(theirs, *args, **kwargs))
 
-    def release(self) -> None:
+    def zero_coefficients(self) -> None:
         while self._before:
             owner, name, before = self._before.pop()
             with suppress(AttributeError):  # somebody has taken it away already

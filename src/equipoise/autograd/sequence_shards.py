@@ -15,14 +15,14 @@ from torch import Tensor, library
 
 from ..distributed import Group
 from ..functional.losses import load_fractions
-from .router_state import Meter, Tables, gathered
-from .spec import Plan
+from .router_state import RouterState, ShardCounts, stack_on
+from .spec import StatsSpec
 from .statistics import group_counts, micro_batches, shared_counts, violations
 
-__all__ = ["Late", "correct", "late_fractions", "propose", "sum_tables"]
+__all__ = ["ShardedFractions", "correct", "record_shard_counts", "sharded_fractions", "sum_shards"]
 
 
-class Late(NamedTuple):
+class ShardedFractions(NamedTuple):
     """What backward of one call of a router reads."""
 
     probs_E: Tensor  # recognises the call: recompute may run the calls of a layer in another order
@@ -31,14 +31,14 @@ class Late(NamedTuple):
     row_T: Tensor | None  # token -> r
 
 
-def propose(meter: Meter, which: int, tables: Tables) -> None:
-    """Forward proposes; through an operator, because a compiler may not see a list grow under a checkpoint."""
-    _propose(meter.slots[which], meter.key, which, *tables)
+def record_shard_counts(state: RouterState, which: int, shard_counts: ShardCounts) -> None:
+    """Keeps them for the tap; through an operator, because a compiler may not see a list grow under a checkpoint."""
+    _record_shard_counts(state.pending[which], state.key, which, *shard_counts)
 
 
-@library.custom_op("equipoise::propose", mutates_args=("slot",))
-def _propose(
-    slot: torch.Tensor,  # noqa: ARG001, said to change, or a compiler would drop a call without a result
+@library.custom_op("equipoise::record_shard_counts", mutates_args=("pending_stats",))
+def _record_shard_counts(
+    pending_stats: torch.Tensor,  # noqa: ARG001, said to change, or a compiler would drop a call without a result
     key: int,
     which: int,
     counts_CBE: torch.Tensor,
@@ -47,23 +47,25 @@ def _propose(
     probs_RE: torch.Tensor | None,
     document_T: torch.Tensor | None,
 ) -> None:
-    tables = (counts_CBE, probs_BE, counts_CRE, probs_RE, document_T)
-    copies = [None if table is None else table.clone() for table in tables]  # a compiler uses their memory again
-    Meter.of(key).tables[which].append(Tables(*copies))  # type: ignore[arg-type]
+    shard_counts = (counts_CBE, probs_BE, counts_CRE, probs_RE, document_T)
+    copies = [None if table is None else table.clone() for table in shard_counts]  # a compiler uses their memory again
+    RouterState.of(key).shard_counts[which].append(ShardCounts(*copies))  # type: ignore[arg-type]
 
 
-@_propose.register_fake
-def _(slot, key, which, counts_CBE, probs_BE, counts_CRE, probs_RE, document_T) -> None:  # noqa: ARG001
+@_record_shard_counts.register_fake
+def _(pending_stats, key, which, counts_CBE, probs_BE, counts_CRE, probs_RE, document_T) -> None:  # noqa: ARG001
     return None
 
 
-def sum_tables(layers: Sequence[Sequence[Tables]], shards: Group) -> list[list[Tables]]:
+def sum_shards(layers: Sequence[Sequence[ShardCounts]], shards: Group) -> list[list[ShardCounts]]:
     """The tables of all layers over all shards, in one sum; documents need to know first how many there are."""
-    calls = [tables for of_layer in layers for tables in of_layer]
+    calls = [shard_counts for of_layer in layers for shard_counts in of_layer]
     if not calls:
         return [[] for _ in layers]
     documents = _documents(calls, shards)
-    parts = [part for tables in calls for part in (tables.counts_CBE, *_document_rows(tables, documents))]
+    parts = [
+        part for shard_counts in calls for part in (shard_counts.counts_CBE, *_document_rows(shard_counts, documents))
+    ]
     device = parts[0].device
     flat = shards.sum(torch.cat([part.flatten().to(device) for part in parts]))
     pieces = flat.split([part.numel() for part in parts])
@@ -71,96 +73,98 @@ def sum_tables(layers: Sequence[Sequence[Tables]], shards: Group) -> list[list[T
     summed = []
     for of_layer in layers:
         summed.append([])
-        for tables in of_layer:
+        for shard_counts in of_layer:
             counts_CBE = next(sums)
-            counts_CRE = None if tables.counts_CRE is None else next(sums)
-            summed[-1].append(tables._replace(counts_CBE=counts_CBE, counts_CRE=counts_CRE))
+            counts_CRE = None if shard_counts.counts_CRE is None else next(sums)
+            summed[-1].append(shard_counts._replace(counts_CBE=counts_CBE, counts_CRE=counts_CRE))
     return summed
 
 
-def _documents(calls: Sequence[Tables], shards: Group) -> int:
+def _documents(calls: Sequence[ShardCounts], shards: Group) -> int:
     """The largest number of documents in a sequence, on any shard."""
-    held = [tables.document_T % _rows(tables) for tables in calls if tables.document_T is not None]
+    held = [
+        shard_counts.document_T % _rows(shard_counts) for shard_counts in calls if shard_counts.document_T is not None
+    ]
     if not held:
         return 0
     largest = [number_T.amax() + 1 for number_T in held if len(number_T)] or [held[0].new_zeros(())]
-    return int(shards.max(gathered(largest, held[0].device).amax()))
+    return int(shards.max(stack_on(largest, held[0].device).amax()))
 
 
-def _rows(tables: Tables) -> int:
+def _rows(shard_counts: ShardCounts) -> int:
     """Rows of documents that this shard keeps for each sequence."""
-    assert tables.counts_CRE is not None
-    return max(tables.counts_CRE.shape[1] // tables.probs_BE.shape[0], 1)
+    assert shard_counts.counts_CRE is not None
+    return max(shard_counts.counts_CRE.shape[1] // shard_counts.probs_BE.shape[0], 1)
 
 
-def _document_rows(tables: Tables, documents: int) -> list[Tensor]:
+def _document_rows(shard_counts: ShardCounts, documents: int) -> list[Tensor]:
     """Counts per document (C, B * D, E): shards may differ in length, but number the documents of a sequence alike."""
-    if tables.counts_CRE is None:
+    if shard_counts.counts_CRE is None:
         return []
-    kinds, batch, experts = tables.counts_CBE.shape
-    padded = tables.counts_CRE.new_zeros(kinds, batch, documents, experts)
-    held = tables.counts_CRE.view(kinds, batch, -1, experts)[:, :, :documents]
+    kinds, batch, experts = shard_counts.counts_CBE.shape
+    padded = shard_counts.counts_CRE.new_zeros(kinds, batch, documents, experts)
+    held = shard_counts.counts_CRE.view(kinds, batch, -1, experts)[:, :, :documents]
     padded[:, :, : held.shape[2]] = held
     return [padded.flatten(1, 2)]
 
 
 def correct(
-    plan: Plan, statistics: Tensor, local: Sequence[Tables], summed: Sequence[Tables]
-) -> tuple[Tensor, Tensor, list[Late]]:
-    """(statistics as if this rank had seen whole sequences (forward_size,), counts of its sequences (E,), late f).
+    spec: StatsSpec, statistics: Tensor, local: Sequence[ShardCounts], summed: Sequence[ShardCounts]
+) -> tuple[Tensor, Tensor, list[ShardedFractions]]:
+    """(statistics as of whole sequences (forward_size,), counts of this rank's sequences (E,), f for backward).
 
     Only what depends on a sequence's load changes: values of the local terms, MaxVio, how many sequences and
     micro-batches are not empty.
     """
     statistics = statistics.clone()
-    names = ("sequences", "maxvio_sequence", "micro_batches", "maxvio_micro_batch")
-    statistics[plan.values_at :] = 0
+    names = ("nonempty_sequences", "maxvio_sequence", "nonempty_micro_batches", "maxvio_micro_batch")
+    spec.values(statistics).zero_()
     for name in names:
-        statistics[plan.at(name)] = 0
-    counts_E, late = torch.zeros_like(statistics[: plan.num_experts]), []
-    for mine, tables in zip(local, summed, strict=True):
-        counts_BE = tables.counts_CBE[0]
+        spec.scalar(statistics, name).zero_()
+    counts_E, found = torch.zeros_like(spec.counts(statistics)), []
+    for mine, shard_counts in zip(local, summed, strict=True):
+        counts_BE = shard_counts.counts_CBE[0]
         counts_E = counts_E + counts_BE.sum(dim=0)
         seen = []
-        for counts in (counts_BE, group_counts(counts_BE, micro_batches(plan))):
+        for counts in (counts_BE, group_counts(counts_BE, micro_batches(spec))):
             seen += [(counts.sum(dim=-1) > 0).sum(), violations(load_fractions(counts)).sum()]
         for name, value in zip(names, seen, strict=True):
-            statistics[plan.at(name)] += value
-        fractions = _late(plan, mine, tables)
-        late.append(fractions)
-        statistics[plan.values_at :] += plan.num_experts * _values(plan, mine, fractions)
-    return statistics, counts_E, late
+            spec.scalar(statistics, name).add_(value)
+        fractions = _fractions(spec, mine, shard_counts)
+        found.append(fractions)
+        spec.values(statistics).add_(spec.num_experts * _values(spec, mine, fractions))
+    return statistics, counts_E, found
 
 
-def _late(plan: Plan, local: Tables, summed: Tables) -> Late:
-    kinds, probs_E = [int(term.unbiased) for term in plan.terms], local.probs_BE.sum(dim=0)
-    sequences = [shared_counts(summed.counts_CBE[kind], term) for kind, term in zip(kinds, plan.terms, strict=True)]
+def _fractions(spec: StatsSpec, local: ShardCounts, summed: ShardCounts) -> ShardedFractions:
+    kinds, probs_E = [int(term.unbiased) for term in spec.terms], local.probs_BE.sum(dim=0)
+    sequences = [shared_counts(summed.counts_CBE[kind], term) for kind, term in zip(kinds, spec.terms, strict=True)]
     no_terms = local.probs_BE.new_zeros((0, *local.probs_BE.shape))
     fraction_NBE = load_fractions(torch.stack(sequences)) if sequences else no_terms
     if summed.counts_CRE is None or local.document_T is None:
-        return Late(probs_E, fraction_NBE, None, None)
-    documents = [kind for kind, term in zip(kinds, plan.terms, strict=True) if term.kind == "document"]
+        return ShardedFractions(probs_E, fraction_NBE, None, None)
+    documents = [kind for kind, term in zip(kinds, spec.terms, strict=True) if term.kind == "document"]
     held, shared = _rows(local), summed.counts_CRE.shape[1] // local.probs_BE.shape[0]
     row_T = local.document_T // held * shared + local.document_T % held
-    return Late(probs_E, fraction_NBE, load_fractions(summed.counts_CRE[documents]), row_T)
+    return ShardedFractions(probs_E, fraction_NBE, load_fractions(summed.counts_CRE[documents]), row_T)
 
 
-def _values(plan: Plan, local: Tables, late: Late) -> Tensor:
+def _values(spec: StatsSpec, local: ShardCounts, fractions: ShardedFractions) -> Tensor:
     """Sum over this rank's tokens of <f, p>, one per term."""
     values, documents = [], 0
-    for i, term in enumerate(plan.terms):
+    for i, term in enumerate(spec.terms):
         if term.kind == "document":
-            assert late.document_NRE is not None and local.document_T is not None and local.probs_RE is not None
+            assert fractions.document_NRE is not None and local.document_T is not None and local.probs_RE is not None
             fraction_RE = torch.zeros_like(local.probs_RE)
-            fraction_RE[local.document_T] = late.document_NRE[documents][late.row_T]
+            fraction_RE[local.document_T] = fractions.document_NRE[documents][fractions.row_T]
             values.append((fraction_RE * local.probs_RE).sum())
             documents += 1
         else:
-            values.append((late.fraction_NBE[i] * local.probs_BE).sum())
+            values.append((fractions.fraction_NBE[i] * local.probs_BE).sum())
     return torch.stack(values) if values else local.probs_BE.new_zeros(0)
 
 
-def late_fractions(
+def sharded_fractions(
     key: int, grad: Tensor, probs_E: Tensor, fraction_NBE: Tensor, fraction_NTE: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """f of the local terms over all shards, per sequence and (for documents) per token, once ``grad`` has arrived.
@@ -170,30 +174,30 @@ def late_fractions(
         fraction_NBE, fraction_NTE: f as this rank alone sees it.
     """
     documents = fraction_NBE.new_zeros(0) if fraction_NTE is None else fraction_NTE
-    sequences, documents = _late_fractions(grad, probs_E, fraction_NBE, documents, key)
+    sequences, documents = _sharded_fractions(grad, probs_E, fraction_NBE, documents, key)
     return sequences, None if fraction_NTE is None else documents
 
 
-@library.custom_op("equipoise::late_fractions", mutates_args=())
-def _late_fractions(
+@library.custom_op("equipoise::sharded_fractions", mutates_args=())
+def _sharded_fractions(
     grad: torch.Tensor,  # noqa: ARG001, a compiler may not move this before it
     probs_E: torch.Tensor,
     fraction_NBE: torch.Tensor,
     fraction_NTE: torch.Tensor,
     key: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    late: list[Late] = Meter.of(key).late
-    if not late:  # released: nothing is pushed now
+    known: list[ShardedFractions] = RouterState.of(key).sharded_fractions
+    if not known:  # released: nothing is pushed now
         return torch.zeros_like(fraction_NBE), torch.zeros_like(fraction_NTE)
-    mine = late[0]
-    if len(late) > 1:  # the nearest, because a recompute may differ by rounding
-        mine = late[int(torch.stack([(one.probs_E - probs_E).abs().sum() for one in late]).argmin())]
+    mine = known[0]
+    if len(known) > 1:  # the nearest, because a recompute may differ by rounding
+        mine = known[int(torch.stack([(one.probs_E - probs_E).abs().sum() for one in known]).argmin())]
     documents = torch.zeros_like(fraction_NTE)
     if mine.document_NRE is not None and mine.row_T is not None:
         documents = mine.document_NRE[:, mine.row_T].to(fraction_NTE.dtype)
     return mine.fraction_NBE.to(fraction_NBE.dtype, copy=True), documents
 
 
-@_late_fractions.register_fake
+@_sharded_fractions.register_fake
 def _(grad, probs_E, fraction_NBE, fraction_NTE, key):  # noqa: ARG001
     return torch.empty_like(fraction_NBE), torch.empty_like(fraction_NTE)

@@ -1,54 +1,73 @@
-"""What is measured at a router, and where each number lies in its vector of statistics."""
+"""What is measured at a router, and where each number lies: the one place that knows the layout of both vectors.
+
+A vector of statistics comes from forward and backward, a vector of gradient coefficients goes to backward. All read and
+write them by the names here; the Triton kernels are passed the same offsets. Legend: E experts, N loss terms.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["SCALARS", "LocalTerm", "Plan"]
+from torch import Tensor
 
+__all__ = ["SCALARS", "LossTerm", "StatsSpec"]
 
 SCALARS = (
     "tokens",  # valid ones of the micro-batch: what the step's losses are divided by
-    "reached",  # those that came to this router
+    "routed_tokens",  # those that came to this router
     "calls",
-    "sequences",  # that are not empty
+    "nonempty_sequences",
     "topk_score",
     "lse_square",
     "maxvio_sequence",
     "maxvio_micro_batch",  # summed over those that are not empty
-    "rows",  # all sequences
-    "micro_batches",  # that are not empty
+    "sequences",
+    "nonempty_micro_batches",
 )
+STEP_COLUMNS = ("bad_documents", "missing_gradient", "recompute_flips")  # behind the statistics in a row of the step
 
 
-class LocalTerm(NamedTuple):
-    """Over which tokens a loss term measures f; ``late``: only the tap knows (other micro-batches, other ranks)."""
+class LossTerm(NamedTuple):
+    """Over which tokens a loss term measures f.
 
-    kind: str  # "late", "sequences", "micro_batch", "document"
+    ``deferred``: forward cannot know (other micro-batches, other ranks); the tap chooses f.
+    """
+
+    kind: str  # "deferred", "sequences", "micro_batch", "document"
     sequences: int = 1  # for "sequences": how many neighbouring ones share an f
     unbiased: bool = False  # f of the top-k without selection bias and groups, as in DeepSeek-V3's sequence loss
 
 
-class Plan(NamedTuple):
-    """What a meter measures; constant while a balancer is attached, so that a compiled graph may rely on it."""
+class StatsSpec(NamedTuple):
+    """What one router measures; constant while a balancer is attached, so that a compiled graph may rely on it.
+
+    Statistics, (..., size): counts E, probabilities E, [unbiased counts E], SCALARS, N loss values; then what backward
+    alone knows: squared gradient norms of the language model, of the N terms and of the z-loss.
+    Coefficients, (coefs_size,): a row of E for each term, a factor for each term, the z-loss factor, the count flag.
+    A row of the step, (..., step_size): the statistics, N deferred loss values, STEP_COLUMNS.
+
+    >>> spec = StatsSpec(num_experts=4, top_k=2, gate="softmax", terms=(LossTerm("micro_batch"),))
+    >>> spec.forward_size, spec.size, spec.coefs_size
+    (19, 22, 7)
+    """
 
     num_experts: int
     top_k: int
     gate: str
-    terms: tuple[LocalTerm, ...] = ()
+    terms: tuple[LossTerm, ...] = ()
     z_loss: bool = False
     norms: bool = True  # squared gradient norms of every term and of the language-model loss at the logits
     micro_sequences: int | None = None  # sequences of one micro-batch where several run as one pass
     gram: bool = False  # sum of J^T J over tokens: turns any difference in f into a difference of gradients
     shards: int = 1  # ranks that hold parts of the same sequences: the tap adds up their loads
-    weights: tuple[bool, float] | None = None  # (normalized, scale) of scores: the norm behind, if no probe can stand
-    idle: int = 0  # expert ids from num_experts on that may be chosen and do no work: they are no load
-    looks: bool = False  # nothing is pushed: what forward proposes is all there is, and backward is left as it was
+    weights_form: tuple[bool, float] | None = None  # (normalize, scale), where the logit gradient is not recorded
+    idle_experts: int = 0  # expert ids from num_experts on that may be chosen and do no work: they are no load
+    observe_only: bool = False  # no policy: forward's statistics are all there is, and backward is left as it was
 
     @property
-    def to_look(self) -> Plan:
+    def observing(self) -> StatsSpec:
         """Of the same router, without what only a policy asks for."""
-        few = {"terms": (), "z_loss": False, "norms": False, "gram": False, "shards": 1, "looks": True}
+        few = {"terms": (), "z_loss": False, "norms": False, "gram": False, "shards": 1, "observe_only": True}
         return self._replace(**few)
 
     @property
@@ -60,31 +79,99 @@ class Plan(NamedTuple):
         """Whether something is measured per sequence, so that it matters how the tokens lie."""
         return any(term.kind == "sequences" for term in self.terms)
 
-    # The statistics: counts E, probs E, [unbiased counts E], scalars, N term values | lm norm, N + 1 norms.
     @property
-    def scalars_at(self) -> int:
-        return (3 if self.unbiased else 2) * self.num_experts
+    def has_documents(self) -> bool:
+        return any(term.kind == "document" for term in self.terms)
+
+    # ---------------------------------------------------------------- statistics
 
     def at(self, scalar: str) -> int:
-        return self.scalars_at + SCALARS.index(scalar)
+        """Where one of SCALARS is."""
+        return self._scalars_at + SCALARS.index(scalar)
+
+    @property
+    def _scalars_at(self) -> int:
+        return (3 if self.unbiased else 2) * self.num_experts
 
     @property
     def values_at(self) -> int:
-        return self.scalars_at + len(SCALARS)
+        return self._scalars_at + len(SCALARS)
 
     @property
     def forward_size(self) -> int:
-        """Statistics that forward already knows; the gradient norms behind them are known in backward only.
-
-        The first of those is of the language model; where a probe measures it, it is collected by a leaf of its own.
-        """
+        """Statistics that forward already knows; the gradient norms behind them are known in backward only."""
         return self.values_at + len(self.terms)
 
     @property
-    def size(self) -> int:
-        return self.forward_size + 2 + len(self.terms)
+    def norms_size(self) -> int:
+        return len(self.terms) + 2
 
     @property
-    def pressure_size(self) -> int:
-        """A row of E and a factor for each term, then the z-loss factor and the count flag."""
+    def size(self) -> int:
+        return self.forward_size + self.norms_size
+
+    def counts(self, statistics: Tensor) -> Tensor:
+        """(..., E) how many choices went to each expert."""
+        return statistics[..., : self.num_experts]
+
+    def probs(self, statistics: Tensor) -> Tensor:
+        """(..., E) sums of the gate probabilities."""
+        return statistics[..., self.num_experts : 2 * self.num_experts]
+
+    def scalar(self, statistics: Tensor, name: str) -> Tensor:
+        """(...) one of SCALARS, a view."""
+        return statistics[..., self.at(name)]
+
+    def values(self, statistics: Tensor) -> Tensor:
+        """(..., N) sum over tokens of E <f, p> of the terms whose f forward knows."""
+        return statistics[..., self.values_at : self.forward_size]
+
+    def lm_norm(self, statistics: Tensor) -> Tensor:
+        """(...) squared norm of the language model's gradient at the logits.
+
+        Where ``record_logit_grad`` measures it, it is collected by an accumulator of its own.
+        """
+        return statistics[..., self.forward_size]
+
+    def term_norm(self, statistics: Tensor, term: int) -> Tensor:
+        """(...) squared norm of the gradient of a term at the logits; term N is the z-loss."""
+        return statistics[..., self.forward_size + 1 + term]
+
+    # ---------------------------------------------------------------- a row of the step
+
+    @property
+    def step_size(self) -> int:
+        return self.size + len(self.terms) + len(STEP_COLUMNS)
+
+    def deferred_values(self, row: Tensor) -> Tensor:
+        """(..., N) as ``values``, of the terms whose f the tap chose."""
+        return row[..., self.size : self.size + len(self.terms)]
+
+    def step_column(self, row: Tensor, name: str) -> Tensor:
+        """(...) one of STEP_COLUMNS."""
+        return row[..., self.size + len(self.terms) + STEP_COLUMNS.index(name)]
+
+    # ---------------------------------------------------------------- gradient coefficients
+
+    @property
+    def coefs_size(self) -> int:
         return len(self.terms) * (self.num_experts + 1) + 2
+
+    @property
+    def factors_at(self) -> int:
+        return len(self.terms) * self.num_experts
+
+    def coef_row(self, coefs: Tensor, term: int) -> Tensor:
+        """(E,) what the tap chose for a term: coefficient times f."""
+        return coefs[term * self.num_experts : (term + 1) * self.num_experts]
+
+    def coef_factor(self, coefs: Tensor, term: int) -> Tensor:
+        """() what multiplies the f that forward measured for a term."""
+        return coefs[self.factors_at + term]
+
+    def z_factor(self, coefs: Tensor) -> Tensor:
+        return coefs[self.factors_at + len(self.terms)]
+
+    def count_flag(self, coefs: Tensor) -> Tensor:
+        """(1,) 1 where backward counts what it passes, 0 where it pushes again or not at all."""
+        return coefs[-1:]

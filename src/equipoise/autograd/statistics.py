@@ -14,29 +14,34 @@ from torch import Tensor
 from ..errors import InputError
 from ..functional.losses import load_fractions
 from ..functional.routing import count_choices, gate_probs, gate_slope, without_autocast
-from .router_state import Tables
-from .spec import SCALARS, LocalTerm, Plan
+from .router_state import ShardCounts
+from .spec import SCALARS, LossTerm, StatsSpec
 from .token_layout import TokenLayout
 
 __all__ = ["Measured", "group_counts", "measure", "micro_batches", "shared_counts", "violations"]
 
-SEQUENCE = LocalTerm("sequences", 1)
+SEQUENCE = LossTerm("sequences", 1)
 
 
 class Measured(NamedTuple):
     """One micro-batch at one router, as forward sees it; none of it carries a gradient."""
 
     probs_TE: Tensor
-    statistics: Tensor  # (plan.forward_size,) fp64
+    statistics: Tensor  # (spec.forward_size,) fp64
     fraction_NBE: Tensor  # f of the local terms per sequence, in p's dtype; zero rows for the others
     fraction_NTE: Tensor | None  # f of the document terms per token
     gram_EE: Tensor | None
-    tables: Tables | None  # where the plan is sharded
+    shard_counts: ShardCounts | None  # where the spec is sharded
 
 
 @torch.no_grad()
 def measure(
-    plan: Plan, logits_TE: Tensor, ids_TK: Tensor, counts_BE: Tensor, batch: TokenLayout, probs_TE: Tensor | None = None
+    spec: StatsSpec,
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    counts_BE: Tensor,
+    batch: TokenLayout,
+    probs_TE: Tensor | None = None,
 ) -> Measured:
     """All statistics of one micro-batch at one router.
 
@@ -45,23 +50,23 @@ def measure(
         probs_TE: the gate probabilities, where the router has them for its weights.
     """
     num_sequences, num_experts = counts_BE.shape
-    probs_TE = gate_probs(logits_TE, plan.gate) if probs_TE is None else probs_TE.detach()
+    probs_TE = gate_probs(logits_TE, spec.gate) if probs_TE is None else probs_TE.detach()
     mask_T1 = None if batch.token_mask_T is None else batch.token_mask_T.to(probs_TE.dtype).unsqueeze(-1)
     valid_TE = probs_TE if mask_T1 is None else probs_TE * mask_T1
     length = probs_TE.shape[0] // num_sequences
     probs_BE = valid_TE.view(num_sequences, length, num_experts).sum(dim=1)  # pairwise; to fp64 it would be copied
-    counts_BE, plain_TK, plain_BE = counts_BE.double(), ids_TK, None
-    if plan.unbiased:
-        plain_TK = logits_TE.topk(ids_TK.shape[1], dim=-1).indices  # K of this call: it may change while one trains
-        plain_BE = count_choices(plain_TK, num_experts, batch.token_mask_T, num_sequences).double()
+    counts_BE, unbiased_TK, unbiased_BE = counts_BE.double(), ids_TK, None
+    if spec.unbiased:
+        unbiased_TK = logits_TE.topk(ids_TK.shape[1], dim=-1).indices  # K of this call: it may change while one trains
+        unbiased_BE = count_choices(unbiased_TK, num_experts, batch.token_mask_T, num_sequences).double()
 
-    fractions, loads = _fractions([SEQUENCE, micro_batches(plan), *plan.terms], counts_BE, plain_BE)
+    fractions, loads = _fractions([SEQUENCE, micro_batches(spec), *spec.terms], counts_BE, unbiased_BE)
     of_documents: dict[bool, Tensor] = {}  # unbiased or not -> (R, E) counts
     values, documents = [], []
-    for term, fraction_BE in zip(plan.terms, fractions[2:], strict=True):
+    for term, fraction_BE in zip(spec.terms, fractions[2:], strict=True):
         if term.kind == "document":
             if term.unbiased not in of_documents:
-                of_documents[term.unbiased] = _document_counts(plain_TK if term.unbiased else ids_TK, plan, batch)
+                of_documents[term.unbiased] = _document_counts(unbiased_TK if term.unbiased else ids_TK, spec, batch)
             fraction_TE = load_fractions(of_documents[term.unbiased])[batch.document_T]
             documents.append(fraction_TE.to(probs_TE.dtype))
             values.append(num_experts * (fraction_TE * valid_TE).sum(dtype=torch.float64))
@@ -69,28 +74,29 @@ def measure(
             values.append(None if fraction_BE is None else num_experts * (fraction_BE * probs_BE).sum())
 
     counts_E = counts_BE.sum(dim=0)
-    parts = [counts_E, probs_BE.sum(dim=0)] + ([] if plain_BE is None else [plain_BE.sum(dim=0)])
-    *scalars, rows, groups = _scalars(plan, logits_TE, valid_TE, ids_TK, counts_BE, counts_E, batch)
+    parts = [counts_E, probs_BE.sum(dim=0)] + ([] if unbiased_BE is None else [unbiased_BE.sum(dim=0)])
+    scalars = _scalars(spec, logits_TE, valid_TE, ids_TK, counts_BE, counts_E, batch)
+    scalars["maxvio_sequence"], scalars["maxvio_micro_batch"] = loads
     if batch.num_sequences is None:  # which tokens are one sequence is not known, so nothing is said of sequences
-        scalars[SCALARS.index("sequences")] = loads[0] = None
-    statistics = torch.cat([*parts, _stacked([*scalars, *loads, rows, groups, *values])])
-    tables = None
-    if plan.shards > 1:
-        counts_CBE = torch.stack([counts_BE] if plain_BE is None else [counts_BE, plain_BE])
-        tables = _tables(counts_CBE, probs_BE.double(), of_documents, valid_TE, batch)
+        scalars["nonempty_sequences"] = scalars["maxvio_sequence"] = None
+    statistics = torch.cat([*parts, _stacked([*(scalars[name] for name in SCALARS), *values])])
+    shard_counts = None
+    if spec.shards > 1:
+        counts_CBE = torch.stack([counts_BE] if unbiased_BE is None else [counts_BE, unbiased_BE])
+        shard_counts = _tables(counts_CBE, probs_BE.double(), of_documents, valid_TE, batch)
     return Measured(
         probs_TE,
         statistics,
         _stack_terms(fractions[2:], probs_BE),
         torch.stack(documents) if documents else None,
-        _gram(valid_TE, gate_slope(logits_TE, plan.gate)) if plan.gram else None,
-        tables,
+        _gram(valid_TE, gate_slope(logits_TE, spec.gate)) if spec.gram else None,
+        shard_counts,
     )
 
 
-def micro_batches(plan: Plan) -> LocalTerm:
+def micro_batches(spec: StatsSpec) -> LossTerm:
     """The sequences that are one micro-batch: all of a pass, or groups of them."""
-    return LocalTerm("micro_batch") if plan.micro_sequences is None else LocalTerm("sequences", plan.micro_sequences)
+    return LossTerm("micro_batch") if spec.micro_sequences is None else LossTerm("sequences", spec.micro_sequences)
 
 
 def violations(fraction_BE: Tensor) -> Tensor:
@@ -99,7 +105,7 @@ def violations(fraction_BE: Tensor) -> Tensor:
 
 
 def _fractions(
-    terms: list[LocalTerm], counts_BE: Tensor, plain_BE: Tensor | None
+    terms: list[LossTerm], counts_BE: Tensor, unbiased_BE: Tensor | None
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """(f of each term, (B, E) or (1, E) where all sequences share it, None where forward does not know it;
     MaxVio summed over the sequences and over the micro-batches, which are the first two terms)."""
@@ -108,7 +114,7 @@ def _fractions(
     distinct = [key for key in dict.fromkeys(keys) if _is_local(key)]
     rows = []
     for key in distinct:
-        chosen_BE = counts_BE if plain_BE is None or not key.unbiased else plain_BE
+        chosen_BE = counts_BE if unbiased_BE is None or not key.unbiased else unbiased_BE
         rows.append(chosen_BE if one else group_counts(chosen_BE, key))
     sizes = [len(row_RE) for row_RE in rows]
     found_RE = load_fractions(torch.cat(rows) if len(rows) > 1 else rows[0])
@@ -120,14 +126,14 @@ def _fractions(
     return fractions, [of_first, of_second]
 
 
-def _of_each(fraction_GE: Tensor | None, term: LocalTerm, num_sequences: int) -> Tensor | None:
+def _of_each(fraction_GE: Tensor | None, term: LossTerm, num_sequences: int) -> Tensor | None:
     """What each sequence shares with its group, (B, E); (1, E) where all are one group."""
     if fraction_GE is None or len(fraction_GE) in (1, num_sequences):
         return fraction_GE
     return fraction_GE.repeat_interleave(term.sequences, dim=0)[:num_sequences]
 
 
-def _is_local(term: LocalTerm) -> bool:
+def _is_local(term: LossTerm) -> bool:
     return term.kind in ("sequences", "micro_batch")
 
 
@@ -147,51 +153,60 @@ def _stacked(numbers: list[Tensor | None]) -> Tensor:
 
 
 def _scalars(
-    plan: Plan,
+    spec: StatsSpec,
     logits_TE: Tensor,
     valid_TE: Tensor,
     ids_TK: Tensor,
     counts_BE: Tensor,
     counts_E: Tensor,
     batch: TokenLayout,
-) -> list[Tensor | None]:
-    """The SCALARS in order, but for those of the loads before the last two."""
+) -> dict[str, Tensor | None]:
+    """The SCALARS, but for those of the loads."""
     mask_T, sequences = batch.token_mask_T, len(counts_BE) if len(logits_TE) else 0
     # counted, and not reckoned from the choices: how many a token makes may change while one trains
-    reached = counts_E.new_full((), len(logits_TE)) if mask_T is None else mask_T.sum().double()
-    rows, calls = counts_E.new_full((), sequences), torch.ones_like(reached)
-    if mask_T is None and not plan.idle:
-        number = -(-sequences // (plan.micro_sequences or max(sequences, 1)))
+    routed = counts_E.new_full((), len(logits_TE)) if mask_T is None else mask_T.sum().double()
+    rows, calls = counts_E.new_full((), sequences), torch.ones_like(routed)
+    if mask_T is None and not spec.idle_experts:
+        number = -(-sequences // (spec.micro_sequences or max(sequences, 1)))
         full, groups = rows, calls if number == 1 else counts_E.new_full((), number)
     else:
         full, groups = (
-            (group_counts(counts_BE, term).sum(dim=-1) > 0).sum().double() for term in (SEQUENCE, micro_batches(plan))
+            (group_counts(counts_BE, term).sum(dim=-1) > 0).sum().double() for term in (SEQUENCE, micro_batches(spec))
         )
     lse_square = None
-    if plan.z_loss:
+    if spec.z_loss:
         lse_T = logits_TE.float().logsumexp(dim=-1).double().square()
         lse_square = (lse_T if mask_T is None else lse_T * mask_T).sum()
-    scores_TK = valid_TE.gather(-1, ids_TK.clamp(max=plan.num_experts - 1) if plan.idle else ids_TK)
-    if plan.idle:
-        scores_TK = scores_TK * (ids_TK < plan.num_experts)
-    tokens = reached if batch.valid_T is None else batch.valid_T.sum().double()
-    return [tokens, reached, calls, full, scores_TK.sum(), lse_square, rows, groups]
+    scores_TK = valid_TE.gather(-1, ids_TK.clamp(max=spec.num_experts - 1) if spec.idle_experts else ids_TK)
+    if spec.idle_experts:
+        scores_TK = scores_TK * (ids_TK < spec.num_experts)
+    tokens = routed if batch.valid_T is None else batch.valid_T.sum().double()
+    return {
+        "tokens": tokens,
+        "routed_tokens": routed,
+        "calls": calls,
+        "nonempty_sequences": full,
+        "topk_score": scores_TK.sum(),
+        "lse_square": lse_square,
+        "sequences": rows,
+        "nonempty_micro_batches": groups,
+    }
 
 
 def _tables(
     counts_CBE: Tensor, probs_BE: Tensor, of_documents: dict[bool, Tensor], valid_TE: Tensor, batch: TokenLayout
-) -> Tables:
+) -> ShardCounts:
     if not of_documents:
-        return Tables(counts_CBE, probs_BE, None, None, None)
+        return ShardCounts(counts_CBE, probs_BE, None, None, None)
     any_RE = next(iter(of_documents.values()))
     kinds = [False, True][: len(counts_CBE)]
     counts_CRE = torch.stack([of_documents.get(kind, torch.zeros_like(any_RE)) for kind in kinds])
     assert batch.document_T is not None
     probs_RE = torch.zeros_like(any_RE, dtype=torch.float64).index_add_(0, batch.document_T, valid_TE.double())
-    return Tables(counts_CBE, probs_BE, counts_CRE.double(), probs_RE, batch.document_T)
+    return ShardCounts(counts_CBE, probs_BE, counts_CRE.double(), probs_RE, batch.document_T)
 
 
-def shared_counts(counts_BE: Tensor, term: LocalTerm) -> Tensor:
+def shared_counts(counts_BE: Tensor, term: LossTerm) -> Tensor:
     """Counts that each sequence's f is made of: its own, those of its group of n, or the whole micro-batch's."""
     if not _is_local(term):
         return torch.zeros_like(counts_BE)
@@ -201,7 +216,7 @@ def shared_counts(counts_BE: Tensor, term: LocalTerm) -> Tensor:
     return groups_GE if term.sequences == 1 else groups_GE.repeat_interleave(term.sequences, dim=0)[: len(counts_BE)]
 
 
-def group_counts(counts_BE: Tensor, term: LocalTerm) -> Tensor:
+def group_counts(counts_BE: Tensor, term: LossTerm) -> Tensor:
     """(G, E) counts of each group of sequences that a local term measures over.
 
     >>> group_counts(torch.tensor([[1, 0], [2, 0], [0, 5]]), LocalTerm("sequences", 2))
@@ -218,7 +233,7 @@ def group_counts(counts_BE: Tensor, term: LocalTerm) -> Tensor:
     return counts_BE.view(-1, size, counts_BE.shape[1]).sum(dim=1)
 
 
-def _document_counts(ids_TK: Tensor, plan: Plan, batch: TokenLayout) -> Tensor:
+def _document_counts(ids_TK: Tensor, spec: StatsSpec, batch: TokenLayout) -> Tensor:
     """(R, E) choices of each document."""
     if batch.document_T is None:
         raise InputError(
@@ -226,12 +241,12 @@ def _document_counts(ids_TK: Tensor, plan: Plan, batch: TokenLayout) -> Tensor:
             got="none",
             do="pass document_ids_BS to the MoE layer, or balance per sequence",
         )
-    (tokens, top_k), choices = ids_TK.shape, plan.num_experts + plan.idle
+    (tokens, top_k), choices = ids_TK.shape, spec.num_experts + spec.idle_experts
     flat_TK = batch.document_T.unsqueeze(1) * choices + ids_TK
     one_T = torch.ones_like(batch.document_T) if batch.token_mask_T is None else batch.token_mask_T.long()
-    counts = torch.zeros(tokens * plan.shards * choices, dtype=torch.int64, device=ids_TK.device)
+    counts = torch.zeros(tokens * spec.shards * choices, dtype=torch.int64, device=ids_TK.device)
     counts.scatter_add_(0, flat_TK.reshape(-1), one_T.unsqueeze(1).expand(-1, top_k).reshape(-1))
-    return counts.view(-1, choices)[:, : plan.num_experts]
+    return counts.view(-1, choices)[:, : spec.num_experts]
 
 
 def _gram(valid_TE: Tensor, slope_TE: Tensor) -> Tensor:

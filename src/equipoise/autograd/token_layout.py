@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .spec import Plan
+from .spec import StatsSpec
 
 __all__ = ["Placed", "TokenLayout", "check_layout"]
 
@@ -59,14 +59,14 @@ class Placed(NamedTuple):
     unread: str = ""  # what was passed as a mask and tells nobody what is padding
 
 
-def check_layout(plan: Plan, layout: TokenLayout, tokens: int) -> None:
+def check_layout(spec: StatsSpec, layout: TokenLayout, tokens: int) -> None:
     """Raises InputError for a policy with scope sequence, Sequences(n) or document where the layout is not known.
 
     One guessed sequence would give another load and another gradient, and look healthy.
     """
     if layout.num_sequences is not None:
         return
-    if plan.inside or (layout.document_T is None and any(term.kind == "document" for term in plan.terms)):
+    if spec.inside or (layout.document_T is None and spec.has_documents):
         raise InputError(
             expected="to know how tokens lie in sequences, for a scope inside a micro-batch",
             got=f"{tokens} tokens, and nobody said which of them are one sequence",

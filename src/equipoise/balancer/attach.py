@@ -1,4 +1,4 @@
-"""Finds a model's routers and gives each a meter, after the policies were checked against all of them."""
+"""Finds a model's routers and gives each a state, after the policies were checked against all of them."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..autograd.router_state import Meter
-from ..autograd.spec import LocalTerm, Plan
+from ..autograd.protocol import BalancedRouter
+from ..autograd.router_state import RouterState
+from ..autograd.spec import LossTerm, StatsSpec
 from ..errors import ConfigError, StateError
 from ..external.discovery import find_foreign
 from ..external.no_router import no_router
 from ..external.own_loss import OwnLoss
-from ..policies.expert_bias import ExpertBias
-from ..policies.losses import AuxLoss, ZLoss
-from ..policies.switch import Timed
-from .degenerate import check_degenerate
+from ..policies.losses import AuxLoss
+from ..policies.schedule import Schedule
+from .degenerate import FoundRouter, check_degenerate
 from .layer_group import Layer
 
 __all__ = ["attach", "detach", "part_of", "unbalanced_routers", "undo"]
 
 
-def _routers(
-    parts: Sequence[nn.Module], example: Mapping[str, Any] | None, *, look: bool
-) -> list[tuple[int, str, Any]]:
-    """(part, name, router): ours by what they have (``layers`` is no lower floor), others by what they return."""
-    found: list[tuple[int, str, Any]] = []
+def _routers(parts: Sequence[nn.Module], example: Mapping[str, Any] | None, *, look: bool) -> list[FoundRouter]:
+    """Those that meet the protocol; in a part without one, those of another library, by what they return."""
+    found: list[FoundRouter] = []
     try:
         for i, part in enumerate(parts):
             _check_offload(part)
-            ours = [(name, m) for name, m in part.named_modules() if hasattr(m, "meter") and hasattr(m, "num_experts")]
-            found += [(i, name, router) for name, router in ours or find_foreign(part, example, look=look)]
+            known = [(i, name, module) for name, module in part.named_modules() if isinstance(module, BalancedRouter)]
+            found += known
+            if not known:
+                found += [(i, name, router) for name, router in find_foreign(part, example, look=look)]
     except BaseException:
         _unhook(router for _, _, router in found)
         raise
@@ -44,7 +44,7 @@ def _routers(
 
 def attach(
     parts: Sequence[nn.Module],
-    timed: Sequence[Timed],
+    schedule: Schedule,
     *,
     measure_estimators: bool,
     gradient_norms: bool,
@@ -53,47 +53,48 @@ def attach(
     may_be_empty: bool,
     example: Mapping[str, Any] | None = None,
 ) -> tuple[list[Layer], OwnLoss]:
-    """(a meter for every router, what was switched off), after the policies were checked against all of them.
+    """(every router with its state, what was switched off), after the policies were checked against all of them.
 
-    Without a policy nothing is switched off, and nothing refused that could only not be pushed.
+    Without a policy nothing is switched off, and a router is not refused because it could not be balanced.
     ``may_be_empty``: a pipeline stage without MoE layers is one of several.
     """
     _check_options(micro_sequences)
-    routers = _routers(parts, example, look=not timed)
+    routers = _routers(parts, example, look=not schedule)
     if not routers and not may_be_empty:
         raise no_router(parts, example)
     _check_free(routers)
     own_loss = OwnLoss()
     layers = [Layer(name, r, part=part, makes_bias=r.expert_bias is None) for part, name, r in routers]
     try:
-        _check_routers(routers, timed)
-        check_degenerate(routers, timed)
-        terms = tuple(_term(t.policy, micro_sequences) for t in timed if isinstance(t.policy, AuxLoss))
-        norms = gradient_norms and bool(timed) and all(getattr(r, "measures_norms", True) for _, _, r in routers)
+        _check_routers(routers, schedule)
+        check_degenerate(routers, schedule)
+        terms = tuple(_term(loss, micro_sequences) for _, loss in schedule.losses)
+        norms = gradient_norms and bool(schedule) and all(r.traits.measures_norms for _, _, r in routers)
         for layer in layers:
-            plan = Plan(
-                *(layer.router.num_experts, layer.router.top_k, layer.router.gate),
-                terms,
-                any(isinstance(t.policy, ZLoss) for t in timed),
-                norms,
-                micro_sequences,
-                measure_estimators,
-                shards,
-                getattr(layer.router, "weights", None),
-                getattr(layer.router, "idle", 0),
-                looks=not timed,
+            router, traits = layer.router, layer.router.traits
+            spec = StatsSpec(
+                *(router.num_experts, router.top_k, router.gate),
+                terms=terms,
+                z_loss=bool(schedule.z_losses),
+                norms=norms,
+                micro_sequences=micro_sequences,
+                gram=measure_estimators,
+                shards=shards,
+                weights_form=traits.weights_form,
+                idle_experts=traits.idle_experts,
+                observe_only=not schedule,
             )
-            layer.meter = Meter(plan, _device(layer.router), layer.name)
-        if any(isinstance(t.policy, ExpertBias) for t in timed):
+            layer.balance_state = RouterState(spec, _device(router), layer.name)
+        if schedule.biases:
             # a bias that was there is taken over last: what is refused before has changed nothing
             for layer in sorted(layers, key=lambda layer: not layer.makes_bias):
                 layer.router.enable_selection_bias()
-        for part in {part for part, _, router in routers if timed and hasattr(router, "layout")}:
+        for part in {part for part, _, router in routers if schedule and router.batch_context is not None}:
             own_loss.switch_off(parts[part])
-        if timed:
+        if schedule:
             _warn_of_frozen(layers)
         for layer in layers:
-            layer.router.meter = layer.meter
+            layer.router.balance_state = layer.balance_state
     except BaseException:
         undo(layers, own_loss)
         _unhook(router for _, _, router in routers)
@@ -103,19 +104,18 @@ def attach(
 
 def unbalanced_routers(parts: Sequence[nn.Module], layers: Sequence[Layer]) -> list[str]:
     """Names of routers in the model that no balancer has: ours, and others of a class that is balanced here."""
-    known = {id(getattr(layer.router, "module", layer.router)) for layer in layers}
-    classes = {type(layer.router.module) for layer in layers if hasattr(layer.router, "module")}
+    known = {id(layer.router.module) for layer in layers}
+    classes = {type(layer.router.module) for layer in layers}
     return [
         name
         for part in parts
         for name, module in part.named_modules()
-        if id(module) not in known
-        and (type(module) in classes or (hasattr(module, "meter") and hasattr(module, "num_experts")))
+        if id(module) not in known and (type(module) in classes or isinstance(module, BalancedRouter))
     ]
 
 
-def _device(router: Any) -> torch.device:
-    return next((p.device for p in router.parameters()), torch.device("cpu"))  # a meter follows the logits anyway
+def _device(router: BalancedRouter) -> torch.device:
+    return next((p.device for p in router.parameters()), torch.device("cpu"))  # a state follows the logits anyway
 
 
 def _warn_of_frozen(layers: Sequence[Layer]) -> None:
@@ -142,7 +142,7 @@ def part_of(model: nn.Module, name: str) -> nn.Module:
 def detach(layers: Sequence[Layer], own_loss: OwnLoss) -> None:
     """The model is as it was, but for a bias that it chooses with: other experts would answer without it."""
     for layer in layers:
-        layer.router.meter = None
+        layer.router.balance_state = None
     own_loss.restore()
 
 
@@ -150,13 +150,13 @@ def undo(layers: Sequence[Layer], own_loss: OwnLoss) -> None:
     """After an error: also a bias that was added goes again."""
     for layer in layers:
         if layer.makes_bias:
-            setattr(layer.router, "own_bias" if hasattr(layer.router, "own_bias") else "expert_bias", None)
+            layer.router.disable_selection_bias()
     detach(layers, own_loss)
 
 
-def _unhook(routers: Iterable[Any]) -> None:
+def _unhook(routers: Iterable[BalancedRouter]) -> None:
     """Routers that were found and never tied leave hooks of their layouts behind."""
-    for layout in {id(at): at for router in routers if (at := getattr(router, "layout", None)) is not None}.values():
+    for layout in {id(at): at for router in routers if (at := router.batch_context) is not None}.values():
         layout.remove()
 
 
@@ -173,9 +173,9 @@ def _check_offload(part: nn.Module) -> None:
             )
 
 
-def _check_free(routers: Sequence[tuple[int, str, Any]]) -> None:
+def _check_free(routers: Sequence[FoundRouter]) -> None:
     for _, name, router in routers:
-        if router.meter is not None:
+        if router.balance_state is not None:
             raise StateError(
                 expected="one balancer per model",
                 got=f"router {name!r} already has one",
@@ -183,22 +183,20 @@ def _check_free(routers: Sequence[tuple[int, str, Any]]) -> None:
             )
 
 
-def _check_routers(routers: Sequence[tuple[int, str, Any]], timed: Sequence[Timed]) -> None:
-    biases = [t.policy for t in timed if isinstance(t.policy, ExpertBias)]
-    has_z_loss = any(isinstance(t.policy, ZLoss) for t in timed)
+def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule) -> None:
     for _, name, router in routers:
-        for policy in biases:
+        for _, policy in schedule.biases:
             policy.check_gate(router.gate, router.num_experts)
-        if has_z_loss and not getattr(router, "returns_logits", True):
+        if schedule.z_losses and not router.traits.returns_logits:
             raise ConfigError(
                 expected="router logits for ZLoss",
                 got=f"router {name!r}, which returns probabilities: the logsumexp of their logarithms is always 0",
                 do="leave ZLoss out for this model",
             )
         if (
-            timed
+            schedule
             and router.expert_bias is not None
-            and not biases
+            and not schedule.biases
             and any(p.requires_grad for p in router.parameters())
         ):
             raise ConfigError(
@@ -217,9 +215,9 @@ def _check_options(micro_sequences: int | None) -> None:
         )
 
 
-def _term(policy: AuxLoss, micro_sequences: int | None) -> LocalTerm:
+def _term(policy: AuxLoss, micro_sequences: int | None) -> LossTerm:
     """Where several micro-batches run as one pass, each is a group of sequences in it."""
     term = policy.term
     if term.kind == "micro_batch" and micro_sequences is not None:
-        return LocalTerm("sequences", micro_sequences, term.unbiased)
+        return LossTerm("sequences", micro_sequences, term.unbiased)
     return term

@@ -11,29 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd.finite import in_shape_inference
-from ..autograd.router_state import take
+from ..autograd.protocol import BalancedRouter
+from ..autograd.router_state import take_pending
 from ..autograd.token_layout import TokenLayout
 from ..distributed import Ranks
 from ..errors import ConfigError, InputError, StateError
 from ..external.batch_context import saying
 from ..policies.expert_bias import ExpertBias
-from ..policies.losses import AuxLoss
-from ..policies.switch import Policy, losses_at, timeline
+from ..policies.schedule import Schedule
+from ..policies.switch import Policy
 from .attach import attach, detach, part_of, undo
 from .describe import describe
 from .evaluation import evaluating
 from .faults import Faults, no_forward
-from .metrics import Committed, metrics
-from .state import VERSION, load_states, momentum_names, put_biases, states_of
-from .step import Stepping
+from .metrics import StepStats, metrics
+from .state import VERSION, load_states, put_biases, states_of
+from .step import StepCycle
 from .step_detector import Steps, hookable
-from .step_tokens import Declared
-from .tap import MicroBatch, tapped
+from .step_tokens import StepTokens
+from .tap import TappedForward, tap_loss
 
 __all__ = ["Balancer"]
 
 
-class Balancer(Stepping):
+class Balancer(StepCycle):
     """Keeps the experts of a model evenly loaded. One object, one line per step: ``loss = balancer.tap(loss)``.
 
     Args:
@@ -98,7 +99,7 @@ class Balancer(Stepping):
                 expected="reduction: 'mean' or 'sum'", got=repr(reduction), do="most loops average: 'mean'"
             )
         self.policies = list(policies)
-        schedule, parts = timeline(self.policies), [model] if isinstance(model, nn.Module) else list(model)
+        schedule, parts = Schedule(self.policies), [model] if isinstance(model, nn.Module) else list(model)
         parts = parts if part is None else [part_of(one, part) for one in parts]
         ranks, ends_steps = ranks or Ranks.default(), hookable(optimizer)
         self._example = example
@@ -119,10 +120,10 @@ class Balancer(Stepping):
         except BaseException:
             undo(layers, self.own_loss)
             raise
-        self._watch.listen(Steps(self._before_step, self._commit, self._step_inside_backward), ends_steps)
+        self._detector.listen(Steps(self._before_step, self._commit, self._step_inside_backward), ends_steps)
         for layer in layers:
-            layer.meter.owner = self  # a balancer lives as long as its model, also when nobody else keeps it
-            layer.meter.at_once = faults.at_once
+            layer.balance_state.owner = self  # a balancer lives as long as its model, also when nobody else keeps it
+            layer.balance_state.raises_immediately = faults.raises_immediately
 
     # ---------------------------------------------------------------- a training step, in order
 
@@ -137,12 +138,12 @@ class Balancer(Stepping):
         ``tokens={"trunk": 4096, "mtp": 4080}``.
         """
         self._check_begins("begin_step", do="call it right after optimizer.step(); after a skipped step skip()")
-        self._declared = Declared.of(tokens, micro_batches, self._ledger.names, self._reduction)
+        self._declared = StepTokens.of(tokens, micro_batches, self._sums.names, self._reduction)
 
     @property
     def needs_counting(self) -> bool:
         """Whether a step of several micro-batches needs a counting pass: estimator "exact", scope "shuffle"."""
-        return any(loss.needs_counting for loss in losses_at(self._timeline, self._step))
+        return any(loss.needs_counting for loss in self._schedule.losses_at(self._step))
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -151,11 +152,11 @@ class Balancer(Stepping):
         The model stays in training mode, so that dropout draws what it will draw again.
         """
         self._check_begins("the counting pass", do="count first, then train")
-        for bank in self._banks:
-            bank.forget_step()
-        shuffle = any(isinstance(t.policy, AuxLoss) and t.policy.scope == "shuffle" for t in self._timeline)
+        for group in self._groups:
+            group.forget_step()
+        shuffle = self._schedule.shuffles
         for layer in self._layers:
-            layer.meter.pool = [] if shuffle else None
+            layer.balance_state.pooled_ids = [] if shuffle else None
         # collecting every token's experts is a side effect that no compiler takes under a checkpoint
         stance = torch.compiler.set_stance("force_eager") if shuffle else nullcontext()
         try:
@@ -164,9 +165,9 @@ class Balancer(Stepping):
         except BaseException:
             self.discard()
             raise
-        taken = [take(bank.meters).statistics_LS for bank in self._banks]
+        taken = [take_pending(group.states).statistics_LS for group in self._groups]
         self._note_silence(
-            self._banks,
+            self._groups,
             taken,
             StateError(
                 expected="the step's micro-batches forward through the routers in training mode",
@@ -174,13 +175,13 @@ class Balancer(Stepping):
                 do="call model.train() first; the pass itself needs no gradients",
             ),
         )
-        for bank, counted_LS in zip(self._banks, self._ledger.sum_tokens(taken), strict=True):
-            bank.counted = counted_LS
-            bank.history.counted_E = bank.counts(counted_LS)
-            pools = [meter.pool for meter in bank.meters if meter.pool]
-            bank.pools = [self._ranks.tokens.gather_rows(torch.cat(pool)) for pool in pools]
-            for meter in bank.meters:
-                meter.pool = None
+        for group, counted_LS in zip(self._groups, self._sums.start_counts(taken)(), strict=True):
+            group.counted = counted_LS
+            group.history.counted_E = group.counts(counted_LS)
+            pools = [state.pooled_ids for state in group.states if state.pooled_ids]
+            group.pools = [self._ranks.tokens.gather_rows(torch.cat(pool)) for pool in pools]
+            for state in group.states:
+                state.pooled_ids = None
 
     def tap(self, loss: Tensor, *, scale: float | None = None, tokens: Tensor | float | None = None) -> Tensor:
         """Returns ``loss`` unchanged. Its backward, which runs before every router's, binds the policies to the step.
@@ -194,12 +195,12 @@ class Balancer(Stepping):
                 (sum, number of tokens)): the scale is then that of their mean.
         """
         if not (torch.is_grad_enabled() and loss.requires_grad):
-            self._clear_slots(first=2)  # and not a training forward whose loss is still to be tapped
+            self._clear_pending(first=2)  # and not a training forward whose loss is still to be tapped
             return loss
         part = self._forwards.last_part
-        banks = self._of(part)
-        if not any(layer.router.training for bank in banks for layer in bank.layers):
-            self._evaluated = bool(banks) and not self._evaluating
+        groups = self._of(part)
+        if not any(layer.router.training for group in groups for layer in group.layers):
+            self._evaluated = bool(groups) and not self._evaluating
             return loss
         if scale is None and loss.numel() != 1:
             raise InputError(
@@ -212,10 +213,10 @@ class Balancer(Stepping):
             return loss
         if not any(self._micro_steps):
             self._check_routers()
-        self._watch.tapped(max(self._micro_steps), self._dropped)
+        self._detector.tapped(max(self._micro_steps), self._dropped)
         silent = no_forward("none since the last tap that this loss is made of")
-        self._note_silence(banks, [one.statistics_LS for one in taken], silent)
-        return tapped(loss, self, MicroBatch(part, taken), scale, tokens)
+        self._note_silence(groups, [one.statistics_LS for one in taken], silent)
+        return tap_loss(loss, self, TappedForward(part, taken), scale, tokens)
 
     @contextmanager
     def evaluation(self) -> Iterator[dict[str, float]]:
@@ -235,7 +236,7 @@ class Balancer(Stepping):
         >>> found["balance/tokens"]
         12.0
         """
-        attached = all(layer.router.meter is layer.meter for layer in self._layers)
+        attached = all(layer.router.balance_state is layer.balance_state for layer in self._layers)
         if self._evaluating or not attached:
             raise StateError(
                 expected="one evaluation at a time, of a model that is balanced",
@@ -244,7 +245,7 @@ class Balancer(Stepping):
             )
         self._evaluating = True
         try:
-            with evaluating(self._banks, self._ledger, self._device) as found:
+            with evaluating(self._groups, self._sums, self._device) as found:
                 yield found
         finally:
             self._evaluating = False
@@ -261,7 +262,7 @@ class Balancer(Stepping):
         For masks that say who sees whom, and documents that nothing else numbers. Holds for routers whose tokens are
         as many: ``with balancer.layout(TokenLayout(B, token_mask_T)): loss = model(...).loss``.
         """
-        return saying([layer.router.layout for layer in self._layers if hasattr(layer.router, "layout")], lies)
+        return saying([one for layer in self._layers if (one := layer.router.batch_context) is not None], lies)
 
     def skip(self) -> None:
         """Says that the optimizer skips this step (a spike, an overflow): forgotten like `discard`, and counted.
@@ -275,6 +276,16 @@ class Balancer(Stepping):
     # ---------------------------------------------------------------- what it learnt
 
     @property
+    def schedule(self) -> Schedule:
+        """The policies with the steps at which they act, and the names of their metrics."""
+        return self._schedule
+
+    @property
+    def routers(self) -> dict[str, BalancedRouter]:
+        """The balanced routers by name, in the model's order."""
+        return {layer.name: layer.router for layer in self._layers}
+
+    @property
     def step_count(self) -> int:
         """Optimizer steps committed so far."""
         return self._step
@@ -282,11 +293,12 @@ class Balancer(Stepping):
     def metrics(self, layers: bool = True) -> dict[str, float]:
         """The last committed step as flat names: loss and gradient_ratio per policy, MaxVio per scope, ...
 
-        ``balance/policy_0/loss`` is 1 in balance; ``.../gradient_ratio`` is the norm of the policy's gradient at the
-        router logits over that of the language-model loss; ``balance/maxvio_micro_batch`` and ``_sequence`` are means.
+        ``balance/global/loss`` (``global`` is the policy's name) is 1 in balance; ``.../gradient_ratio`` is the norm of
+        the policy's gradient at the router logits over that of the language-model loss;
+        ``balance/maxvio_micro_batch`` and ``_sequence`` are means.
         ``layers=False`` leaves out the numbers of each layer, ``balance/layer_03/...``, and keeps their means.
         """
-        found = metrics(self._last(), self._timeline, self._step - 1, layers=layers)
+        found = metrics(self._last(), self._schedule, self._step - 1, layers=layers)
         left = {"skipped_steps": self._skipped, "faulty_steps": self._faults.steps}
         return found | {f"balance/{key}": float(number) for key, number in left.items()}
 
@@ -295,18 +307,18 @@ class Balancer(Stepping):
         rows = [(place, row) for one in self._last() for place, row in zip(one.places, one.counts.long(), strict=True)]
         return [counts_E for _, counts_E in sorted(rows, key=lambda row: row[0])]
 
-    def fidelity(self) -> dict[str, dict[str, float]] | None:
+    def estimator_error(self) -> dict[str, dict[str, float]] | None:
         """Of the last step: each estimator's gradient against exact (relative_error, cosine); None if not measured."""
-        return self._fidelity
+        return self._estimator_error
 
     def describe(self) -> str:
         """What was found and assumed, to be read: routers, biases, layouts, tokens, what ends a step, ranks."""
         return describe(
             self._layers,
-            self._timeline,
+            self._schedule,
             self._ranks,
             switched_off=self.own_loss.words,
-            ends_with=self._watch.ends_with,
+            ends_with=self._detector.ends_with,
             declared=self._declared,
             reduction=self._reduction,
             raises=self._faults.raises,
@@ -317,7 +329,7 @@ class Balancer(Stepping):
 
         Micro-batches since the last step are left out, as their gradients are from every checkpoint.
         """
-        states = states_of(self._banks, momentum_names(self._timeline))
+        states = states_of(self._groups, self._schedule)
         layers = {layer.name: states[layer.name] for layer in self._layers}
         return {"version": VERSION, "step": self._step, "skipped": self._skipped, "layers": layers}
 
@@ -333,8 +345,7 @@ class Balancer(Stepping):
                 got=f"version {state.get('version')}",
                 do="load a state that this version saved; biases alone are in the model's own weights",
             )
-        names = momentum_names(self._timeline)
-        unfit = load_states(self._banks, state["layers"], names, strict=strict)
+        unfit = load_states(self._groups, state["layers"], self._schedule, strict=strict)
         self.discard()
         self._faults.forget()
         self._unmoved = None
@@ -374,7 +385,7 @@ class Balancer(Stepping):
 
     def step(self) -> None:
         """Commits a step by hand, right after an optimizer that is no ``torch.optim.Optimizer`` stepped."""
-        self._watch.ends_with = "balancer.step()"
+        self._detector.ends_with = "balancer.step()"
         self._commit()
 
     def remove(self) -> None:
@@ -384,11 +395,11 @@ class Balancer(Stepping):
         """
         if (fault := self._faults.late()) is not None:
             warnings.warn(fault, stacklevel=2)
-        self._watch.remove()
+        self._detector.remove()
         self._forwards.remove()
         detach(self._layers, self.own_loss)
 
-    def _last(self) -> list[Committed]:
+    def _last(self) -> list[StepStats]:
         if self._committed is None:
             raise StateError(
                 expected="a committed optimizer step", got="none yet", do="call this after optimizer.step()"

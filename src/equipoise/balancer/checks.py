@@ -7,20 +7,25 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..errors import StateError
-from ..policies.losses import AuxLoss, ZLoss
-from ..policies.switch import Timed
-from .layer_group import Bank, Layer
+from ..policies.schedule import Schedule
+from .layer_group import Layer, LayerGroup
 
 __all__ = ["check_before_step", "saw_nothing"]
 
 
-def saw_nothing(banks: Sequence[Bank], statistics: Sequence[Tensor]) -> bool:
+def saw_nothing(groups: Sequence[LayerGroup], statistics: Sequence[Tensor]) -> bool:
     """Whether no router ran; waits for the device."""
-    return not any(bool(one_LS[:, bank.plan.at("calls")].any()) for bank, one_LS in zip(banks, statistics, strict=True))
+    return not any(
+        bool(group.spec.scalar(one_LS, "calls").any()) for group, one_LS in zip(groups, statistics, strict=True)
+    )
 
 
 def check_before_step(
-    layers: Sequence[Layer], timeline: Sequence[Timed], step: int, micro_steps: Sequence[int], declared: int | None
+    layers: Sequence[Layer],
+    schedule: Schedule,
+    step: int,
+    micro_steps: Sequence[int],
+    declared: int | None,
 ) -> None:
     """Raises StateError for a step that the balancer did not see, or saw otherwise than it was declared.
 
@@ -28,10 +33,10 @@ def check_before_step(
         micro_steps: how many micro-batches were tapped, for each part of the model.
         declared: how many ``begin_step`` announced.
     """
-    pushes = any(isinstance(t.policy, AuxLoss | ZLoss) and t.active(step) for t in timeline)
-    counted = any(layer.meter.leaf.grad is not None for layer in layers)
+    pushes = schedule.has_gradient(step)
+    counted = any(layer.balance_state.grad_accumulator.grad is not None for layer in layers)
     learns = any(layer.trainable for layer in layers)
-    if not any(micro_steps) and (not timeline or (pushes and learns)):
+    if not any(micro_steps) and (not schedule or (pushes and learns)):
         raise StateError(
             expected="loss = balancer.tap(loss) before backward in every step",
             got="an optimizer step whose backward passed no tap"

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..autograd.router_state import Tables, Taken
-from ..autograd.sequence_shards import Late, correct
-from ..devices import sent
+from ..autograd.router_state import ForwardStats, ShardCounts
+from ..autograd.sequence_shards import ShardedFractions, correct
+from ..devices import to_device
 from ..errors import ConfigError, StateError
 from ..functional.losses import load_fractions
-from ..policies.estimators import ESTIMATORS
-from ..policies.losses import AuxLoss, ZLoss, coefficient
+from ..policies.estimators import ESTIMATORS, shares_at
+from ..policies.losses import AuxLoss, coefficient
+from ..policies.schedule import Schedule
 from ..policies.scopes import Sequences
-from ..policies.switch import Timed
-from .layer_group import Bank, Bound
+from .layer_group import LayerGroup, MicroBatchCoefficients
 
-__all__ = ["MicroStep", "bind", "tokens_said"]
+__all__ = ["MicroStep", "micro_batch_coefficients", "tokens_said"]
 
 
 @dataclass(frozen=True)
@@ -35,87 +35,95 @@ class MicroStep:
     rank: int
     estimators: Sequence[str]  # whose f is kept to be compared with ``exact`` once the step's load is known
     passes: int = 1  # forwards that this micro-batch is made of
+    summed: str = "micro_step"  # over ranks: its counts, those of the step so far ("step"), or "none"
 
 
-def bind(
-    bank: Bank,
-    timeline: Sequence[Timed],
-    proposed: Taken,
-    summed: Sequence[Sequence[Tables]],
+def micro_batch_coefficients(
+    group: LayerGroup,
+    schedule: Schedule,
+    proposed: ForwardStats,
+    summed: Sequence[Sequence[ShardCounts]],
     global_LE: Tensor,
     micro: MicroStep,
     scale: Tensor,
-) -> Bound:
+) -> MicroBatchCoefficients:
     """Turns policies into pressure on the routers of a bank, per unit of the loss's scale; adds the batch to the step.
 
     Args:
         summed: of each router its tables over all shards, one per call; empty where sequences are whole.
-        global_LE: the counts, summed over ranks where a policy asked for it.
+        global_LE: the counts, summed over ranks as ``micro.summed`` says.
         scale: d(step's loss) / d(this micro-batch's loss): 1/M, GradScaler's scale, ...
     """
-    plan = bank.plan
-    bank.history.propose(global_LE)
-    taken_LS, own_LE, late = _corrected(bank, proposed, summed)
-    unit_L = _unit(bank, taken_LS, micro)
-    trainable = [layer.trainable for layer in bank.layers]
+    spec = group.spec
+    local_LE = group.counts(proposed.statistics_LS) if micro.ranks > 1 else global_LE
+    if micro.summed == "step" and micro.ranks > 1:
+        group.history.propose(local_LE, shared_E=global_LE)
+    else:
+        shares = micro.ranks == 1 or (micro.summed == "micro_step" and shares_at(micro.number))
+        group.history.propose(global_LE, local_LE, shares=shares)
+    taken_LS, own_LE, sharded = _corrected(group, proposed, summed)
+    unit_L = _unit(group, taken_LS, micro)
+    trainable = [layer.trainable for layer in group.layers]
     if not all(trainable):
-        unit_L = unit_L * sent(trainable, unit_L.device)
+        unit_L = unit_L * to_device(trainable, unit_L.device)
     zero_LE, zero_L = torch.zeros_like(own_LE), torch.zeros_like(unit_L)
-    terms: list[tuple[Tensor, Tensor, Tensor]] = []  # of each loss: (row (L, E), factor (L,), late value (L,))
+    terms: list[tuple[Tensor, Tensor, Tensor]] = []  # of each loss: (row (L, E), factor (L,), deferred value (L,))
     z_L = zero_L
-    for timed in timeline:
-        match timed.policy:
-            case AuxLoss() as policy if timed.active(micro.step):
-                coef = coefficient(policy, micro.step)
-                push_L = unit_L * (coef * plan.num_experts)
-                bank.step_pushes |= coef > 0
-                terms.append(_bind_term(bank, policy, len(terms), (taken_LS, own_LE), push_L, micro))
-            case AuxLoss():
-                terms.append((zero_LE, zero_L, zero_L))
-            case ZLoss() as policy if timed.active(micro.step):
-                coef = coefficient(policy, micro.step)
-                z_L = z_L + unit_L * coef
-                bank.step_pushes |= coef > 0
+    for scheduled, policy in schedule.losses:
+        if scheduled.active(micro.step):
+            coef = coefficient(policy, micro.step)
+            push_L = unit_L * (coef * spec.num_experts)
+            group.step_pushes |= coef > 0
+            terms.append(_term_coefficients(group, policy, scheduled.term, (taken_LS, own_LE), push_L, micro))
+        else:
+            terms.append((zero_LE, zero_L, zero_L))
+    for scheduled, policy in schedule.z_losses:
+        if scheduled.active(micro.step):
+            coef = coefficient(policy, micro.step)
+            z_L = z_L + unit_L * coef
+            group.step_pushes |= coef > 0
     rows, factors, values = zip(*terms, strict=True) if terms else ((), (), ())
-    bank.step_values = _plus(bank.step_values, torch.stack(values, dim=1) if terms else zero_LE[:, :0])
+    group.step_values = _plus(group.step_values, torch.stack(values, dim=1) if terms else zero_LE[:, :0])
     if micro.estimators:
-        known = {name: _fraction(bank, name, 0.9, micro.number) for name in micro.estimators}
+        known = {name: _fraction(group, name, 0.9, micro.number) for name in micro.estimators}
         weight_L = unit_L * scale.to(device=unit_L.device, dtype=torch.float64).reshape(())
         assert proposed.gram_LEE is not None
-        bank.step_fidelity.append((known, proposed.gram_LEE * weight_L.square().view(-1, 1, 1)))
-    return Bound(torch.cat([*rows, torch.stack([*factors, z_L], dim=1)], dim=1), late, proposed.placed)
+        group.step_errors.append((known, proposed.gram_LEE * weight_L.square().view(-1, 1, 1)))
+    return MicroBatchCoefficients(
+        torch.cat([*rows, torch.stack([*factors, z_L], dim=1)], dim=1), sharded, proposed.placed
+    )
 
 
 def _corrected(
-    bank: Bank, proposed: Taken, summed: Sequence[Sequence[Tables]]
-) -> tuple[Tensor, Tensor, list[list[Late]]]:
+    group: LayerGroup, proposed: ForwardStats, summed: Sequence[Sequence[ShardCounts]]
+) -> tuple[Tensor, Tensor, list[list[ShardedFractions]]]:
     """(statistics (L, S), counts of the sequences (L, E), f to look up in backward), over all shards of a sequence."""
-    taken_LS, num_experts = proposed.statistics_LS, bank.plan.num_experts
-    bank.step_taken = _plus(bank.step_taken, taken_LS)
+    taken_LS = proposed.statistics_LS
+    group.step_taken = _plus(group.step_taken, taken_LS)
     if not any(summed):
-        return taken_LS, taken_LS[:, :num_experts], [[] for _ in bank.layers]
+        return taken_LS, group.counts(taken_LS), [[] for _ in group.layers]
     whole = [
-        correct(bank.plan, *of_layer) if of_layer[2] else (of_layer[0], of_layer[0][:num_experts], [])
-        for of_layer in zip(taken_LS, proposed.tables, summed, strict=True)
+        correct(group.spec, *of_layer) if of_layer[2] else (of_layer[0], group.counts(of_layer[0]), [])
+        for of_layer in zip(taken_LS, proposed.shard_counts, summed, strict=True)
     ]
-    statistics, counts, late = zip(*whole, strict=True)
-    bank.step_shift = _plus(bank.step_shift, torch.stack(statistics) - taken_LS)
-    return torch.stack(statistics), torch.stack(counts), list(late)
+    statistics, counts, sharded = zip(*whole, strict=True)
+    group.step_shift = _plus(group.step_shift, torch.stack(statistics) - taken_LS)
+    return torch.stack(statistics), torch.stack(counts), list(sharded)
 
 
-def _unit(bank: Bank, taken_LS: Tensor, micro: MicroStep) -> Tensor:
+def _unit(group: LayerGroup, taken_LS: Tensor, micro: MicroStep) -> Tensor:
     """(L,) 1 / T, times M where losses are means: with the scale (1/M, ...) the factor of each token's gradient.
 
     T counts the tokens that a layer sees in the step: one that runs twice per micro-batch sees each twice.
     """
-    plan = bank.plan
-    tokens_L, calls_L = taken_LS[:, plan.at("tokens")], taken_LS[:, plan.at("calls")]
+    spec = group.spec
+    tokens_L, calls_L = spec.scalar(taken_LS, "tokens"), spec.scalar(taken_LS, "calls")
     if micro.declared_tokens is not None:
-        step_tokens_L = tokens_said(bank, micro.declared_tokens) * _in_a_pass(calls_L, micro.passes)
+        step_tokens_L = tokens_said(group, micro.declared_tokens) * _in_a_pass(calls_L, micro.passes)
         micro_batches: Tensor | float = (micro.declared_micro_batches or 1) * micro.ranks
-    elif bank.counted is not None:
-        step_tokens_L = bank.counted[:, plan.at("tokens")]
-        micro_batches = bank.counted[:, plan.at("calls")] / calls_L.clamp(min=1)  # a layer may run twice
+    elif group.counted is not None:
+        step_tokens_L = spec.scalar(group.counted, "tokens")
+        micro_batches = spec.scalar(group.counted, "calls") / calls_L.clamp(min=1)  # a layer may run twice
     else:
         step_tokens_L, micro_batches = tokens_L, 1.0
     if micro.reduction == "sum":
@@ -128,86 +136,86 @@ def _in_a_pass(calls_L: Tensor, passes: int) -> Tensor:
     return (calls_L if passes == 1 else calls_L / passes).clamp(min=1)
 
 
-def tokens_said(bank: Bank, declared: float | Mapping[str, float]) -> Tensor | float:
+def tokens_said(group: LayerGroup, declared: float | Mapping[str, float]) -> Tensor | float:
     """What ``begin_step`` declared for the layers of a bank: one number for all, or (L,)."""
     if not isinstance(declared, Mapping):
         return declared
-    said = [declared[layer.name] for layer in bank.layers]
-    return said[0] if len(set(said)) == 1 else sent(said, bank.device)
+    said = [declared[layer.name] for layer in group.layers]
+    return said[0] if len(set(said)) == 1 else to_device(said, group.device)
 
 
-def _bind_term(
-    bank: Bank, policy: AuxLoss, term: int, seen: tuple[Tensor, Tensor], push_L: Tensor, micro: MicroStep
+def _term_coefficients(
+    group: LayerGroup, policy: AuxLoss, term: int, seen: tuple[Tensor, Tensor], push_L: Tensor, micro: MicroStep
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, factor, late value) of a balance loss: a row for an f chosen here, a factor for one that forward measured.
+    """(row, factor, deferred value) of a balance loss: a row for an f chosen here, a factor for one of forward's.
 
     ``seen``: the statistics of this micro-batch, and the counts of its sequences over all their shards.
     """
-    plan, (taken_LS, own_LE) = bank.plan, seen
-    probs_LE, zero_L = taken_LS[:, plan.num_experts : 2 * plan.num_experts], torch.zeros_like(push_L)
+    spec, (taken_LS, own_LE) = group.spec, seen
+    probs_LE, zero_L = spec.probs(taken_LS), torch.zeros_like(push_L)
     match policy.scope:
         case Sequences(n):
-            fraction_LE, wider_L = _window(bank, term, n, taken_LS, own_LE)
-            value_L = plan.num_experts * (fraction_LE * probs_LE).sum(dim=1) - taken_LS[:, plan.values_at + term]
+            fraction_LE, wider_L = _window(group, term, n, taken_LS, own_LE)
+            value_L = spec.num_experts * (fraction_LE * probs_LE).sum(dim=1) - spec.values(taken_LS)[:, term]
             row_LE = torch.where(wider_L.unsqueeze(1), push_L.unsqueeze(1) * fraction_LE, 0.0)
             return row_LE, torch.where(wider_L, 0.0, push_L), torch.where(wider_L, value_L, 0.0)
         case "sequence" | "document" | "micro_batch":
             return torch.zeros_like(own_LE), push_L, zero_L
         case "data_parallel":
-            assert bank.history.current_E is not None
-            fraction_LE = load_fractions(bank.history.current_E)
+            assert group.history.current_E is not None
+            fraction_LE = load_fractions(group.history.current_E)
         case "shuffle":
-            fraction_LE = _shuffled(bank, taken_LS, micro)
+            fraction_LE = _shuffled(group, taken_LS, micro)
         case _:
-            fraction_LE = _fraction(bank, policy.estimator, policy.decay, micro.number)
-    return push_L.unsqueeze(1) * fraction_LE, zero_L, plan.num_experts * (fraction_LE * probs_LE).sum(dim=1)
+            fraction_LE = _fraction(group, policy.estimator, policy.decay, micro.number)
+    return push_L.unsqueeze(1) * fraction_LE, zero_L, spec.num_experts * (fraction_LE * probs_LE).sum(dim=1)
 
 
-def _fraction(bank: Bank, estimator: str, decay: float, number: int) -> Tensor:
+def _fraction(group: LayerGroup, estimator: str, decay: float, number: int) -> Tensor:
     """f under an estimator (L, E); zero (no push, value 0) while there is nothing to estimate from."""
     if estimator not in ESTIMATORS:
         raise ConfigError(expected="a known estimator", got=repr(estimator), do=f"choose of {sorted(ESTIMATORS)}")
-    fraction_LE = ESTIMATORS[estimator](bank.history, decay, number)
+    fraction_LE = ESTIMATORS[estimator](group.history, decay, number)
     if fraction_LE is None:
-        return torch.zeros(len(bank.layers), bank.plan.num_experts, dtype=torch.float64, device=bank.device)
+        return torch.zeros(len(group.layers), group.spec.num_experts, dtype=torch.float64, device=group.device)
     return fraction_LE
 
 
-def _window(bank: Bank, term: int, n: int, taken_LS: Tensor, counts_LE: Tensor) -> tuple[Tensor, Tensor]:
+def _window(group: LayerGroup, term: int, n: int, taken_LS: Tensor, counts_LE: Tensor) -> tuple[Tensor, Tensor]:
     """(f of the running window of n sequences (L, E), whether the window is wider than this micro-batch (L,)).
 
     No branch on a tensor's value: a GPU is not made to wait.
     """
-    plan = bank.plan
-    rows_L = taken_LS[:, plan.at("rows")] / taken_LS[:, plan.at("calls")].clamp(min=1)
-    before_LE, seen_L = bank.step_windows.get(term, (torch.zeros_like(counts_LE), torch.zeros_like(rows_L)))
+    spec = group.spec
+    rows_L = spec.scalar(taken_LS, "sequences") / spec.scalar(taken_LS, "calls").clamp(min=1)
+    before_LE, seen_L = group.step_windows.get(term, (torch.zeros_like(counts_LE), torch.zeros_like(rows_L)))
     starts_L = seen_L >= n
     window_LE = counts_LE + torch.where(starts_L.unsqueeze(1), 0.0, before_LE)
-    bank.step_windows[term] = (window_LE, rows_L + torch.where(starts_L, 0.0, seen_L))
+    group.step_windows[term] = (window_LE, rows_L + torch.where(starts_L, 0.0, seen_L))
     return load_fractions(window_LE), rows_L < n
 
 
-def _shuffled(bank: Bank, taken_LS: Tensor, micro: MicroStep) -> Tensor:
+def _shuffled(group: LayerGroup, taken_LS: Tensor, micro: MicroStep) -> Tensor:
     """f of as many random tokens of the global batch as this micro-batch has, without replacement (table 2): (L, E)."""
-    plan = bank.plan
-    if not bank.pools:  # one micro-batch: any such draw is the whole of it; more passes raise in exact's words
-        rows = float(taken_LS[:, plan.at("rows")].max())
-        if micro.ranks > 1 or (plan.micro_sequences is not None and rows > plan.micro_sequences):
+    spec = group.spec
+    if not group.pools:  # one micro-batch: any such draw is the whole of it; more passes raise in exact's words
+        rows = float(spec.scalar(taken_LS, "sequences").max())
+        if micro.ranks > 1 or (spec.micro_sequences is not None and rows > spec.micro_sequences):
             raise StateError(
                 expected="the tokens of the whole step for scope 'shuffle'",
                 got=f"several micro-batches at once ({micro.ranks} ranks, {rows:g} sequences) without a counting pass",
                 do="run the step under `with balancer.counting():` first, also where it is one pass",
             )
-        return _fraction(bank, "exact", 0.0, micro.number)
+        return _fraction(group, "exact", 0.0, micro.number)
     draw = (micro.number - 1) * micro.ranks + micro.rank + 1
-    size_L = taken_LS[:, plan.at("tokens")]
-    if plan.micro_sequences is not None:  # several micro-batches in this pass
-        size_L = size_L * (plan.micro_sequences / taken_LS[:, plan.at("rows")].clamp(min=plan.micro_sequences))
+    size_L = spec.scalar(taken_LS, "tokens")
+    if spec.micro_sequences is not None:  # several micro-batches in this pass
+        size_L = size_L * (spec.micro_sequences / spec.scalar(taken_LS, "sequences").clamp(min=spec.micro_sequences))
     counts = []
-    for ids_NK, size in zip(bank.pools, size_L.tolist(), strict=True):
+    for ids_NK, size in zip(group.pools, size_L.tolist(), strict=True):
         generator = torch.Generator().manual_seed(1_000_003 * micro.step + draw)  # leaves the model's stream alone
         drawn = torch.randperm(len(ids_NK), generator=generator)[: int(size)].to(ids_NK.device)
-        counts.append(torch.bincount(ids_NK[drawn].flatten(), minlength=plan.num_experts)[: plan.num_experts])
+        counts.append(torch.bincount(ids_NK[drawn].flatten(), minlength=spec.num_experts)[: spec.num_experts])
     return load_fractions(torch.stack(counts))
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
+from ..autograd.protocol import BalancedRouter
 from ..errors import ConfigError
-from ..policies.expert_bias import ExpertBias
-from ..policies.losses import AuxLoss, ZLoss
-from ..policies.switch import Timed
+from ..policies.schedule import Schedule
 
-__all__ = ["check_degenerate"]
+__all__ = ["FoundRouter", "check_degenerate"]
+
+FoundRouter = tuple[int, str, BalancedRouter]  # (part of the model, name, router)
 
 STEPS = 4  # of the stack from a warning here to the line that makes a Balancer
 
 
-def check_degenerate(routers: Sequence[tuple[int, str, Any]], timed: Sequence[Timed]) -> None:
+def check_degenerate(routers: Sequence[FoundRouter], schedule: Schedule) -> None:
     """Looks at (part, name, router) of this library or of another.
 
     Top-1 with normalised weights: the one weight is always 1, whatever the logits, so the model's loss gives the router
@@ -31,16 +31,16 @@ def check_degenerate(routers: Sequence[tuple[int, str, Any]], timed: Sequence[Ti
 
     Raises ConfigError: a policy that measures load, on routers of which none leaves an expert out.
     """
-    for told in (_untaught(routers, timed), _without_choice(routers, timed)):
+    for told in (_untaught(routers, schedule), _without_choice(routers, schedule)):
         if told:
             warnings.warn(told, stacklevel=STEPS)
 
 
-def _untaught(routers: Sequence[tuple[int, str, Any]], timed: Sequence[Timed]) -> str | None:
+def _untaught(routers: Sequence[FoundRouter], schedule: Schedule) -> str | None:
     """What to warn of where the weights do not depend on the logits of a router that should learn."""
     learning = [(name, router) for _, name, router in routers if any(p.requires_grad for p in router.parameters())]
-    alike = [name for name, router in learning if router.top_k == 1 and _made_of(router)[0]]
-    zero = [name for name, router in learning if _made_of(router)[1] == 0]
+    alike = [name for name, router in learning if router.top_k == 1 and router.traits.normalize]
+    zero = [name for name, router in learning if router.traits.scale == 0]
     if not alike and not zero:
         return None
     got = f"top-1 with normalised weights, each of them 1 whatever the logits ({_some(alike)})"
@@ -50,7 +50,7 @@ def _untaught(routers: Sequence[tuple[int, str, Any]], timed: Sequence[Timed]) -
     )
     if zero:
         got, do = f"weights that are multiplied by 0 ({_some(zero)})", "give the router a scale other than 0"
-    pushes = any(isinstance(t.policy, AuxLoss | ZLoss) and t.policy.coef != 0 for t in timed)
+    pushes = any(loss.coef != 0 for _, loss in (*schedule.losses, *schedule.z_losses))
     left = "only the policies' own loss moves it" if pushes else "nothing moves it"
     return (
         f"expected weights through which the model's loss teaches the router; got {got}: its gradient there is 0 and "
@@ -58,10 +58,10 @@ def _untaught(routers: Sequence[tuple[int, str, Any]], timed: Sequence[Timed]) -
     )
 
 
-def _without_choice(routers: Sequence[tuple[int, str, Any]], timed: Sequence[Timed]) -> str | None:
+def _without_choice(routers: Sequence[FoundRouter], schedule: Schedule) -> str | None:
     """What to warn of where some routers send every token to all experts; raises where all of them do."""
     every = [(name, router) for _, name, router in routers if _takes_all(router)]
-    if not every or not any(_pushes_loads(t.policy) for t in timed):
+    if not every or not schedule.balances_load:
         return None
     router = every[0][1]
     names = _some([name for name, _ in every])
@@ -76,19 +76,9 @@ def _without_choice(routers: Sequence[tuple[int, str, Any]], timed: Sequence[Tim
     return f"not balanced, because every token goes to every expert there: {names}"
 
 
-def _pushes_loads(policy: object) -> bool:
-    return (isinstance(policy, AuxLoss) and policy.coef != 0) or (isinstance(policy, ExpertBias) and policy.rate != 0)
-
-
-def _takes_all(router: Any) -> bool:
+def _takes_all(router: BalancedRouter) -> bool:
     """Experts that do no work (LongCat's) may be chosen too, and then the others have a load to balance."""
-    return router.top_k >= router.num_experts + getattr(router, "idle", 0)
-
-
-def _made_of(router: Any) -> tuple[bool, float]:
-    """(normalised, scale) of the weights: ours says so; of another library's it was found out by running it."""
-    found = getattr(router, "weights", None) or (getattr(router, "normalize", False), getattr(router, "scale", 1.0))
-    return bool(found[0]), float(found[1])
+    return router.top_k >= router.num_experts + router.traits.idle_experts
 
 
 def _some(names: Sequence[str]) -> str:

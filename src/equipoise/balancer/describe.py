@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ..distributed import Ranks
 from ..policies.expert_bias import ExpertBias
 from ..policies.losses import AuxLoss
-from ..policies.switch import Timed
+from ..policies.schedule import Schedule, ScheduledPolicy
 from .layer_group import Layer
-from .step_tokens import Declared
+from .step_tokens import StepTokens
 
 __all__ = ["describe"]
 
@@ -21,12 +20,12 @@ LOOKS = "none: loads are measured and nothing is balanced; the model's own balan
 
 def describe(
     layers: Sequence[Layer],
-    timeline: Sequence[Timed],
+    schedule: Schedule,
     ranks: Ranks,
     *,
     switched_off: Sequence[str],
     ends_with: str,
-    declared: Declared,
+    declared: StepTokens,
     reduction: str,
     raises: bool,
 ) -> str:
@@ -40,7 +39,7 @@ def describe(
     facts = {
         "routers": f"{len(layers)}",
         "layouts": "; ".join(dict.fromkeys(_layout(layer) for layer in layers)),
-        "policies": "; ".join(_policy(timed) for timed in timeline) or LOOKS,
+        "policies": "; ".join(_policy(scheduled) for scheduled in schedule) or LOOKS,
         "tokens": _tokens(declared, reduction),
         "a step ends": f"with {ends_with}, as the last one did" if ends_with else _step_to_come(),
         "ranks": _ranks(ranks),
@@ -56,41 +55,32 @@ def describe(
 
 
 def _row(layer: Layer) -> tuple[str, ...]:
-    router: Any = layer.router
-    module = getattr(router, "module", router)
+    router, module = layer.router, layer.router.module
     top_k = str(router.top_k)
     return (
         layer.name or "(the model itself)",
         type(module).__name__ + ("" if module is router else ", by its output"),
-        str(router.num_experts) + (f"+{router.idle}" if getattr(router, "idle", 0) else ""),
+        str(router.num_experts) + (f"+{idle}" if (idle := router.traits.idle_experts) else ""),
         top_k,
         router.gate,
-        _bias(router),
+        router.bias_owner,
         "yes" if layer.trainable else "no: frozen",
     )
 
 
-def _bias(router: Any) -> str:
-    if router.expert_bias is None:
-        return "none"
-    if getattr(router, "own_bias", None) is not None:
-        return "the balancer's"
-    native = getattr(router, "_native", None)
-    return "the router's" if native is None else f"the model's {native.name}"
-
-
 def _layout(layer: Layer) -> str:
-    known = getattr(layer.router, "lies", None)
-    if known is not None:
-        return known
-    if hasattr(layer.router, "layout"):
+    if layer.router.batch_context is not None:
         return "sequences and padding read where the model, or a part of it, is called with a router's tokens"
     return "as the layer is told with each call (MoE(batch_first=), TokenLayout)"
 
 
-def _policy(timed: Timed) -> str:
-    policy = timed.policy
-    window = "" if not timed.start and timed.end is None else f" from step {timed.start} to {timed.end or 'the end'}"
+def _policy(scheduled: ScheduledPolicy) -> str:
+    policy = scheduled.policy
+    window = (
+        ""
+        if not scheduled.start and scheduled.end is None
+        else f" from step {scheduled.start} to {scheduled.end or 'the end'}"
+    )
     match policy:
         case AuxLoss():
             coef = "a schedule" if callable(policy.coef) else f"{policy.coef:g}"
@@ -101,7 +91,7 @@ def _policy(timed: Timed) -> str:
     return f"ZLoss{window}"
 
 
-def _tokens(declared: Declared, reduction: str) -> str:
+def _tokens(declared: StepTokens, reduction: str) -> str:
     if isinstance(declared.tokens, Mapping):
         return "declared for each router of this step"
     if declared.tokens is not None:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from ..functional.losses import load_fractions
 
-__all__ = ["fidelity", "fidelity_sums"]
+__all__ = ["estimator_error", "estimator_error_sums"]
 
 
-def fidelity_sums(
-    names: Sequence[str], banks: Sequence[tuple[Sequence[tuple[dict[str, Tensor], Tensor]], Tensor]]
+def estimator_error_sums(
+    names: Sequence[str], groups: Sequence[tuple[Sequence[tuple[dict[str, Tensor], Tensor]], Tensor]]
 ) -> Tensor:
     """(1 + 3 * names,) what `fidelity` needs of one rank, to be added up over ranks.
 
@@ -22,8 +22,8 @@ def fidelity_sums(
 
     The gradient is linear in f, so its error and cosine follow from f^T G f with G the Gram matrix of a micro-batch.
     """
-    sums = torch.zeros(1 + 3 * len(names), dtype=torch.float64, device=banks[0][1].device if banks else None)
-    for micro_batches, counts_LE in banks:
+    sums = torch.zeros(1 + 3 * len(names), dtype=torch.float64, device=groups[0][1].device if groups else None)
+    for micro_batches, counts_LE in groups:
         truth_LE = load_fractions(counts_LE)
         for known, gram_LEE in micro_batches:
 
@@ -39,7 +39,7 @@ def fidelity_sums(
     return sums
 
 
-def fidelity(names: Sequence[str], sums: Tensor) -> dict[str, dict[str, float]]:
+def estimator_error(names: Sequence[str], sums: Tensor) -> dict[str, dict[str, float]]:
     """Relative error and cosine of each estimator's gradient at the logits against that of the whole step's f."""
     exact, *rest = sums.tolist()
     exact = max(exact, 1e-300)

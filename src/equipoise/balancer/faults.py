@@ -15,16 +15,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..devices import at_hand
+from ..devices import host_readable
 from ..distributed import Group
 from ..errors import ConfigError, EquipoiseError, InputError, StateError
 
-__all__ = ["Expected", "Faults", "Letter", "Verdict", "gradients_moved", "no_forward", "not_finite", "verdict"]
+__all__ = [
+    "DeferredRead",
+    "Expected",
+    "FaultFlags",
+    "Faults",
+    "fault_flags",
+    "gradients_moved",
+    "no_forward",
+    "not_finite",
+]
 
 CLOSE = 1e-6  # of a number of tokens that was declared
 
 
-class Verdict(NamedTuple):
+class FaultFlags(NamedTuple):
     """What the step's sum says about n routers: a number each, 0 where all is well."""
 
     nonfinite: float  # gate probabilities that are no numbers
@@ -40,7 +49,7 @@ class Expected(NamedTuple):
     passes: Tensor | float  # micro-batches of the step, all ranks; a layer may run several times in each
 
 
-def verdict(
+def fault_flags(
     probs_LE: Tensor, unpushed_L: Tensor, documents_L: Tensor, tokens_L: Tensor, calls_L: Tensor, expected: Expected
 ) -> Tensor:
     """(n, 4), the columns of `Verdict`, from the sums of the step over all ranks."""
@@ -53,7 +62,7 @@ def verdict(
     return torch.stack([probs_LE.sum(dim=1).isnan().double(), unpushed_L, documents_L, wrong_L], dim=1)
 
 
-class Letter:
+class DeferredRead:
     """Numbers on their way from a device to the host; reading them waits only if they are not there yet."""
 
     def __init__(self, numbers: Tensor) -> None:
@@ -79,7 +88,7 @@ class Letter:
 class _Sent(NamedTuple):
     """The flags of a step and what is needed to put them into words."""
 
-    letter: Letter
+    letter: DeferredRead
     step: int
     names: Sequence[str]  # of the routers, row by row
     expected: Sequence[float]  # tokens that were declared for each, 0 if none were
@@ -110,13 +119,13 @@ class Faults:
         self._sent: _Sent | None = None
 
     @property
-    def at_once(self) -> bool:
+    def raises_immediately(self) -> bool:
         """Whether a guard may raise where it stands: nobody waits in a sum, and nobody asked to go on."""
         return self.raises and self._everyone.size == 1
 
     def note(self, error: EquipoiseError) -> None:
         """Raises the error if that hurts nobody; else it is remembered until the step's sum."""
-        if self.at_once:
+        if self.raises_immediately:
             raise self.translate(error)
         self.noted = self.noted or error
 
@@ -151,9 +160,9 @@ class Faults:
         Raises the error of this step, or where flags have to travel that of the step before.
         """
         numbers = torch.cat([tail[:4], flags.flatten()])
-        before, self._sent = self._sent, _Sent(Letter(numbers), step, names, expected, self.noted)
+        before, self._sent = self._sent, _Sent(DeferredRead(numbers), step, names, expected, self.noted)
         self.noted = None
-        if at_hand(numbers.device):
+        if host_readable(numbers.device):
             sent, self._sent = self._sent, None
             return not self._say(sent)
         if before is not None:
@@ -203,7 +212,7 @@ def _is_bad(numbers: Sequence[float]) -> bool:
 def _in_words(sent: _Sent) -> EquipoiseError:
     """The flags of a step as an error; the gravest first."""
     _, silent_taps, empty, busy, *flags = sent.letter.read()
-    rows = [Verdict(*flags[at : at + 4]) for at in range(0, len(flags), 4)]
+    rows = [FaultFlags(*flags[at : at + 4]) for at in range(0, len(flags), 4)]
 
     def where(column: str) -> list[int]:
         return [i for i, row in enumerate(rows) if getattr(row, column) != 0]
@@ -247,6 +256,14 @@ def no_forward(got: str) -> StateError:
         do="tap each loss once, right after its own forward and before the next one; of a loss in chunks tap the sum, "
         "or the hidden states that the chunks are made of: h = balancer.tap(h, scale=1.0); a block's forward that was "
         "replaced since the Balancer was made has to call its router",
+    )
+
+
+def undeclared_sum() -> StateError:
+    return StateError(
+        expected="the step's tokens, because the losses add up (reduction='sum')",
+        got="no begin_step",
+        do="call balancer.begin_step(tokens=...) before the first micro-batch",
     )
 
 

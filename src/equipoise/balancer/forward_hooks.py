@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from ..autograd.router_state import ForwardPass
-from .forward_passes import Passes
+from .forward_passes import ForwardPasses
 from .layer_group import Layer
 
-__all__ = ["Forwards"]
+__all__ = ["ForwardHooks"]
 
 
-class Forwards:
+class ForwardHooks:
     """Watches the forwards of a model's parts, and once a step the modules around its routers."""
 
-    def __init__(self, parts: Sequence[nn.Module], layers: Sequence[Layer], passes: Sequence[Passes]) -> None:
+    def __init__(self, parts: Sequence[nn.Module], layers: Sequence[Layer], passes: Sequence[ForwardPasses]) -> None:
         self._parts, self._layers = parts, layers
         self._running = _Running()
         self._hooks = _note_passes(parts, layers, self._running, passes)
@@ -92,7 +92,7 @@ def _fresh_pass_hook() -> _PassHook:
 
 
 def _note_passes(
-    parts: Sequence[nn.Module], layers: Sequence[Layer], running: _Running, passes: Sequence[Passes]
+    parts: Sequence[nn.Module], layers: Sequence[Layer], running: _Running, passes: Sequence[ForwardPasses]
 ) -> list:
     hooks = []
     for i, part in enumerate(parts):
@@ -100,9 +100,9 @@ def _note_passes(
         shared.passes = passes[i]
         for layer in layers:
             if layer.part == i:
-                layer.meter.forward_pass = shared
-                if (layout := getattr(layer.router, "layout", None)) is not None:
-                    layout.forward_pass = shared
+                layer.balance_state.forward_pass = shared
+                if (context := layer.router.batch_context) is not None:
+                    context.forward_pass = shared
         hooks.append(part.register_forward_pre_hook(_PassHook(shared, running, i, entering=True)))
         hooks.append(part.register_forward_hook(_PassHook(shared, running, i, entering=False)))
     return hooks

@@ -9,10 +9,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ..autograd.router_state import Taken, take
-from .layer_group import Bank
+from ..autograd.router_state import ForwardStats, take_pending
+from ..torch_internals import forward_position
+from .layer_group import LayerGroup
 
-__all__ = ["Passes"]
+__all__ = ["ForwardPasses"]
 
 MOST = 64  # passes that are held apart before a tap; of more, the oldest become one
 
@@ -23,10 +24,10 @@ class _Pass:
 
     begin: int
     end: int | None = None  # it runs, or stopped on an error
-    taken: list[Taken] | None = None  # of each bank; None: still in the slots
+    taken: list[ForwardStats] | None = None  # of each bank; None: still in the slots
 
 
-class Passes:
+class ForwardPasses:
     """The forwards of one part of a model since the last tap.
 
     A pair of them (chosen and rejected answers) is one micro-batch. One whose output the loss does not use pushes
@@ -34,8 +35,8 @@ class Passes:
     one forward, and no further back than the first of them where there were several.
     """
 
-    def __init__(self, banks: Sequence[Bank]) -> None:
-        self._banks = banks
+    def __init__(self, groups: Sequence[LayerGroup]) -> None:
+        self._groups = groups
         self._passes: list[_Pass] = []
 
     def begins(self) -> None:
@@ -49,18 +50,18 @@ class Passes:
                 for placed in one.placed:
                     del placed[:-MOST]
             self._passes[:2] = [_Pass(first.begin, second.end, taken)]
-        self._passes.append(_Pass(torch.autograd._get_sequence_nr()))  # type: ignore[attr-defined]
+        self._passes.append(_Pass(forward_position()))
 
     def ends(self) -> None:
         if self._passes:
-            self._passes[-1].end = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+            self._passes[-1].end = forward_position()
 
     def hold(self) -> None:
         """Takes the last pass out of the slots: another begins, or a backward, whose recompute would mix with it."""
         if self._passes and self._passes[-1].taken is None:
             self._passes[-1].taken = self._take()
 
-    def take(self, loss: Tensor) -> list[Taken]:
+    def take(self, loss: Tensor) -> list[ForwardStats]:
         """What the forwards proposed that ``loss`` is made of, for each bank; nothing where it is made of none.
 
         The others wait for a tap of their own, until the step is over.
@@ -78,8 +79,8 @@ class Passes:
     def forget(self) -> None:
         self._passes = []
 
-    def _take(self) -> list[Taken]:
-        return [take(bank.meters) for bank in self._banks]
+    def _take(self) -> list[ForwardStats]:
+        return [take_pending(group.states) for group in self._groups]
 
 
 def _reached(loss: Tensor, passes: Sequence[_Pass]) -> list[bool]:
@@ -99,17 +100,18 @@ def _reached(loss: Tensor, passes: Sequence[_Pass]) -> list[bool]:
     return found
 
 
-def _added(of_passes: Sequence[list[Taken]]) -> list[Taken]:
+def _added(of_passes: Sequence[list[ForwardStats]]) -> list[ForwardStats]:
     """The same of several passes as of one."""
     if len(of_passes) == 1:
         return of_passes[0]
     return [
-        Taken(
-            torch.stack([one.statistics_LS for one in of_bank]).sum(dim=0),
-            None if of_bank[0].gram_LEE is None else torch.stack([one.gram_LEE for one in of_bank]).sum(dim=0),
-            [list(chain(*calls)) for calls in zip(*(one.tables for one in of_bank), strict=True)],
-            [list(chain(*calls)) for calls in zip(*(one.placed for one in of_bank), strict=True)],
-            sum(one.passes for one in of_bank),
+        ForwardStats(
+            torch.stack([one.statistics_LS for one in of_group]).sum(dim=0),
+            None if of_group[0].gram_LEE is None else torch.stack([one.gram_LEE for one in of_group]).sum(dim=0),
+            [list(chain(*calls)) for calls in zip(*(one.shard_counts for one in of_group), strict=True)],
+            [list(chain(*calls)) for calls in zip(*(one.placed for one in of_group), strict=True)],
+            sum(one.passes for one in of_group),
+            all(one.eager for one in of_group),
         )
-        for of_bank in zip(*of_passes, strict=True)
+        for of_group in zip(*of_passes, strict=True)
     ]

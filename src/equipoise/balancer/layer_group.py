@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..autograd.router_state import Meter, clear_slots, gathered, overwrite
-from ..autograd.sequence_shards import Late
-from ..autograd.spec import Plan
+from ..autograd.protocol import BalancedRouter
+from ..autograd.router_state import RouterState, clear_pending, stack_on, write_all
+from ..autograd.sequence_shards import ShardedFractions
+from ..autograd.spec import StatsSpec
 from ..autograd.token_layout import Placed
-from ..devices import sent
+from ..devices import to_device
 from ..policies.estimators import LoadHistory
-from ..policies.expert_bias import ExpertBias
-from ..policies.switch import Timed
+from ..policies.schedule import Schedule
 
-__all__ = ["Bank", "Bound", "Layer", "banks_of"]
+__all__ = ["Layer", "LayerGroup", "MicroBatchCoefficients", "group_layers"]
 
 
-class Bound(NamedTuple):
-    """What one micro-batch's backward reads at the routers of a bank."""
+class MicroBatchCoefficients(NamedTuple):
+    """What one micro-batch's backward reads at the routers of a group."""
 
-    push_LP: Tensor  # pressure per unit of the loss's scale, the count flag left out
-    late: list[list[Late]]  # of each router, where sequences are sharded
+    coefs_LP: Tensor  # gradient coefficients per unit of the loss's scale, the count flag left out
+    sharded: list[list[ShardedFractions]]  # of each router, where sequences are sharded
     placed: list[list[Placed]]  # of each router of another library: how the tokens lay, for a recompute
 
 
@@ -34,10 +34,17 @@ class Layer:
     """One router of the model."""
 
     name: str
-    router: Any  # has num_experts, top_k, gate, meter, expert_bias, parameters()
-    meter: Meter = field(init=False)
+    router: BalancedRouter
+    balance_state: RouterState = field(init=False)
     part: int = 0  # of the model, where it comes in parts (pipeline stages of one rank)
     makes_bias: bool = False  # it had no bias before
+
+    @property
+    def bias(self) -> Tensor:
+        """The router's bias, where it has one."""
+        bias_E = self.router.expert_bias
+        assert bias_E is not None
+        return bias_E
 
     @property
     def trainable(self) -> bool:
@@ -47,104 +54,111 @@ class Layer:
 
 
 @dataclass
-class Bank:
-    """L layers of one part and plan with all that the balancer keeps for them. ``step_*`` live for one optimizer step.
+class LayerGroup:
+    """L layers of one part and spec with all that the balancer keeps for them. ``step_*`` live for one optimizer step.
 
-    The tensors of each meter stay its own, because compiled graphs hold them; what is done to them is done to all.
+    The tensors of each router stay its own, because compiled graphs hold them; what is done to them is done to all.
     """
 
     layers: list[Layer]
-    plan: Plan
+    spec: StatsSpec
     part: int
     history: LoadHistory = field(default_factory=LoadHistory)
-    momentum: dict[int, Tensor] = field(default_factory=dict)  # place in the timeline -> (L, E) of its bias rule
+    momentum: dict[str, Tensor] = field(default_factory=dict)  # name of a policy -> (L, E) of its bias rule
     step_taken: Tensor | None = None  # sum of what forward proposed: stands in where a leaf got no gradient
     step_shift: Tensor | None = None  # what changes in it once the other shards of each sequence are known
     step_values: Tensor | None = None  # (L, N): sum over tokens of E <f, p> of the terms whose f the tap chose
     step_windows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # term -> (counts, sequences) so far
-    step_fidelity: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
+    step_errors: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
     step_pushes = False  # a policy asked for a gradient
     step_split = False  # a backward of chosen inputs (zero-bubble schedules): autograd leaves the leaves alone
     counted: Tensor | None = None  # statistics of a counting pass, all ranks
     pools: list[Tensor] | None = None  # its expert ids (N, K) at each layer, for the shuffle control
 
     @property
-    def meters(self) -> list[Meter]:
-        return [layer.meter for layer in self.layers]
+    def states(self) -> list[RouterState]:
+        return [layer.balance_state for layer in self.layers]
 
     @property
     def device(self) -> torch.device:
-        return self.layers[0].meter.pressure.device
+        return self.layers[0].balance_state.grad_coefs.device
 
     def counts(self, statistics_LS: Tensor) -> Tensor:
         """(L, E)"""
-        return statistics_LS[:, : self.plan.num_experts]
+        return self.spec.counts(statistics_LS)
 
     def forget_step(self) -> None:
         self.history.forget_step()
         self.step_taken = self.step_shift = self.step_values = self.counted = self.pools = None
-        self.step_windows, self.step_fidelity = {}, []
+        self.step_windows, self.step_errors = {}, []
         self.step_pushes = self.step_split = False
-        for meter in self.meters:
-            meter.leaf.grad = meter.language.grad = meter.pool = None
-        clear_slots(self.meters)
-        if any(term.kind == "document" for term in self.plan.terms):
-            overwrite([meter.bad_documents for meter in self.meters])
-        self.release()  # a forgotten tap may not push with what the last step left
-        count_P = torch.zeros(self.plan.pressure_size, dtype=torch.float64, device=self.device)
-        count_P[-1] = 1.0  # counting needs no tap
-        overwrite([meter.written for meter in self.meters], [count_P] * len(self.layers))
+        for state in self.states:
+            state.grad_accumulator.grad = state.lm_grad_accumulator.grad = state.pooled_ids = None
+        clear_pending(self.states)
+        if self.spec.has_documents:
+            write_all([state.bad_documents for state in self.states])
+        self.zero_coefficients()  # a forgotten tap may not push with what the last step left
+        count_P = torch.zeros(self.spec.coefs_size, dtype=torch.float64, device=self.device)
+        self.spec.count_flag(count_P).fill_(1.0)  # counting needs no tap
+        write_all([state.grad_coefs_raw for state in self.states], [count_P] * len(self.layers))
 
-    def press(self, bound: Bound, scale: Tensor, *, count: bool) -> None:
+    def write_coefficients(self, coefficients: MicroBatchCoefficients, scale: Tensor, *, count: bool) -> None:
         """Writes what ``bind`` gave, for this scale of the loss; ``count=False``: push again, count nothing."""
-        push_LP = bound.push_LP * scale.to(device=bound.push_LP.device, dtype=torch.float64).reshape(())
-        rows = torch.cat([push_LP, push_LP.new_full((len(push_LP), 1), float(count))], dim=1).unbind()
-        for meter, late, placed in zip(self.meters, bound.late, bound.placed, strict=True):
-            meter.late, meter.placed_late = late, placed
-        overwrite([meter.written for meter in self.meters], rows)
+        unit_LP = coefficients.coefs_LP
+        coefs_LP = unit_LP * scale.to(device=unit_LP.device, dtype=torch.float64).reshape(())
+        rows = torch.cat([coefs_LP, coefs_LP.new_full((len(coefs_LP), 1), float(count))], dim=1).unbind()
+        for state, sharded in zip(self.states, coefficients.sharded, strict=True):
+            state.sharded_fractions = sharded
+        self.place(coefficients.placed)
+        write_all([state.grad_coefs_raw for state in self.states], rows)
 
-    def release(self) -> None:
+    def place(self, placed: list[list[Placed]]) -> None:
+        """How the tokens lay, which a recompute asks before its router's backward."""
+        for state, one in zip(self.states, placed, strict=True):
+            state.recompute_placements = one
+
+    def zero_coefficients(self) -> None:
         """No push and no counting until the next tap: another backward over the same graph adds nothing."""
-        overwrite([meter.written for meter in self.meters])
-        for meter in self.meters:
-            meter.late, meter.placed_late = [], []
+        write_all([state.grad_coefs_raw for state in self.states])
+        for state in self.states:
+            state.sharded_fractions, state.recompute_placements = [], []
 
-    def move_biases(self, timeline: Sequence[Timed], counts_LE: Tensor, step: int, keep: Tensor | None = None) -> None:
+    def move_biases(self, schedule: Schedule, counts_LE: Tensor, step: int, keep: Tensor | None = None) -> None:
         """The expert biases after a step, in place; of a frozen router it stays: other experts would answer (B48).
 
         ``keep``: a scalar that is False where the step turns out to be bad; None: it is known to be good.
         """
         rows = [i for i, layer in enumerate(self.layers) if layer.trainable]
-        for place, timed in enumerate(timeline):
-            if rows and isinstance(timed.policy, ExpertBias) and timed.active(step):
-                bias_LE = gathered([layer.router.expert_bias for layer in self.layers], counts_LE.device)
-                old_LE = self.momentum.get(place, torch.zeros_like(counts_LE))
-                new_LE, momentum_LE = timed.policy.step(bias_LE, counts_LE, old_LE, step)
+        for scheduled, policy in schedule.biases:
+            if rows and scheduled.active(step):
+                bias_LE = stack_on([layer.bias for layer in self.layers], counts_LE.device)
+                old_LE = self.momentum.get(scheduled.name, torch.zeros_like(counts_LE))
+                new_LE, momentum_LE = policy.step(bias_LE, counts_LE, old_LE, step)
                 if len(rows) < len(self.layers):
-                    own = sent([layer.trainable for layer in self.layers], old_LE.device).unsqueeze(1) > 0
+                    own = to_device([layer.trainable for layer in self.layers], old_LE.device).unsqueeze(1) > 0
                     momentum_LE = torch.where(own, momentum_LE, old_LE)
                 if keep is not None:
                     new_LE, momentum_LE = torch.where(keep, new_LE, bias_LE), torch.where(keep, momentum_LE, old_LE)
-                if timed.policy.rule == "momentum":
-                    self.momentum[place] = momentum_LE
+                if scheduled.state_name is not None:
+                    self.momentum[scheduled.name] = momentum_LE
                 new = new_LE.unbind()
-                overwrite([self.layers[i].router.expert_bias for i in rows], [new[i] for i in rows])
+                write_all([self.layers[i].bias for i in rows], [new[i] for i in rows])
 
     def biases(self) -> Tensor | None:
         """(L, E), NaN for a layer without; None where no layer has one."""
         found = [layer.router.expert_bias for layer in self.layers]
         if all(bias_E is None for bias_E in found):
             return None
-        nan_E = torch.full((self.plan.num_experts,), torch.nan, device=self.device)
-        return gathered([nan_E if bias_E is None else bias_E for bias_E in found], self.device)
+        nan_E = torch.full((self.spec.num_experts,), torch.nan, device=self.device)
+        return stack_on([nan_E if bias_E is None else bias_E for bias_E in found], self.device)
 
 
-def banks_of(layers: Sequence[Layer]) -> list[Bank]:
-    """The layers of each part, plan and device, in order, ready for a step."""
-    banks: dict[tuple[int, Plan, torch.device], Bank] = {}
+def group_layers(layers: Sequence[Layer]) -> list[LayerGroup]:
+    """The layers of each part, spec and device, in order, ready for a step."""
+    groups: dict[tuple[int, StatsSpec, torch.device], LayerGroup] = {}
     for layer in layers:
-        key = (layer.part, layer.meter.plan, layer.meter.leaf.device)
-        banks.setdefault(key, Bank([], layer.meter.plan, layer.part)).layers.append(layer)
-    for bank in banks.values():
-        bank.forget_step()
-    return list(banks.values())
+        key = (layer.part, layer.balance_state.spec, layer.balance_state.grad_accumulator.device)
+        groups.setdefault(key, LayerGroup([], layer.balance_state.spec, layer.part)).layers.append(layer)
+    for group in groups.values():
+        group.forget_step()
+    return list(groups.values())

@@ -12,14 +12,12 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ..autograd.spec import Plan
-from ..devices import sent
+from ..autograd.spec import StatsSpec
+from ..devices import to_device
 from ..functional.metrics import cv, dead_experts, maxvio, normalized_entropy
-from ..policies.expert_bias import ExpertBias
-from ..policies.losses import AuxLoss
-from ..policies.switch import Timed
+from ..policies.schedule import Schedule
 
-__all__ = ["Committed", "metrics"]
+__all__ = ["StepStats", "metrics"]
 
 
 FLIPS = (
@@ -32,28 +30,26 @@ SUMMED = ("dead_experts", "recompute_flips")  # over layers, where others are av
 
 
 @dataclass(frozen=True)
-class Committed:
-    """The global batch at the n layers of one plan, summed over micro-batches and ranks."""
+class StepStats:
+    """The global batch at the n layers of one spec, summed over micro-batches and ranks."""
 
-    plan: Plan
+    spec: StatsSpec
     places: Sequence[int]  # (n) of each layer in the model's order
-    sums: Tensor  # (n, sums_size(plan)) fp64
-    biases: Sequence[
-        tuple[list[int], Tensor | None]
-    ]  # of this rank's layers: rows, (rows, E) with NaN for those without
+    sums: Tensor  # (n, spec.step_size) fp64
+    biases: Sequence[tuple[list[int], Tensor | None]]  # of this rank's layers: rows, (rows, E), NaN where there is none
 
     @property
     def counts(self) -> Tensor:
         """(n, E)"""
-        return self.sums[:, : self.plan.num_experts]
+        return self.spec.counts(self.sums)
 
     @property
     def probs(self) -> Tensor:
         """(n, E) sums of the gate probabilities."""
-        return self.sums[:, self.plan.num_experts : 2 * self.plan.num_experts]
+        return self.spec.probs(self.sums)
 
     def of(self, scalar: str) -> Tensor:
-        return self.sums[:, self.plan.at(scalar)]
+        return self.spec.scalar(self.sums, scalar)
 
     @functools.cached_property
     def chooses(self) -> Tensor:
@@ -61,19 +57,17 @@ class Committed:
 
         Looked for in the counts, because top-k may change while one trains.
         """
-        return self.counts.sum(dim=1) < self.of("reached") * self.plan.num_experts
+        return self.counts.sum(dim=1) < self.of("routed_tokens") * self.spec.num_experts
 
 
-def metrics(
-    committed: Sequence[Committed], timeline: Sequence[Timed], step: int, *, layers: bool = True
-) -> dict[str, float]:
+def metrics(committed: Sequence[StepStats], schedule: Schedule, step: int, *, layers: bool = True) -> dict[str, float]:
     """Flat names to numbers: ``balance/x`` is a mean over layers (SUMMED: a sum), ``balance/layer_03/x`` one.
 
     What a layer without tokens, or without a choice, cannot know is left out of both. ``layers``: those of one as well.
     """
     loads, policies = (
         _numbers(committed, _layer_metrics),
-        _numbers(committed, lambda one: _policies(one, timeline, step)),
+        _numbers(committed, lambda one: _policies(one, schedule, step)),
     )
     known = {key: _known(numbers) for key, numbers in loads.items()}
     found = {
@@ -88,8 +82,8 @@ def metrics(
     for key, numbers in policies.items():
         if key.endswith("loss"):
             found |= {key: fmean(of_layers)} if (of_layers := _known(numbers)) else {}
-        elif committed[0].plan.norms and language > 0 and sum(numbers) >= 0:
-            # not known where autograd left the meter alone (``backward(inputs=...)``): left out rather than called 0
+        elif committed[0].spec.norms and language > 0 and sum(numbers) >= 0:
+            # not known where autograd left the accumulators alone (``backward(inputs=...)``): left out, not 0
             found[key] = math.sqrt(sum(numbers) / language)
     found["tokens"] = min(number if number > 0 else max(tokens) for number in tokens)  # a layer may run twice, or never
     if found.get("recompute_flips"):
@@ -102,7 +96,7 @@ def _known(numbers: Sequence[float]) -> list[float]:
 
 
 def _numbers(
-    committed: Sequence[Committed], measure: Callable[[Committed], dict[str, Tensor]]
+    committed: Sequence[StepStats], measure: Callable[[StepStats], dict[str, Tensor]]
 ) -> dict[str, list[float]]:
     """Each measure of all layers in the model's order, with one wait for the device; NaN where a layer has none."""
     tables = [measure(one) for one in committed]
@@ -117,45 +111,40 @@ def _numbers(
     return found
 
 
-def _layer_metrics(one: Committed) -> dict[str, Tensor]:
+def _layer_metrics(one: StepStats) -> dict[str, Tensor]:
     """(n,) fp64 each; NaN where there were no tokens, or no choice of experts."""
     chooses = one.chooses
     counts = one.counts * chooses.unsqueeze(1)  # without a choice as if nothing was counted
     found = {
         "maxvio_global": maxvio(counts),
-        "maxvio_micro_batch": one.of("maxvio_micro_batch") / (one.of("micro_batches") * chooses),
-        "maxvio_sequence": one.of("maxvio_sequence") / (one.of("sequences") * chooses),
+        "maxvio_micro_batch": one.of("maxvio_micro_batch") / (one.of("nonempty_micro_batches") * chooses),
+        "maxvio_sequence": one.of("maxvio_sequence") / (one.of("nonempty_sequences") * chooses),
         "maxvio_gate": maxvio(one.probs),
         "cv_global": cv(counts),
         "entropy_global": normalized_entropy(counts),
         "dead_experts": dead_experts(counts),
-        "topk_score": one.of("topk_score") / one.of("reached"),
+        "topk_score": one.of("topk_score") / one.of("routed_tokens"),
     }
-    if not one.plan.looks:  # in backward nothing was looked at
-        found["recompute_flips"] = one.sums[:, -1]
+    if not one.spec.observe_only:  # in backward nothing was looked at
+        found["recompute_flips"] = one.spec.step_column(one.sums, "recompute_flips")
     for rows, bias in one.biases:
         if bias is not None:
             largest = found.setdefault("bias_max", torch.full_like(one.sums[:, 0], torch.nan))
-            at = sent(rows, largest.device).long()
+            at = to_device(rows, largest.device).long()
             found["bias_max"] = largest.index_copy(0, at, bias.abs().amax(dim=1).double().to(largest.device))
     return found
 
 
-def _policies(one: Committed, timeline: Sequence[Timed], step: int) -> dict[str, Tensor]:
+def _policies(one: StepStats, schedule: Schedule, step: int) -> dict[str, Tensor]:
     """For each policy the loss value (1 = balanced) and the squared norm of its gradient at the router, (n,) each."""
-    plan, reached = one.plan, one.of("reached")
-    chosen = torch.where(one.chooses, reached, torch.nan)
-    late_values, norms = one.sums[:, plan.size : -1], one.sums[:, plan.forward_size : plan.size]
-    found, term = {"tokens": one.of("tokens"), "language": norms[:, 0]}, -1
-    for timed in timeline:
-        is_loss = isinstance(timed.policy, AuxLoss)
-        term += is_loss
-        if not timed.active(step) or isinstance(timed.policy, ExpertBias):
-            continue
-        found[f"policy_{timed.index}/loss"] = (
-            (one.sums[:, plan.values_at + term] + late_values[:, term]) / chosen
-            if is_loss
-            else one.of("lse_square") / reached
-        )
-        found[f"policy_{timed.index}/gradient_ratio"] = norms[:, 1 + (term if is_loss else len(plan.terms))]
+    spec, sums, routed = one.spec, one.sums, one.of("routed_tokens")
+    chosen = torch.where(one.chooses, routed, torch.nan)
+    found = {"tokens": one.of("tokens"), "language": spec.lm_norm(sums)}
+    for scheduled, _ in (pair for pair in schedule.losses if pair[0].active(step)):
+        values = spec.values(sums)[:, scheduled.term] + spec.deferred_values(sums)[:, scheduled.term]
+        found[f"{scheduled.name}/loss"] = values / chosen
+        found[f"{scheduled.name}/gradient_ratio"] = spec.term_norm(sums, scheduled.term)
+    for scheduled, _ in (pair for pair in schedule.z_losses if pair[0].active(step)):
+        found[f"{scheduled.name}/loss"] = one.of("lse_square") / routed
+        found[f"{scheduled.name}/gradient_ratio"] = spec.term_norm(sums, len(spec.terms))
     return found

@@ -9,33 +9,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..policies.expert_bias import ExpertBias
-from ..policies.switch import Timed
-from .layer_group import Bank, Layer
+from ..policies.schedule import Schedule
+from .layer_group import Layer, LayerGroup
 
-__all__ = ["VERSION", "load_states", "momentum_names", "put_biases", "states_of"]
+__all__ = ["VERSION", "load_states", "put_biases", "states_of"]
 
 VERSION = 2
 ROUNDING = 2.0**-8  # of a bias that went through bf16, as a share of the largest
-
-
-def momentum_names(timeline: Sequence[Timed]) -> dict[int, str]:
-    """Place in the timeline -> name of the policy there, for rules with memory: what they are, not where they stand.
-
-    >>> from equipoise.policies.switch import timeline
-    >>> momentum_names(timeline([ExpertBias(), ExpertBias("momentum")]))
-    {1: 'momentum(kappa=2.0, beta=0.5)'}
-    """
-    names: dict[int, str] = {}
-    for place, timed in enumerate(timeline):
-        policy = timed.policy
-        if isinstance(policy, ExpertBias) and policy.rule == "momentum":
-            name = f"momentum(kappa={policy.kappa}, beta={policy.beta})"
-            if timed.start or timed.end is not None:
-                name += f" from step {timed.start}"
-            twins = sum(other == name or other.startswith(f"{name} #") for other in names.values())
-            names[place] = f"{name} #{twins + 1}" if twins else name
-    return names
 
 
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -68,35 +48,41 @@ def put_biases(layers: Sequence[Layer], biases: Mapping[str, Tensor | None]) -> 
         )
     for layer in layers:
         if (bias_E := known[_inner(layer.name)]) is not None:
-            layer.router.expert_bias.copy_(bias_E)
+            layer.bias.copy_(bias_E)
 
 
-def states_of(banks: Sequence[Bank], names: Mapping[int, str]) -> dict[str, dict[str, Any]]:
+def _state_names(schedule: Schedule) -> dict[str, str]:
+    """Name of a policy -> what its momentum is saved under."""
+    return {one.name: one.state_name for one in schedule if one.state_name is not None}
+
+
+def states_of(groups: Sequence[LayerGroup], schedule: Schedule) -> dict[str, dict[str, Any]]:
     """For each router what the next step needs, and what it belongs to: its sizes and its bias."""
     states: dict[str, dict[str, Any]] = {}
-    for bank in banks:
-        history = bank.history
-        for i, layer in enumerate(bank.layers):
+    names = _state_names(schedule)
+    for group in groups:
+        history = group.history
+        for i, layer in enumerate(group.layers):
             bias_E = layer.router.expert_bias
             states[layer.name] = {
                 "num_experts": layer.router.num_experts,
                 "previous_E": None if history.previous_E is None else history.previous_E[i].clone(),
                 "ema_E": [(decay, ema_LE[i].clone()) for decay, ema_LE in history.ema_E.items()],
-                "momentum_E": [(names[at], momentum_LE[i].clone()) for at, momentum_LE in bank.momentum.items()],
+                "momentum_E": [(names[at], momentum_LE[i].clone()) for at, momentum_LE in group.momentum.items()],
                 "expert_bias_E": None if bias_E is None else bias_E.detach().clone(),
             }
     return states
 
 
 def load_states(
-    banks: Sequence[Bank], states: Mapping[str, dict[str, Any]], names: Mapping[int, str], *, strict: bool
+    groups: Sequence[LayerGroup], states: Mapping[str, dict[str, Any]], schedule: Schedule, *, strict: bool
 ) -> list[str]:
     """Puts saved states into the layers of the same names; returns, a line each, what did not fit.
 
     Raises ConfigError, before anything is changed, where something does not fit and ``strict`` is set.
     """
-    layers = {layer.name: layer for bank in banks for layer in bank.layers}
-    unfit = _unfit(layers, states, names)
+    layers = {layer.name: layer for group in groups for layer in group.layers}
+    unfit = _unfit(layers, states, schedule)
     if unfit and strict:
         raise ConfigError(
             expected="the balancer's state of this model, with its routers, policies and biases",
@@ -104,18 +90,18 @@ def load_states(
             do="load the checkpoint of this model, its weights first; after a change on purpose "
             "load_state_dict(state, strict=False) takes what fits and returns what it left out",
         )
-    for bank in banks:
-        _load(bank, states, names, {name for line in unfit if (name := line.partition(": ")[0]) in layers})
+    for group in groups:
+        _load(group, states, schedule, {name for line in unfit if (name := line.partition(": ")[0]) in layers})
     return unfit
 
 
-def _unfit(layers: Mapping[str, Layer], states: Mapping[str, dict[str, Any]], names: Mapping[int, str]) -> list[str]:
+def _unfit(layers: Mapping[str, Layer], states: Mapping[str, dict[str, Any]], schedule: Schedule) -> list[str]:
     lines = [f"{name}: not in the state" for name in layers if name not in states]
     lines += [f"{name}: in the state, not in the model" for name in states if name not in layers]
     for name, layer in layers.items():
         if name in states:
             lines += [f"{name}: {what}" for what in _unfit_layer(layer, states[name])]
-    known = set(names.values())
+    known = set(_state_names(schedule).values())
     rules = dict.fromkeys(rule for state in states.values() for rule, _ in state["momentum_E"] if rule not in known)
     return lines + [f"policy {rule!r} is in the state, not in the balancer" for rule in rules]
 
@@ -129,7 +115,7 @@ def _unfit_layer(layer: Layer, state: Mapping[str, Any]) -> list[str]:
     if bias_E is None:
         lost = "a bias in the state, and no policy that would keep it: add ExpertBias(rate=0.0)"
         return [lost] if bool(saved_E.any()) else []
-    if getattr(layer.router, "own_bias", None) is not None:
+    if layer.router.bias_owner == "the balancer's":
         return []  # beside another library's router: it is in no weights, so this state alone has it
     if not _may_be_overwritten(bias_E.detach().cpu(), saved_E.cpu()):
         return ["other expert biases in the model's weights than in the state"]
@@ -145,15 +131,15 @@ def _may_be_overwritten(now_E: Tensor, saved_E: Tensor) -> bool:
 
 
 @torch.no_grad()
-def _load(bank: Bank, states: Mapping[str, dict[str, Any]], names: Mapping[int, str], without: set[str]) -> None:
+def _load(group: LayerGroup, states: Mapping[str, dict[str, Any]], schedule: Schedule, without: set[str]) -> None:
     nothing: dict[str, Any] = {"previous_E": None, "ema_E": [], "momentum_E": [], "expert_bias_E": None}
-    mine = [nothing if layer.name in without else states.get(layer.name, nothing) for layer in bank.layers]
-    zero_E = torch.zeros(bank.plan.num_experts, dtype=torch.float64)
+    mine = [nothing if layer.name in without else states.get(layer.name, nothing) for layer in group.layers]
+    zero_E = torch.zeros(group.spec.num_experts, dtype=torch.float64)
 
     def stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
         if all(row is None for row in rows):
             return None
-        return torch.stack([zero_E if row is None else row.cpu().double() for row in rows]).to(bank.device)
+        return torch.stack([zero_E if row is None else row.cpu().double() for row in rows]).to(group.device)
 
     def keyed(name: str) -> dict[Any, Tensor]:
         rows = [dict(state[name]) for state in mine]
@@ -162,10 +148,10 @@ def _load(bank: Bank, states: Mapping[str, dict[str, Any]], names: Mapping[int, 
         }
         return {key: tensor for key, tensor in found.items() if tensor is not None}
 
-    bank.history.previous_E = stacked([state["previous_E"] for state in mine])
-    bank.history.ema_E = keyed("ema_E")
+    group.history.previous_E = stacked([state["previous_E"] for state in mine])
+    group.history.ema_E = keyed("ema_E")
     momenta = keyed("momentum_E")
-    bank.momentum = {at: momenta[name] for at, name in names.items() if name in momenta}
-    for layer, state in zip(bank.layers, mine, strict=True):
+    group.momentum = {at: momenta[name] for at, name in _state_names(schedule).items() if name in momenta}
+    for layer, state in zip(group.layers, mine, strict=True):
         if state["expert_bias_E"] is not None and layer.router.expert_bias is not None:
             layer.router.expert_bias.copy_(state["expert_bias_E"])

@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from ..autograd.router_state import clear_slots, gathered
-from ..autograd.sequence_shards import sum_tables
-from ..devices import at_hand
+from ..autograd.router_state import AwaitedSum, clear_pending, stack_on
+from ..autograd.sequence_shards import sum_shards
+from ..devices import host_readable
 from ..distributed import Ranks
 from ..errors import EquipoiseError, StateError
-from ..policies.losses import AuxLoss
-from ..policies.switch import Timed, losses_at
+from ..policies.schedule import Schedule
+from ..torch_internals import current_backward, is_whole_backward, queue_after_backward
 from .attach import unbalanced_routers
 from .checks import check_before_step, saw_nothing
-from .coefficients import MicroStep, bind
-from .estimator_error import fidelity, fidelity_sums
-from .faults import Faults, Letter, gradients_moved
-from .forward_hooks import Forwards
-from .forward_passes import Passes
-from .layer_group import Bank, Bound, Layer, banks_of
-from .metrics import Committed
-from .reduction import Ledger, rows_of
-from .step_detector import Watch
-from .step_tokens import Declared
-from .tap import MicroBatch
-from .verdicts import judge
+from .coefficients import MicroStep, micro_batch_coefficients
+from .estimator_error import estimator_error, estimator_error_sums
+from .faults import DeferredRead, Faults, gradients_moved, undeclared_sum
+from .forward_hooks import ForwardHooks
+from .forward_passes import ForwardPasses
+from .layer_group import Layer, LayerGroup, MicroBatchCoefficients, group_layers
+from .metrics import StepStats
+from .reduction import StepReduction, rows_of
+from .step_detector import StepDetector
+from .step_tokens import StepTokens
+from .tap import Coefficients, TappedForward
+from .verdicts import check_step_sums
 
-__all__ = ["Stepping"]
+__all__ = ["StepCycle"]
 
 UNTAPPED = 3  # optimizer steps in a row before which nothing was tapped: more is a loop that forgot the tap
 
 
-class Stepping:
+class StepCycle:
     """What a backward and an optimizer call; `Balancer` adds what a user calls.
 
     State changes in one place, ``_commit``.
@@ -44,7 +45,7 @@ class Stepping:
         self,
         parts: Sequence[nn.Module],
         layers: Sequence[Layer],
-        timeline: Sequence[Timed],
+        schedule: Schedule,
         ranks: Ranks,
         faults: Faults,
         *,
@@ -52,10 +53,10 @@ class Stepping:
         estimators: Sequence[str],
     ) -> None:
         """Raises ConfigError on every rank where ranks that should hold the same layers do not."""
-        self._parts, self._layers, self._timeline = parts, layers, timeline
+        self._parts, self._layers, self._schedule = parts, layers, schedule
         self._ranks, self._faults, self._reduction, self._estimators = ranks, faults, reduction, estimators
-        self._banks = banks_of(layers)  # layers that measure alike, so that one operation serves all of them
-        self._ledger = Ledger(layers, self._banks, ranks, self._device)
+        self._groups = group_layers(layers)  # layers that measure alike, so that one operation serves all of them
+        self._sums = StepReduction(layers, self._groups, ranks, self._device)
         self._step = 0
         self._skipped = 0
         self._inferred = False  # gradients of this step were taken for dropped
@@ -69,83 +70,112 @@ class Stepping:
         self.generation = 0  # rises when a step is over or given up: what was bound before is of no use then
         self._backward: int | None = None  # the backward that was bound and has not ended
         self._pending: Callable[[], list[Tensor]] | None = None  # the sum of this step, on its way
-        self._unmoved: Letter | None = None  # whether the last step changed nothing, on its way from a GPU
+        self._unmoved: DeferredRead | None = None  # whether the last step changed nothing, on its way from a GPU
         self._ready = False  # what comes right before the optimizer's step was done
         self._good: Tensor | bool | None = None  # whether the step may be committed, where that is known before it
-        self._declared = Declared()
-        self._committed: list[Committed] | None = None
-        self._fidelity: dict[str, dict[str, float]] | None = None
-        self._passes = [Passes(self._of(part)) for part in range(len(self._parts))]
-        self._forwards = Forwards(self._parts, self._layers, self._passes)
-        self._watch = Watch(self._parts, self._layers)
+        self._declared = StepTokens()
+        self._committed: list[StepStats] | None = None
+        self._estimator_error: dict[str, dict[str, float]] | None = None
+        self._awaited = AwaitedSum()  # of the running backward
+        for layer in layers:
+            layer.balance_state.awaited = self._awaited
+        self._passes = [ForwardPasses(self._of(part)) for part in range(len(self._parts))]
+        self._forwards = ForwardHooks(self._parts, self._layers, self._passes)
+        self._detector = StepDetector(self._parts, self._layers)
 
     # ---------------------------------------------------------------- backward and the optimizer call these
 
-    def bind(self, scale: Tensor, micro_batch: MicroBatch) -> list[Bound]:
-        """The start of a backward: one collective at most, then what each router's backward will read."""
-        part, taken = micro_batch
-        banks = self._of(part)
+    def start_backward(self, scale: Tensor, forward: TappedForward) -> Coefficients:
+        """Adds a micro-batch to the step and begins one sum over ranks at most; what is returned waits for it."""
+        part, taken = forward
+        groups = self._of(part)
         self._check_between()
+        self._awaited.arrive()  # of another tap in the same backward
         self._micro_steps[part] += 1
+        number = self._micro_steps[part]
         self._micro_passes[part] += taken[0].passes
         for passes in self._passes:
             passes.hold()
         self._untapped = 0
-        declared = self._declared
-        if self._reduction == "sum" and declared.tokens is None and banks[0].counted is None:
-            self._faults.note(
-                StateError(
-                    expected="the step's tokens, because the losses add up (reduction='sum')",
-                    got="no begin_step",
-                    do="call balancer.begin_step(tokens=...) before the first micro-batch",
-                )
-            )
-        number, tokens = self._micro_steps[part], self._ranks.tokens
-        about = (self._reduction, declared.tokens, declared.micro_batches, tokens.size, tokens.rank, self._estimators)
-        micro = MicroStep(self._step, number, *about, passes=taken[0].passes)
-        if not torch.autograd.Variable._execution_engine.is_checkpoint_valid():  # of chosen inputs
-            for bank in banks:
-                bank.step_split = True
-        counts = [bank.counts(one.statistics_LS) for bank, one in zip(banks, taken, strict=True)]
-        losses = losses_at(self._timeline, self._step)
-        if self._estimators or any(loss.needs_current(counted=banks[0].counted is not None) for loss in losses):
-            counts = self._ledger.sum_tokens(counts)
-        summed = iter(sum_tables([tables for one in taken for tables in one.tables], self._ranks.shards))
-        return [
-            bind(bank, self._timeline, one, [next(summed) for _ in bank.layers], global_LE, micro, scale)
-            for bank, one, global_LE in zip(banks, taken, counts, strict=True)
-        ]
+        declared, ranks = self._declared, self._ranks.tokens
+        if self._reduction == "sum" and declared.tokens is None and groups[0].counted is None:
+            self._faults.note(undeclared_sum())
+        if not is_whole_backward():
+            for group in groups:
+                group.step_split = True
+        counts = [group.counts(one.statistics_LS) for group, one in zip(groups, taken, strict=True)]
+        counted = groups[0].counted is not None
+        needs = self._schedule.counts_needed(self._step, number, counted=counted, measuring=bool(self._estimators))
+        if ranks.size == 1 or needs == "none":
+            counts_of = lambda: counts  # noqa: E731, nothing to wait for
+        else:
+            if needs == "step":
+                before = [group.history.local_E for group in groups]
+                counts = [one if old is None else old + one for one, old in zip(counts, before, strict=True)]
+            counts_of = self._sums.start_counts(counts)
+        about = (self._reduction, declared.tokens, declared.micro_batches, ranks.size, ranks.rank, self._estimators)
+        micro = MicroStep(self._step, number, *about, taken[0].passes, needs)
+        of_layers = sum_shards([calls for one in taken for calls in one.shard_counts], self._ranks.shards)
 
-    def press(self, part: int, bound: list[Bound], scale: Tensor, *, count: bool) -> None:
-        for bank, one in zip(self._of(part), bound, strict=True):
-            bank.press(one, scale, count=count)
-        self._backward = torch._C._current_graph_task_id()
+        @cache
+        def coefficients() -> list[MicroBatchCoefficients]:
+            sharded = iter(of_layers)
+            return [
+                micro_batch_coefficients(
+                    group, self._schedule, one, [next(sharded) for _ in group.layers], counts_LE, micro, scale
+                )
+                for group, one, counts_LE in zip(groups, taken, counts_of(), strict=True)
+            ]
+
+        return coefficients
+
+    def write_coefficients(
+        self, forward: TappedForward, coefficients: Coefficients, scale: Tensor, *, count: bool
+    ) -> None:
+        """At once, or at the first router's backward: until then a sum over ranks travels beside the head's backward.
+
+        A compiled graph reads at an address and calls nothing, and counts of shards are looked up: then at once.
+        """
+        groups = self._of(forward.part)
+
+        def write() -> None:
+            for group, one in zip(groups, coefficients(), strict=True):
+                group.write_coefficients(one, scale, count=count)
+
+        self._awaited.put(write)
+        if self._ranks.tokens.size > 1 == self._ranks.shards.size and all(one.eager for one in forward.taken):
+            for group, one in zip(groups, forward.taken, strict=True):
+                group.place(one.placed)
+        else:
+            self._awaited.arrive()
+        self._backward = current_backward()
 
     def end_backward(self) -> None:
-        """Recompute proposed again what was already taken, and the push is done: forget both."""
+        """Drops what the recompute measured a second time, and zeroes the coefficients."""
+        self._awaited.arrive()  # where no router's backward ran
         self._backward = None
-        self._clear_slots()
-        for bank in self._banks:
-            bank.release()
-        self._watch.backward_ended()
-        if self._watch.stepped_in_backward:
+        self._clear_pending()
+        for group in self._groups:
+            group.zero_coefficients()
+        self._detector.backward_ended()
+        if self._detector.stepped_in_backward:
             self._commit()
 
-    def _clear_slots(self, first: int = 0) -> None:
-        for bank in self._banks:
-            clear_slots(bank.meters, first)
+    def _clear_pending(self, first: int = 0) -> None:
+        for group in self._groups:
+            clear_pending(group.states, first)
 
     def _forget_passes(self) -> None:
         for passes in self._passes:
             passes.forget()
 
-    def _of(self, part: int) -> list[Bank]:
-        return [bank for bank in self._banks if bank.part == part]
+    def _of(self, part: int) -> list[LayerGroup]:
+        return [group for group in self._groups if group.part == part]
 
     @property
     def _device(self) -> torch.device:
-        if self._banks:
-            return self._banks[0].device
+        if self._groups:
+            return self._groups[0].device
         return next((p.device for part in self._parts for p in part.parameters()), torch.device("cpu"))
 
     # ---------------------------------------------------------------- guards
@@ -156,7 +186,7 @@ class Stepping:
         self._drop_what_failed()
         try:
             self._drop_if_gradients_were()
-            self._watch.check_no_unseen_step(sum(self._micro_steps), steps_seen=self._step)
+            self._detector.check_no_unseen_step(sum(self._micro_steps), steps_seen=self._step)
         except StateError as error:
             self._faults.note(error)
             self._commit()  # the others are in the sum of that step, or will be: this rank joins it, and all say why
@@ -174,14 +204,14 @@ class Stepping:
             )
         self._forwards.look()
 
-    def _note_silence(self, banks: Sequence[Bank], statistics: Sequence[Tensor], error: StateError) -> None:
+    def _note_silence(self, groups: Sequence[LayerGroup], statistics: Sequence[Tensor], error: StateError) -> None:
         """No router ran before a tap, or in a counting pass; where that cannot be looked at a flag says so."""
-        if all(at_hand(one_LS.device) for one_LS in statistics):
-            if saw_nothing(banks, statistics):
+        if all(host_readable(one_LS.device) for one_LS in statistics):
+            if saw_nothing(groups, statistics):
                 self._faults.note(error)
             return
-        calls = [one_LS[:, bank.plan.at("calls")].sum() for bank, one_LS in zip(banks, statistics, strict=True)]
-        silent = (gathered(calls, self._device).sum() == 0).double()
+        calls = [group.spec.scalar(one_LS, "calls").sum() for group, one_LS in zip(groups, statistics, strict=True)]
+        silent = (stack_on(calls, self._device).sum() == 0).double()
         self._silent = silent if self._silent is None else self._silent + silent
 
     def _drop_if_gradients_were(self, *, begins: bool = False) -> None:
@@ -192,12 +222,12 @@ class Stepping:
         taps, declared = max(self._micro_steps), self._declared
         if not taps or (not begins and taps < (declared.micro_batches or 0)):
             return
-        if self._watch.gradients_were_dropped():
-            self._skipped += not self._watch.inside_closure
-            self._dropped += not self._watch.inside_closure
+        if self._detector.gradients_were_dropped():
+            self._skipped += not self._detector.inside_closure
+            self._dropped += not self._detector.inside_closure
             self._forget()
             self._inferred = True
-            if self._watch.inside_closure:  # the same step again (LBFGS): what was declared for it still holds
+            if self._detector.inside_closure:  # the same step again (LBFGS): what was declared for it still holds
                 self._declared = declared
 
     def _check_begins(self, what: str, *, do: str) -> None:
@@ -211,9 +241,9 @@ class Stepping:
 
     def _drop_what_failed(self) -> None:
         """After an error inside a backward (out of memory) some layers have counted and some have not."""
-        if self._backward is None or self._backward == torch._C._current_graph_task_id():
+        if self._backward is None or self._backward == current_backward():
             return
-        if self._watch.has_gradients:
+        if self._detector.has_gradients:
             self._faults.note(
                 StateError(
                     expected="each backward to end",
@@ -230,7 +260,9 @@ class Stepping:
     @property
     def _empty(self) -> bool:
         """Whether this rank has nothing to commit: no tap, no counted backward."""
-        return not any(self._micro_steps) and all(layer.meter.leaf.grad is None for layer in self._layers)
+        return not any(self._micro_steps) and all(
+            layer.balance_state.grad_accumulator.grad is None for layer in self._layers
+        )
 
     def _is_no_step(self) -> bool:
         """Whether an optimizer steps without anything of ours: to make its state, after discard(), for another loss.
@@ -244,38 +276,38 @@ class Stepping:
 
     def _before_step(self) -> None:
         """Right before the optimizer: all gradients are there, so the sum may travel while the optimizer works."""
-        if not self._timeline and self._empty:  # forwards of another loss, which no backward of ours will take
-            self._clear_slots()
+        if not self._schedule and self._empty:  # forwards of another loss, which no backward of ours will take
+            self._clear_pending()
             self._forget_passes()
         if self._is_no_step():
             self._ready = True
             return
         empty = self._empty if self._layers else None
         if self._layers and not (empty and 0 < self._untapped < UNTAPPED):
-            about = (self._layers, self._timeline, self._step, self._micro_steps, self._declared.micro_batches)
+            about = (self._layers, self._schedule, self._step, self._micro_steps, self._declared.micro_batches)
             try:
                 check_before_step(*about)
             except StateError as error:
                 self._faults.note(error)
-        if self._inferred and self._watch.gradients_are_gone:
-            self._watch.gradients_leave = True
+        if self._inferred and self._detector.gradients_are_gone:
+            self._detector.gradients_leave = True
             self._faults.note(gradients_moved())
         passes = max(self._micro_passes) if self._layers else 0
-        start = self._ledger.start(self._faults.tail(self._silent, passes, empty=empty, device=self._device))
-        self._good = self._judge(start()) if self._faults.at_once and at_hand(self._device) else None
+        start = self._sums.start(self._faults.tail(self._silent, passes, empty=empty, device=self._device))
+        self._good = self._judge(start()) if self._faults.raises_immediately and host_readable(self._device) else None
         self._pending, self._ready = start, True
 
     def _judge(self, sums: list[Tensor]) -> Tensor | bool:
         data_ranks = self._ranks.tokens.size
-        return judge(self._faults, self._ledger.sheets, sums, self._declared, data_ranks, self._step)
+        return check_step_sums(self._faults, self._sums.tables, sums, self._declared, data_ranks, self._step)
 
     def _step_inside_backward(self) -> None:
         """An optimizer steps inside a backward: at the end of that one the step is over, all layers have counted."""
         if self._backward is None:  # else the end of the tapped backward is ours anyway
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_untapped)
+            queue_after_backward(self._end_untapped)
 
     def _end_untapped(self) -> None:
-        if self._watch.stepped_in_backward:
+        if self._detector.stepped_in_backward:
             self._commit()
 
     def _commit(self) -> None:
@@ -286,7 +318,7 @@ class Stepping:
         if self._pending is None:
             return
         (*sums, tail), self._pending = self._pending(), None
-        unmoved = self._watch.take_unmoved()
+        unmoved = self._detector.take_unmoved()
         try:
             good = self._judge([*sums, tail]) if self._good is None else self._good
         except EquipoiseError:
@@ -298,11 +330,11 @@ class Stepping:
         if self._unmoved is not None:
             self._skipped += int(self._unmoved.read()[0])
             self._unmoved = None
-        if unmoved is not None and at_hand(unmoved.device):
+        if unmoved is not None and host_readable(unmoved.device):
             unmoved = bool(unmoved)
             self._skipped += unmoved
         elif unmoved is not None:
-            self._unmoved = Letter(unmoved.double().unsqueeze(0))
+            self._unmoved = DeferredRead(unmoved.double().unsqueeze(0))
         if isinstance(good, Tensor):
             if isinstance(unmoved, Tensor):
                 good = good & ~unmoved.to(good.device)
@@ -312,45 +344,47 @@ class Stepping:
             self._commit_sums(sums, None)
         self._step += 1
         self._untapped, self._dropped, self._inferred = 0, 0, False
-        self._watch.saw_a_step()
+        self._detector.saw_a_step()
         self._forget()
 
     def _commit_sums(self, sums: list[Tensor], keep: Tensor | None) -> None:
-        losses = [t.policy for t in self._timeline if isinstance(t.policy, AuxLoss)]
-        decays = {loss.decay for loss in losses if loss.estimator == "ema"} | ({0.9} if self._estimators else set())
-        sheets = list(zip(self._ledger.sheets, sums, strict=True))
-        mine = [(bank, rows_of(summed, rows).to(bank.device)) for sheet, summed in sheets for bank, rows in sheet.own]
+        decays = self._schedule.ema_decays | ({0.9} if self._estimators else set())
+        tables = list(zip(self._sums.tables, sums, strict=True))
+        mine = [
+            (group, rows_of(summed, rows).to(group.device)) for table, summed in tables for group, rows in table.own
+        ]
         if self._estimators:
-            known = fidelity_sums(
-                self._estimators, [(bank.step_fidelity, bank.counts(summed)) for bank, summed in mine]
+            known = estimator_error_sums(
+                self._estimators, [(group.step_errors, group.counts(summed)) for group, summed in mine]
             )
-            self._fidelity = fidelity(self._estimators, self._ranks.everyone.sum(known))
+            self._estimator_error = estimator_error(self._estimators, self._ranks.everyone.sum(known))
         with torch.no_grad():
-            for bank, summed in mine:
-                good = None if keep is None else keep.to(bank.device)
-                bank.move_biases(self._timeline, bank.counts(summed), self._step, good)
-                bank.history.commit(bank.counts(summed), decays, good)
+            for group, summed in mine:
+                good = None if keep is None else keep.to(group.device)
+                group.move_biases(self._schedule, group.counts(summed), self._step, good)
+                group.history.commit(group.counts(summed), decays, good)
         if keep is not None:  # of a bad step, which is said one step later, nothing is to be seen
-            before = [None] * len(sheets) if self._committed is None else [one.sums for one in self._committed]
-            sheets = [
-                (sheet, torch.where(keep, summed, torch.zeros_like(summed) if old is None else old))
-                for (sheet, summed), old in zip(sheets, before, strict=True)
+            before = [None] * len(tables) if self._committed is None else [one.sums for one in self._committed]
+            tables = [
+                (table, torch.where(keep, summed, torch.zeros_like(summed) if old is None else old))
+                for (table, summed), old in zip(tables, before, strict=True)
             ]
         self._committed = [
-            Committed(sheet.plan, sheet.places, summed, [(rows, bank.biases()) for bank, rows in sheet.own])
-            for sheet, summed in sheets
+            StepStats(table.spec, table.places, summed, [(rows, group.biases()) for group, rows in table.own])
+            for table, summed in tables
         ]
 
     def _forget(self) -> None:
-        for bank in self._banks:
-            bank.forget_step()
+        for group in self._groups:
+            group.forget_step()
         self._forget_passes()
         self._micro_passes = [0] * len(self._micro_passes)
         if self._pending is not None:  # others take part in it
             self._pending()
+        self._awaited.drop()
         self._pending = self._backward = self._silent = self._good = None
         self._evaluated = self._ready = False
         self._micro_steps = [0] * len(self._micro_steps)
         self.generation += 1
-        self._declared = Declared()
-        self._watch.step_is_over()
+        self._declared = StepTokens()
+        self._detector.step_is_over()

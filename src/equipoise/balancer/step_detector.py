@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..devices import at_hand
+from ..devices import host_readable
 from ..errors import ConfigError, StateError
-from .faults import Letter
+from ..torch_internals import current_backward
+from .faults import DeferredRead
 from .layer_group import Layer
 
-__all__ = ["Steps", "Watch", "hookable"]
+__all__ = ["StepDetector", "Steps", "hookable"]
 
 STRANGERS = 3  # steps of optimizers that hold other parameters of the model, each after a tap: then one is missing
 DROPPED = (
@@ -71,7 +72,7 @@ def hookable(optimizer: Any) -> torch.optim.Optimizer | None:
     return inner
 
 
-class Watch:
+class StepDetector:
     """Watches one parameter, the witness: a trainable router's weight, or the model's first trainable parameter.
 
     Its version counter and a sample of its values tell that something stepped between two micro-batches, or that a step
@@ -86,19 +87,19 @@ class Watch:
         self._sample: torch.Tensor | None = None
         self._filled: int | None = None  # version of the witness's gradient when backward last added to it
         self._touched = False  # the running backward added to the witness's gradient
-        self._moved_to: Letter | None = None  # whether the witness moved, on its way from a GPU
+        self._moved_to: DeferredRead | None = None  # whether the witness moved, on its way from a GPU
         self._strangers: dict[str, int] = {}  # steps of other optimizers of this model, since the last own one
         self._tapped_since = False  # a tap since the last of those
         self._hook: Any = None
         self._listeners: list = []
-        self._witness: nn.Parameter | None = None
+        self._sentinel: nn.Parameter | None = None
         self._only: weakref.ref[torch.optim.Optimizer] | None = None  # the optimizer that was named
         self._unmoved: torch.Tensor | None = None  # whether the step that just ended changed nothing
         self.inside_closure = False  # an optimizer that calls forward and backward itself (LBFGS) moves as it likes
         self.stepped_in_backward = False  # an optimizer that steps inside backward: the step is over when that is
         self.gradients_leave = False  # an engine moves gradients away after each backward: that is no drop
         self.ends_with = ""  # what ended the last step, in words
-        self._find_witness()
+        self._find_sentinel()
 
     def listen(self, steps: Steps, optimizer: torch.optim.Optimizer | None) -> None:
         """Calls ``steps`` around each step of ``optimizer``, or of whichever optimizer holds the witness."""
@@ -128,7 +129,7 @@ class Watch:
             return
         if _skips(stepping) or self._is_inside_another():
             return
-        if torch._C._current_graph_task_id() != -1:
+        if current_backward() != -1:
             self.stepped_in_backward, self.ends_with = True, f"the backward in which {type(stepping).__name__} steps"
             steps.inside_backward()
             return
@@ -140,7 +141,7 @@ class Watch:
     def _after(self, steps: Steps, stepping: torch.optim.Optimizer) -> None:
         if not self._concerns(stepping) or _skips(stepping) or self._is_inside_another():
             return
-        if torch._C._current_graph_task_id() == -1:
+        if current_backward() == -1:
             self.inside_closure = False
             self._unmoved = self._changed_nothing(stepping)
             steps.after()
@@ -165,12 +166,12 @@ class Watch:
         """Whether this optimizer's step is the step: it was named, or it holds the witness."""
         if self._only is not None:
             return optimizer is self._only()
-        witness = self._find_witness()  # looked up each time: FSDP2 replaces parameters after the balancer was made
-        return any(p is witness for group in optimizer.param_groups for p in group["params"])
+        sentinel = self._find_sentinel()  # looked up each time: FSDP2 replaces parameters after the balancer was made
+        return any(p is sentinel for group in optimizer.param_groups for p in group["params"])
 
     def _note_stranger(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises StateError when other optimizers of this model step and step, and never one with the routers."""
-        if not self._tapped_since or self._witness is None or self._is_inside_another():
+        if not self._tapped_since or self._sentinel is None or self._is_inside_another():
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"][:1]}
         if not any(id(p) in held for part in self._parts for p in part.parameters()):
@@ -199,15 +200,15 @@ class Watch:
                 "balancer.step()",
             )
 
-    def _find_witness(self) -> nn.Parameter | None:
+    def _find_sentinel(self) -> nn.Parameter | None:
         candidates = itertools.chain(  # lazily: a whole model's parameters are many
             (p for layer in self._layers for p in layer.router.parameters()),
             (p for part in self._parts for p in part.parameters()),
         )
         found = next((p for p in candidates if p.requires_grad), None)
-        if found is not self._witness:
+        if found is not self._sentinel:
             self._unhook()
-            self._witness = found
+            self._sentinel = found
             self._filled = self._version = self._sample = None
             if found is not None:
                 self._hook = _note_gradients(found, weakref.ref(self))
@@ -216,16 +217,16 @@ class Watch:
     @property
     def _plain(self) -> nn.Parameter | None:
         """The witness, where what happens to it can be told."""
-        witness = self._find_witness()
-        return witness if type(witness) is nn.Parameter else None
+        sentinel = self._find_sentinel()
+        return sentinel if type(sentinel) is nn.Parameter else None
 
     def backward_ended(self) -> None:
         """Gradients that are gone already at the end of backward were moved away: nobody has dropped them yet."""
-        witness = self._plain
-        if self._touched and witness is not None and witness.grad is None:
+        sentinel = self._plain
+        if self._touched and sentinel is not None and sentinel.grad is None:
             self.gradients_leave = True
-        elif self._touched and witness is not None and witness.grad is not None:
-            self._filled = witness.grad._version  # engines write to it after our hook
+        elif self._touched and sentinel is not None and sentinel.grad is not None:
+            self._filled = sentinel.grad._version  # engines write to it after our hook
         self._touched = False
 
     def gradients_were_dropped(self) -> bool:
@@ -233,53 +234,58 @@ class Watch:
 
         Raises StateError when the parameters moved meanwhile: it was a step then, and nobody showed it to us.
         """
-        witness = self._plain
-        if self._filled is None or witness is None or self.gradients_leave:
+        sentinel = self._plain
+        if self._filled is None or sentinel is None or self.gradients_leave:
             return False
-        gradient = witness.grad
+        gradient = sentinel.grad
         touched = gradient is None or gradient._version != self._filled
         if not touched or not (gradient is None or not bool(gradient.any())):
             return False
-        if not self.inside_closure and self._moved(witness):
+        if not self.inside_closure and self._moved(sentinel):
             raise _unseen_step("parameters that changed, and gradients that were zeroed, without a step that it saw")
         return True
 
     @property
     def gradients_are_gone(self) -> bool:
         """At a step: it has no gradient to work with, so an engine keeps them elsewhere."""
-        witness = self._plain
-        return witness is not None and witness.grad is None
+        sentinel = self._plain
+        return sentinel is not None and sentinel.grad is None
 
     @property
     def has_gradients(self) -> bool:
         """Whether the witness has a gradient from before."""
-        witness = self._find_witness()
-        return witness is not None and witness.grad is not None and self._filled is not None
+        sentinel = self._find_sentinel()
+        return sentinel is not None and sentinel.grad is not None and self._filled is not None
 
     def check_no_unseen_step(self, micro_steps: int, *, steps_seen: int) -> None:
         """Raises StateError when the witness changed since the first micro-batch of this step.
 
         On a GPU its values are looked at later, and only until a first step was seen.
         """
-        witness = self._plain
-        if witness is None or self.inside_closure:
+        sentinel = self._plain
+        if sentinel is None or self.inside_closure:
             return
         if self._moved_to is not None and self._moved_to.arrived:
             moved, self._moved_to = self._moved_to, None
             if any(moved.read()):
                 raise _unseen_step("parameters that changed without a step that it saw")
         if micro_steps == 0 or self._version is None:
-            self._version, self._sample = witness._version, _sample(witness)
-        elif witness._version != self._version or (at_hand(witness.device) and self._moved(witness)):
+            self._version, self._sample = sentinel._version, _sample(sentinel)
+        elif sentinel._version != self._version or (host_readable(sentinel.device) and self._moved(sentinel)):
             raise _unseen_step(f"parameters that changed after micro-batch {micro_steps} without a step that it saw")
-        elif not at_hand(witness.device) and steps_seen == 0 and self._moved_to is None and self._sample is not None:
-            self._moved_to = Letter((_sample(witness) != self._sample).any().double().unsqueeze(0))
+        elif (
+            not host_readable(sentinel.device)
+            and steps_seen == 0
+            and self._moved_to is None
+            and self._sample is not None
+        ):
+            self._moved_to = DeferredRead((_sample(sentinel) != self._sample).any().double().unsqueeze(0))
 
-    def _moved(self, witness: nn.Parameter) -> bool:
+    def _moved(self, sentinel: nn.Parameter) -> bool:
         """Waits for the device: called where gradients vanished, and where values are at hand."""
         if self._version is None or self._sample is None:
             return False
-        return witness._version != self._version or not torch.equal(_sample(witness), self._sample)
+        return sentinel._version != self._version or not torch.equal(_sample(sentinel), self._sample)
 
     def _changed_nothing(self, stepped: torch.optim.Optimizer) -> torch.Tensor | None:
         """Whether a step left the witness as it was although gradient and learning rate would move it: it was skipped.
@@ -287,19 +293,19 @@ class Watch:
         A scalar tensor on the witness's device; None where that cannot be told (sharded or 16-bit parameters, whose
         updates may round away; a learning rate of 0; gradients that are kept elsewhere).
         """
-        witness = self._plain
-        if witness is None or witness.grad is None or self._sample is None:
+        sentinel = self._plain
+        if sentinel is None or sentinel.grad is None or self._sample is None:
             return None
-        if witness.dtype not in (torch.float32, torch.float64):
+        if sentinel.dtype not in (torch.float32, torch.float64):
             return None
-        rates = [group.get("lr") for group in stepped.param_groups if any(p is witness for p in group["params"])]
+        rates = [group.get("lr") for group in stepped.param_groups if any(p is sentinel for p in group["params"])]
         if not rates or not isinstance(rates[0], float | int) or rates[0] == 0:
             return None
-        if at_hand(witness.device) and not torch.equal(_sample(witness), self._sample):
+        if host_readable(sentinel.device) and not torch.equal(_sample(sentinel), self._sample):
             return None
-        gradient, epsilon = _sample(witness.grad).abs().clamp(max=1.0), torch.finfo(witness.dtype).eps
+        gradient, epsilon = _sample(sentinel.grad).abs().clamp(max=1.0), torch.finfo(sentinel.dtype).eps
         would_move = (rates[0] * gradient > 2 * epsilon * self._sample.abs()).any()  # not so little that it rounds away
-        return (_sample(witness) == self._sample).all() & would_move
+        return (_sample(sentinel) == self._sample).all() & would_move
 
     def take_unmoved(self) -> torch.Tensor | None:
         """Of the step that just ended, once: see above."""
@@ -326,7 +332,7 @@ class Watch:
             self._hook = None
 
 
-def _note_gradients(parameter: nn.Parameter, watch: weakref.ref[Watch]) -> torch.utils.hooks.RemovableHandle:
+def _note_gradients(parameter: nn.Parameter, watch: weakref.ref[StepDetector]) -> torch.utils.hooks.RemovableHandle:
     """A hook that does not keep the watch alive: the garbage collector cannot see through it."""
 
     def note(changed: torch.Tensor) -> None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from ..errors import InputError
 
-__all__ = ["Declared"]
+__all__ = ["StepTokens"]
 
 
 @dataclass(frozen=True)
-class Declared:
+class StepTokens:
     """Nothing is said by default.
 
     >>> Declared.of({"trunk": 48, "mtp": 44}, 2, ["trunk.0.gate", "trunk.1.gate", "mtp.gate"], "mean").tokens
@@ -24,7 +24,7 @@ class Declared:
     @staticmethod
     def of(
         tokens: float | Mapping[str, float] | None, micro_batches: int | None, routers: Sequence[str], reduction: str
-    ) -> Declared:
+    ) -> StepTokens:
         """Raises InputError for a number that is none, a router that is left out, or a name that no router has."""
         by_name = isinstance(tokens, Mapping)
         if by_name:
@@ -40,7 +40,7 @@ class Declared:
                 got="tokens alone",
                 do="begin_step(tokens=..., micro_batches=M), or Balancer(reduction='sum')",
             )
-        return Declared(tokens, micro_batches)
+        return StepTokens(tokens, micro_batches)
 
     def of_router(self, name: str) -> float | None:
         """The tokens that were said for a router."""

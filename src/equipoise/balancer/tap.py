@@ -1,23 +1,27 @@
-"""The tap: the identity on the loss, whose backward runs before every router's and tells the balancer to bind."""
+"""The tap: the identity on the loss, whose backward runs before every router's and tells the balancer to prepare it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..autograd.router_state import Taken
-from .layer_group import Bound
+from ..autograd.router_state import ForwardStats
+from ..torch_internals import queue_after_backward
+from .layer_group import MicroBatchCoefficients
 
-__all__ = ["MicroBatch", "Tapped", "tapped"]
+__all__ = ["Coefficients", "TappedForward", "tap_loss"]
+
+Coefficients = Callable[[], list[MicroBatchCoefficients]]  # one per group; waits for a sum over ranks, once
 
 
-class MicroBatch(NamedTuple):
-    """What one forward of one part of the model proposed."""
+class TappedForward(NamedTuple):
+    """What the forward of one part of the model measured, that a tapped loss is made of."""
 
     part: int
-    taken: list[Taken]  # one per bank of that part
+    taken: list[ForwardStats]  # one per group of that part
 
 
 class Tapped(Protocol):
@@ -25,35 +29,37 @@ class Tapped(Protocol):
 
     generation: int  # changes when a step is over or given up
 
-    def bind(self, scale: Tensor, micro_batch: MicroBatch) -> list[Bound]:
-        """Adds a micro-batch to the step; returns what its backward will read at the routers of that part."""
+    def start_backward(self, scale: Tensor, forward: TappedForward) -> Coefficients:
+        """Adds a micro-batch to the step; returns what gives the coefficients of its backward."""
         ...
 
-    def press(self, part: int, bound: list[Bound], scale: Tensor, *, count: bool) -> None:
-        """Writes the pressure that the routers' backward will read."""
+    def write_coefficients(
+        self, forward: TappedForward, coefficients: Coefficients, scale: Tensor, *, count: bool
+    ) -> None:
+        """Sees to it that the coefficients are there before the routers' backward reads them."""
         ...
 
     def end_backward(self) -> None:
-        """The backward that was pressed has ended."""
+        """That backward has ended."""
         ...
 
 
-def tapped(
+def tap_loss(
     loss: Tensor,
     balancer: Tapped,
-    micro_batch: MicroBatch,
+    forward: TappedForward,
     scale: float | None,
     tokens: Tensor | float | None = None,
 ) -> Tensor:
     """Returns ``loss``; ``scale`` replaces the gradient that arrives, and that of a sum is multiplied by ``tokens``."""
-    return _Tap.apply(loss, balancer, micro_batch, scale, tokens)
+    return _TapLoss.apply(loss, balancer, forward, scale, tokens)
 
 
-class _Tap(torch.autograd.Function):
+class _TapLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss, balancer, micro_batch, scale, tokens):
-        ctx.balancer, ctx.micro_batch, ctx.scale, ctx.tokens = balancer, micro_batch, scale, tokens
-        ctx.bound, ctx.generation = None, None
+    def forward(ctx, loss, balancer, forward, scale, tokens):
+        ctx.balancer, ctx.forward_taken, ctx.scale, ctx.tokens = balancer, forward, scale, tokens
+        ctx.coefficients, ctx.generation = None, None
         return loss.clone()  # not a view: zero-bubble schedules detach losses and activations in place
 
     @staticmethod
@@ -63,10 +69,10 @@ class _Tap(torch.autograd.Function):
         scale = (grad if ctx.scale is None else grad.new_full((), ctx.scale)).detach()
         if ctx.tokens is not None:
             scale = scale * ctx.tokens
-        again = ctx.generation == balancer.generation  # a second backward of this loss: pushes again, counts nothing
+        again = ctx.generation == balancer.generation  # a second backward of this loss: its gradient, but no count
         if not again:
-            ctx.bound = balancer.bind(scale, ctx.micro_batch)
+            ctx.coefficients = balancer.start_backward(scale, ctx.forward_taken)
             ctx.generation = balancer.generation
-        balancer.press(ctx.micro_batch.part, ctx.bound, scale, count=not again)
-        torch.autograd.Variable._execution_engine.queue_callback(balancer.end_backward)
+        balancer.write_coefficients(ctx.forward_taken, ctx.coefficients, scale, count=not again)
+        queue_after_backward(balancer.end_backward)
         return grad, None, None, None, None

@@ -7,17 +7,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..devices import sent
-from .faults import Expected, Faults, verdict
-from .reconcile import Row
-from .reduction import Sheet
-from .step_tokens import Declared
+from ..devices import to_device
+from .faults import Expected, Faults, fault_flags
+from .reduction import StepTable
+from .step_tokens import StepTokens
 
-__all__ = ["judge"]
+__all__ = ["check_step_sums"]
 
 
-def judge(
-    faults: Faults, sheets: Sequence[Sheet], sums: Sequence[Tensor], declared: Declared, data_ranks: int, step: int
+def check_step_sums(
+    faults: Faults,
+    tables: Sequence[StepTable],
+    sums: Sequence[Tensor],
+    declared: StepTokens,
+    data_ranks: int,
+    step: int,
 ) -> Tensor | bool:
     """As `Faults.settle`, from the sums of the step: those of every sheet, and the tail behind them.
 
@@ -29,23 +33,23 @@ def judge(
     if declared.tokens is not None:  # of all ranks together, or a stage without routers would see another number
         passes = tail[4] / tail[3].clamp(min=1) * data_ranks
     flags, names, expected = [], [], []
-    for sheet, summed in zip(sheets, rows, strict=True):
-        plan = sheet.plan
-        said = [declared.of_router(name) for name in sheet.names]
+    for table, summed in zip(tables, rows, strict=True):
+        spec = table.spec
+        said = [declared.of_router(name) for name in table.names]
         tokens: Tensor | float | None = said[0]
         if len(set(said)) > 1:
-            tokens = sent([float(one or 0) for one in said], summed.device)
-        probs_LE = summed[:, plan.num_experts : 2 * plan.num_experts]
+            tokens = to_device([float(one or 0) for one in said], summed.device)
+        probs_LE = spec.probs(summed)
         flags.append(
-            verdict(
+            fault_flags(
                 probs_LE,
-                summed[:, Row.UNPUSHED],
-                summed[:, Row.DOCUMENTS],
-                summed[:, plan.at("tokens")],
-                summed[:, plan.at("calls")],
+                spec.step_column(summed, "missing_gradient"),
+                spec.step_column(summed, "bad_documents"),
+                spec.scalar(summed, "tokens"),
+                spec.scalar(summed, "calls"),
                 Expected(tokens, passes),
             )
         )
-        names += sheet.names
+        names += table.names
         expected += [float(one or 0) for one in said]
     return faults.settle(flags[0] if len(flags) == 1 else torch.cat(flags), tail, step, names, expected)

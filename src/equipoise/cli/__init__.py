@@ -15,8 +15,8 @@ from . import compare, export, inspect, plan, report, resume, train
 
 __all__ = ["COMMANDS", "INTERRUPTED", "build_parser", "main"]
 
-# A command is a module with HELP (one sentence), add_arguments(parser) and run(arguments) -> exit code. torch and the
-# packages of the extras are imported inside run: `equipoise --help` and a wrong option answer at once.
+# A command is a module with HELP (one sentence), add_arguments(parser) and run(arguments) -> exit code. The packages of
+# the extras are imported inside run: `equipoise --help` works without them, and a wrong option is refused at once.
 COMMANDS = {
     "compare": compare,
     "train": train,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, DataError
-from ..lab.config.schema import CompareConfig, from_dict, to_toml
+from ..lab.config.schema import QUICK, CompareConfig, to_toml
 from .settings import add_settings, read, settings
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from ..lab.comparison.comparison import Comparison
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
@@ -42,8 +40,11 @@ is part of the model: where it is softmax, "loss-free" moves its bias in proport
 the model chooses with stays as it is under a strategy without one. qwen3_moe and dots1 are computed by the lab's own
 model, which is faster and gives the same logits (--set model.through=transformers: not so).
 
-`equipoise train --help` lists the names of strategies. The same command again, or --resume, goes on with a comparison
-that was stopped; with --out, more strategies and seeds are added to those that are there.
+`equipoise train --help` lists the strategies and their policies. These are not the library's defaults: "global" is
+AuxLoss("global_batch", coef=0.02, estimator="exact"); AuxLoss("global_batch") has coef=0.01, estimator="filled".
+
+The same command again, or --resume, goes on with a comparison that was stopped; with --out, more strategies and seeds
+are added to those that are there.
 """
 
 
@@ -65,44 +66,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..lab.comparison import comparison as compare
-    from ..lab.comparison.progress import Preparation, RunTable, open_console
-
-    config = _config(arguments, compare.QUICK)
+    config = _config(arguments)
     if arguments.print_config:
         print(to_toml(config))
         return 0
-    console = open_console()
-    folder = _folder(arguments, config, console)
-    if arguments.resume:
-        config = from_dict(CompareConfig, (compare.read_manifest(folder) or {})["config"])
-    comparison = compare.open_comparison(folder, config, overwrite=arguments.overwrite)
-    console.print(f"{len(comparison.jobs)} runs in {folder}", markup=False, soft_wrap=True)
-    if config.model.biases:
-        console.print(f"all begin with the expert biases of {config.model.biases}", markup=False, soft_wrap=True)
-    with Preparation(console) as shown:
-        compare.prepare_all(comparison, shown)
-    try:
-        with RunTable(comparison.jobs, console) as table:
-            compare.run_all(comparison, table)
-    except KeyboardInterrupt:
-        console.print(
-            f"every run is saved; to go on: equipoise compare --resume {folder}\n"
-            f"what there is so far: equipoise report {folder}",
-            markup=False,
-            soft_wrap=True,
-        )
-        raise
+    from ..lab.comparison.launch import launch_comparison
+
+    comparison = launch_comparison(config, out=arguments.out, resume=arguments.resume, new=arguments.new,
+                                   overwrite=arguments.overwrite)  # fmt: skip
     try:
         _report(comparison)
-    except DataError:  # no run came as far as an evaluation; why, has been said
+    except DataError:  # no run reached an evaluation; the reason has been printed
         if comparison.exit_code == 0:
             raise
     return comparison.exit_code
 
 
-def _config(arguments: argparse.Namespace, quick: dict[str, Any]) -> CompareConfig:
-    values = settings(arguments, quick if arguments.quick else None)
+def _config(arguments: argparse.Namespace) -> CompareConfig:
+    values = settings(arguments, QUICK if arguments.quick else None)
     if arguments.strategies is not None:
         values["strategies"] = arguments.strategies
     for name in ("seeds", "workers"):
@@ -120,32 +101,6 @@ def _config(arguments: argparse.Namespace, quick: dict[str, Any]) -> CompareConf
             expected="--overwrite with --out FOLDER", got="no folder", do="name the folder to begin again in"
         )
     return read(CompareConfig, arguments, values)
-
-
-def _folder(arguments: argparse.Namespace, config: CompareConfig, console: Console) -> Path:
-    """Where to work: the folder named, else a stopped comparison of the same settings, else a new folder."""
-    from ..lab.comparison import comparison as compare
-
-    if arguments.out:
-        return arguments.out
-    if arguments.resume:
-        folder = arguments.resume
-        if not (folder / compare.MANIFEST_NAME).exists():
-            folder = compare.find_unfinished(arguments.resume)
-        if folder is None:
-            raise DataError(
-                expected=f"an unfinished comparison in {arguments.resume}",
-                got="none",
-                do="name its folder, or start a new one",
-            )
-        return folder
-    found = None if arguments.new else compare.find_unfinished(ROOT, config)
-    if found is None:
-        return compare.new_folder(ROOT)
-    console.print(
-        f"going on with {found}, stopped with the same settings (--new begins again)", markup=False, soft_wrap=True
-    )
-    return found
 
 
 def _report(comparison: Comparison) -> None:

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     which: str = arguments.checkpoint
     if which not in ("last", "best") and not which.isdigit():
         raise ConfigError(expected="--checkpoint last, best or a step", got=repr(which), do="name one of them")
-    from ..lab.models.hf_folder import export_run
+    from ..lab.models.hf_export import export_run
 
     if (arguments.run_folder / "comparison.json").exists():
         names = sorted(path.parent.name for path in arguments.run_folder.glob("*/record.jsonl"))

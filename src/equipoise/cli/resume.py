@@ -1,18 +1,11 @@
-"""``equipoise resume``: goes on with a run, or with a comparison, from the last checkpoints."""
+"""``equipoise resume``: continues a run from its last checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError
-from ..lab.config.schema import RunConfig, from_dict
-from ..storage.run_record import read_run
-from .train import add_layout, on_ranks, train_in
-
-if TYPE_CHECKING:
-    from ..lab.training.distributed import World
+from .train import add_layout, layout_of
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
@@ -35,26 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    return on_ranks(arguments, lambda world: _resume(arguments, world))
+    from ..lab.training.launch import resume_run
 
-
-def _resume(arguments: argparse.Namespace, world: World) -> int:
-    status, stored = world.decide(lambda: _earlier(arguments.folder))
-    if status == "finished":
-        if world.writes:
-            print(f"{arguments.folder}: finished already, nothing to do")
-        return 0
-    config = from_dict(RunConfig, stored)
-    return train_in(arguments.folder, config, world, go_on=True, overwrite=False, plain=arguments.plain)
-
-
-def _earlier(folder: Path) -> tuple[str, dict[str, Any]]:
-    """Status and configuration of the run in the folder."""
-    if (folder / "comparison.json").exists():
-        raise ConfigError(
-            expected="the folder of one run",
-            got=f"a comparison in {folder}",
-            do=f"equipoise compare --resume {folder}",
-        )
-    earlier = read_run(folder)
-    return earlier.status, earlier.header.config
+    done = resume_run(arguments.folder, layout_of(arguments), plain=arguments.plain)
+    if done.is_main:
+        print(f"{done.folder}: finished already, nothing to do" if done.was_finished else done.folder)
+    return 0

@@ -12,7 +12,7 @@ from ..lab.config.schema import CompareConfig, RunConfig, load_config, parse_set
 __all__ = ["add_settings", "read", "settings"]
 
 C = TypeVar("C", RunConfig, CompareConfig)
-GIVEN_LR = 3e-4  # of a model that was trained before: the rate of a new one would undo that
+GIVEN_LR = 3e-4  # for a pretrained model, which the rate of a new one would damage
 
 # flag -> (setting, type, metavar, help)
 FLAGS: dict[str, tuple[str, type, str, str]] = {
@@ -48,7 +48,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def settings(arguments: argparse.Namespace, presets: dict[str, Any] | None = None) -> dict[str, Any]:
-    """{dotted name: value} of what the command line says: presets < flags < --set."""
+    """{dotted name: value} from the command line: presets < flags < --set."""
     values = dict(presets or {})
     if getattr(arguments, "model.folder") is not None and arguments.config is None:
         values["train.lr"] = GIVEN_LR

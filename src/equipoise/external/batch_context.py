@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..autograd.router_state import ForwardPass
 from ..autograd.token_layout import Placed, TokenLayout
 from ..errors import InputError
+from ..torch_internals import current_backward
 from .call_arguments import Level
 
 __all__ = ["Layout", "not_read", "saying"]
@@ -63,7 +64,7 @@ class Layout:
             for call in self.before_each:
                 call()
             if not torch.compiler.is_compiling():
-                self.noted_in, self._pieces = torch._C._current_graph_task_id(), {}
+                self.noted_in, self._pieces = current_backward(), {}
             if self.forward_pass is not None and not level.outermost:  # a loop with a head of its own
                 self.forward_pass.enter()
         self._placed, self._elsewhere = {}, {}

@@ -43,7 +43,7 @@ def find_foreign(
     Raises ConfigError for a router of a kind that cannot be balanced, by name and with what is missing.
     """
     if known := _known(model):  # tied by a balancer, or still choosing with the bias that an earlier one left
-        if all(router.meter is None for _, router in known):
+        if all(router.balance_state is None for _, router in known):
             layout = Layout(model, [name for name, _ in known])
             for name, router in known:
                 router.lies_in(layout, name)
@@ -54,7 +54,7 @@ def find_foreign(
             raise _refusal(module, name, special_of(module).refuse)
     if (ran := _first_with_routers(model, example, modules)) is None:
         return []
-    probe, calls, shells = ran
+    record_logit_grad, calls, shells = ran
     fixed = [name for name in calls if special_of(modules[name]).fixed and not look]
     for name in fixed:
         del calls[name]
@@ -71,9 +71,9 @@ def find_foreign(
     swapped = {name for name, of_it in facts.items() if of_it.swapped}
     deaf: dict[str, str] = {}
     if not look:
-        _check_weights_are_used(probe, modules, list(kinds.values()), swapped)
+        _check_weights_are_used(record_logit_grad, modules, list(kinds.values()), swapped)
         ours = [names for names in kinds.values() if natives[names[0]] is None]
-        deaf = _ignoring_ids(probe, modules, ours, swapped, blocks)
+        deaf = _ignoring_ids(record_logit_grad, modules, ours, swapped, blocks)
     if fixed:
         warnings.warn(f"not balanced, because {special_of(modules[fixed[0]]).fixed}: {', '.join(fixed)}", stacklevel=4)
     layout, managed = Layout(model, list(facts)), list(managed_by_fsdp(model))
@@ -107,17 +107,17 @@ def _first_with_routers(
 ) -> tuple[Probe, dict[str, Call], dict[str, str]] | None:
     """(what ran, a call of every router, what wraps each): of the model, or of one that a wrapper holds."""
     if (given := example_of(model, example)) is not None:
-        probe = Probe(model, given)
-        return probe, *_calls(probe, modules)
+        record_logit_grad = Probe(model, given)
+        return record_logit_grad, *_calls(record_logit_grad, modules)
     inside = [name for name, module in modules.items() if _dummy_inputs(module) is not None]
     ran, failed = {}, None
     for name in inside:
         if any(name.startswith(f"{other}.") for other in inside):
             continue
-        probe = Probe(model, _dummy_inputs(modules[name]) or {}, modules[name])
+        record_logit_grad = Probe(model, _dummy_inputs(modules[name]) or {}, modules[name])
         try:
-            if (calls := _calls(probe, modules))[0]:
-                ran[name] = (probe, *calls)
+            if (calls := _calls(record_logit_grad, modules))[0]:
+                ran[name] = (record_logit_grad, *calls)
         except ConfigError as error:  # of pictures or sounds: it does not run on ids
             failed = failed or error
     if len(ran) > 1:
@@ -163,7 +163,7 @@ def _known(model: nn.Module) -> list[tuple[str, ForeignRouter]]:
     ]
 
 
-def _calls(probe: Probe, modules: dict[str, nn.Module]) -> tuple[dict[str, Call], dict[str, str]]:
+def _calls(record_logit_grad: Probe, modules: dict[str, nn.Module]) -> tuple[dict[str, Call], dict[str, str]]:
     """(a call of every router; what wraps each, by name: PEFT's modules, or itself)."""
     seen: dict[str, Call] = {}
 
@@ -176,7 +176,7 @@ def _calls(probe: Probe, modules: dict[str, nn.Module]) -> tuple[dict[str, Call]
         return hook
 
     try:
-        probe({module: note(name) for name, module in modules.items() if name})
+        record_logit_grad({module: note(name) for name, module in modules.items() if name})
     except EquipoiseError:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:  # top-k of fewer experts, arguments that lack
@@ -232,7 +232,7 @@ def _first_look(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any
 
 
 def _check_weights_are_used(
-    probe: Probe, modules: dict[str, nn.Module], kinds: list[list[str]], swapped: set[str]
+    record_logit_grad: Probe, modules: dict[str, nn.Module], kinds: list[list[str]], swapped: set[str]
 ) -> None:
     """Raises ConfigError where a block ignores the weights that its router returns, or logits come without a gradient.
 
@@ -266,12 +266,14 @@ def _check_weights_are_used(
 
         return hook
 
-    outputs = probe({modules[name]: mark(name) for names in kinds for name in names}, gradient=True)
-    used, hidden = _in_graph(outputs, {id(leaf): name for name, leaf in leaves.items()})
+    outputs = record_logit_grad({modules[name]: mark(name) for names in kinds for name in names}, gradient=True)
+    used, hidden = _in_graph(outputs, {id(grad_accumulator): name for name, grad_accumulator in leaves.items()})
     for names in kinds:
         ran = [name for name in names if name in leaves]
         if ran and not used.intersection(ran):
-            if hidden and not _same(probe({}), probe({modules[name]: dim(name) for name in ran})):
+            if hidden and not _same(
+                record_logit_grad({}), record_logit_grad({modules[name]: dim(name) for name in ran})
+            ):
                 continue  # whether their gradient arrives is looked at in each step
             reason = "its block ignores the weights that it returns, so no gradient would come back through them"
             raise _refusal(modules[ran[0]], ran[0], reason)
@@ -296,7 +298,11 @@ def _same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def _ignoring_ids(
-    probe: Probe, modules: dict[str, nn.Module], kinds: list[list[str]], swapped: set[str], blocks: dict[str, str]
+    record_logit_grad: Probe,
+    modules: dict[str, nn.Module],
+    kinds: list[list[str]],
+    swapped: set[str],
+    blocks: dict[str, str],
 ) -> dict[str, str]:
     """Routers whose block ignores the expert ids that they return, and why: a bias of ours would choose for nobody.
 
@@ -316,15 +322,15 @@ def _ignoring_ids(
         return hook
 
     def silent(before: list[Tensor], names: list[str], weights: float = 1.0, *, turn: bool = False) -> bool:
-        after = probe({modules[name]: changing(name, weights, turn) for name in names})
+        after = record_logit_grad({modules[name]: changing(name, weights, turn) for name in names})
         return _same(before, after)
 
-    plain, deaf = (probe({}) if kinds else []), dict[str, str]()
+    plain, deaf = (record_logit_grad({}) if kinds else []), dict[str, str]()
     for names in kinds:
         if not silent(plain, names, turn=True) or silent(plain, names, 0.5):  # experts may give 0, whoever is chosen
             continue
         routers = [modules[name] for name in names]
         with unlike([modules[blocks[name]] for name in names], without=routers) as whole:
-            if silent(probe({}), names, turn=True):
+            if silent(record_logit_grad({}), names, turn=True):
                 deaf |= dict.fromkeys(names, _why_deaf(routers[0]) if whole else NOT_TOLD)
     return deaf

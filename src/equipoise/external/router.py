@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd.balance_gradient import tie
+from ..autograd.balance_gradient import attach_balance_gradient
 from ..autograd.finite import check_logits
-from ..autograd.router_state import Meter
+from ..autograd.protocol import RouterTraits
+from ..autograd.router_state import RouterState
 from ..autograd.token_layout import Placed
 from ..errors import ConfigError, InputError, StateError
 from ..functional.routing import choose, count_choices
+from ..torch_internals import current_backward
 from .batch_context import Layout, not_read
 from .bias_support import what_else_it_does
 from .correction_bias import NativeBias
@@ -53,12 +55,9 @@ class ForeignRouter:
         self.module, self.shell, self.facts = module, shell, facts
         self.num_experts, self.top_k, self.gate = facts.num_experts, facts.top_k, facts.gate
         self.idle = facts.idle + facts.may_drop
-        # the language model's gradient at the logits passes inside the router: it is reckoned from that at the weights
-        self.weights, self.measures_norms = (facts.normalize, facts.scale), facts.exact
-        self.returns_logits = not facts.probabilities
         self.own_bias: Tensor | None = None
         self._native, self._call = native, call
-        self._meter: Meter | None = None
+        self._balance_state: RouterState | None = None
         self._hook: Any = None
         self._again = (-1, 0)  # the backward that runs pieces of a forward again, and how many it has run
 
@@ -70,20 +69,42 @@ class ForeignRouter:
     def training(self) -> bool:
         return self.module.training
 
+    @property
+    def traits(self) -> RouterTraits:
+        facts = self.facts
+        return RouterTraits(
+            facts.normalize,
+            facts.scale,
+            idle_experts=self.idle,
+            returns_logits=not facts.probabilities,
+            records_logit_grad=False,  # the language model's gradient at the logits passes inside the module
+            measures_norms=facts.exact,
+        )
+
+    @property
+    def bias_owner(self) -> str:
+        if self._native is not None:
+            return f"the model's {self._native.name}"
+        return "none" if self.own_bias is None else "the balancer's"
+
+    @property
+    def batch_context(self) -> Layout:
+        return self.layout
+
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.shell.parameters()
 
     @property
-    def meter(self) -> Meter | None:
-        return self._meter
+    def balance_state(self) -> RouterState | None:
+        return self._balance_state
 
-    @meter.setter
-    def meter(self, meter: Meter | None) -> None:
+    @balance_state.setter
+    def balance_state(self, state: RouterState | None) -> None:
         """Ties the outputs from now on; None unties them, but goes on choosing with a bias of ours."""
-        self._meter, self._call = meter, None
-        if meter is not None and self._hook is None:
+        self._balance_state, self._call = state, None
+        if state is not None and self._hook is None:
             self._hook = self.module.register_forward_hook(self._tied, with_kwargs=True)
-        elif meter is None:
+        elif state is None:
             self.layout.remove()
             if self._hook is not None and self.own_bias is None:
                 self._hook.remove()
@@ -93,6 +114,10 @@ class ForeignRouter:
     def expert_bias(self) -> Tensor | None:
         """(E,), always fp32 where an ``ExpertBias`` moves it."""
         return self.own_bias if self._native is None else self._native.view()
+
+    def disable_selection_bias(self) -> None:
+        """Takes away the bias of ours; one of the model stays."""
+        self.own_bias = None
 
     def enable_selection_bias(self) -> None:
         """Takes the model's bias over, in fp32, or adds one.
@@ -136,8 +161,10 @@ class ForeignRouter:
                 self.own_bias = self.own_bias.to(logits_TE.device)
             if self.facts.probabilities:
                 logits_TE = logits_TE.masked_fill(returned_TE == 0, float("-inf"))
-            if self._meter is None or self._meter.at_once:
-                check_logits(logits_TE, masked=True, name="" if self._meter is None else self._meter.name)
+            if self._balance_state is None or self._balance_state.raises_immediately:
+                check_logits(
+                    logits_TE, masked=True, name="" if self._balance_state is None else self._balance_state.name
+                )
             again_TK, ids_TK, _ = choose(
                 logits_TE,
                 self.top_k,
@@ -150,15 +177,15 @@ class ForeignRouter:
                 masked=True,
             )
             weights_TK = again_TK.to(weights_TK.dtype)
-        if self._meter is not None and self._meter.sees(training=module.training):
-            weights_TK = self._tie(self._meter, weights_TK, logits_TE[:, : self.num_experts], ids_TK)
+        if self._balance_state is not None and self._balance_state.measures(training=module.training):
+            weights_TK = self._tie(self._balance_state, weights_TK, logits_TE[:, : self.num_experts], ids_TK)
         if weights_TK is parts.found.weights_TK:  # only looked at
             return None
         return parts.put(weights_TK, None if self.own_bias is None else ids_TK)
 
-    def _tie(self, meter: Meter, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        placed = self.layout.on(self._placed(meter, len(ids_TK)), ids_TK.device)
-        self._check(placed, meter)
+    def _tie(self, state: RouterState, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        placed = self.layout.on(self._placed(state, len(ids_TK)), ids_TK.device)
+        self._check(placed, state)
         batch, rows_T, given_TK = placed.batch, placed.rows_T, weights_TK
         if rows_T is not None:  # back to where the tokens lie in their sequences; the others are masked
             assert batch.valid_T is not None
@@ -170,17 +197,19 @@ class ForeignRouter:
         if self.facts.may_drop:
             ids_TK = ids_TK.masked_fill(ids_TK < 0, choices - 1)
         counts_BE = count_choices(ids_TK, choices, batch.token_mask_T, batch.rows)[:, : self.num_experts]
-        tied_TK = tie(meter, weights_TK, logits_TE, ids_TK, counts_BE, batch, training=self.module.training)
+        tied_TK = attach_balance_gradient(
+            state, weights_TK, logits_TE, ids_TK, counts_BE, batch, training=self.module.training
+        )
         if tied_TK is weights_TK:
             return given_TK
         return tied_TK if rows_T is None else tied_TK[rows_T]
 
-    def _check(self, placed: Placed, meter: Meter) -> None:
+    def _check(self, placed: Placed, state: RouterState) -> None:
         """Raises InputError where padding is not known, or a load inside a micro-batch comes in pieces."""
         trains = self.training and torch.is_grad_enabled()
-        if placed.unread and (trains or meter.evaluation is not None):
+        if placed.unread and (trains or state.evaluation is not None):
             raise not_read(self.name, placed.tokens, placed.unread)
-        inside = [term.kind for term in meter.plan.terms if term.kind != "late"]
+        inside = [term.kind for term in state.spec.terms if term.kind != "deferred"]
         if placed.piece and inside and trains:
             raise InputError(
                 expected="all tokens of a forward in one call of a router, for a scope inside a micro-batch",
@@ -188,19 +217,19 @@ class ForeignRouter:
                 do="use scope 'global_batch' or 'data_parallel', or switch the tiling off",
             )
 
-    def _placed(self, meter: Meter, tokens: int) -> Placed:
+    def _placed(self, state: RouterState, tokens: int) -> Placed:
         """How the tokens of this call lie; in a recompute, as they lay in forward: the model may have run since.
 
         Raises StateError where a loss was made of several passes and nothing tells which of them runs again.
         """
-        name = self.name if self.training or meter.evaluation is not None else ""
+        name = self.name if self.training or state.evaluation is not None else ""
         if torch.compiler.is_compiling():
             return self.layout.place(self._way, tokens, self.facts.pictures)
-        backward = torch._C._current_graph_task_id()
+        backward = current_backward()
         forward = backward == self.layout.noted_in  # or all of the model runs again
-        known = [] if forward else [placed for placed in meter.placed_late if placed.tokens == tokens]
+        known = [] if forward else [placed for placed in state.recompute_placements if placed.tokens == tokens]
         if not known:
-            counts = meter.which_slot == 0 if self.training else meter.evaluation is not None
+            counts = state.which_pending == 0 if self.training else state.evaluation is not None
             if forward and counts and not self.layout.runs:
                 raise StateError(
                     expected="a forward of the model that Balancer was given: its arguments tell padding and sequences",
@@ -208,8 +237,8 @@ class ForeignRouter:
                     do="call the whole model, or pass part= to Balancer, the name of the part that you call",
                 )
             placed = self.layout.place(self._way, tokens, self.facts.pictures, router=name)
-            if forward and self.training and meter.which_slot < 2:
-                meter.placed.append(placed)
+            if forward and self.training and state.which_pending < 2:
+                state.placed.append(placed)
             return placed
         if _are_pieces(known):  # a router's run again in their order
             self._again = (backward, self._again[1] + 1 if self._again[0] == backward else 0)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..devices import at_hand
+from ..devices import host_readable
 from ..errors import ConfigError, InputError, unknown_name
 
 __all__ = [
@@ -297,7 +297,7 @@ def check_finite(logits_TE: Tensor, *, masked: bool = False, name: str = "") -> 
 
     >>> check_finite(torch.zeros(2, 4))
     """
-    if not at_hand(logits_TE.device) or torch.compiler.is_compiling():
+    if not host_readable(logits_TE.device) or torch.compiler.is_compiling():
         return
     total = logits_TE.detach().sum()  # in fp32: no copy of the logits; huge ones that overflow are looked at below
     if torch.isfinite(total):

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, OutputError
-from ..lab.comparison.workers import locked
 from ..lab.training.process import keep_freed_memory
 from ..storage import checkpoint
-from ..storage.cache import atomic_write
+from ..storage.files import atomic_write
 from ..storage.inspection_record import (
     ARRAYS_NAME,
     INSPECTION_NAME,
@@ -29,6 +28,7 @@ from ..storage.inspection_record import (
     read_inspection,
     write_inspection,
 )
+from ..storage.locks import locked
 from .accumulator import Sizes, Tally
 from .loading import Subject, Words, describe_versions, fingerprint, is_run, open_subject, open_words, run_config
 from .results import conclude

@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import ConfigError, DataError, OutputError
 from ..lab.data.corpus import LONGEST_DOCUMENT, embedded_corpus
 from ..lab.data.sources import Part, find_parts, text_pieces
-from ..storage.cache import atomic_write
+from ..storage.files import atomic_write
 from .loading import Words, held_out, run_config
 
 __all__ = ["Windows", "check_length", "read_windows", "source_files", "user_text", "windows_of_run", "write_windows"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from .availability import INTERPRETED, installed, usable
 from .experts import experts_fit, fused_experts
 from .gate import gate_fits, gate_logits
-from .router import Chosen, RouterForm, choose_and_count, fits, router_gradient, summarize
+from .router import STATISTICS, Chosen, RouterForm, choose_and_count, fits, router_gradient, summarize
 
 __all__ = [
     "INTERPRETED",
+    "STATISTICS",
     "Chosen",
     "RouterForm",
     "choose_and_count",

@@ -14,9 +14,21 @@ from torch import Tensor, library
 
 from .availability import load, usable
 
-__all__ = ["Chosen", "RouterForm", "choose_and_count", "fits", "router_gradient", "summarize"]
+__all__ = ["STATISTICS", "Chosen", "RouterForm", "choose_and_count", "fits", "router_gradient", "summarize"]
 
 MOST_EXPERTS, MOST_CHOICES = 1024, 16
+STATISTICS = (
+    "tokens",
+    "routed_tokens",
+    "calls",
+    "nonempty_sequences",
+    "topk_score",
+    "lse_square",
+    "maxvio_sequence",
+    "maxvio_micro_batch",
+    "sequences",
+    "nonempty_micro_batches",
+)  # of a forward, by their names in `autograd.spec`
 TILE = 1024  # logits of one program: 8 a thread take 56 registers on sm_90 (ptxas), 32 take 242
 
 
@@ -70,8 +82,8 @@ def choose_and_count(
 ) -> Chosen:
     """Choices, weights and sums of T tokens in ``num_sequences`` sequences, in one pass over the logits.
 
-    `functional.routing.choose` and `count_choices` in one, with the sums that a meter takes. Of equal scores the expert
-    with the lower id is chosen. Nothing carries a gradient: see `router_gradient`.
+    `functional.routing.choose` and `count_choices` in one, with the sums that a balancer takes. Of equal scores the
+    expert with the lower id is chosen. Nothing carries a gradient: see `router_gradient`.
 
     Args:
         measure: sum the probabilities as well.  plain: count the choices without bias.  lse: sum logsumexp^2.
@@ -91,7 +103,7 @@ def router_gradient(
     grad_weights_TK: Tensor | None,
     grad_logits_TE: Tensor | None = None,
     *,
-    pressure: Tensor | None = None,
+    grad_coefs: Tensor | None = None,
     fraction_NBE: Tensor | None = None,
     token_mask_T: Tensor | None = None,
     z_loss: bool = False,
@@ -100,17 +112,17 @@ def router_gradient(
     """(gradient of the logits (T, E), squared norms (N + 2,) fp64), in one pass.
 
     The sum of what comes through weights and logits, of each loss term's g'/g p (q - <p, q>) with
-    q = row + factor f (``pressure`` as `meter.Plan` lays it out), and of the z-loss. The norms are those of the first,
-    of each of the N terms and of the z-loss; zero unless ``norms``.
+    q = row + factor f (``grad_coefs`` as `autograd.spec.StatsSpec` has them), and of the z-loss. The norms are those
+    of the first, of each of the N terms and of the z-loss; zero unless ``norms``.
     """
-    if pressure is None or fraction_NBE is None:
-        pressure, fraction_NBE = logits_TE.new_empty(0), logits_TE.new_empty(0, 1, logits_TE.shape[1])
+    if grad_coefs is None or fraction_NBE is None:
+        grad_coefs, fraction_NBE = logits_TE.new_empty(0), logits_TE.new_empty(0, 1, logits_TE.shape[1])
     dz_TE, squares = _backward(
         logits_TE.contiguous(),
         ids_TK,
         None if grad_weights_TK is None else grad_weights_TK.float().contiguous(),
         None if grad_logits_TE is None else grad_logits_TE.float().contiguous(),
-        pressure,
+        grad_coefs,
         fraction_NBE,
         token_mask_T,
         *form,
@@ -119,15 +131,18 @@ def router_gradient(
     return dz_TE, squares
 
 
-def summarize(chosen: Chosen, size: int, spans: list[int], unbiased: list[bool], micro: int) -> tuple[Tensor, Tensor]:
-    """(statistics in the order of `meter.Plan` (forward_size,) fp64, f of every term and sequence (N, B, E) fp64).
+def summarize(
+    chosen: Chosen, size: int, offsets: list[int], spans: list[int], unbiased: list[bool], micro: int
+) -> tuple[Tensor, Tensor]:
+    """(statistics of `autograd.spec.StatsSpec` (forward_size,) fp64, f of every term and sequence (N, B, E) fp64).
 
     Args:
-        size: how many statistics the plan has.
+        size: how many statistics there are.
+        offsets: where each of STATISTICS is among them.
         spans: for each term, how many neighbouring sequences share an f; 0 where only the tap knows it.
         unbiased: for each term, whether its f is that of the choices without bias.  micro: sequences of a micro-batch.
     """
-    return _summarize(*chosen[2:], chosen.ids_TK.shape[1], size, spans, unbiased, micro)
+    return _summarize(*chosen[2:], chosen.ids_TK.shape[1], size, offsets, spans, unbiased, micro)
 
 
 def _layout(tokens: int, num_experts: int, num_sequences: int) -> tuple[int, int, int, int]:
@@ -202,7 +217,7 @@ def _backward(
     ids_TK: torch.Tensor,
     grad_weights_TK: torch.Tensor | None,
     grad_logits_TE: torch.Tensor | None,
-    pressure: torch.Tensor,
+    grad_coefs: torch.Tensor,
     fraction_NBE: torch.Tensor,
     mask_T: torch.Tensor | None,
     top_k: int,
@@ -218,7 +233,7 @@ def _backward(
     if norms and not z_loss:
         squares[:, -1] = 0
     load("triton_router").backward[(num_sequences, tiles)](
-        logits_TE, ids_TK, _bytes(mask_T), grad_weights_TK, grad_logits_TE, pressure, fraction_NBE.contiguous(),
+        logits_TE, ids_TK, _bytes(mask_T), grad_weights_TK, grad_logits_TE, grad_coefs, fraction_NBE.contiguous(),
         dz_TE, squares, length, float(scale), NUM=num_experts, WIDTH=width, TOP=top_k, TOKENS=rows, TERMS=terms,
         GATE=gate, NORMALIZE=normalize, MASKED=mask_T is not None, HAS_WEIGHTS=grad_weights_TK is not None,
         HAS_LOGITS=grad_logits_TE is not None, Z_LOSS=z_loss, NORMS=norms,
@@ -227,7 +242,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(logits_TE, _ids, _grad_weights, _grad_logits, _pressure, fraction_NBE, _mask, _k, _gate, _norm, _scale, _wanted):
+def _(logits_TE, _ids, _grad_weights, _grad_logits, _coefs, fraction_NBE, _mask, _k, _gate, _norm, _scale, _wanted):
     return torch.empty_like(logits_TE), logits_TE.new_empty(fraction_NBE.shape[0] + 2, dtype=torch.float64)
 
 
@@ -243,11 +258,14 @@ def _summarize(
     scalars_B2: torch.Tensor,
     top_k: int,
     size: int,
+    offsets: list[int],
     spans: list[int],
     unbiased: list[bool],
     micro: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     (num_sequences, num_experts), terms, plain = counts_BE.shape, len(spans), any(unbiased)
+    at = dict(zip((name.upper() for name in STATISTICS), offsets, strict=True))
+    at["SEQUENCES_AT"] = at.pop("SEQUENCES")
     width = max(_power(num_experts), 2)
     if not plain_BE.numel():
         plain_BE = counts_BE  # without a bias the choices are those
@@ -255,7 +273,7 @@ def _summarize(
     fraction_NBE = torch.zeros(terms, num_sequences, num_experts, dtype=torch.float64, device=counts_BE.device)
     load("triton_statistics").statistics[(1,)](
         counts_BE, plain_BE, probs_BE, scalars_B2, statistics, num_sequences, min(micro, num_sequences), top_k,
-        NUM=num_experts, WIDTH=width, PLAIN=plain, TERMS=terms, SIZE=size,
+        NUM=num_experts, WIDTH=width, PLAIN=plain, TERMS=terms, SIZE=size, **at,
     )  # fmt: skip
     for n, (span, without_bias) in enumerate(zip(spans, unbiased, strict=True)):
         if span:
@@ -267,5 +285,5 @@ def _summarize(
 
 
 @_summarize.register_fake
-def _(counts_BE, _plain, probs_BE, _scalars, _top_k, size, spans, _unbiased, _micro):
+def _(counts_BE, _plain, probs_BE, _scalars, _top_k, size, _offsets, spans, _unbiased, _micro):
     return probs_BE.new_empty(size), probs_BE.new_empty(len(spans), *counts_BE.shape)

@@ -194,7 +194,7 @@ def _from_weights(
 
 @triton.jit
 def backward(
-    z_ptr, ids_ptr, mask_ptr, grad_weights_ptr, grad_logits_ptr, pressure_ptr, fraction_ptr, dz_ptr, squares_ptr,
+    z_ptr, ids_ptr, mask_ptr, grad_weights_ptr, grad_logits_ptr, coefs_ptr, fraction_ptr, dz_ptr, squares_ptr,
     LENGTH, SCALE,
     NUM: tl.constexpr, WIDTH: tl.constexpr, TOP: tl.constexpr, TOKENS: tl.constexpr, TERMS: tl.constexpr,
     GATE: tl.constexpr, NORMALIZE: tl.constexpr, MASKED: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
@@ -236,8 +236,8 @@ def backward(
     outer_TE = tl.where(real[:, None] & expert[None, :], p_TE * slope_TE, 0.0)
     q_E = tl.zeros([WIDTH], tl.float64)
     for n in tl.static_range(TERMS):
-        row_E = tl.load(pressure_ptr + n * NUM + lane_E, mask=expert, other=0.0)
-        factor = tl.load(pressure_ptr + TERMS * NUM + n)
+        row_E = tl.load(coefs_ptr + n * NUM + lane_E, mask=expert, other=0.0)
+        factor = tl.load(coefs_ptr + TERMS * NUM + n)
         at_E = (n * tl.num_programs(0) + tl.program_id(0)) * NUM + lane_E
         more_E = row_E + factor * tl.load(fraction_ptr + at_E, mask=expert, other=0.0)
         if NORMS:
@@ -247,7 +247,7 @@ def backward(
     if TERMS > 0:
         dz_TE += _push(q_E, p_TE, outer_TE, expert)
     if Z_LOSS:
-        push_TE = _z_push(tl.load(pressure_ptr + TERMS * (NUM + 1)), z_TE, real, lane_E, NUM)
+        push_TE = _z_push(tl.load(coefs_ptr + TERMS * (NUM + 1)), z_TE, real, lane_E, NUM)
         if NORMS:
             tl.store(square_ptr + 1 + TERMS, _square(push_TE, inside))
         dz_TE += push_TE

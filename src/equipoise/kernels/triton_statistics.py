@@ -18,8 +18,11 @@ def _maxvio(counts_E, NUM: tl.constexpr):
 def statistics(
     counts_ptr, plain_ptr, probs_ptr, scalars_ptr, out_ptr, SEQUENCES, MICRO, TOP,
     NUM: tl.constexpr, WIDTH: tl.constexpr, PLAIN: tl.constexpr, TERMS: tl.constexpr, SIZE: tl.constexpr,
+    TOKENS: tl.constexpr, ROUTED_TOKENS: tl.constexpr, CALLS: tl.constexpr, NONEMPTY_SEQUENCES: tl.constexpr,
+    TOPK_SCORE: tl.constexpr, LSE_SQUARE: tl.constexpr, MAXVIO_SEQUENCE: tl.constexpr,
+    MAXVIO_MICRO_BATCH: tl.constexpr, SEQUENCES_AT: tl.constexpr, NONEMPTY_MICRO_BATCHES: tl.constexpr,
 ):  # fmt: skip
-    """counts, probs, [counts without bias], the scalars in the order of `meter.SCALARS`, 0 for each term's value.
+    """counts, probs, [counts without bias], the scalars at their offsets, 0 for each term's value.
 
     SIZE numbers in all. MICRO neighbouring sequences make a micro-batch; TOP choices a token.
     """
@@ -57,18 +60,17 @@ def statistics(
     tl.store(out_ptr + NUM + lane_E, probs_E, mask=expert)
     if PLAIN:
         tl.store(out_ptr + 2 * NUM + lane_E, plain_E, mask=expert)
-    scalar_ptr = out_ptr + (2 + PLAIN) * NUM
-    reached = tl.sum(counts_E, axis=0) / TOP
-    tl.store(scalar_ptr, reached)  # tokens: where a router gets only some of them, these kernels are not used
-    tl.store(scalar_ptr + 1, reached)
-    tl.store(scalar_ptr + 2, zero + 1.0)
-    tl.store(scalar_ptr + 3, full)
-    tl.store(scalar_ptr + 4, score)
-    tl.store(scalar_ptr + 5, lse)
-    tl.store(scalar_ptr + 6, sequence_maxvio)
-    tl.store(scalar_ptr + 7, micro_maxvio)
-    tl.store(scalar_ptr + 8, zero + SEQUENCES)
-    tl.store(scalar_ptr + 9, micro_batches)
+    routed = tl.sum(counts_E, axis=0) / TOP
+    tl.store(out_ptr + TOKENS, routed)  # where a router gets only some of the tokens, these kernels are not used
+    tl.store(out_ptr + ROUTED_TOKENS, routed)
+    tl.store(out_ptr + CALLS, zero + 1.0)
+    tl.store(out_ptr + NONEMPTY_SEQUENCES, full)
+    tl.store(out_ptr + TOPK_SCORE, score)
+    tl.store(out_ptr + LSE_SQUARE, lse)
+    tl.store(out_ptr + MAXVIO_SEQUENCE, sequence_maxvio)
+    tl.store(out_ptr + MAXVIO_MICRO_BATCH, micro_maxvio)
+    tl.store(out_ptr + SEQUENCES_AT, zero + SEQUENCES)
+    tl.store(out_ptr + NONEMPTY_MICRO_BATCHES, micro_batches)
     for n in tl.static_range(TERMS):
         tl.store(out_ptr + SIZE - TERMS + n, zero)
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from .clip import clip_grad_norm_
-from .expert_parallel import shard_experts
-from .experts import Experts
+from .experts import Experts, shard_experts
 from .moe import MoE, SwiGLU
 from .router import Router
 

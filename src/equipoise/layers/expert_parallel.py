@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..distributed import Group
-from ..errors import ConfigError, InputError, StateError
+from ..errors import InputError
 from ..functional.permute import ExpertOrder, permute, sort_by_expert, unpermute
-from .experts import Experts
 
-__all__ = ["ExpertShard", "shard_experts"]
+__all__ = ["ExpertShard"]
 
 
 @dataclass(frozen=True)
@@ -95,53 +94,3 @@ def _untraced() -> Callable[..., Tensor]:
     """How many rows travel follows the data, which no compiler can trace. Made late: this imports the compiler."""
     disable: Any = torch.compiler.disable
     return disable(_travel)
-
-
-def shard_experts(model: nn.Module, group: Group) -> list[Experts]:
-    """Leaves each rank of ``group`` its part of the experts of every layer in ``model``; returns the layers' experts.
-
-    Rank r keeps experts [r · E / size, (r + 1) · E / size). Parameters keep their names, dtype and device and lose
-    rows: make the optimizer afterwards, and load whole weights before. Forward, and so backward, then has to run on all
-    ranks of the group, equally often and on any number of tokens, 0 among them; its results and gradients are those of
-    the whole layer. The router is not touched: every rank routes its tokens over all E experts.
-
-    The gradient of an expert is the sum over the tokens of the whole group: divide it by what the other gradients are
-    averaged over, and sum it over the ranks that hold the same experts only. Clip with ``equipoise.clip_grad_norm_``:
-    ``torch.nn.utils.clip_grad_norm_`` takes the norm of what lies on this rank, another on each, and the copies of the
-    parameters that all ranks hold part.
-
-    Raises:
-        ConfigError: no ``Experts`` in the model, or E that the ranks cannot share evenly.
-        StateError: experts that are already shared out, or wrapped by FSDP (call this first).
-
-    >>> from equipoise import MoE
-    >>> [experts.num_experts for experts in shard_experts(MoE(dim=8, hidden=16, num_experts=4, top_k=2), Group())]
-    [4]
-    """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
-    if not layers:
-        raise ConfigError(
-            expected="a model with Experts to share out",
-            got=f"{type(model).__name__} without any",
-            do="build its feed-forward layers from equipoise.MoE",
-        )
-    for name, experts in layers:
-        if experts.num_experts % group.size:
-            raise ConfigError(
-                expected="experts that the ranks can share evenly",
-                got=f"{experts.num_experts} experts in {name or 'the layer'}, {group.size} ranks",
-                do="choose a number of ranks that divides the number of experts",
-            )
-        if experts.shard is not None or any(type(weight) is not nn.Parameter for weight in experts.parameters()):
-            raise StateError(
-                expected="whole experts on every rank",
-                got=f"{name or 'a layer'} that is already shared out or sharded",
-                do="call shard_experts once, before FSDP and before the optimizer is made",
-            )
-    for _, experts in layers:
-        if group.size > 1:
-            experts.shard = ExpertShard(group, experts.num_experts)
-            for name, weight in list(experts.named_parameters()):
-                kept = weight.detach()[experts.shard.mine].clone()
-                setattr(experts, name, nn.Parameter(kept, requires_grad=weight.requires_grad))
-    return [experts for _, experts in layers]

@@ -1,4 +1,4 @@
-"""A router through `equipoise.kernels`: what `choose`, `count_choices`, `probe` and `tie` do, in two passes."""
+"""A router through `equipoise.kernels`: all of a router's forward and backward in two passes."""
 
 from __future__ import annotations
 
@@ -7,93 +7,97 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd.balance_gradient import _keep_pressure, _late, _propose, note_evaluation
-from ..autograd.router_state import Meter
-from ..autograd.spec import LocalTerm, Plan
+from ..autograd.balance_gradient import keep_coefs, late_coefs, record_evaluation, record_pending
+from ..autograd.router_state import RouterState
+from ..autograd.spec import LossTerm, StatsSpec
 from ..autograd.statistics import Measured
 from ..autograd.token_layout import TokenLayout, check_layout
 from ..functional.routing import Routing
-from ..kernels import RouterForm, choose_and_count, fits, router_gradient, summarize
+from ..kernels import STATISTICS, RouterForm, choose_and_count, fits, router_gradient, summarize
 
 __all__ = ["fused_route", "fuses"]
 
 
-def fuses(logits_TE: Tensor, top_k: int, num_groups: int, meter: Meter | None, batch: TokenLayout) -> bool:
+def fuses(logits_TE: Tensor, top_k: int, num_groups: int, state: RouterState | None, batch: TokenLayout) -> bool:
     """Whether `fused_route` gives what the router needs; if not, plain PyTorch does.
 
     It does not where selection is limited to groups, and where a policy measures f per document, sequences are sharded,
-    the fidelity of estimators is measured, or another library's router is metered.
+    estimators are compared, or the router is another library's.
     """
     if not fits(logits_TE, top_k, num_groups) or batch.valid_T is not None:
         return False
-    if meter is None:
+    if state is None:
         return True
-    plan = meter.plan
-    special = plan.gram or plan.shards > 1 or plan.idle or plan.weights is not None
-    return not special and not any(term.kind == "document" for term in plan.terms)
+    spec = state.spec
+    special = spec.gram or spec.shards > 1 or spec.idle_experts or spec.weights_form is not None
+    return not special and not spec.has_documents
 
 
 def fused_route(
     logits_TE: Tensor,
     form: RouterForm,
     selection_bias_E: Tensor | None,
-    meter: Meter | None,
+    state: RouterState | None,
     batch: TokenLayout,
     *,
     training: bool,
 ) -> Routing:
-    """Routes, and ties the weights to the meter while training. ``meter`` None: no balancer."""
-    plan = None
-    if meter is not None and meter.sees(training=training):
-        plan = meter.plan if training else meter.plan.to_look
+    """Routes, and attaches the balance gradient while training. ``state`` None: no balancer."""
+    spec = None
+    if state is not None and state.measures(training=training):
+        spec = state.spec if training else state.spec.observing
     chosen = choose_and_count(
         logits_TE.detach(),
         form,
         num_sequences=batch.rows,
         selection_bias_E=selection_bias_E,
         token_mask_T=batch.token_mask_T,
-        measure=plan is not None,
-        plain=plan is not None and plan.unbiased and selection_bias_E is not None,
-        lse=plan is not None and plan.z_loss,
+        measure=spec is not None,
+        plain=spec is not None and spec.unbiased and selection_bias_E is not None,
+        lse=spec is not None and spec.z_loss,
     )
     statistics = fraction_NBE = None
-    if meter is not None and plan is not None:
+    if state is not None and spec is not None:
         if training and torch.is_grad_enabled():
-            check_layout(plan, batch, len(logits_TE))
-        if meter.leaf.device != logits_TE.device:
-            meter.move(logits_TE.device)
-        spans = [_span(term, batch.rows) for term in plan.terms]
-        unbiased = [term.unbiased for term in plan.terms]
-        micro = plan.micro_sequences or batch.rows
-        statistics, fraction_NBE = summarize(chosen, plan.forward_size, spans, unbiased, micro)
+            check_layout(spec, batch, len(logits_TE))
+        if state.grad_accumulator.device != logits_TE.device:
+            state.move(logits_TE.device)
+        spans = [_span(term, batch.rows) for term in spec.terms]
+        unbiased = [term.unbiased for term in spec.terms]
+        micro, offsets = spec.micro_sequences or batch.rows, [spec.at(name) for name in STATISTICS]
+        statistics, fraction_NBE = summarize(chosen, spec.forward_size, offsets, spans, unbiased, micro)
         if batch.num_sequences is None:  # which tokens are one sequence is not known, so nothing is said of sequences
-            statistics[plan.at("sequences")] = statistics[plan.at("maxvio_sequence")] = 0.0
+            spec.scalar(statistics, "nonempty_sequences").zero_()
+            spec.scalar(statistics, "maxvio_sequence").zero_()
         if training:
-            _propose(meter, Measured(logits_TE, statistics, fraction_NBE, None, None, None), chosen.ids_TK, batch)
+            record_pending(state, Measured(logits_TE, statistics, fraction_NBE, None, None, None), chosen.ids_TK, batch)
         else:
-            note_evaluation(meter, statistics)
-    if plan is not None and plan.looks:  # backward is that of a router without a meter
-        plan = statistics = fraction_NBE = None
+            record_evaluation(state, statistics)
+    if spec is not None and spec.observe_only:  # backward is that of a router without a balancer
+        spec = statistics = fraction_NBE = None
     weights_TK, counts_E = chosen.weights_TK, chosen.counts_BE.sum(dim=0)
     if torch.is_grad_enabled() and logits_TE.requires_grad:
-        leaf, pressure = (meter.leaf, meter.pressure) if meter is not None and plan is not None else (None, None)
+        grad_accumulator, grad_coefs = (
+            (state.grad_accumulator, state.grad_coefs) if state is not None and spec is not None else (None, None)
+        )
         weights_TK, logits_TE = _Fused.apply(
             logits_TE,
-            leaf,
+            grad_accumulator,
             weights_TK,
             chosen.ids_TK,
             statistics,
             fraction_NBE,
             batch.token_mask_T,
-            pressure,
-            plan,
+            grad_coefs,
+            spec,
             form,
+            None if state is None else state.key,
         )
     return Routing(weights_TK, chosen.ids_TK, logits_TE, counts_E)
 
 
-def _span(term: LocalTerm, num_sequences: int) -> int:
-    """How many neighbouring sequences share the f of a term: see `meter.shared_counts`."""
+def _span(term: LossTerm, num_sequences: int) -> int:
+    """How many neighbouring sequences share the f of a term: see `autograd.statistics.shared_counts`."""
     match term.kind:
         case "micro_batch":
             return num_sequences
@@ -103,25 +107,26 @@ def _span(term: LocalTerm, num_sequences: int) -> int:
 
 
 class _Fused(torch.autograd.Function):
-    """Identities on the weights and the logits; the backward of the router, of probe and of tie is one kernel."""
+    """Identities on the weights and the logits; the backward of the router and both of `autograd` is one kernel."""
 
     @staticmethod
     def forward(
         ctx: Any,
         logits_TE: Tensor,
-        _leaf: Tensor | None,
+        _accumulator: Tensor | None,
         weights_TK: Tensor,
         ids_TK: Tensor,
         statistics: Tensor | None,
         fraction_NBE: Tensor | None,
         mask_T: Tensor | None,
-        pressure: Tensor | None,
-        plan: Plan | None,
+        grad_coefs: Tensor | None,
+        spec: StatsSpec | None,
         form: RouterForm,
+        key: int | None,
     ) -> tuple[Tensor, Tensor]:
-        late = () if pressure is None else _keep_pressure(ctx, pressure)
+        late = () if grad_coefs is None else keep_coefs(ctx, grad_coefs)
         ctx.save_for_backward(logits_TE, ids_TK, statistics, fraction_NBE, mask_T, *late)
-        ctx.plan, ctx.form = plan, form
+        ctx.spec, ctx.form, ctx.key = spec, form, key
         ctx.set_materialize_grads(False)
         return weights_TK.view_as(weights_TK), logits_TE.view_as(logits_TE)
 
@@ -130,21 +135,21 @@ class _Fused(torch.autograd.Function):
         grad_weights_TK, grad_logits_TE = grad_outputs
         grad = grad_weights_TK if grad_weights_TK is not None else grad_logits_TE
         if grad is None:
-            return (None,) * 10
+            return (None,) * 11
         logits_TE, ids_TK, statistics, fraction_NBE, mask_T, *in_graph = ctx.saved_tensors
-        plan: Plan | None = ctx.plan
-        pressure = None if plan is None else _late(in_graph, ctx, grad)
+        spec: StatsSpec | None = ctx.spec
+        grad_coefs = None if spec is None else late_coefs(in_graph, ctx, grad)
         dz_TE, squares = router_gradient(
             logits_TE,
             ids_TK,
             ctx.form,
             grad_weights_TK,
             grad_logits_TE,
-            pressure=pressure,
+            grad_coefs=grad_coefs,
             fraction_NBE=fraction_NBE,
             token_mask_T=mask_T,
-            z_loss=plan is not None and plan.z_loss,
-            norms=plan is not None and plan.norms,
+            z_loss=spec is not None and spec.z_loss,
+            norms=spec is not None and spec.norms,
         )
-        counted = None if pressure is None else torch.cat([statistics, squares]) * pressure[-1]
-        return dz_TE, counted, *[None] * 8
+        counted = None if grad_coefs is None else torch.cat([statistics, squares]) * grad_coefs[-1:]
+        return dz_TE, counted, *[None] * 9

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..autograd.token_layout import TokenLayout
-from ..devices import at_hand
+from ..devices import host_readable
 from ..errors import InputError
 from .experts import Experts
 from .router import Router
@@ -146,7 +146,9 @@ def _batch(
     mask_T = None if token_mask_BS is None else token_mask_BS.reshape(-1)
     document_T = None
     if document_ids_BS is not None:
-        most = length * (1 if router.meter is None else router.meter.plan.shards)  # documents that a sequence can have
+        most = length * (
+            1 if router.balance_state is None else router.balance_state.spec.shards
+        )  # documents that a sequence can have
         document_ids_BS = _checked_documents(document_ids_BS.reshape(num_sequences, length), most, router)
         # number them through the micro-batch: a document never crosses a sequence
         start_B1 = torch.arange(num_sequences, device=document_ids_BS.device).unsqueeze(1) * most
@@ -156,10 +158,14 @@ def _batch(
 
 def _checked_documents(document_ids_BS: Tensor, most: int, router: Router) -> Tensor:
     """Raises InputError for numbers out of range; where nobody may look now, they are 0 and the step is told."""
-    meter = router.meter
+    state = router.balance_state
     if not document_ids_BS.numel():
         return document_ids_BS
-    if at_hand(document_ids_BS.device) and not torch.compiler.is_compiling() and (meter is None or meter.at_once):
+    if (
+        host_readable(document_ids_BS.device)
+        and not torch.compiler.is_compiling()
+        and (state is None or state.raises_immediately)
+    ):
         low, high = (int(end) for end in torch.aminmax(document_ids_BS))
         if low < 0 or high >= most:
             raise InputError(
@@ -167,10 +173,10 @@ def _checked_documents(document_ids_BS: Tensor, most: int, router: Router) -> Te
                 got=f"{low} .. {high}",
                 do="number the documents of each sequence from 0",
             )
-    elif meter is not None and router.training and any(term.kind == "document" for term in meter.plan.terms):
-        if meter.leaf.device != document_ids_BS.device:
-            meter.move(document_ids_BS.device)
+    elif state is not None and router.training and state.spec.has_documents:
+        if state.grad_accumulator.device != document_ids_BS.device:
+            state.move(document_ids_BS.device)
         bad_BS = (document_ids_BS < 0) | (document_ids_BS >= most)
-        meter.bad_documents.add_(bad_BS.sum())
+        state.bad_documents.add_(bad_BS.sum())
         return document_ids_BS.masked_fill(bad_BS, 0)
     return document_ids_BS

@@ -1,4 +1,4 @@
-"""The router: token -> logits in fp32 -> K experts and their weights, with selection bias and meter."""
+"""The router: token -> logits in fp32 -> K experts and their weights, with selection bias."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..autograd.balance_gradient import probe, tie
+from ..autograd.balance_gradient import attach_balance_gradient, record_logit_grad
 from ..autograd.finite import check_logits
-from ..autograd.router_state import Meter
+from ..autograd.protocol import RouterTraits
+from ..autograd.router_state import RouterState
 from ..autograd.token_layout import TokenLayout
 from ..errors import InputError
 from ..functional.routing import Routing, check_mask_dtype, check_routing, choose, count_choices, without_autocast
@@ -30,7 +31,7 @@ class Router(nn.Module):
         selection_bias: keep an ``expert_bias`` (E,) that is added before top-k only. It is fp32 whatever the model is
             cast to (in bf16 a step of 1e-3 is lost from 0.5 on), persistent in checkpoints, moved by ``ExpertBias``.
 
-    ``meter`` is None until a ``Balancer`` attaches one.
+    ``balance_state`` is None until a ``Balancer`` attaches one.
 
     >>> router = Router(dim=8, num_experts=4, top_k=2)
     >>> routing = router(torch.randn(6, 8))
@@ -61,7 +62,7 @@ class Router(nn.Module):
         self.normalize = top_k > 1 if normalize is None else normalize
         self.scale, self.num_groups, self.top_groups = scale, num_groups, top_groups
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.meter: Meter | None = None
+        self.balance_state: RouterState | None = None
         self.register_buffer("expert_bias", None)
         if selection_bias:
             self.enable_selection_bias()
@@ -71,6 +72,27 @@ class Router(nn.Module):
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.dim))
         if self.expert_bias is not None:
             nn.init.zeros_(self.expert_bias)
+
+    @property
+    def module(self) -> nn.Module:
+        return self
+
+    @property
+    def traits(self) -> RouterTraits:
+        return RouterTraits(self.normalize, self.scale)
+
+    @property
+    def bias_owner(self) -> str:
+        return "none" if self.expert_bias is None else "the router's"
+
+    @property
+    def batch_context(self) -> None:
+        """Told with each call: see ``forward``."""
+        return
+
+    def disable_selection_bias(self) -> None:
+        """Takes the bias away."""
+        self.expert_bias = None
 
     def enable_selection_bias(self) -> None:
         """Adds the bias, zero, if there is none yet."""
@@ -89,13 +111,13 @@ class Router(nn.Module):
             else:
                 wide = torch.promote_types(x_TD.dtype, torch.float32)
                 raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
-        meter = self.meter
-        if fuses(raw_TE, self.top_k, self.num_groups, meter, batch):
+        state = self.balance_state
+        if fuses(raw_TE, self.top_k, self.num_groups, state, batch):
             form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
-            return fused_route(raw_TE, form, self.expert_bias, meter, batch, training=self.training)
-        if meter is None or meter.at_once:
-            check_logits(raw_TE, name="" if meter is None else meter.name)
-        logits_TE = raw_TE if meter is None else probe(meter, raw_TE, training=self.training)
+            return fused_route(raw_TE, form, self.expert_bias, state, batch, training=self.training)
+        if state is None or state.raises_immediately:
+            check_logits(raw_TE, name="" if state is None else state.name)
+        logits_TE = raw_TE if state is None else record_logit_grad(state, raw_TE, training=self.training)
         weights_TK, ids_TK, probs_TE = choose(
             logits_TE,
             self.top_k,
@@ -107,9 +129,9 @@ class Router(nn.Module):
             scale=self.scale,
         )
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
-        if meter is not None:
-            weights_TK = tie(
-                meter, weights_TK, raw_TE, ids_TK, counts_BE, batch, training=self.training, probs_TE=probs_TE
+        if state is not None:
+            weights_TK = attach_balance_gradient(
+                state, weights_TK, raw_TE, ids_TK, counts_BE, batch, training=self.training, probs_TE=probs_TE
             )
         return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))
 

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, unknown_name
+from ..storage.codec import FieldError, Rules, convert, toml_value
 from .presets import GPUS, MODELS
 
 __all__ = ["Cluster", "describe", "parse_settings", "read_toml"]
 
 PLACEMENTS = ("contiguous", "strided", "packed")
 SYNCS = ("step", "micro_batch", "layer")
+KINDS = {"int": int, "float": float, "str": str, "bool": bool}
+RULES = Rules(finite=True, whole_floats=True)
 MOST = {"experts": 2**16, "ep": 2**20, "tokens": 2**24, "top_k": 2**10}  # what the simulation has room for
 
 
@@ -150,23 +153,17 @@ def parse_settings(lines: list[str]) -> dict[str, Any]:
         name, sign, text = line.partition("=")
         if not sign or not name.strip() or not text.strip():
             raise ConfigError(expected="NAME=VALUE after --set", got=repr(line), do="write it as --set ep=16")
-        try:
-            values[name.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except ValueError:
-            values[name.strip()] = text.strip()
+        values[name.strip()] = toml_value(text)
     return values
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:
-    wanted = {"int": "a whole number", "float": "a number", "str": "a name", "bool": "true or false"}[kind]
-    if kind == "str" and isinstance(value, str):
-        return value
-    if kind == "bool" and isinstance(value, bool):
-        return value
-    plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if plain and (kind == "float" or (kind == "int" and value == int(value))):
-        return int(value) if kind == "int" else float(value)
-    raise ConfigError(expected=f"{wanted} for {name}", got=repr(value), do=f"set {name} to {wanted}")
+    try:
+        return convert(KINDS[kind], value, name, RULES)
+    except FieldError as error:
+        raise ConfigError(
+            expected=f"{error.expected} for {name}", got=error.got, do=f"set {name} to {error.expected}"
+        ) from None
 
 
 def _positive(c: Cluster) -> None:

@@ -5,7 +5,19 @@ from __future__ import annotations
 from .estimators import ESTIMATORS
 from .expert_bias import RULES, ExpertBias
 from .losses import AuxLoss, ZLoss
+from .schedule import Schedule
 from .scopes import SCOPES, Sequences
 from .switch import Policy, Switch
 
-__all__ = ["ESTIMATORS", "RULES", "SCOPES", "AuxLoss", "ExpertBias", "Policy", "Sequences", "Switch", "ZLoss"]
+__all__ = [
+    "ESTIMATORS",
+    "RULES",
+    "SCOPES",
+    "AuxLoss",
+    "ExpertBias",
+    "Policy",
+    "Schedule",
+    "Sequences",
+    "Switch",
+    "ZLoss",
+]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import StateError, unknown_name
 from ..functional.losses import load_fractions
 
-__all__ = ["ESTIMATORS", "LoadHistory", "check_estimator"]
+__all__ = ["ESTIMATORS", "LoadHistory", "check_estimator", "shares_at"]
 
 
 @dataclass
@@ -23,13 +23,28 @@ class LoadHistory:
 
     current_E: Tensor | None = None  # this micro-step
     prefix_E: Tensor | None = None  # micro-steps 1..m of this step, this one included
+    local_E: Tensor | None = None  # the same of this rank alone
+    shared_E: Tensor | None = None  # the same of all ranks, up to the last micro-step at which they shared it
     counted_E: Tensor | None = None  # the whole step, from a counting pass
     previous_E: Tensor | None = None  # the step before
     ema_E: dict[float, Tensor] = field(default_factory=dict)  # decay -> average of f; its sum is that of the weights
 
-    def propose(self, current_E: Tensor) -> None:
+    def propose(
+        self, current_E: Tensor, local_E: Tensor | None = None, shared_E: Tensor | None = None, *, shares: bool = True
+    ) -> None:
+        """A micro-step: ``current_E`` over all ranks where a policy needs that, ``local_E`` of this rank alone.
+
+        ``shared_E``: what has come on all ranks, where they were asked at this micro-step for that and not for
+        ``current_E``; ``shares``: otherwise, whether ``filled`` may know it (see `shares_at`).
+        """
         self.current_E = current_E
         self.prefix_E = current_E.clone() if self.prefix_E is None else self.prefix_E + current_E
+        if local_E is None or local_E is current_E:
+            self.local_E = self.prefix_E
+        else:
+            self.local_E = local_E.clone() if self.local_E is None else self.local_E + local_E
+        if shared_E is not None or shares:
+            self.shared_E = self.prefix_E if shared_E is None else shared_E
 
     def commit(self, counts_E: Tensor, decays: set[float], keep: Tensor | None = None) -> None:
         """The step is over. One without a token leaves the history as it was, and one that ``keep`` says is bad."""
@@ -45,7 +60,7 @@ class LoadHistory:
         self.forget_step()
 
     def forget_step(self) -> None:
-        self.current_E = self.prefix_E = self.counted_E = None
+        self.current_E = self.prefix_E = self.local_E = self.shared_E = self.counted_E = None
 
 
 def prefix(history: LoadHistory, _decay: float, _micro_step: int) -> Tensor | None:
@@ -68,17 +83,31 @@ def ema(history: LoadHistory, decay: float, _micro_step: int) -> Tensor | None:
 
 
 def filled(history: LoadHistory, _decay: float, _micro_step: int) -> Tensor | None:
-    """Micro-steps 1..m, and for the tokens still to come the load of the step before: ours.
+    """What has come, and for the tokens still to come the load of the step before: ours.
 
-    As many tokens as the step before had are assumed. The first micro-step is nearly ``previous``, the last one, where
-    steps are equally large, ``exact``; the price is that of ``prefix``.
+    As many tokens as the step before had are assumed. On one rank what has come are micro-steps 1..m: the first is
+    nearly ``previous``, the last one, where steps are equally large, ``exact``. Several ranks share it at micro-steps
+    1, 2, 4, 8, ...: of M micro-steps 1 + log2(M) sum over ranks, and the only one of a step is ``exact``.
     """
-    assert history.prefix_E is not None
-    if history.previous_E is None:
-        return load_fractions(history.prefix_E)
-    total = history.previous_E.sum(dim=-1, keepdim=True)
-    missing = (total - history.prefix_E.sum(dim=-1, keepdim=True)).clamp(min=0)
-    return load_fractions(history.prefix_E + missing * (history.previous_E / total.clamp(min=1)))
+    return _fill(history.shared_E, history.previous_E)
+
+
+def shares_at(micro_step: int) -> bool:
+    """Whether ranks share what has come in a step when this micro-step (1 = the first) is there.
+
+    >>> [m for m in range(1, 20) if shares_at(m)]
+    [1, 2, 4, 8, 16]
+    """
+    return micro_step & (micro_step - 1) == 0
+
+
+def _fill(come_E: Tensor | None, previous_E: Tensor | None) -> Tensor:
+    assert come_E is not None
+    if previous_E is None:
+        return load_fractions(come_E)
+    total = previous_E.sum(dim=-1, keepdim=True)
+    missing = (total - come_E.sum(dim=-1, keepdim=True)).clamp(min=0)
+    return load_fractions(come_E + missing * (previous_E / total.clamp(min=1)))
 
 
 def exact(history: LoadHistory, _decay: float, micro_step: int) -> Tensor | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, unknown_name
 from ..functional.updates import center, momentum_step, proportional_step, rms_step, sign_step
+from .scopes import check_policy_name
 
 __all__ = ["RULES", "ExpertBias"]
 
@@ -33,6 +34,7 @@ class ExpertBias:
         rate: bias per step; 1e-3 for long runs with sigmoid gates, 1e-2 for short ones.
         schedule: a function of the step (0 = first) that multiplies the rate; 0 freezes the bias.
         kappa, beta: of the momentum rule.
+        name: of what is saved for it; default "bias".
 
     >>> ExpertBias(rule="sgn")
     Traceback (most recent call last):
@@ -46,8 +48,10 @@ class ExpertBias:
     schedule: Callable[[int], float] | None = None
     kappa: float = 2.0
     beta: float = 0.5
+    name: str | None = None
 
     def __post_init__(self) -> None:
+        check_policy_name(self.name)
         if not isinstance(self.rule, str) or self.rule not in RULES:
             raise unknown_name("rule", self.rule, RULES)
         if not (isinstance(self.rate, int | float) and 0 <= self.rate < float("inf")):
@@ -74,7 +78,9 @@ class ExpertBias:
         rate = self.rate * (self.schedule(step) if self.schedule else 1.0)
         if not 0 <= rate < float("inf"):  # a NaN would reach every bias, and with it every choice
             raise ConfigError(
-                expected="a schedule that returns a factor >= 0", got=f"rate {rate} at step {step}", do="correct it"
+                expected="a schedule that returns a factor >= 0",
+                got=f"rate {rate} at step {step}",
+                do="return 0 to freeze the bias, 1 to move it by the full rate",
             )
         if self.rule == "momentum":
             momentum_E = momentum_step(counts_E, momentum_E, self.kappa, self.beta)

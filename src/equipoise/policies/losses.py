@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..autograd.spec import LocalTerm
+from ..autograd.spec import LossTerm
 from ..errors import ConfigError
 from .estimators import check_estimator
-from .scopes import Scope, Sequences, check_scope
+from .scopes import Scope, Sequences, check_policy_name, check_scope
 
 __all__ = ["AuxLoss", "ZLoss", "coefficient"]
 
@@ -29,6 +29,7 @@ class AuxLoss:
         counts: "dispatched", or "unbiased" for the top-k without selection bias and groups (DeepSeek-V3 eq. 18), which
             is open to the scopes inside a micro-batch.
         decay: of the "ema" estimator, per step.
+        name: of its metrics, ``balance/<name>/loss``; default: "global", "micro", or the scope.
 
     Raises ConfigError for a negative coefficient, an unknown name, or a combination that has no meaning.
 
@@ -41,8 +42,10 @@ class AuxLoss:
     estimator: str = "filled"
     counts: str = "dispatched"
     decay: float = 0.9
+    name: str | None = None
 
     def __post_init__(self) -> None:
+        check_policy_name(self.name)
         check_scope(self.scope)
         check_estimator(self.estimator)
         _check_coefficient(self.coef)
@@ -60,43 +63,50 @@ class AuxLoss:
             raise ConfigError(expected="0 <= decay < 1", got=f"decay={self.decay}", do="0.9 averages about ten steps")
 
     @property
-    def term(self) -> LocalTerm:
+    def term(self) -> LossTerm:
         """What the meter has to measure for this policy."""
         unbiased = self.counts == "unbiased"
         match self.scope:
             case Sequences(n):
-                return LocalTerm("sequences", n, unbiased)
+                return LossTerm("sequences", n, unbiased)
             case "sequence":
-                return LocalTerm("sequences", 1, unbiased)
+                return LossTerm("sequences", 1, unbiased)
             case "document" | "micro_batch":
-                return LocalTerm(str(self.scope), 1, unbiased)
-        return LocalTerm("late")
+                return LossTerm(str(self.scope), 1, unbiased)
+        return LossTerm("deferred")
 
     @property
     def needs_counting(self) -> bool:
         """A step of several micro-batches needs a counting pass first."""
         return self.scope == "shuffle" or (self.scope == "global_batch" and self.estimator == "exact")
 
+    @property
+    def shares(self) -> bool:
+        """At some micro-steps (`policies.estimators.shares_at`) it has to know what all ranks counted in this step."""
+        return self.scope == "global_batch" and self.estimator == "filled"
+
     def needs_current(self, *, counted: bool) -> bool:
-        """The tap has to know this micro-step's counts of the other ranks; after a counting pass "exact" does not."""
+        """At each micro-step it has to know the counts of the other ranks; after a counting pass "exact" does not."""
         if counted and self.needs_counting:
             return False
-        return self.scope == "data_parallel" or (
-            self.scope == "global_batch" and self.estimator in ("prefix", "filled", "exact")
-        )
+        return self.scope == "data_parallel" or (self.scope == "global_batch" and self.estimator in ("prefix", "exact"))
 
 
 @dataclass(frozen=True)
 class ZLoss:
     """coef * mean_t logsumexp(z_t)^2, per layer (ST-MoE): keeps router logits small. Papers use 1e-3.
 
+    ``name``: of its metrics; default "z".
+
     >>> ZLoss().coef
     0.001
     """
 
     coef: Coefficient = 1e-3
+    name: str | None = None
 
     def __post_init__(self) -> None:
+        check_policy_name(self.name)
         _check_coefficient(self.coef)
 
 

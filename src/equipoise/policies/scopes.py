@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ..errors import ConfigError, unknown_name
 
-__all__ = ["SCOPES", "Scope", "Sequences", "check_scope"]
+__all__ = ["SCOPES", "Scope", "Sequences", "check_policy_name", "check_scope"]
 
 SCOPES = ("sequence", "document", "micro_batch", "data_parallel", "global_batch", "shuffle")
 
@@ -43,3 +44,16 @@ def check_scope(scope: Scope) -> Scope:
     if isinstance(scope, Sequences) or scope in SCOPES:
         return scope
     raise unknown_name("scope (or Sequences(n))", scope, SCOPES)
+
+
+def check_policy_name(name: str | None) -> None:
+    """Raises ConfigError for a name that cannot be part of a metric's: ``balance/<name>/loss``.
+
+    >>> check_policy_name("global")
+    """
+    if name is not None and not (isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name)):
+        raise ConfigError(
+            expected="a policy's name of letters, digits, '_', '-' and '.', a letter first",
+            got=repr(name),
+            do='for example name="global", whose metrics are balance/global/loss and .../gradient_ratio',
+        )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError
 from .expert_bias import ExpertBias
 from .losses import AuxLoss, ZLoss
 
-__all__ = ["Policy", "Switch", "Timed", "losses_at", "timeline"]
+__all__ = ["Policy", "Switch"]
 
 
 @dataclass(frozen=True)
@@ -44,55 +43,3 @@ class Switch:
 
 
 Policy = AuxLoss | ZLoss | ExpertBias | Switch
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A policy without switches and the steps [start, end) at which it acts; ``index`` is its place in the list."""
-
-    policy: AuxLoss | ZLoss | ExpertBias
-    index: int
-    start: int = 0
-    end: int | None = None
-
-    def active(self, step: int) -> bool:
-        return self.start <= step and (self.end is None or step < self.end)
-
-
-def timeline(policies: Sequence[Policy]) -> list[Timed]:
-    """Flattens a policy list, so that a switch needs no code anywhere else.
-
-    >>> [(t.start, t.end) for t in timeline([Switch(at=5, to=ZLoss(), first=ZLoss(0.1)), ZLoss()])]
-    [(0, 5), (5, None), (0, None)]
-    """
-    flat: list[Timed] = []
-    for index, policy in enumerate(policies):
-        flat += _flatten(policy, index, 0, None)
-    return flat
-
-
-def losses_at(timeline: Sequence[Timed], step: int) -> list[AuxLoss]:
-    """The balance losses that act at a step.
-
-    >>> losses_at(timeline([Switch(at=5, to=AuxLoss()), ZLoss()]), 4)
-    []
-    """
-    return [timed.policy for timed in timeline if isinstance(timed.policy, AuxLoss) and timed.active(step)]
-
-
-def _flatten(policy: Policy | None, index: int, start: int, end: int | None) -> list[Timed]:
-    match policy:
-        case None:
-            return []
-        case Switch(at, to, first):
-            until = at if end is None else min(at, end)
-            before = _flatten(first, index, start, until) if until > start else []
-            after = _flatten(to, index, max(at, start), end) if end is None or max(at, start) < end else []
-            return before + after
-        case AuxLoss() | ZLoss() | ExpertBias():
-            return [Timed(policy, index, start, end)]
-    raise ConfigError(
-        expected="policies: AuxLoss, ZLoss, ExpertBias or Switch",
-        got=repr(policy),
-        do='for example [AuxLoss(scope="global_batch", coef=1e-2)]',
-    )

@@ -6,70 +6,47 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from ..errors import DataError, OutputError
+from ..errors import DataError
+from .files import output_errors, write_whole
+from .tensors import join_tensors, split_tensors
 
 __all__ = ["FILE", "NAMES", "read_state", "remove_state", "state_file", "write_state"]
 
-FILE = "balancer.equipoise"  # servers take every *.safetensors, *.bin and *.pt of a folder for weights
-NAMES = (FILE, "balancer.safetensors")  # its name before
+FILE = "balancer.equipoise"  # not *.safetensors, *.bin or *.pt: servers load every such file of a folder as weights
+NAMES = (FILE, "balancer.safetensors")  # its former name
 
 
 def state_file(folder: str | Path) -> Path | None:
-    """The balancer's state in a checkpoint, or in the one that an adapter's folder lies in; None: there is none."""
+    """The state file in a checkpoint, or in the checkpoint around an adapter's folder; None where there is none."""
     folder = Path(folder)
     places = [folder, folder.parent] if (folder / "adapter_config.json").is_file() else [folder]
     return next((place / name for place in places for name in NAMES if (place / name).is_file()), None)
 
 
 def remove_state(folder: Path) -> None:
-    """What an earlier training left in a folder that is written again."""
+    """Removes the state that an earlier training left in a folder."""
     for name in NAMES:
         (folder / name).unlink(missing_ok=True)
 
 
 def write_state(state: dict[str, Any], path: Path) -> None:
-    """All of it or nothing: a file of that name is whole."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    """Writes ``state`` whole or not at all. Raises OutputError."""
+    from safetensors.torch import save
 
-    tensors: dict[str, Tensor] = {}
-
-    def take(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            tensors[str(len(tensors))] = value.detach().cpu().contiguous().clone()
-            return {"$tensor": str(len(tensors) - 1)}
-        if isinstance(value, dict):
-            return {key: take(inner) for key, inner in value.items()}
-        return [take(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-    text, part = json.dumps(take(state)), path.with_suffix(".part")
-    try:
-        save_file(tensors, part, metadata={"state": text})
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(
-            expected=f"to write {path}", got=str(error), do="make room, or choose a folder that can be written"
-        ) from error
+    plain, tensors = split_tensors(state)
+    with output_errors(path, "make room, or choose a folder that can be written"):
+        write_whole(path, save(tensors, metadata={"state": json.dumps(plain)}))
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What ``write_state`` was given. Raises DataError for a file that is none of its."""
+    """The state that ``write_state`` wrote. Raises DataError for any other file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
             text = file.metadata()["state"]
-
-        def put(value: Any) -> Any:
-            if isinstance(value, dict):
-                return tensors[value["$tensor"]] if "$tensor" in value else {key: put(v) for key, v in value.items()}
-            return [put(inner) for inner in value] if isinstance(value, list) else value
-
-        return put(json.loads(text))
+        return join_tensors(json.loads(text), tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             expected=f"the balancer's state in {path}",

@@ -14,16 +14,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import DataError, OutputError
+from .files import flush, sha256
+from .tensors import join_tensors, split_tensors
 
-__all__ = ["FOLDER", "load", "load_latest", "put_tensors", "save", "steps", "take_tensors"]
+__all__ = ["FOLDER", "load", "load_latest", "save", "steps"]
 
 FOLDER = "checkpoints"  # inside a run's
 TENSORS, MANIFEST = "tensors.safetensors", "manifest.json"
 FORMAT = 1
-PLACE = "$tensor"  # marks where a tensor stood in the JSON part
 
 
 def save(folder: str | Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
@@ -42,20 +41,19 @@ def save(folder: str | Path, step: int, state: dict[str, Any], *, keep: int = 2)
 
     root = Path(folder)
     final, temporary = root / f"step_{step:06d}", root / f"step_{step:06d}.tmp"
-    tensors: dict[str, Tensor] = {}
-    plain = take_tensors(state, "", tensors)
+    plain, tensors = split_tensors(state)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / TENSORS)
-        body = {"format": FORMAT, "step": step, "state": plain, "tensors_sha256": _sha256(temporary / TENSORS)}
+        body = {"format": FORMAT, "step": step, "state": plain, "tensors_sha256": sha256(temporary / TENSORS)}
         text = json.dumps({"body": body, "body_sha256": _body_sha256(body)}, allow_nan=True)
         (temporary / MANIFEST).write_text(text, encoding="utf-8")
         for name in (TENSORS, MANIFEST, ""):
-            _flush(temporary / name)
+            flush(temporary / name)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
-        _flush(root)
+        flush(root)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OutputError(
@@ -64,7 +62,7 @@ def save(folder: str | Path, step: int, state: dict[str, Any], *, keep: int = 2)
             do="free disk space, then resume; the checkpoints before this one are whole",
         ) from None
     found = _checkpoints(root)
-    later = found[: found.index(final)]  # of a future that was given up: damaged, or of an earlier run in this folder
+    later = found[: found.index(final)]  # later steps are stale: damaged, or of an earlier run in this folder
     for path in later + found[len(later) + keep :]:
         shutil.rmtree(path, ignore_errors=True)
     return final
@@ -91,12 +89,12 @@ def load_latest(folder: str | Path) -> tuple[int, dict[str, Any]] | None:
 
 
 def steps(folder: str | Path) -> list[int]:
-    """Of the checkpoints in a folder, the newest first; whether they are whole is not looked at."""
+    """The steps of the checkpoints in a folder, newest first; they are not checked."""
     return [int(path.name[5:]) for path in _checkpoints(Path(folder))]
 
 
 def load(folder: str | Path, step: int) -> tuple[int, dict[str, Any]]:
-    """(step, state) of one checkpoint. Raises DataError when it is damaged or gone."""
+    """(step, state) of one checkpoint. Raises DataError when it is damaged or missing."""
     return _load(Path(folder) / f"step_{step:06d}")
 
 
@@ -114,9 +112,9 @@ def _load(path: Path) -> tuple[int, dict[str, Any]]:
             raise damaged(f"{MANIFEST} does not have its checksum")
         if body["format"] > FORMAT:
             raise damaged(f"format {body['format']}, newer than this version of equipoise reads ({FORMAT})")
-        if _sha256(path / TENSORS) != body["tensors_sha256"]:
+        if sha256(path / TENSORS) != body["tensors_sha256"]:
             raise damaged(f"{TENSORS} does not have the checksum that {MANIFEST} states (truncated or altered)")
-        return body["step"], put_tensors(body["state"], load_file(path / TENSORS))
+        return body["step"], join_tensors(body["state"], load_file(path / TENSORS))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         if isinstance(error, DataError):
             raise
@@ -129,51 +127,5 @@ def _checkpoints(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Moves tensors of a nested state into ``tensors``, under their path; returns what is left, as JSON can hold it."""
-    match value:
-        case Tensor():
-            # a copy, because safetensors refuses tensors that share memory (tied embeddings)
-            tensors[path] = value.detach().to("cpu", copy=True).contiguous()
-            return {PLACE: path}
-        case dict():
-            return {str(key): take_tensors(inner, f"{path}/{key}" if path else str(key), tensors)
-                    for key, inner in value.items()}  # fmt: skip
-        case list() | tuple():
-            return [take_tensors(inner, f"{path}/{i}", tensors) for i, inner in enumerate(value)]
-    return value
-
-
-def put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The way back.
-
-    >>> import torch; tensors = {}; plain = take_tensors({"a": [torch.ones(1), 2]}, "", tensors)
-    >>> plain, put_tensors(plain, tensors)
-    ({'a': [{'$tensor': 'a/0'}, 2]}, {'a': [tensor([1.]), 2]})
-    """
-    match value:
-        case dict() if value.keys() == {PLACE}:
-            return tensors[value[PLACE]]
-        case dict():
-            return {key: put_tensors(inner, tensors) for key, inner in value.items()}
-        case list():
-            return [put_tensors(inner, tensors) for inner in value]
-    return value
-
-
 def _body_sha256(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,7 @@
 
     FOLDER/inspection.json   facts, domains, numbers per layer, token strings; the checksum of the arrays
     FOLDER/arrays.npz        everything per expert: numpy arrays, no pickle
-    FOLDER/state/            only while an inspection goes on, or was stopped
+    FOLDER/state/            only while an inspection runs, or after it was stopped
 
 docs/measures.md defines every number. Imports no torch.
 """
@@ -12,23 +12,22 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import types
-import typing
 import zipfile
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, OutputError
-from .run_record import write_whole
+from ..errors import DataError
+from .codec import Rules, decode
+from .files import output_errors, write_whole
 
 __all__ = ["ARRAYS_NAME", "INSPECTION_NAME", "SCHEMA", "Arrays", "DomainText", "Facts", "Inspection", "Layer", "Pair",
            "is_inspection", "read_inspection", "write_inspection"]  # fmt: skip
 
 INSPECTION_NAME, ARRAYS_NAME = "inspection.json", "arrays.npz"
 KIND, SCHEMA = "equipoise inspection", 1
+RULES = Rules(unknown_fields=True)
 HIGH = 2.0  # times the frequency of uniform routing: from there on an expert is one of a domain's frequent ones
 
 
@@ -74,7 +73,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Layer:
-    """The numbers of one layer's router. None: cannot be said (one domain, no second checkpoint, unknown weights)."""
+    """The numbers of one layer's router. None: not defined (one domain, no second checkpoint, unknown weights)."""
 
     name: str  # of the router's module
     router: str  # its class
@@ -91,7 +90,7 @@ class Layer:
     idle: list[int]  # experts with less than a tenth of the mean load, the dead among them
     information: float | None  # I(expert; domain) in nats, plug-in estimate at equal token counts
     information_corrected: float | None  # minus its bias, estimated from how windows of one domain differ
-    information_shuffled: float | None  # mean with domain labels dealt anew to the windows: the control
+    information_shuffled: float | None  # mean with domain labels permuted over the windows: the control
     information_shuffled_high: float | None  # the highest of these
     entropy_token: float  # mean over tokens of the entropy of the gate probabilities, nats
     entropy_mean: float  # entropy of the mean gate probabilities, nats; ln E at most
@@ -166,7 +165,7 @@ class Inspection:
         return high_DLE & (high_DLE.sum(0, keepdims=True) == 1)
 
     def lift_LEE(self) -> np.ndarray:
-        """Co-activation over its expectation: 1 where two experts meet as often as their loads say; nan for itself.
+        """Co-activation over its expectation: 1 where two experts meet as their loads predict; nan for itself.
 
         Expected is proportional to the product of the loads, with the same sum over all pairs as observed.
         """
@@ -200,14 +199,11 @@ def write_inspection(folder: str | Path, inspection: Inspection) -> Path:
         "problems": inspection.problems,
         "strings": {str(key): value for key, value in inspection.strings.items()},
     }
-    try:
+    with output_errors(f"the inspection into {folder}", "free disk space, or choose another --out"):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / ARRAYS_NAME, buffer.getvalue())
         text = json.dumps(head, ensure_ascii=False, allow_nan=False, indent=1)
         write_whole(folder / INSPECTION_NAME, text.encode("utf-8", "surrogatepass"))
-    except OSError as error:
-        raise OutputError(expected=f"to write the inspection into {folder}", got=error.strerror or str(error),
-                          do="free disk space, or choose another --out") from None  # fmt: skip
     return folder / INSPECTION_NAME
 
 
@@ -242,9 +238,9 @@ def read_inspection(folder: str | Path) -> Inspection:
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             arrays = Arrays(**{f.name: stored[f.name] for f in fields(Arrays)})
         return Inspection(
-            facts=_typed(Facts, head["facts"]),
-            domains=[_typed(DomainText, one) for one in head["domains"]],
-            layers=[_typed(Layer, one) for one in head["layers"]],
+            facts=decode(Facts, head["facts"], RULES, "facts"),
+            domains=[decode(DomainText, one, RULES, f"domains[{i}]") for i, one in enumerate(head["domains"])],
+            layers=[decode(Layer, one, RULES, f"layers[{i}]") for i, one in enumerate(head["layers"])],
             strings={int(key): str(value) for key, value in head["strings"].items()},
             arrays=arrays,
             problems=[str(problem) for problem in head["problems"]],
@@ -253,29 +249,6 @@ def read_inspection(folder: str | Path) -> Inspection:
         if isinstance(error, DataError):
             raise
         raise _damaged(path, f"{type(error).__name__}: {str(error)[:100]}") from None
-
-
-def _typed(cls: type, data: dict[str, Any]) -> Any:
-    """A dataclass from its JSON; unknown entries are passed over, ones that came later may be missing."""
-    hints = typing.get_type_hints(cls)
-    there = [f.name for f in fields(cls) if f.name in data or f.default is MISSING]
-    return cls(**{name: _value(hints[name], data[name], name) for name in there})
-
-
-def _value(hint: Any, value: Any, name: str) -> Any:
-    if isinstance(hint, types.UnionType):
-        return None if value is None else _value(typing.get_args(hint)[0], value, name)
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is list and isinstance(value, list):
-        return [_typed(inner[0], one) if hasattr(inner[0], "__dataclass_fields__") else _value(inner[0], one, name)
-                for one in value]  # fmt: skip
-    if origin is dict and isinstance(value, dict):
-        return {str(key): _value(inner[1], one, name) for key, one in value.items()}
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint in (int, str) and type(value) is hint:
-        return value
-    raise TypeError(f"{name}: {value!r} is no {getattr(hint, '__name__', hint)}")
 
 
 def _damaged(path: Path, got: str) -> DataError:

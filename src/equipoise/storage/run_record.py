@@ -10,16 +10,17 @@ import contextlib
 import json
 import math
 import os
-import threading
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, OutputError
+from .codec import FieldError, MissingField, Rules, decode, without_nan
+from .files import write_whole
 
 __all__ = ["RECORD_NAME", "SCHEMA_VERSION", "End", "Evaluation", "Fidelity", "Header", "Load", "Record", "RecordWriter",
-           "Run", "Step", "read_run", "write_whole"]  # fmt: skip
+           "Run", "Step", "read_run"]  # fmt: skip
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "record.jsonl"
@@ -121,7 +122,8 @@ KINDS: dict[str, type] = {
     "header": Header, "step": Step, "load": Load, "fidelity": Fidelity, "evaluation": Evaluation, "end": End,
 }  # fmt: skip
 NAMES = {cls: kind for kind, cls in KINDS.items()}
-PLAIN: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "str": str, "dict": dict, "list": list}
+# NaN and infinity are null in the file, are read back as NaN, and the reports show a gap.
+RULES = Rules(null_is_nan=True, unknown_fields=True)
 
 
 class RecordWriter:
@@ -144,7 +146,7 @@ class RecordWriter:
 
     def write(self, record: Record) -> None:
         # ASCII only: a domain name may hold a line separator or bytes of a file name that are not UTF-8
-        line = json.dumps({"kind": NAMES[type(record)], **_finite(asdict(record))}, allow_nan=False)
+        line = json.dumps({"kind": NAMES[type(record)], **without_nan(asdict(record))}, allow_nan=False)
         self._append(line.encode() + b"\n")
 
     def _append(self, line: bytes) -> None:
@@ -170,7 +172,7 @@ class RecordWriter:
 
 @dataclass
 class Run:
-    """All records of one run, in order. ``problems`` says which lines could not be read and why."""
+    """All records of one run, in order. ``problems`` lists the lines that could not be read, and why."""
 
     path: Path
     header: Header
@@ -238,25 +240,19 @@ def _parse(text: str, file: Path, problems: list[str]) -> Iterator[tuple[int, Re
 
 
 def _record(data: Any, file: Path) -> Record:
-    """One line's record. ValueError says what is wrong with it; fields that this version does not know are left out."""
+    """The record of one line; fields that this version does not know are dropped. Raises ValueError for a bad one."""
     if not isinstance(data, dict) or (kind := data.get("kind")) not in KINDS:
         raise ValueError(f"not one of the kinds {', '.join(KINDS)}")
     cls = KINDS[kind]
     if cls is Header and isinstance(schema := data.get("schema"), int) and schema > SCHEMA_VERSION:
         raise DataError(expected=f"record schema <= {SCHEMA_VERSION} in {file}", got=f"schema {schema}",
                         do="update equipoise")  # fmt: skip
-    values = {}
-    for f in fields(cls):
-        if f.name not in data:
-            if f.default is MISSING and f.default_factory is MISSING:
-                raise ValueError(f"{kind} without {f.name!r}")
-            continue
-        value = data[f.name] if cls is Header else _not_a_number(data[f.name])
-        name = str(f.type).partition("[")[0]
-        if not isinstance(value, PLAIN[name]) or isinstance(value, bool):
-            raise ValueError(f"{kind} with {f.name!r} that is no {name}: {value!r}")
-        values[f.name] = value
-    return cls(**values)
+    try:
+        return decode(cls, data, RULES)
+    except MissingField as error:
+        raise ValueError(f"{kind} without {error.path!r}") from None
+    except FieldError as error:
+        raise ValueError(f"{kind} with {error.path!r} that is not {error.expected}: {error.got}") from None
 
 
 def _ends_inside_a_line(path: Path) -> bool:
@@ -279,46 +275,6 @@ def _truncate(path: Path, keep_until: int) -> None:
         except (ValueError, TypeError, AttributeError):
             continue  # the half-written last line of a killed run
     write_whole(path, b"".join(kept))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes beside ``path``, then renames: a reader finds the old file or the new one, never half of one.
-
-    Raises OSError; the old file is there still then, and nothing else.
-    """
-    writing = path.with_name(f".writing-{os.getpid()}-{threading.get_ident()}")
-    try:
-        with open(writing, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(writing, path)
-    finally:
-        writing.unlink(missing_ok=True)
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity have no JSON form: they become null, are read back as NaN, and the reports show a gap."""
-    match value:
-        case float() if not math.isfinite(value):
-            return None
-        case dict():
-            return {k: _finite(v) for k, v in value.items()}
-        case list() | tuple():
-            return [_finite(v) for v in value]
-    return value
-
-
-def _not_a_number(value: Any) -> Any:
-    """The way back: outside the header no field may be null, so a null is a number that was not finite."""
-    match value:
-        case None:
-            return math.nan
-        case dict():
-            return {k: _not_a_number(v) for k, v in value.items()}
-        case list():
-            return [_not_a_number(v) for v in value]
-    return value
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:

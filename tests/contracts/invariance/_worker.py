@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import equipoise.layers.router
+from _named import named
 from contracts.invariance._case import MODELS, SEQUENCES, STEPS, Case, assign, make_data, places_of, policies_of
 from contracts.law._model import Net, policy
 from equipoise import Balancer, ExpertBias
@@ -67,7 +68,7 @@ class Engine:
             )  # fmt: skip
         self.balancer = Balancer(
             self.model,
-            [_policy(d, coef) for d in policies_of(case)],
+            named(_policy(d, coef) for d in policies_of(case)),
             ranks=ranks,
             reduction="sum" if case.loss == "sum" else "mean",
         )
@@ -179,16 +180,18 @@ def parts_of(case: Case, step: int, sequences: int = SEQUENCES) -> tuple[list[Pa
 
 def train(case: Case, without_tie: bool = False, sequences: int = SEQUENCES, steps: int = STEPS) -> list[Step]:
     """Some optimizer steps of a case on this rank."""
-    tie = equipoise.layers.router.tie
+    attach_balance_gradient = equipoise.layers.router.attach_balance_gradient
     if without_tie:
-        equipoise.layers.router.tie = lambda _meter, weights_TK, *_args, **_kwargs: weights_TK  # type: ignore
+        equipoise.layers.router.attach_balance_gradient = lambda _balance_state, weights_TK, *_args, **_kwargs: (
+            weights_TK
+        )  # type: ignore
     try:
         with warnings.catch_warnings(), torch._dynamo.config.patch(recompile_limit=64):  # uneven: many shapes
             warnings.simplefilter("ignore")  # torch's own, about its compiler and about passes without gradient
             engine = Engine(case)
             return [_step(engine, step, sequences) for step in range(steps)]
     finally:
-        equipoise.layers.router.tie = tie
+        equipoise.layers.router.attach_balance_gradient = attach_balance_gradient
 
 
 def _step(engine: Engine, number: int, sequences: int) -> Step:

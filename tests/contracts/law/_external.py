@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from _named import named
+
 __all__ = ["Block", "Chain", "Gate", "ids_of", "naive_law", "naive_push", "pushed"]
 
 E, K, D = 4, 2, 8
@@ -162,7 +164,7 @@ def pushed(
     found = []
     for coef in (0.5, 0.0):
         model.zero_grad(set_to_none=True)
-        balancer = Balancer(model, policies(coef), example={"x": x, **call})
+        balancer = Balancer(model, named(policies(coef)), example={"x": x, **call})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         torch.manual_seed(3)
         model.train()

@@ -10,8 +10,7 @@ import torch.distributed as dist
 
 from contracts.law._model import BIAS, loss_of, make_step, net
 from contracts.law.test_faults import detached, documents, documents_out_of_range, nan_logits, without_a_forward
-from equipoise import AuxLoss, Balancer, EquipoiseError
-from equipoise import devices as looking
+from equipoise import AuxLoss, Balancer, EquipoiseError, devices
 
 BAD = {
     "nan": nan_logits,
@@ -27,11 +26,11 @@ def one_fails(guard: str, where: str, on_fault: str) -> tuple[str, list[float]]:
 
     Only the balancer communicates: gradients are not averaged, and with a learning rate of 0 need not be.
     """
-    held, looking.AT_HAND = looking.AT_HAND, {"cpu"} if where == "at hand" else set()
+    held, devices.HOST_READABLE = devices.HOST_READABLE, {"cpu"} if where == "at hand" else set()
     try:
         return _one_fails(guard, on_fault)
     finally:
-        looking.AT_HAND = held
+        devices.HOST_READABLE = held
 
 
 def _one_fails(guard: str, on_fault: str) -> tuple[str, list[float]]:

@@ -33,7 +33,7 @@ def different_layers() -> str:
     try:
         Balancer(layer, [AuxLoss("global_batch", 0.3), ExpertBias("proportional", rate=0.01)])
     except ConfigError as error:
-        assert layer.gate.meter is layer.gate.expert_bias is None, "refused, and left as it was"
+        assert layer.gate.balance_state is layer.gate.expert_bias is None, "refused, and left as it was"
         return str(error)
     return ""
 
@@ -80,7 +80,7 @@ def shuffle_pool() -> tuple[list[int], list[int]]:
     with balancer.counting():
         for micro in step:
             model(micro.x_BSD)
-    pools = balancer._banks[0].pools
+    pools = balancer._groups[0].pools
     assert pools is not None
     counts = torch.bincount(pools[0].flatten(), minlength=5).tolist()
     for micro in step:
@@ -106,7 +106,11 @@ def exact_in_one_pass(sequences: int) -> tuple[list[float], float, list[int]]:
     dist.all_reduce(gradient)
     gradient /= dist.get_world_size()
     optimizer.step()
-    return gradient.flatten().tolist(), balancer.metrics()["balance/policy_0/loss"], balancer.load()[0].tolist()
+    return (
+        gradient.flatten().tolist(),
+        balancer.metrics()[f"balance/{balancer.schedule.names[0]}/loss"],
+        balancer.load()[0].tolist(),
+    )
 
 
 def evaluated(only: int | None = None) -> dict[str, float]:

@@ -72,7 +72,7 @@ def test_a_refused_balancer_leaves_the_model_as_it_was():
     model = net(experts=(8, 64), top_k=(2, 2))
     with pytest.raises(ConfigError, match="softmax score"):
         Balancer(model, [ExpertBias(rule="sign", rate=1e-3)])
-    assert all(b.gate.meter is None and b.gate.expert_bias is None for b in model.blocks)
+    assert all(b.gate.balance_state is None and b.gate.expert_bias is None for b in model.blocks)
     Balancer(model, [MICRO])
 
 

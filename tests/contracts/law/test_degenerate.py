@@ -109,7 +109,7 @@ def test_where_all_go_to_all_a_policy_that_should_push_is_refused(policies, expe
     pattern = rf"(?s)leave some experts out.*got: top_k={experts} of {experts} experts \(0.gate\).*do:  .*top_k < num"
     with pytest.raises(ConfigError, match=pattern):
         Balancer(model, policies)
-    assert model[0].gate.meter is None and model[0].gate.expert_bias is None  # nothing was changed
+    assert model[0].gate.balance_state is None and model[0].gate.expert_bias is None  # nothing was changed
 
 
 @pytest.mark.parametrize("policies", [[ZLoss()], [AuxLoss(coef=0.0)], [ExpertBias(rate=0.0)]])
@@ -126,7 +126,7 @@ def test_of_several_layers_those_without_a_choice_are_named_and_in_no_mean():
         mixed = step(model, PUSH)
     assert mixed["balance/maxvio_global"] == mixed["balance/layer_01/maxvio_global"]
     assert not {"balance/layer_00/maxvio_global", "balance/layer_00/dead_experts"} & mixed.keys()
-    assert mixed["balance/policy_0/loss"] != pytest.approx(1.0, abs=1e-6)
+    assert mixed["balance/global/loss"] != pytest.approx(1.0, abs=1e-6)
     assert mixed["balance/layers_without_tokens"] == 0
 
 

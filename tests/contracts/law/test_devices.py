@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from contracts.law._devices import SECOND, Moved, OnSecond, move, second_device
 from contracts.law._model import gradients, make_step, net, train_step
 from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, Sequences, ZLoss
-from equipoise.autograd.router_state import Meter, take
-from equipoise.autograd.spec import LocalTerm, Plan
+from equipoise.autograd.router_state import RouterState, take_pending
+from equipoise.autograd.spec import LossTerm, StatsSpec
 from equipoise.functional.routing import count_choices
 
 POLICIES = {
@@ -55,13 +55,17 @@ def trained(policies: list, second: tuple, *, later: bool = False, frozen: bool 
         found.append({name.replace(".block.", "."): held(one) for name, one in gradient.items()})
         found.append(balancer.metrics())
     for layer in balancer._layers:
-        meter, router = layer.meter, layer.router
-        assert {meter.leaf.device, meter.pressure.device, meter.written.device} == {router.weight.device}
+        state, router = layer.balance_state, layer.router
+        assert {
+            state.grad_accumulator.device,
+            state.grad_coefs.device,
+            state.grad_coefs_raw.device,
+        } == {router.weight.device}
         assert router.expert_bias is None or router.expert_bias.device == router.weight.device
-    for bank in balancer._banks:
-        assert all(one.device == bank.device for one in bank.momentum.values())
+    for group in balancer._groups:
+        assert all(one.device == group.device for one in group.momentum.values())
     found += [held(counts_E) for counts_E in balancer.load()]
-    found.append(balancer.fidelity())
+    found.append(balancer.estimator_error())
     model.eval()
     micro = make_step(9, masked=True)[0]
     with balancer.evaluation() as seen:
@@ -137,7 +141,7 @@ def test_meters_and_masks_of_two_gpus():
     """As far as fake tensors of GPUs go on a machine without one: no gradient does."""
     with FakeTensorMode():
         gpus = [torch.device(f"cuda:{i}") for i in (0, 1)]
-        taken = take([Meter(Plan(8, 2, "softmax", (LocalTerm("late"),)), gpu) for gpu in gpus])
+        taken = take_pending([RouterState(StatsSpec(8, 2, "softmax", (LossTerm("late"),)), gpu) for gpu in gpus])
         assert taken.statistics_LS.device == gpus[0]
         ids_TK = torch.zeros(6, 2, dtype=torch.long, device=gpus[1])
         counts = count_choices(ids_TK, 8, torch.ones(6, dtype=torch.bool, device=gpus[0]), 2)

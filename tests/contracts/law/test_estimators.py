@@ -40,9 +40,9 @@ def test_each_estimator_is_its_formula(estimator, mode):
         step = make_step(seed, 3, **DOUBLE)
         expected = reference_step(other, step, loss_of, description, history)
         assert_close(train_step(model, balancer, optimizer, step), expected.gradients, 1e-11)
-        assert balancer.metrics()["balance/policy_0/loss"] == pytest.approx(expected.values[0], rel=1e-9)
+        assert balancer.metrics()["balance/global/loss"] == pytest.approx(expected.values[0], rel=1e-9)
         if seed == 0 and estimator in ("previous", "ema"):
-            assert balancer.metrics()["balance/policy_0/gradient_ratio"] == 0
+            assert balancer.metrics()["balance/global/gradient_ratio"] == 0
         for name, parameter in other.named_parameters():
             parameter.grad = expected.gradients[name]
         follower.step()
@@ -78,7 +78,7 @@ def test_fidelity_is_the_gradient_at_the_logits(gate, uneven):
         train_step(model, balancer, optimizer, step)
         past = new_history()
         past.steps = history.steps[:-1]
-        found = balancer.fidelity()
+        found = balancer.estimator_error()
         assert found is not None
         for estimator in ("prefix", "previous", "ema"):
             pairs = []
@@ -104,7 +104,7 @@ def test_fidelity_is_none_unless_measured():
     model = net()
     balancer = Balancer(model, [AuxLoss("micro_batch", 0.1)])
     train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.0), make_step(0))
-    assert balancer.fidelity() is None
+    assert balancer.estimator_error() is None
 
 
 def test_a_skipped_micro_batch_order_does_not_matter_for_the_invariant_ones():

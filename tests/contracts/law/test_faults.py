@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from contracts.law._model import BIAS, SMALL, Micro, assert_close, loss_of, make_step, net, setup, train_step
-from equipoise import AuxLoss, Balancer, ConfigError, EquipoiseError, ExpertBias, InputError, MoE, StateError
-from equipoise import devices as looking
+from equipoise import AuxLoss, Balancer, ConfigError, EquipoiseError, ExpertBias, InputError, MoE, StateError, devices
 
 MICRO = AuxLoss("micro_batch", 0.3)
 PREVIOUS = AuxLoss("global_batch", 0.3, estimator="previous")
@@ -21,7 +20,7 @@ PREVIOUS = AuxLoss("global_batch", 0.3, estimator="previous")
 @pytest.fixture
 def far(monkeypatch):
     """No device's values are at hand: what a GPU's user gets."""
-    monkeypatch.setattr(looking, "AT_HAND", set())
+    monkeypatch.setattr(devices, "HOST_READABLE", set())
 
 
 def nan_logits(model: Any, micro: Micro) -> Tensor:
@@ -116,7 +115,7 @@ def test_the_same_faults_where_values_are_at_hand_are_told_at_once(name):
 def test_with_on_fault_warn_training_goes_on(name, far_away, monkeypatch):
     """The step is left unbalanced and counted; the steps around it are those of a run without it."""
     if far_away:
-        monkeypatch.setattr(looking, "AT_HAND", set())
+        monkeypatch.setattr(devices, "HOST_READABLE", set())
     bad, policies, _, words = GUARDS[name]
     found, shown = [], []
     for with_fault in (True, False):
@@ -161,7 +160,7 @@ def test_another_word_for_on_fault():
 def test_a_healthy_run_is_the_same_whether_values_are_at_hand(policies, monkeypatch):
     found = []
     for hands in ({"cpu"}, set()):
-        monkeypatch.setattr(looking, "AT_HAND", hands)
+        monkeypatch.setattr(devices, "HOST_READABLE", hands)
         model, balancer, optimizer = setup(*policies)
         grads = [train_step(model, balancer, optimizer, make_step(seed, 2)) for seed in range(4)]
         balancer.remove()

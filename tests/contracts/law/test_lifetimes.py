@@ -30,7 +30,7 @@ def test_a_copy_is_not_balanced():
     copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), saved]
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
     for other in (*copies, cast(Any, average.module)):
-        assert other.blocks[0].gate.meter is None
+        assert other.blocks[0].gate.balance_state is None
         loss_of(other, make_step(5)[0]).backward()
         with torch.no_grad():
             loss_of(other, make_step(5)[0])
@@ -132,7 +132,7 @@ def test_switches_and_schedules_act_at_their_step():
             truth = train_step(fresh, other, torch.optim.SGD(fresh.parameters(), lr=0.05), make_step(0))
             assert_close(train_step(model, balancer, optimizer, make_step(0)), truth, 1e-6)
             found = balancer.metrics()
-            assert ("balance/policy_0/loss" in found) == (name != "none" or not isinstance(switched, Switch))
+            assert any(key.endswith("/loss") for key in found) == (name != "none" or not isinstance(switched, Switch))
 
 
 @pytest.mark.parametrize("rule", ["sign", "proportional", "rms", "momentum"])
@@ -225,7 +225,7 @@ def test_a_bias_that_nobody_moves_is_an_error_until_somebody_says_so():
     model.blocks[1].gate.enable_selection_bias()
     with pytest.raises(ConfigError, match="nobody moves while the router learns"):
         Balancer(model, [AuxLoss("micro_batch", 0.3)])
-    assert all(block.gate.meter is None for block in model.blocks), "refused before anything was changed"
+    assert all(block.gate.balance_state is None for block in model.blocks), "refused before anything was changed"
     balancer = Balancer(model, [AuxLoss("micro_batch", 0.3), ExpertBias(rate=0.0)])
     train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.1), make_step(0))
     assert model.blocks[1].gate.expert_bias.abs().max() == 0

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from _named import named
 from contracts.law._model import aux, loss_of, make_step, net, new_history, policy, train_step, twin
 from contracts.law._reference import naive_maxvio, naive_scores, reference_step
 from equipoise import AuxLoss, Balancer, ExpertBias, MoE
-from equipoise.balancer.estimator_error import fidelity
+from equipoise.balancer.estimator_error import estimator_error
 
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
 POLICIES = [
@@ -32,7 +33,7 @@ def test_values_and_ratios_of_every_policy(gate, mode):
     """Loss values are means over tokens and layers (B84: every layer, no other); the ratio is of true gradients."""
     model = net(mode=mode, gate=gate, experts=(6,), top_k=(2,), **DOUBLE)
     other = twin(model)
-    balancer = Balancer(model, [policy(d) for d in POLICIES])
+    balancer = Balancer(model, named(policy(d) for d in POLICIES))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     history = new_history()
     for seed in range(2):
@@ -55,7 +56,9 @@ def test_the_language_model_s_gradient_is_what_arrives_from_above():
     step = make_step(0, 2, **DOUBLE)
     expected = reference_step(other, step, loss_of, small, new_history())
     train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.1), step)
-    assert balancer.metrics()["balance/policy_0/gradient_ratio"] == pytest.approx(expected.ratios[0], rel=1e-5)
+    assert balancer.metrics()[f"balance/{balancer.schedule.names[0]}/gradient_ratio"] == pytest.approx(
+        expected.ratios[0], rel=1e-5
+    )
 
 
 def test_load_metrics_at_every_scope():
@@ -123,7 +126,7 @@ def test_metrics_are_of_the_whole_step_and_not_of_its_last_micro_batch():
 
 def test_a_fidelity_whose_square_was_rounded_below_zero_is_a_number():
     """f of an even load has a push of zero: what is left of its square is rounding, of either sign."""
-    found = fidelity(["ema"], torch.tensor([1e-4, 1e-4, 0.0, -1e-19], dtype=torch.float64))
+    found = estimator_error(["ema"], torch.tensor([1e-4, 1e-4, 0.0, -1e-19], dtype=torch.float64))
     assert found == {"relative_error": {"ema": 1.0}, "cosine": {"ema": 0.0}}
 
 
@@ -231,7 +234,7 @@ def test_tokens_are_counted_where_top_k_changes_while_one_trains(top_k, counts):
         for gate in gates if late else []:
             gate.top_k = top_k
         policies = [AuxLoss("sequence", 0.1 if top_k < 4 else 0.0, counts=counts), *LAW[2:]]
-        balancer = Balancer(model, policies)
+        balancer = Balancer(model, named(policies))
         for gate in gates:
             gate.top_k = top_k
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from _named import named
 from contracts.law._model import (
     Micro,
     Net,
@@ -24,9 +25,9 @@ from contracts.law._model import (
     train_step,
 )
 from equipoise import Balancer, ExpertBias
-from equipoise.autograd.balance_gradient import tie
-from equipoise.autograd.router_state import Meter
-from equipoise.autograd.spec import LocalTerm, Plan
+from equipoise.autograd.balance_gradient import attach_balance_gradient
+from equipoise.autograd.router_state import RouterState
+from equipoise.autograd.spec import LossTerm, StatsSpec
 from equipoise.autograd.token_layout import TokenLayout
 from equipoise.functional.routing import count_choices
 
@@ -69,7 +70,7 @@ def run(
     """Trains through ``steps`` and returns gradients, loads and metrics of each."""
     model = net(mode=mode, gate="sigmoid", **options)
     bias = [ExpertBias(rule="sign", rate=0.01)]
-    balancer = Balancer(model, [*(policy(d) for d in policies), *bias])
+    balancer = Balancer(model, named([*(policy(d) for d in policies), *bias]))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     runnable = compile_it(model, compiled) if compiled else model
     found: tuple[list, list, list] = ([], [], [])
@@ -243,22 +244,24 @@ def test_autocast_does_not_reach_the_push(mode):
     for autocast in (False, True):
         torch.manual_seed(0)
         logits_TE = torch.randn(64, 16).requires_grad_()
-        meter = Meter(Plan(16, 2, "softmax", (LocalTerm("late"),), gram=True))
+        state = RouterState(StatsSpec(16, 2, "softmax", (LossTerm("late"),), gram=True))
 
-        def tied(meter, logits_TE):
+        def tied(state, logits_TE):
             weights_TK, ids_TK = logits_TE.softmax(dim=-1).topk(2)
             counts_BE = count_choices(ids_TK, 16, num_sequences=4)
-            return tie(meter, weights_TK, logits_TE, ids_TK, counts_BE, TokenLayout(4), training=True)
+            return attach_balance_gradient(
+                state, weights_TK, logits_TE, ids_TK, counts_BE, TokenLayout(4), training=True
+            )
 
         run = torch.compile(tied, backend="aot_eager") if mode == "compiled" else tied
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss = run(meter, logits_TE).sum() * 0
-            meter.pressure.data[:16] = 1 + 0.03 * torch.randn(16, dtype=torch.float64)
+            loss = run(state, logits_TE).sum() * 0
+            state.grad_coefs.data[:16] = 1 + 0.03 * torch.randn(16, dtype=torch.float64)
             if mode != "compiled":
                 loss.backward()
         if mode == "compiled":
             loss.backward()
-        pushes.append((logits_TE.grad, meter.grams[0]))
+        pushes.append((logits_TE.grad, state.grams[0]))
     for got, want in zip(pushes[1], pushes[0], strict=True):
         assert float((got - want).norm()) <= 1e-6 * float(want.norm())
 
@@ -272,7 +275,7 @@ def test_dropout_is_replayed_by_the_counting_pass():
     with balancer.counting():
         for micro in step:
             model(micro.x_BSD)
-    counted = balancer._banks[0].counted
+    counted = balancer._groups[0].counted
     assert counted is not None
     counted = counted[:, :6].clone()
     train_step(model, balancer, optimizer, step, count=False)

@@ -102,7 +102,7 @@ def test_with_k_equal_to_e_the_logits_are_what_the_weights_follow_from(first: bo
     balancer.tap(model(X).square().mean()).backward()
     optimizer.step()
     assert balancer.load()[0].tolist() == [32] * E
-    assert balancer.metrics()["balance/policy_0/gradient_ratio"] == pytest.approx(0.0, abs=1e-9)
+    assert balancer.metrics()[f"balance/{balancer.schedule.names[0]}/gradient_ratio"] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_with_k_equal_to_e_two_that_follow_from_each_other_are_refused_with_a_line() -> None:

@@ -276,7 +276,7 @@ def test_an_average_of_one_s_own_gets_the_bias_by_copy_biases(made):
                 a.lerp_(p, 0.1)
         balancer.copy_biases(average)
         assert biases(average) == biases(model)
-    assert average.blocks[0].gate.meter is None
+    assert average.blocks[0].gate.balance_state is None
     average(make_step(0)[0].x_BSD).sum().backward()
     train_step(model, balancer, optimizer, make_step(9))
     assert balancer.step_count == 4
@@ -291,4 +291,4 @@ def test_copy_biases_through_wrappers_and_into_another_model():
     for other in (net(**SMALL), net(experts=(5, 7), top_k=(2, 2))):
         with pytest.raises(ConfigError, match="a copy of the model"):
             balancer.copy_biases(other)
-        assert all(block.gate.meter is None for block in other.blocks)
+        assert all(block.gate.balance_state is None for block in other.blocks)

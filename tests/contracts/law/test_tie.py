@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from _named import named
 from contracts.law._model import (
     Micro,
     assert_close,
@@ -23,7 +24,7 @@ from contracts.law._model import (
 )
 from contracts.law._reference import naive_maxvio, naive_probs, naive_scores, naive_select, reference_step
 from equipoise import AuxLoss, Balancer, ExpertBias, Router
-from equipoise.autograd.spec import Plan
+from equipoise.autograd.spec import StatsSpec
 from equipoise.autograd.statistics import measure
 from equipoise.autograd.token_layout import TokenLayout
 from equipoise.functional import GATES, gate_probs, gate_scores, route
@@ -54,7 +55,7 @@ def test_every_policy_at_once_equals_autograd(gate, norms):
     other = twin(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     frozen = ExpertBias(rate=0.0)
-    balancer = Balancer(model, [*(policy(d) for d in EVERY_POLICY), frozen], gradient_norms=norms)
+    balancer = Balancer(model, named([*(policy(d) for d in EVERY_POLICY), frozen]), gradient_norms=norms)
     step = make_step(1, micro_batches=2, masked=True, documents=True, dtype=torch.float64)
     expected = reference_step(other, step, loss_of, EVERY_POLICY, new_history())
     assert_close(train_step(model, balancer, optimizer, step), expected.gradients, 1e-12)
@@ -106,7 +107,7 @@ def test_one_sided_sigmoids_cannot_hack_the_loss():
         gradient = router.weight.grad[:, 1].clone()
         optimizer.step()
         optimizer.zero_grad()
-        values.append((balancer.metrics()["balance/policy_0/loss"], gradient))
+        values.append((balancer.metrics()[f"balance/{balancer.schedule.names[0]}/loss"], gradient))
     for value, gradient in values[1:]:
         assert value == pytest.approx(values[0][0], rel=1e-9)
         assert torch.allclose(gradient, values[0][1], rtol=1e-9)
@@ -142,8 +143,8 @@ def test_counts_above_2_to_24_are_exact():
     optimizer = torch.optim.SGD(router.parameters(), lr=0.0)
     many = 2**24
     balancer.tap(router(torch.ones(1, 1)).weights_TK.mean()).backward()
-    assert router.meter is not None
-    router.meter.leaf.grad.mul_(many)  # as after that many such micro-batches
+    assert router.balance_state is not None
+    router.balance_state.grad_accumulator.grad.mul_(many)  # as after that many such micro-batches
     for _ in range(3):  # single tokens on top: lost by any counter that rounds
         balancer.tap(router(torch.ones(1, 1)).weights_TK.mean()).backward()
     optimizer.step()
@@ -153,13 +154,13 @@ def test_counts_above_2_to_24_are_exact():
 
 def test_one_micro_batch_above_2_to_24_is_exact():
     """The counts of a single micro-batch do not pass through fp32 either."""
-    plan = Plan(num_experts=2, top_k=3, gate="softmax")
+    spec = StatsSpec(num_experts=2, top_k=3, gate="softmax")
     counts = torch.tensor([[3 * (2**24 + 1), 3 * 2**25]])
     statistics = measure(
-        plan, torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.int64), counts, TokenLayout()
+        spec, torch.zeros(1, 2), torch.zeros(1, 3, dtype=torch.int64), counts, TokenLayout()
     ).statistics
     assert statistics[:2].tolist() == counts[0].tolist()
-    assert statistics[plan.at("tokens")] == 1  # counted, and not reckoned from the choices
+    assert statistics[spec.at("tokens")] == 1  # counted, and not reckoned from the choices
 
 
 def test_half_precision_tokens_are_counted_exactly():
@@ -207,7 +208,7 @@ def test_permuting_the_experts_permutes_everything(seed, scope):
         if permute:
             for parameter in (gate.weight, experts.gate_up_proj, experts.down_proj):
                 parameter.data = parameter.data[order]
-        balancer = Balancer(model, [AuxLoss(scope, 0.5)])
+        balancer = Balancer(model, named([AuxLoss(scope, 0.5)]))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         grads = train_step(model, balancer, optimizer, make_step(seed % 100, dtype=torch.float64))
         found.append((grads["blocks.0.gate.weight"], balancer.load()[0], balancer.metrics()))
@@ -225,7 +226,7 @@ def test_uniform_probabilities_cost_one_whatever_f(experts, seed, data):
     top_k = data.draw(st.integers(1, experts - 1))
     router: Any = Router(3, experts, top_k).double()
     router.weight.data.zero_()
-    balancer = Balancer(router, [AuxLoss("micro_batch", 1.0), AuxLoss("global_batch", 1.0)])
+    balancer = Balancer(router, named([AuxLoss("micro_batch", 1.0), AuxLoss("global_batch", 1.0)]))
     optimizer = torch.optim.SGD(router.parameters(), lr=0.0)
     x = torch.randn(7, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     balancer.tap(router(x).weights_TK.square().sum()).backward()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from contracts.law._model import assert_close, gradients, loss_of, make_step, net, setup, train_step
 from equipoise import AuxLoss, Balancer, InputError, MoE, StateError, TokenLayout
-from equipoise.balancer.step_tokens import Declared
+from equipoise.balancer.step_tokens import StepTokens
 
 COEF = 0.5
 
@@ -129,7 +129,7 @@ def test_names_are_beginnings_of_names(numbers, longest_first):
     said = {"a": numbers[0], "a.1": numbers[1], "": numbers[2]}
     if longest_first:
         said = dict(reversed(said.items()))
-    got = Declared.of(said, 1, routers, "mean")
+    got = StepTokens.of(said, 1, routers, "mean")
     assert got.tokens == dict(zip(routers, map(float, numbers), strict=True))
 
 
@@ -154,9 +154,9 @@ def test_a_sum_and_its_number_of_tokens(as_tensor):
     for micro in step:
         number = micro.x_BSD.numel()
         total = (model(micro.x_BSD) - micro.target_BSD).square().sum()
-        tapped = balancer.tap(total, tokens=torch.tensor(float(number)) if as_tensor else number)
-        assert torch.allclose(tapped, total)
-        (tapped / number / len(step)).backward()
+        tap_loss = balancer.tap(total, tokens=torch.tensor(float(number)) if as_tensor else number)
+        assert torch.allclose(tap_loss, total)
+        (tap_loss / number / len(step)).backward()
     got = gradients(model)
     optimizer.step()
     other, second, plain = setup(*policies)
@@ -168,9 +168,9 @@ def test_a_micro_batch_of_no_tokens_is_a_zero_and_no_nan(scale):
     """Megatron's (0, 0), of a micro-batch that is all padding; and what is tapped is returned to the bit."""
     model, balancer, optimizer = setup(AuxLoss("micro_batch", 0.3))
     total = (model(make_step(0)[0].x_BSD) * scale).sum()
-    tapped = balancer.tap(total, tokens=7.0 * scale)
-    assert torch.equal(tapped, total)
-    tapped.backward()
+    tap_loss = balancer.tap(total, tokens=7.0 * scale)
+    assert torch.equal(tap_loss, total)
+    tap_loss.backward()
     assert all(bool(g.isfinite().all()) for g in gradients(model).values())
     optimizer.step()
 

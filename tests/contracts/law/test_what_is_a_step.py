@@ -423,7 +423,7 @@ def test_an_optimizer_that_cannot_be_hooked_says_what_can():
     model = net(**SMALL)
     with pytest.raises(ConfigError, match=r"(?s)a Master, which has no step hooks.*balancer\.step\(\)"):
         Balancer(model, [BIAS], Master(model))  # type: ignore[arg-type]
-    assert model.blocks[0].gate.meter is None, "refused, and left as it was"
+    assert model.blocks[0].gate.balance_state is None, "refused, and left as it was"
 
 
 @pytest.mark.parametrize("how", ["the inner one", "a wrapper with .optimizer", "by hand"])

@@ -12,6 +12,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 from torch.utils.checkpoint import checkpoint
 
+from _named import named
 from contracts.law._model import policy
 from equipoise import Balancer, ExpertBias, MoE, Ranks
 
@@ -97,7 +98,7 @@ def run_pipeline(
     place = {(r, i): at for at, (_, r, i) in enumerate(order)}
     balancer = Balancer(
         chunks,
-        [*map(policy, policies), ExpertBias(**BIAS)],
+        named([*map(policy, policies), ExpertBias(**BIAS)]),
         ranks=Ranks.of_mesh(mesh, data=("dp",), pipeline=("pp",)),
     )
     for i, chunk in enumerate(chunks):

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
+from _named import named
 from contracts.law._model import policy
 from equipoise import Balancer, MoE
 from integrations.hf._trainer import VOCABULARY, Text
@@ -63,7 +64,7 @@ class Again(Text):
 def plain_loop(kind: str, policies: list[dict], steps: int, *, clip: float = 0.0, dtype: Any = None) -> dict[str, Any]:
     """One process, one micro-batch a step, nothing of Lightning."""
     net = build(kind)
-    balancer = Balancer(net, [policy(p) for p in policies])
+    balancer = Balancer(net, named(policy(p) for p in policies))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     gradients = []
     for step in range(steps):
@@ -101,7 +102,7 @@ def fit(
     pl = importlib.import_module(package)
     from equipoise.adapters.lightning import BalanceCallback
 
-    balance = BalanceCallback([policy(p) for p in policies], **(options or {}))
+    balance = BalanceCallback(named(policy(p) for p in policies), **(options or {}))
     gradients: list[dict[str, Tensor]] = []
     logged: list[dict[str, float]] = []
 

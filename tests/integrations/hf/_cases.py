@@ -233,7 +233,7 @@ def check_gradient_ratio(family: str) -> None:
         given = inputs()
         balancer.tap(loss_of(model, given)).backward()
         optimizer.step()
-        found = balancer.metrics().get("balance/policy_0/gradient_ratio")
+        found = balancer.metrics().get(f"balance/{balancer.schedule.names[0]}/gradient_ratio")
         if family in UNMEASURED:
             assert found is None
             return

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 
+from _named import named
 from _rounding import Float64
 from contracts.law._model import policy as loss_policy
 from integrations.hf.families import build
@@ -63,7 +64,7 @@ class Recorder:
 
         from equipoise.adapters.hf import BalanceCallback
 
-        self.balance = BalanceCallback([policy(p) for p in policies], **options)
+        self.balance = BalanceCallback(named(policy(p) for p in policies), **options)
         self.gradients: list[dict[str, Tensor]] = []
         self.biases: list[dict[str, Tensor]] = []
         self.loads: list[list[list[int]]] = []
@@ -242,7 +243,7 @@ def ddp_step(sequences: int, tokens: int) -> dict[str, Tensor]:
 
     torch.set_num_threads(1)
     net: Any = DistributedDataParallel(model())
-    balancer = Balancer(net, [AuxLoss(**p) for p in STEP_POLICIES])
+    balancer = Balancer(net, named(AuxLoss(**p) for p in STEP_POLICIES))
     balancer.begin_step(tokens=tokens, micro_batches=1)
     half = sequences // dist.get_world_size()
     rows = [Text()[i] for i in range(half * dist.get_rank(), half * (dist.get_rank() + 1))]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from _named import named
 from _rounding import Float64
 from integrations.hf._trainer import arguments_of, little_garbage, quiet
 from integrations.hf.families import build
@@ -256,7 +257,7 @@ def balanced(kind: Any, accumulate: int, options: dict | None = None, *, also: A
     from equipoise.adapters.hf import BalanceCallback
 
     policies = [AuxLoss("micro_batch", coef=COEF), AuxLoss("global_batch", coef=COEF, estimator="previous")]
-    callback = BalanceCallback([*policies, *also], **options or {})
+    callback = BalanceCallback(named([*policies, *also]), **options or {})
     found = run(kind, accumulate, callbacks=[callback, *more.pop("callbacks", ())], **more)
     found.callback = callback
     return found

@@ -29,7 +29,7 @@ from equipoise.adapters.hf import BalanceCallback, load_biases
 from integrations.hf._trl import FAMILY, balanced, plain, rewarding, wanted
 from integrations.hf.families import build
 from integrations.hf.test_trainer_tokens import of
-from unit.lab.test_quantised import fp8, set_quantised
+from unit.lab.models.test_quantised import fp8, set_quantised
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 pytestmark = [

@@ -140,7 +140,7 @@ def test_a_word_that_is_not_known():
         BalanceCallback([], tokens="some")
 
 
-class Passes(Trainer):
+class ForwardPasses(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         return super().training_step(*args, **kwargs)
 
@@ -184,7 +184,7 @@ class Pops(Trainer):
         return super().training_step(*args, **kwargs)
 
 
-@pytest.mark.parametrize("kind", [Trainer, Passes, Looks, Own, Adds])
+@pytest.mark.parametrize("kind", [Trainer, ForwardPasses, Looks, Own, Adds])
 def test_methods_that_leave_the_batch_alone(kind):
     assert changes_batches(object.__new__(kind)) == ""
 

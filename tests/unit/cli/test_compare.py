@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from equipoise.cli import main
-from equipoise.lab.comparison.workers import locked
+from equipoise.storage.locks import locked
 from equipoise.storage.run_record import read_run
 
 

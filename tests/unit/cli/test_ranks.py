@@ -1,4 +1,4 @@
-"""`equipoise train` and `resume` on several processes: what is refused, and what --help says. See lab.faults too."""
+"""`equipoise train` and `resume` on several processes: what is refused, and what --help says."""
 
 from __future__ import annotations
 

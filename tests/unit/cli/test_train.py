@@ -7,7 +7,7 @@ import signal
 import time
 
 from equipoise.cli import main
-from equipoise.lab.comparison.workers import locked
+from equipoise.storage.locks import locked
 from equipoise.storage.run_record import read_run
 
 

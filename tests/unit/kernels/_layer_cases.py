@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from _named import named
 from contracts.law._model import (
     assert_close,
     aux,
@@ -38,7 +39,7 @@ def routed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-def on_device(step: list[Any]) -> list[Any]:
+def to_device(step: list[Any]) -> list[Any]:
     return [type(m)(*(None if field is None else field.to(DEVICE) for field in m)) for m in step]
 
 
@@ -51,11 +52,11 @@ def test_a_step_is_the_reference_step(routed, gate, biased, norms):
     other = twin(model).to("cpu", torch.float64)
     described = POLICIES if biased else [d for d in POLICIES if d.get("counts") != "unbiased"]
     policies = [*map(policy, described), *([ExpertBias(rate=0.0)] if biased else [])]
-    balancer = Balancer(model, policies, gradient_norms=norms)
+    balancer = Balancer(model, named(policies), gradient_norms=norms)
     step = make_step(1, micro_batches=2, masked=True)
     wide = make_step(1, micro_batches=2, masked=True, dtype=torch.float64)
     expected = reference_step(other, wide, loss_of, described, new_history())
-    got = train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.0), on_device(step))
+    got = train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.0), to_device(step))
     assert_close({name: grad.cpu() for name, grad in got.items()}, expected.gradients, 1e-5)
     assert [counts.tolist() for counts in balancer.load()] == expected.counts
     found = balancer.metrics()
@@ -72,7 +73,7 @@ def test_metrics_are_those_of_plain_pytorch(routed, monkeypatch):
             monkeypatch.setattr(router_module, "fuses", lambda *a: False)
         model = net(experts=(6,), top_k=(2,)).to(DEVICE)
         balancer = Balancer(model, [AuxLoss("micro_batch", 0.3), AuxLoss("global_batch", 0.3)])
-        train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.0), on_device(make_step(3, masked=True)))
+        train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.0), to_device(make_step(3, masked=True)))
         found.append(balancer.metrics())
     assert len(routed) == 1
     assert found[0].keys() == found[1].keys()
@@ -86,7 +87,7 @@ def test_a_checkpoint_counts_once_and_pushes_alike(routed, mode):
         model = net(mode=how).to(DEVICE)
         balancer = Balancer(model, [AuxLoss("micro_batch", 0.3), AuxLoss("global_batch", 0.3)])
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        found.append((train_step(model, balancer, optimizer, on_device(make_step(2, 2))), balancer.load()))
+        found.append((train_step(model, balancer, optimizer, to_device(make_step(2, 2))), balancer.load()))
     (plain, load), (recomputed, load_again) = found
     assert_close(recomputed, plain, 1e-6)
     assert [counts.tolist() for counts in load] == [counts.tolist() for counts in load_again]
@@ -96,21 +97,21 @@ def test_a_checkpoint_counts_once_and_pushes_alike(routed, mode):
 def test_evaluation_counts_nothing_and_routes_alike(routed):
     model = net(experts=(6,), top_k=(2,)).to(DEVICE)
     balancer = Balancer(model, [AuxLoss("micro_batch", 0.3)])
-    (micro,) = on_device(make_step(4))
+    (micro,) = to_device(make_step(4))
     training = model(micro.x_BSD)
     balancer.discard()
     model.eval()
     with torch.no_grad():
         assert torch.equal(model(micro.x_BSD), training)
     loss_of(model, micro).backward()
-    leaf = model.blocks[0].gate.meter.leaf
+    leaf = model.blocks[0].gate.balance_state.grad_accumulator
     assert leaf.grad is None or not leaf.grad.any()
     assert gradients(model)
     assert len(routed) == 3
 
 
 def test_who_only_looks_sees_what_plain_pytorch_sees_and_changes_no_gradient(routed, monkeypatch):
-    (micro,), found = on_device(make_step(4, masked=True)), []
+    (micro,), found = to_device(make_step(4, masked=True)), []
     for plain, looks in ((False, False), (False, True), (True, True)):
         if plain:
             monkeypatch.setattr(router_module, "fuses", lambda *a: False)
@@ -172,7 +173,7 @@ def test_compiled_as_one_graph_it_gives_the_same_bits():
         run = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
         x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE).bfloat16()
         balancer.tap(run(x).float().square().mean()).backward()
-        found.append([p.grad for p in layer.parameters()] + [layer.gate.meter.leaf.grad])
+        found.append([p.grad for p in layer.parameters()] + [layer.gate.balance_state.grad_accumulator.grad])
     assert all(torch.equal(got, expected) for got, expected in zip(*found, strict=True))
 
 

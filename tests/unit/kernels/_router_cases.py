@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from equipoise.autograd.spec import LocalTerm, Plan
+from equipoise.autograd.spec import LossTerm, StatsSpec
 from equipoise.autograd.statistics import measure
 from equipoise.autograd.token_layout import TokenLayout
 from equipoise.functional.routing import GATES, choose, count_choices, gate_log_scores, gate_probs, gate_scores
@@ -128,20 +128,20 @@ def test_pressure_of_every_term_is_the_gradient_of_its_loss(case, terms, z_loss)
     gate, sequences = case["form"].gate, case["sequences"]
     ids_TK, z_TE = run(case).ids_TK, case["z"].double().requires_grad_()
     tokens, num_experts = z_TE.shape
-    fraction_NBE, pressure = (
+    fraction_NBE, grad_coefs = (
         torch.rand(size, generator=case["generator"], dtype=torch.float64).to(DEVICE)
         for size in ((terms, sequences, num_experts), (terms * (num_experts + 1) + 2,))
     )
-    row_N1E = pressure[: terms * num_experts].view(terms, 1, num_experts)
-    q_NBE = row_N1E + pressure[terms * num_experts : -2].view(terms, 1, 1) * fraction_NBE
+    row_N1E = grad_coefs[: terms * num_experts].view(terms, 1, num_experts)
+    q_NBE = row_N1E + grad_coefs[terms * num_experts : -2].view(terms, 1, 1) * fraction_NBE
     probs_BSE = gate_probs(z_TE, gate).view(sequences, -1, num_experts)
     real_T = torch.ones(tokens, device=DEVICE) if case["mask"] is None else case["mask"].double()
     losses = [(q_BE.unsqueeze(1) * probs_BSE).sum(dim=2).flatten() @ real_T.double() for q_BE in q_NBE]
-    losses.append(float(z_loss) * pressure[-2] * z_TE.logsumexp(dim=1).square() @ real_T.double())
+    losses.append(float(z_loss) * grad_coefs[-2] * z_TE.logsumexp(dim=1).square() @ real_T.double())
     pushes = [torch.autograd.grad(loss, z_TE, retain_graph=True)[0] for loss in losses]
-    options = {"pressure": pressure, "fraction_NBE": fraction_NBE, "token_mask_T": case["mask"], "z_loss": z_loss}
+    options = {"grad_coefs": grad_coefs, "fraction_NBE": fraction_NBE, "token_mask_T": case["mask"], "z_loss": z_loss}
     got, squares = router_gradient(case["z"], ids_TK, case["form"], None, **options, norms=True)
-    size = float(q_NBE.sum()) + float(2 * pressure[-2] * case["z"].abs().max())
+    size = float(q_NBE.sum()) + float(2 * grad_coefs[-2] * case["z"].abs().max())
     close(got, torch.stack(pushes).sum(dim=0), size)
     close(squares, torch.stack([z_TE.new_zeros(()), *(push.square().sum() for push in pushes)]), size)
     without_norms, zeros = router_gradient(case["z"], ids_TK, case["form"], None, **options)
@@ -154,26 +154,26 @@ def close(got: Tensor, expected: Tensor, size: float) -> None:
     torch.testing.assert_close(got.double(), expected.detach(), rtol=1e-5, atol=1e-6 * size)
 
 
-TERMS = [LocalTerm("late"), LocalTerm("sequences"), LocalTerm("micro_batch"), LocalTerm("sequences", 2, True)]
+TERMS = [LossTerm("late"), LossTerm("sequences"), LossTerm("micro_batch"), LossTerm("sequences", 2, True)]
 
 
 @given(cases(), st.lists(st.sampled_from(TERMS), max_size=3), st.sampled_from([None, 1, 2]))
 @EXAMPLES
 def test_statistics_are_those_that_a_meter_takes(case, terms, micro):
     top_k, gate, *_ = case["form"]
-    plan = Plan(case["z"].shape[1], top_k, gate, tuple(terms), z_loss=True, micro_sequences=micro)
-    found = run(case, plain=plan.unbiased and case["bias"] is not None, lse=True)
+    spec = StatsSpec(case["z"].shape[1], top_k, gate, tuple(terms), z_loss=True, micro_sequences=micro)
+    found = run(case, plain=spec.unbiased and case["bias"] is not None, lse=True)
     sequences, batch = case["sequences"], TokenLayout(case["sequences"], case["mask"])
-    wide = measure(plan, case["z"].double(), found.ids_TK, found.counts_BE, batch)
+    wide = measure(spec, case["z"].double(), found.ids_TK, found.counts_BE, batch)
     spans = [sequences if t.kind == "micro_batch" else 0 if t.kind == "late" else t.sequences for t in terms]
-    got, fraction_NBE = summarize(found, plan.forward_size, spans, [t.unbiased for t in terms], micro or sequences)
+    got, fraction_NBE = summarize(found, spec.forward_size, spans, [t.unbiased for t in terms], micro or sequences)
     assert got.shape == wide.statistics.shape
-    unbiased = slice(plan.scalars_at - plan.num_experts, plan.scalars_at) if plan.unbiased else slice(0)
+    unbiased = slice(spec.scalars_at - spec.num_experts, spec.scalars_at) if spec.unbiased else slice(0)
     if case["z"].unique().numel() == case["z"].numel():  # else top-k of equal logits is any of them
         torch.testing.assert_close(fraction_NBE, wide.fraction_NBE.double(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(got, wide.statistics, rtol=2e-6, atol=1e-6)
     else:
-        same = [i for i in range(plan.values_at) if i not in range(len(got))[unbiased]]
+        same = [i for i in range(spec.values_at) if i not in range(len(got))[unbiased]]
         torch.testing.assert_close(got[same], wide.statistics[same], rtol=2e-6, atol=1e-6)
 
 

@@ -114,7 +114,7 @@ class _World:
             "balance/maxvio_micro_batch": maxvio + 0.35 + 1.6 * self.kind.sharpness * self.progress(step),
             "balance/maxvio_sequence": maxvio + 0.75 + 2.0 * self.kind.sharpness * self.progress(step),
             "balance/dead_experts": float(max(0, round(6 - step / 10))),
-            "balance/policy_0/loss": 1 + 0.3 * maxvio**2,
+            "balance/global/loss": 1 + 0.3 * maxvio**2,
         }
         balance |= {f"balance/layer_{i:02d}/maxvio_global": maxvio for i in range(self.head.num_layers)}
         lr = 3e-3 * min(1, step / 20) * (0.55 + 0.45 * math.cos(math.pi * step / self.planned))

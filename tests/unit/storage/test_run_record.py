@@ -30,6 +30,8 @@ from equipoise.storage.run_record import (
     read_run,
 )
 
+ROOT = Path(__file__).parents[3]
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
 HEADER = Header(strategy="micro", policies=["AuxLoss('micro_batch', 0.01)"], seed=0, config={"data": {"path": None}},
                 num_layers=1, num_experts=2, top_k=1, domains=["a", "b"], corpus_sha256="00",
                 versions={"python": "3.11"}, parameters=9, active_parameters=6, started="2026-01-01")  # fmt: skip
@@ -136,10 +138,10 @@ BAD_LINES = {
     '{"kind": "surprise"}': "not one of the kinds",
     '{"kind": ["step"]}': "unhashable",
     '{"kind": "step", "step": 3}': "without 'loss'",
-    '{"kind": "load", "step": "three", "counts": []}': "'step' that is no int",
-    '{"kind": "load", "step": 3.5, "counts": []}': "'step' that is no int",
-    '{"kind": "load", "step": true, "counts": []}': "'step' that is no int",
-    '{"kind": "load", "step": 3, "counts": {"0": 1}}': "'counts' that is no list",
+    '{"kind": "load", "step": "three", "counts": []}': "'step' that is not a whole number",
+    '{"kind": "load", "step": 3.5, "counts": []}': "'step' that is not a whole number",
+    '{"kind": "load", "step": true, "counts": []}': "'step' that is not a whole number",
+    '{"kind": "load", "step": 3, "counts": {"0": 1}}': "'counts' that is not a list",
     "[" * 100_000: "recursion",
 }
 
@@ -222,13 +224,16 @@ def test_a_resumed_part_takes_back_the_earlier_end(tmp_path):
 def test_a_killed_process_loses_nothing_it_wrote(tmp_path):
     code = (
         "import os, signal\n"
-        "from tests.test_records import *\n"
+        "from unit.storage.test_run_record import *\n"
         f"writer = RecordWriter({str(tmp_path)!r})\n"
         "for record in (HEADER, step(1), step(2)): writer.write(record)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=ENV,
+    )
     assert done.returncode == -signal.SIGKILL
     assert read_run(tmp_path).steps == [step(1), step(2)]
 
@@ -242,7 +247,7 @@ def test_a_full_disk_is_an_output_error_and_the_writer_can_be_closed(tmp_path):
 
 LIMITED = """
 import resource, signal
-from tests.test_records import *
+from unit.storage.test_run_record import *
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with RecordWriter({folder!r}) as writer:
     writer.write(HEADER)
@@ -258,9 +263,8 @@ with RecordWriter({folder!r}) as writer:
 
 
 def test_a_disk_that_fills_within_a_line_leaves_whole_lines(tmp_path):
-    root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", LIMITED.format(folder=str(tmp_path))], cwd=root, text=True,
-                          env={**os.environ, "PYTHONPATH": str(root)}, stdout=subprocess.PIPE, check=True)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", LIMITED.format(folder=str(tmp_path))], cwd=ROOT, text=True,
+                          env=ENV, stdout=subprocess.PIPE, check=True)  # fmt: skip
     assert done.stdout.strip() == "refused"
     run = read_run(tmp_path)
     assert (run.steps, run.evaluations, run.problems) == ([step(1), step(2)], [], [])

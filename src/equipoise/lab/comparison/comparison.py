@@ -1,4 +1,4 @@
-"""A comparison: strategies × seeds as paired runs in one folder, trained by worker processes, ended by a report.
+"""A comparison: strategies × seeds as paired runs in one folder, trained by worker processes.
 
     runs/compare-20260131-120000/
       comparison.json         what is compared and how far it is (this file's manifest)
@@ -23,34 +23,26 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import ConfigError, DataError, OutputError
-from ...storage.cache import atomic_write
+from ...storage.codec import encode
+from ...storage.files import atomic_write
+from ...storage.locks import LOCK_NAME, locked
 from ...storage.run_record import RECORD_NAME, read_run
-from ..config.schema import CompareConfig, RunConfig, from_dict, to_dict
+from ..config.schema import CompareConfig, RunConfig, from_dict
 from ..config.strategies import NAMES, slug, strategy_of
-from .workers import CONFIG_NAME, LOCK_NAME, Job, Pool, cores, locked
+from .workers import CONFIG_NAME, Job, Pool, cores
 
-__all__ = ["MANIFEST_NAME", "QUICK", "REPORT_NAME", "Comparison", "View", "find_unfinished", "new_folder",
+__all__ = ["MANIFEST_NAME", "REPORT_NAME", "Comparison", "View", "find_unfinished", "new_folder",
             "open_comparison", "plan", "prepare_all", "read_manifest", "run_all"]  # fmt: skip
 
 MANIFEST_NAME = "comparison.json"
 REPORT_NAME = "report.html"
 SCHEMA = 1
 MAY_DIFFER = ("strategies", "seeds", "strategy", "workers")  # between two commands for one folder
-LOOK_EVERY = 0.5  # seconds between two looks at the workers
-
-QUICK: dict[str, Any] = {
-    "seeds": 1,
-    "train.steps": 40,
-    "train.warmup": 10,
-    "train.eval_every": 10,
-    "train.eval_sequences": 16,
-    "train.checkpoint_every": 20,
-    "train.fidelity_every": 10,
-}
+POLL_SECONDS = 0.5  # between two polls of the workers
 
 
 class View(Protocol):
-    """What shows the jobs; called after each look with those whose status changed."""
+    """Displays the jobs; updated after each poll with those whose status changed."""
 
     def update(self, changed: list[Job]) -> None: ...
 
@@ -87,7 +79,7 @@ class Comparison:
             "status": self.status,
             "started": self.started,
             "versions": versions(),
-            "config": to_dict(self.config),
+            "config": encode(self.config),
             "runs": [
                 {"folder": job.folder.name, "strategy": job.config.strategy, "seed": job.config.train.seed,
                  "status": job.status, "error": job.error}
@@ -183,14 +175,14 @@ def open_comparison(folder: Path, config: CompareConfig, *, overwrite: bool = Fa
     started = manifest["started"] if manifest else datetime.now(UTC).isoformat(timespec="seconds")
     comparison = Comparison(folder, config, plan(config, folder), started)
     for job in comparison.jobs:
-        job.follower.read()
+        job.tail.read()
         if _finished(job):
             job.status = "finished"
     return comparison
 
 
 def prepare_all(comparison: Comparison, progress: Callable[[str, float], None]) -> None:
-    """What all runs need, once: strategies that can be built, the packed text and its tokenizer in the cache."""
+    """Prepares what all runs share: checks every strategy, and puts packed text and tokenizer into the cache."""
     from ..data.packing import prepare
     from ..models.pretrained import tokenizer_of
 
@@ -222,10 +214,10 @@ def run_all(comparison: Comparison, view: View) -> None:
                 if changed:
                     comparison.save()
                 view.update(changed)
-                time.sleep(LOOK_EVERY)
+                time.sleep(POLL_SECONDS)
         except BaseException:
             pool.stop()
-            with contextlib.suppress(OutputError):  # the disk is full: the runs themselves are what counts
+            with contextlib.suppress(OutputError):  # the disk is full: the runs matter more than the manifest
                 comparison.save()
             raise
 
@@ -253,7 +245,7 @@ def versions() -> dict[str, str]:
 def _merged(folder: Path, manifest: dict[str, Any], config: CompareConfig) -> CompareConfig:
     """The earlier configuration with the strategies and seeds of both; everything else has to be equal."""
     earlier = from_dict(CompareConfig, manifest["config"])  # settings that came later have their defaults
-    there, here = _flat(to_dict(earlier)), _flat(to_dict(config))
+    there, here = _flat(encode(earlier)), _flat(encode(config))
     there |= {f"version of {name}": version for name, version in manifest["versions"].items()}
     here |= {f"version of {name}": version for name, version in versions().items()}
     for key in sorted(there.keys() | here.keys()):
@@ -285,7 +277,7 @@ def _flat(data: dict[str, Any], table: str = "") -> dict[str, Any]:
 
 
 def _slots(config: CompareConfig) -> list[set[int]]:
-    """Core sets for the workers: ``train.threads`` cores each, all that there are unless ``workers`` says fewer."""
+    """Core sets for the workers: ``train.threads`` cores each, all cores unless ``workers`` is fewer."""
     free, threads = cores(), config.train.threads
     most = max(len(free) // threads, 1)
     count = config.workers or most
@@ -311,7 +303,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 def _remove(folder: Path, manifest: dict[str, Any]) -> None:
-    """Removes what `compare` wrote, nothing else: a name in a manifest is no path."""
+    """Removes what `compare` wrote and nothing else: names in a manifest are not trusted as paths."""
     with locked(folder):
         for run in manifest["runs"]:
             inside = folder / Path(run["folder"]).name

@@ -1,4 +1,4 @@
-"""What is seen while runs go: a live table for a comparison, a bar for a run, plain lines without a terminal."""
+"""Progress display: a live table for a comparison, a bar for a run, plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class RunTable:
 
     def line(self, job: Job) -> str:
         """One run in one line of plain text."""
-        seen = [job.status, f"step {job.follower.step}/{job.steps}"]
-        if job.status == "running" and job.follower.step == 0:
+        seen = [job.status, f"step {job.tail.step}/{job.steps}"]
+        if job.status == "running" and job.tail.step == 0:
             return f"{job.name}: running, no step yet"
         loss, vio, speed, left = _numbers(job)
         seen += [f"loss {loss}"] * bool(loss) + [f"MaxVio {vio}"] * bool(vio) + [f"{speed} tokens/s"] * bool(speed)
@@ -94,7 +94,7 @@ class RunTable:
             table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
         for job in jobs:
             loss, vio, speed, left = _numbers(job)
-            step = f"{job.follower.step}/{job.steps}" if job.status != "waiting" else ""
+            step = f"{job.tail.step}/{job.steps}" if job.status != "waiting" else ""
             state = left if job.status == "running" else job.status
             table.add_row(Text(job.name), step, loss, vio, speed, state, style=COLORS.get(job.status))
         return table
@@ -102,14 +102,14 @@ class RunTable:
     def seconds_left(self) -> float | None:
         """Of the whole comparison: the steps left at the pace of those that run now, so many at a time."""
         running = [job for job in self.jobs if job.status == "running"]
-        each = [(job, job.follower.seconds_left(job.steps)) for job in running]
+        each = [(job, job.tail.seconds_left(job.steps)) for job in running]
         if not running or any(left is None for _, left in each):
             return None
-        paces = [left / (job.steps - job.follower.step) for job, left in each if left and job.steps > job.follower.step]
+        paces = [left / (job.steps - job.tail.step) for job, left in each if left and job.steps > job.tail.step]
         if not paces:
             return None
         waiting = sum(job.steps for job in self.jobs if job.status == "waiting")
-        remaining = waiting + sum(job.steps - job.follower.step for job in running)
+        remaining = waiting + sum(job.steps - job.tail.step for job in running)
         longest = max(left for _, left in each if left is not None)
         return max(longest, remaining * sum(paces) / len(paces) / len(running))
 
@@ -195,7 +195,7 @@ class Preparation:
 
 def _numbers(job: Job) -> tuple[str, str, str, str]:
     """Loss, MaxVio, tokens/s and time left as text; empty where nothing is known yet."""
-    seen = job.follower
+    seen = job.tail
     running = job.status == "running"
     loss = f"{seen.loss:.3f}" if seen.loss is not None else ""
     vio = f"{seen.maxvio:.2f}" if seen.maxvio is not None else ""

@@ -1,4 +1,4 @@
-"""Reads a run's record while the run is writing it: where it stands, how fast it is, how long it will take."""
+"""Tails a run's record while the run writes it: its step, its speed, the time it has left."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MAXVIO", "Follower", "duration"]
+__all__ = ["MAXVIO", "RecordTail", "duration"]
 
 MAXVIO = "balance/maxvio_global"
 WINDOW = 20  # steps that the shown speed is measured over
 
 
-class Follower:
-    """Follows one record file; ``read`` takes what has been added since the last call, and never raises.
+class RecordTail:
+    """Tails one record file; ``read`` takes what was added since the last call, and never raises.
 
     ``step``, ``loss`` and ``maxvio`` are those of the last step written. A file that was replaced (a resumed run drops
     the steps after its checkpoint) is read again from its start.

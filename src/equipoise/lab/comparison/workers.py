@@ -7,26 +7,23 @@ parent stops a worker with SIGTERM, which saves; a worker whose parent has died 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import OutputError
 from ...storage.run_record import RECORD_NAME
 from ..config.schema import RunConfig, to_toml
-from .record_tail import Follower
+from .record_tail import RecordTail
 
-__all__ = ["CONFIG_NAME", "LOCK_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "cores", "locked", "orphaned"]
+__all__ = ["CONFIG_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "cores", "orphaned"]
 
 CONFIG_NAME = "run.toml"
 LOG_NAME = "worker.log"
-LOCK_NAME = ".lock"
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # a worker is a run of its own, also under torchrun
 PARENT = "EQUIPOISE_PARENT"  # the process id that a worker belongs to
 SAVING_SECONDS = 120.0  # that a stopped worker has to write its checkpoint
@@ -44,10 +41,10 @@ class Job:
     exit_code: int = 0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     slot: int = -1
-    follower: Follower = field(init=False, repr=False)
+    tail: RecordTail = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.follower = Follower(self.folder / RECORD_NAME)
+        self.tail = RecordTail(self.folder / RECORD_NAME)
 
     @property
     def steps(self) -> int:
@@ -55,7 +52,7 @@ class Job:
 
 
 class Pool:
-    """Starts waiting jobs on free slots, sees how they end, and stops them all.
+    """Starts waiting jobs on free slots, records how they end, and stops them all.
 
     ``slots`` is a list of core sets; a job runs pinned to the one of its slot, which the next job takes over.
     """
@@ -68,7 +65,7 @@ class Pool:
         return [job for job in self.jobs if job.status == "running"]
 
     def poll(self) -> list[Job]:
-        """One look at everything. Returns the jobs whose status changed."""
+        """Polls all workers and starts waiting jobs. Returns the jobs whose status changed."""
         changed = [job for job in self.running if self._ended(job)]
         free = sorted(set(range(len(self.slots))) - {job.slot for job in self.running})
         waiting = [job for job in self.jobs if job.status == "waiting"]
@@ -76,11 +73,11 @@ class Pool:
             self._start(job, slot)
             changed.append(job)
         for job in self.jobs:
-            job.follower.read()
+            job.tail.read()
         return changed
 
     def stop(self) -> None:
-        """Asks every worker to save and end, and waits for it. What has not ended after a while is killed."""
+        """Asks every worker to save and end, and waits. Those that take longer than SAVING_SECONDS are killed."""
         for job in self.running:
             _send(job, signal.SIGTERM)
         deadline = time.monotonic() + SAVING_SECONDS
@@ -141,7 +138,7 @@ class Pool:
         code = job.process.poll()
         if code is None:
             return False
-        job.follower.read()
+        job.tail.read()
         job.exit_code = code
         if code == 0:
             job.status = "finished"
@@ -152,38 +149,6 @@ class Pool:
         return True
 
 
-@contextlib.contextmanager
-def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
-    """Holds ``folder`` for this process; the lock goes with the process, however it ends.
-
-    Raises OutputError for a folder that cannot be written, or that another process still holds after ``wait`` seconds.
-    """
-    path = folder / LOCK_NAME
-    deadline = time.monotonic() + wait
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(
-            expected=f"to write {path}", got=error.strerror or str(error), do="free space or choose another folder"
-        ) from None
-    with file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() < deadline:
-                    time.sleep(0.1)
-                    continue
-                raise OutputError(
-                    expected=f"{folder} for this process alone",
-                    got="another process is working in it",
-                    do="wait for it to end, or choose another --out",
-                ) from None
-        yield
-
-
 def cores() -> list[int]:
     """The cores this process may use; the same numbers that `taskset` shows."""
     if hasattr(os, "sched_getaffinity"):
@@ -192,13 +157,13 @@ def cores() -> list[int]:
 
 
 def orphaned() -> bool:
-    """Whether this process is a worker whose parent is gone."""
+    """Whether this process is a worker whose parent has died."""
     parent = os.environ.get(PARENT)
     return parent is not None and parent != str(os.getppid())
 
 
 def last_words(log: Path, code: int) -> str:
-    """What a failed worker said at last: its three-part error, or the last line of its traceback."""
+    """The last output of a failed worker: its three-part error, or the last line of its traceback."""
     if code < 0:
         return f"killed by signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
     try:

@@ -7,42 +7,38 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import tomllib
-import types
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from ...errors import ConfigError
+from ...storage.codec import FieldError, MissingField, Rules, UnknownField, decode, encode, toml_value
 
-__all__ = ["from_dict", "keys", "load_toml", "merge", "parse_set", "to_dict", "to_toml"]
+__all__ = ["from_dict", "keys", "load_toml", "merge", "parse_set", "to_toml"]
 
 C = TypeVar("C")
+RULES = Rules(finite=True, comma_lists=True)
 
 
 def from_dict(cls: type[C], data: Mapping[str, Any], where: str = "", root: type | None = None) -> C:
     """Builds dataclass ``cls`` from nested dictionaries; what is missing keeps its default.
 
-    ``where`` is the dotted path that leads here and ``root`` the dataclass that it begins in, for messages.
+    ``where`` is the dotted path of ``data`` and ``root`` the dataclass at its start, for messages.
     Raises ConfigError for an unknown key (with the nearest known one) and for a value of another type.
     """
-    root = root or cls
-    hints = get_type_hints(cls)
-    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
-    for key in data:
-        if key not in known:
-            raise _unknown_key(cls, where + str(key), where, root)
-    missing = [name for name, f in known.items() if name not in data and _is_required(f)]
-    if missing:
-        raise ConfigError(expected=f"{where}{missing[0]} to be set", got="nothing", do=f"add {missing[0]} = ...")
-    return cls(**{key: _convert(hints[key], value, where + key, root) for key, value in data.items()})
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The plain form of a dataclass: only dictionaries, lists, numbers, strings, booleans and None (JSON)."""
-    return _plain(asdict(config))
+    try:
+        return decode(cls, data, RULES, where)
+    except UnknownField as error:
+        raise _unknown_key(error, root or cls) from None
+    except MissingField as error:
+        name = error.path.rpartition(".")[2]
+        raise ConfigError(expected=f"{error.path} to be set", got="nothing", do=f"add {name} = ...") from None
+    except FieldError as error:
+        raise ConfigError(
+            expected=f"{error.path} to be {error.expected}", got=error.got, do=f"set it to {error.expected}"
+        ) from None
 
 
 def to_toml(config: Any) -> str:
@@ -54,7 +50,7 @@ def to_toml(config: Any) -> str:
     sequence_length = 256
     mix = "micro_batch"
     """
-    plain = to_dict(config)
+    plain = encode(config)
     tables = {key: value for key, value in plain.items() if isinstance(value, dict)}
     lines = [f"{key} = {_toml(value)}" for key, value in plain.items() if key not in tables and value is not None]
     for name, table in tables.items():
@@ -85,11 +81,7 @@ def parse_set(items: Iterable[str]) -> dict[str, Any]:
         key, equals, text = item.partition("=")
         if not equals or not key.strip():
             raise ConfigError(expected="--set name=value", got=repr(item), do="for example --set train.lr=1e-3")
-        try:
-            parsed = tomllib.loads(f"v = {text.strip()}")
-            values[key.strip()] = parsed["v"] if len(parsed) == 1 else text.strip()
-        except tomllib.TOMLDecodeError:
-            values[key.strip()] = text.strip()
+        values[key.strip()] = toml_value(text)
     return values
 
 
@@ -122,72 +114,20 @@ def keys(cls: type) -> Iterator[str]:
             yield from (f"{f.name}.{key}" for key in keys(hints[f.name]))
 
 
-def _unknown_key(cls: type, path: str, where: str, root: type) -> ConfigError:
-    known = list(dict.fromkeys([where + key for key in keys(cls)] + list(keys(root))))
+def _unknown_key(error: UnknownField, root: type) -> ConfigError:
+    path, where = error.path, f"{error.table}." if error.table else ""
+    known = list(dict.fromkeys([where + key for key in keys(error.cls)] + list(keys(root))))
     name = path.rsplit(".", 1)[-1]
     near = [key for key in known if key.rsplit(".", 1)[-1] == name] or difflib.get_close_matches(path, known, n=1)
     if not near:  # "stpes" is near to "steps", not to "train.steps"
         last = {key.rsplit(".", 1)[-1]: key for key in known}
         near = [last[match] for match in difflib.get_close_matches(name, last, n=1)]
-    level = [where + f.name for f in fields(cls)]
+    level = [where + f.name for f in fields(error.cls)]
     return ConfigError(
         expected=f"a setting: {', '.join(level)}",
         got=path,
         do=f"did you mean {near[0]}?" if near else "remove it; --print-config lists all settings",
     )
-
-
-def _is_required(f: Any) -> bool:
-    return f.default is MISSING and f.default_factory is MISSING
-
-
-def _convert(hint: Any, value: Any, path: str, root: type) -> Any:
-    """``value`` as the annotated type; only lossless changes: int to float, list to tuple, "a,b" to names."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _convert(next(arg for arg in args if arg is not type(None)), value, path, root)
-    if is_dataclass(hint) and isinstance(hint, type):
-        if isinstance(value, hint):
-            return value
-        if isinstance(value, Mapping):
-            return from_dict(hint, value, path + ".", root)
-    elif origin is tuple:
-        if isinstance(value, str) and args[0] is str:
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        if isinstance(value, list | tuple) and (args[-1] is Ellipsis or len(args) == len(value)):
-            inner = args[:1] * len(value) if args[-1] is Ellipsis else args
-            return tuple(_convert(kind, value[i], f"{path}[{i}]", root) for i, kind in enumerate(inner))
-    elif origin is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
-    elif type(value) is hint:  # not isinstance: True is no whole number
-        return value
-    raise ConfigError(expected=f"{path} to be {_name(hint)}", got=f"{value!r}", do="correct the value")
-
-
-def _name(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is tuple:
-        count = "" if args[-1] is Ellipsis else f"{len(args)} "
-        return f"a list of {count}{_name(args[0])}"
-    if is_dataclass(hint) or origin is dict:
-        return "a table"
-    names = {int: "a whole number", float: "a finite number", str: "a string", bool: "true or false"}
-    return names.get(hint, str(hint))
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _plain(inner) for key, inner in value.items()}
-        case list() | tuple():
-            return [_plain(inner) for inner in value]
-    return value
 
 
 def _toml(value: Any) -> str:

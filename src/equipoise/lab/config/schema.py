@@ -1,6 +1,7 @@
 """What a run is made of: frozen dataclasses, filled from defaults < TOML file < command line, and checked before use.
 
-``load_config`` reads a file, ``to_toml`` writes one; a record stores ``to_dict`` and ``from_dict`` brings it back.
+``load_config`` reads a file, ``to_toml`` writes one; a record stores what `storage.codec.encode` makes of it, and
+``from_dict`` reads that.
 """
 
 from __future__ import annotations
@@ -11,17 +12,27 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import ConfigError, unknown_name
-from .loading import from_dict, load_toml, merge, parse_set, to_dict, to_toml
+from .loading import from_dict, load_toml, merge, parse_set, to_toml
 
-__all__ = ["CompareConfig", "DataConfig", "ModelConfig", "ParallelConfig", "RunConfig", "StrategyConfig", "TrainConfig",
-           "from_dict", "load_config", "parse_set", "to_dict", "to_toml"]  # fmt: skip
+__all__ = ["QUICK", "CompareConfig", "DataConfig", "ModelConfig", "ParallelConfig", "RunConfig", "StrategyConfig",
+           "TrainConfig", "from_dict", "load_config", "parse_set", "to_toml"]  # fmt: skip
 
 GATES = ("auto", "softmax", "sigmoid", "sqrt_softplus")
 CHECKPOINTING = ("none", "reentrant", "non_reentrant")
 MIXES = ("micro_batch", "sequence")
 THROUGH = ("auto", "lab", "transformers")
 PRECISIONS = ("fp32", "bf16")
-LOGGERS = ("wandb", "mlflow")  # see `lab.events`
+LOGGERS = ("wandb", "mlflow")  # see `lab.training.trackers`
+
+QUICK: dict[str, Any] = {  # a look at a comparison, not a result
+    "seeds": 1,
+    "train.steps": 40,
+    "train.warmup": 10,
+    "train.eval_every": 10,
+    "train.eval_sequences": 16,
+    "train.checkpoint_every": 20,
+    "train.fidelity_every": 10,
+}
 
 
 def _precision() -> str:
@@ -63,10 +74,10 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     checkpointing: str = "none"  # recompute layers in backward: none, reentrant, non_reentrant
-    folder: str | None = None  # a Hugging Face model to go on from; it says all above but checkpointing
+    folder: str | None = None  # a Hugging Face model to continue from; it sets all above but checkpointing
     through: str = "auto"  # compute it as transformers does, or as the lab's own model where that is the same (auto)
-    family: str = ""  # its model_type: written when the folder was read
-    biases: str | None = None  # the file beside its weights with expert biases to begin with: written then too
+    family: str = ""  # its model_type: set when the folder was read
+    biases: str | None = None  # a file beside its weights with the initial expert biases: set when the folder was read
 
     def __post_init__(self) -> None:
         _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts"))
@@ -154,7 +165,8 @@ class TrainConfig:
     steps: int = 240
     micro_batches: int = 32
     sequences_per_micro_batch: int = 1
-    micro_batches_per_pass: int = 0  # at most so many run as one forward and backward; 0 = what fits, see `lab.passes`
+    # At most so many micro-batches run as one forward and backward; 0 = what fits, see `lab.training.micro_batching`.
+    micro_batches_per_pass: int = 0
     lr: float = 3e-3
     min_lr_ratio: float = 0.1  # of lr, at the end of the cosine
     warmup: int = 20  # steps
@@ -201,7 +213,7 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """A named list of policies from a file, ``[[strategy]]``; `lab.strategies` says what a policy may hold."""
+    """A named list of policies from a file, ``[[strategy]]``; `lab.config.strategies` lists what they may hold."""
 
     name: str
     policies: tuple[dict[str, Any], ...]
@@ -227,11 +239,11 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How a run lies on processes. Not what the run is: it may go on with another layout, to the same loss curve."""
+    """How a run is distributed over processes; it can be resumed with another layout, to the same loss curve."""
 
-    dp: int = 0  # data ranks: all processes; 0 = as many as there are
-    ep: int = 1  # of them, so many at a time share out the experts of every layer
-    fsdp: bool = False  # shard every parameter, its gradient and its moments over the ranks that would hold the same
+    dp: int = 0  # data-parallel ranks: all processes; 0 = as many as there are
+    ep: int = 1  # expert-parallel degree: the experts of every layer are sharded over so many of them
+    fsdp: bool = False  # shard every parameter, gradient and moment over the ranks that would replicate it
 
     def __post_init__(self) -> None:
         _check_numbers(self, "", may_be_zero=("dp",))
@@ -255,7 +267,7 @@ class ParallelConfig:
             )
         if size % self.ep:
             raise ConfigError(
-                expected="--ep that divides the number of ranks: those that share out experts are data ranks",
+                expected="--ep that divides the number of ranks: expert-parallel ranks are data ranks",
                 got=f"--ep {self.ep} with {size} ranks",
                 do="choose another --ep, or start a multiple of it",
             )
@@ -304,7 +316,7 @@ def load_config(cls: type[C], path: str | Path | None = None, overrides: Mapping
 
 def _choose(data: dict[str, Any], defined: list[Any]) -> dict[str, Any]:
     """A file that defines strategies, read for one run: takes the one that was named, or the only one."""
-    known = {one.name: one for one in (from_dict(StrategyConfig, one, "strategy.") for one in defined)}
+    known = {one.name: one for one in (from_dict(StrategyConfig, one, "strategy") for one in defined)}
     name = data["strategy"] if isinstance(data["strategy"], str) else next(iter(known)) if len(known) == 1 else None
     if name is None:
         raise ConfigError(

@@ -1,8 +1,10 @@
 """Strategies by name: what ``--strategy global+micro`` means, as plain data from which a worker builds its policies.
 
-A model that is given has its gate: `strategy_of` says what a strategy that would choose one does there.
+Their coefficients and rates suit runs of a few hundred steps and are not the library's defaults: ``global`` is
+``AuxLoss("global_batch", coef=0.02, estimator="exact")``, where ``AuxLoss("global_batch")`` has coef 1e-2 and the
+estimator "filled". `describe_names` prints them all. On a pretrained model the gate is fixed: see `strategy_of`.
 
-    none                  no policy: what happens when nothing pushes
+    none                  no policy: routing without balancing
     micro                 the classic loss, f over one micro-batch (GShard, Switch)
     global                f over the whole step (arXiv 2501.11873)
     global+micro          the same with 1 % of its coefficient on each micro-batch (table 5 there)
@@ -15,7 +17,7 @@ A model that is given has its gate: `strategy_of` says what a strategy that woul
 
 Details follow a name, in any order: ``@`` a coefficient or a rate (``global@0.02``, ``loss-free@1e-3``), ``:`` an
 estimator (``global:prefix``), a rule or a schedule (``loss-free:proportional``) or a gate (``micro:sigmoid``). ``+``
-adds, and ``micro->global:100`` changes from one to the other after 100 steps.
+combines, and ``micro->global:100`` switches from one to the other after 100 steps.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ConfigError, unknown_name
 from .schema import GATES, ModelConfig, RunConfig
 
-if TYPE_CHECKING:  # parsing a name needs no torch, so the command line can refuse a wrong one at once
+if TYPE_CHECKING:  # nothing here needs torch to parse a name
     from ...policies import Policy
 
-__all__ = ["NAMES", "Schedule", "Strategy", "parse_strategy", "slug", "strategy_of"]
+__all__ = ["NAMES", "Schedule", "Strategy", "describe_names", "parse_strategy", "slug", "strategy_of"]
 
 COEFFICIENT = 0.02  # of the balance losses; 1e-2 in the papers, whose runs are 1000 times longer
 SOFTMAX_RATE = 0.1  # / E: of the proportional rule, on scores that are about 1/E
@@ -42,7 +44,7 @@ BIAS_RATE = 1e-2  # decaying to 0: the papers' constant 1e-3 needs thousands of 
 
 AUX: dict[str, Any] = {"kind": "AuxLoss", "coef": COEFFICIENT}
 # Of a short run much is lost while routers move fast: the f of the current step. Where the step does not fit one pass
-# (`lab.passes`) it costs a counting pass.
+# (`lab.training.micro_batching`) it costs a counting pass.
 GLOBAL = AUX | {"scope": "global_batch", "estimator": "exact"}
 BIAS: dict[str, Any] = {"kind": "ExpertBias", "rule": "sign", "rate": BIAS_RATE, "schedule": "cosine"}
 
@@ -62,6 +64,7 @@ NAMES: dict[str, list[dict[str, Any]]] = {
     "deepseek-v3": [BIAS, {"kind": "AuxLoss", "scope": "sequence", "coef": 1e-4, "counts": "unbiased"}],
     "z": [{"kind": "ZLoss", "coef": 1e-3}],
 }
+# The library's own names, which only torch can import; tests hold that they are the same.
 KINDS = ("AuxLoss", "ExpertBias", "Switch", "ZLoss")
 ESTIMATORS = ("prefix", "previous", "ema", "filled", "exact")
 RULES = ("sign", "proportional", "rms", "momentum")
@@ -117,13 +120,11 @@ class Strategy:
 
     def check(self, config: RunConfig) -> None:
         """Refuses at once what would be refused when the run starts: a wrong setting, a rule that this gate breaks."""
-        from ...policies import ExpertBias
-        from ...policies.switch import timeline
+        from ...policies.schedule import Schedule
 
         model = self.apply(config.model)
-        for timed in timeline(self.build(config.train.steps)):
-            if isinstance(timed.policy, ExpertBias):
-                timed.policy.check_gate(model.gate, model.experts)
+        for _, bias in Schedule(self.build(config.train.steps)).biases:
+            bias.check_gate(model.gate, model.experts)
 
 
 def parse_strategy(text: str) -> Strategy:
@@ -158,6 +159,25 @@ def parse_strategy(text: str) -> Strategy:
         policies += specs
         gates |= {gate} if gate else set()
     return Strategy(text, tuple(policies), _one_gate(gates, text))
+
+
+def describe_names() -> str:
+    """A line for each policy of each name, at most 80 columns.
+
+    >>> print(describe_names().splitlines()[2])
+      global         AuxLoss(scope='global_batch', coef=0.02, estimator='exact')
+    """
+    lines = []
+    for name, policies in NAMES.items():
+        label = "sequences:N" if name == "sequences" else name
+        for spec in policies or [{}]:
+            shown = {key: spec[key] for key in ("scope", "rule") if key in spec} | spec
+            if name == "sequences":
+                shown["scope"] = label
+            settings = ", ".join(f"{key}={value!r}" for key, value in shown.items() if key != "kind")
+            lines.append(f"  {label:<15}" + (f"{spec['kind']}({settings})" if spec else "no policy"))
+            label = ""
+    return "\n".join(lines)
 
 
 def strategy_of(config: RunConfig) -> Strategy:

@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import DataError, unknown_name
-from ...storage.cache import atomic_write, cache_folder
+from ...storage.cache import OTHER_CACHE, cache_folder
+from ...storage.files import atomic_write
 from .installed_text import DOMAINS, Domain, Unit
 
 __all__ = ["Corpus", "Deduplicator", "Progress", "check_domains", "embedded_corpus", "embedded_fingerprint",
@@ -79,7 +80,7 @@ def embedded_corpus(domains: Sequence[str] | None = None, *, progress: Progress 
 
     ``domains`` selects some of them (None: all that hold at least 2 MB here; the others are named in a warning).
     A file goes as a whole to training or to the held-out part, by a hash of its name. The result is cached, and is the
-    same for the same installed versions, whatever the hash seed. Raises DataError for an unknown domain, for one that
+    same for the same installed versions and any hash seed. Raises DataError for an unknown domain, for one that
     this installation cannot fill, and when fewer than two remain.
     """
     wanted = check_domains(domains, DOMAINS)
@@ -87,7 +88,7 @@ def embedded_corpus(domains: Sequence[str] | None = None, *, progress: Progress 
     corpus = _load(path)
     if corpus is None:
         corpus = _build(wanted, required=domains is not None, progress=progress)
-        atomic_write(path, gzip.compress(json.dumps(asdict(corpus)).encode(), 1, mtime=0))
+        atomic_write(path, gzip.compress(json.dumps(asdict(corpus)).encode(), 1, mtime=0), do=OTHER_CACHE)
     return corpus
 
 
@@ -95,7 +96,7 @@ def embedded_fingerprint(domains: Sequence[str] | None = None) -> str:
     """Changes whenever the embedded corpus may: versions, names and sizes of its files, and the code that cuts them."""
     names = list(domains) if domains else list(DOMAINS)
     digest = hashlib.sha256(f"{TRAIN_BYTES} {HELDOUT_BYTES} {sys.version}".encode())
-    for code in ("corpus.py", "domains.py"):
+    for code in ("corpus.py", "installed_text.py"):
         digest.update(Path(__file__).with_name(code).read_bytes())
     for package in ("torch", "numpy", "sympy", "networkx"):
         with suppress(metadata.PackageNotFoundError):  # then its domains come out empty

@@ -1,4 +1,4 @@
-"""Reads records and text from files, plain or compressed; whatever is wrong is an error with file and line."""
+"""Reads records and text from files, plain or compressed; errors name file and line."""
 
 from __future__ import annotations
 

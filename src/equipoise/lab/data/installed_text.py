@@ -55,7 +55,7 @@ class Domain:
 
 
 def _root(package: str) -> Path | None:
-    """Where a package lies, without importing it. ``stdlib`` is Python's own library."""
+    """The folder of a package, without importing it. ``stdlib`` is Python's own library."""
     if package == "stdlib":
         return Path(sysconfig.get_path("stdlib"))
     spec = importlib.util.find_spec(package)

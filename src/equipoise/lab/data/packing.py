@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, DataError, OutputError, unknown_name
-from ...storage.cache import atomic_folder, atomic_write, cache_folder, one_builder
+from ...storage.cache import OTHER_CACHE, cache_folder, one_builder
+from ...storage.files import atomic_folder, atomic_write, sha256
 from .corpus import Corpus, Progress, check_domains, embedded_corpus, embedded_fingerprint
 from .installed_text import DOMAINS
 from .sources import MAX_BYTES, load_corpus, source_fingerprint
@@ -32,7 +33,7 @@ from .tokenizer import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["MIXES", "Batches", "MicroBatch", "PackedData", "describe", "pack", "prepare"]
+__all__ = ["MIXES", "BatchSampler", "MicroBatch", "PackedData", "describe", "pack", "prepare"]
 
 FORMAT = 1  # raise it when the packing changes: old caches are then left alone
 MAX_HELDOUT_TOKENS = 65_536  # per domain: the mean loss of paired runs is then stable to about 0.01 nats
@@ -121,7 +122,7 @@ def prepare(
         get_tokenizer(corpus, vocab_size, cache=folder)
     target = _packed_folder(folder, corpus.sha256, sizes)
     packed = _packed(target, corpus, tokenizer_path(corpus.sha256), sizes, progress, tokenizer)
-    atomic_write(note, json.dumps({"corpus_sha256": corpus.sha256}).encode())
+    atomic_write(note, json.dumps({"corpus_sha256": corpus.sha256}).encode(), do=OTHER_CACHE)
     return packed
 
 
@@ -189,7 +190,7 @@ def _cut(tokens: np.ndarray, sequence_length: int, max_tokens: int | None = None
 
 def _packed(target: Path, corpus: Corpus, path: Path, *rest: Any) -> PackedData:
     """What is packed already, else packs it."""
-    with one_builder(target):  # without it, a process may find the folder gone that another is just replacing
+    with one_builder(target):  # else a process may look for the folder just while another replaces it
         packed = _open(target, path)
         if packed is None:
             _write(target, corpus, path, *rest)
@@ -214,7 +215,7 @@ def _write(
     end, dtype = END_ID if given is None else given.end, np.uint16 if vocab_size <= 65_536 else np.uint32
     files: dict[str, str] = {}
     heldout_bytes: dict[str, int] = {}
-    with atomic_folder(target) as folder:
+    with atomic_folder(target, do=OTHER_CACHE) as folder:
         for place, domain in enumerate(corpus.domains):
             if progress:
                 progress(f"packing {domain}", place / len(corpus.domains))
@@ -235,10 +236,10 @@ def _write(
                                     got=f"text of {corpus.bytes_of(domain, heldout=split == 'heldout')} bytes",
                                     do="give the domain more text, leave it out, or lower sequence_length")  # fmt: skip
                 np.save(folder / f"{split}-{place}.npy", rows)
-                files[f"{split}-{place}.npy"] = _checksum(folder / f"{split}-{place}.npy")
+                files[f"{split}-{place}.npy"] = sha256(folder / f"{split}-{place}.npy")
         meta = {"format": FORMAT, "name": corpus.name, "domains": corpus.domains, "corpus_sha256": corpus.sha256,
                 "sizes": sizes, "heldout_bytes": heldout_bytes, "files": files,
-                "tokenizer": _checksum(tokenizer_path)}  # fmt: skip
+                "tokenizer": sha256(tokenizer_path)}  # fmt: skip
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     if progress:
         progress("packing", 1.0)
@@ -249,7 +250,7 @@ def _open(folder: Path, tokenizer_path: Path) -> PackedData | None:
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         files = {folder / name: value for name, value in meta["files"].items()} | {tokenizer_path: meta["tokenizer"]}
-        if any(_checksum(path) != value for path, value in files.items()):
+        if any(sha256(path) != value for path, value in files.items()):
             return None
         domains = meta["domains"]
         train, heldout = (
@@ -274,11 +275,6 @@ def _remembered(note: Path) -> str | None:
         return None
 
 
-def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _key(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -291,7 +287,7 @@ def _check_count(name: str, value: object, least: int = 1) -> None:
 # ------------------------------------------------------------------------------------------------- batches
 
 
-class Batches:
+class BatchSampler:
     """The training batches of every step, a pure function of (seed, step): a resumed run needs no state.
 
     A step is ``micro_batches`` micro-batches of ``sequences_per_micro_batch`` windows. ``mix="micro_batch"`` gives each
@@ -301,7 +297,7 @@ class Batches:
 
     >>> rows = {name: np.arange(30, dtype=np.uint16).reshape(10, 3) for name in ("a", "b")}
     >>> data = PackedData(["a", "b"], "", 300, rows, rows, {}, Path("tokenizer.json"))
-    >>> batches = Batches(data, seed=0, sequences_per_micro_batch=2, micro_batches=2)
+    >>> batches = BatchSampler(data, seed=0, sequences_per_micro_batch=2, micro_batches=2)
     >>> [batch.domain_ids_B.tolist() for batch in batches.step(0)]
     [[0, 0], [1, 1]]
     """

@@ -43,7 +43,7 @@ class Part:
 
     path: Path
     rows: Callable[..., Iterator[Row]] | None  # None: a plain text file
-    heldout: bool | None  # None: nothing says so
+    heldout: bool | None  # None: not marked
     domain: str | None = None  # known before reading: the folder's name
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ...errors import ConfigError, DataError
-from ...storage.cache import atomic_write, cache_folder
+from ...storage.cache import OTHER_CACHE, cache_folder
+from ...storage.files import atomic_write
 from .corpus import Corpus
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def get_tokenizer(corpus: Corpus, vocab_size: int, *, cache: Path | None = None)
             return load_tokenizer(path)
         except DataError:
             pass  # damaged: train it again
-    atomic_write(path, _train(corpus, vocab_size).to_str(pretty=True).encode())
+    atomic_write(path, _train(corpus, vocab_size).to_str(pretty=True).encode(), do=OTHER_CACHE)
     return load_tokenizer(path)
 
 
@@ -67,7 +68,7 @@ def given_tokenizer(folder: str | Path, *, cache: Path | None = None) -> GivenTo
     sha256 = hashlib.sha256(text).hexdigest()
     path = (cache or cache_folder()) / "tokenizers" / f"given-{sha256[:32]}.json"
     if not (path.is_file() and path.read_bytes() == text):
-        atomic_write(path, text)
+        atomic_write(path, text, do=OTHER_CACHE)
     end = next(_ends(folder, tokenizer), None)
     if end is None:
         raise DataError(
@@ -140,7 +141,7 @@ def _of_folder(folder: Path) -> Tokenizer:
 
 
 def _ends(folder: Path, tokenizer: Tokenizer) -> Iterator[int]:
-    """The ids that the folder names as the end, the tokenizer's own word first."""
+    """The end-of-text ids that the folder's files name, the tokenizer's own first."""
     token = _json(folder / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     if isinstance(token, str) and (found := tokenizer.token_to_id(token)) is not None:

@@ -1,8 +1,8 @@
-"""Models that are given: a run goes on from a Hugging Face folder, with the lab's own model or a class of transformers.
+"""Pretrained models: a run continues from a Hugging Face folder, with the lab's own model or a class of transformers.
 
-The lab's own where it computes the same; the trainer cannot tell the other from it.
+The lab's own is used where it computes the same function; for the trainer both are a `TrainableLM`.
 
-    adopt(config)    what the folder says about itself, written into the settings; every mismatch is an error here
+    adopt(config)    reads the sizes of the folder's model into the settings; every mismatch is an error here
     build(config)    the model: `LanguageModel`, or `Pretrained` around a class of transformers
 """
 
@@ -29,24 +29,26 @@ from ...storage.balancer_file import FILE
 from ..config.schema import CompareConfig, ModelConfig, RunConfig
 from ..config.strategies import strategy_of
 from ..data.tokenizer import GivenTokenizer, given_tokenizer
-from .hf_folder import read_settings, read_weights
+from .hf_files import read_settings, read_weights
 from .hf_weights import from_hugging_face, join_experts, model_config
+from .protocol import TrainableLM
 from .quantised import dequantised, how_quantised, unreadable
 from .transformer import LanguageModel
 
-__all__ = ["Pretrained", "adopt", "build", "fingerprint", "save_pretrained", "tokenizer_of"]
+__all__ = ["Pretrained", "adopt", "build", "fingerprint", "load_network", "quiet_transformers",
+           "tokenizer_of"]  # fmt: skip
 
-OWN = ("folder", "through", "family", "checkpointing")  # settings that a folder leaves to the user
-SAMPLE = 1 << 20  # bytes of each end of a weight file that tell it from another
+OWN = ("folder", "through", "family", "checkpointing")  # settings that are the user's, not the folder's
+SAMPLE = 1 << 20  # bytes at each end of a weight file that enter its fingerprint
 
 C = TypeVar("C", RunConfig, CompareConfig)
 
 
-class Pretrained(nn.Module):
-    """A causal language model of transformers with the face of `LanguageModel`. Master weights are fp32.
+class Pretrained(TrainableLM):
+    """A causal language model of transformers as a `TrainableLM`. Master weights are fp32.
 
     ``routed`` is the module that a balancer takes. Raises ConfigError for a model without routers (dense), with
-    routers of several sizes, or with routers that no text meets.
+    routers of several sizes, or with routers that text does not reach.
     """
 
     def __init__(self, network: nn.Module, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
@@ -67,12 +69,17 @@ class Pretrained(nn.Module):
     def routed(self) -> nn.Module:
         return self.network
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Empty: a class of transformers is not sharded."""
+        return []
+
     def expert_parameters(self) -> list[nn.Parameter]:
         """Matrices of all experts of a layer in one tensor, (E, ., .), as the classes of transformers hold them."""
         return [p for p in self.parameters() if p.dim() == 3 and len(p) == self.config.experts]
 
     def hidden(self, tokens_BS: Tensor) -> None:
-        """A pass that only counts routing: the head computes one position a sequence, where the class lets it."""
+        """A forward pass for its routing alone: the head computes one position per sequence, if the class can."""
         self._logits(tokens_BS, **self._least)
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
@@ -94,7 +101,7 @@ class Pretrained(nn.Module):
 
 
 def adopt(config: C) -> C:
-    """The configuration with what its model's folder says; unchanged without a folder, or where it was done before.
+    """The configuration with the sizes of its model's folder; unchanged without a folder, or if already adopted.
 
     Raises DataError for a folder that cannot be read, ConfigError for settings that do not fit it: sizes of a model
     that is given, a sequence longer than its positions, a tokenizer with more ids than it has embeddings, a model
@@ -131,13 +138,13 @@ def adopt(config: C) -> C:
     return adopted
 
 
-def build(config: RunConfig, *, compute_dtype: torch.dtype = torch.float32) -> LanguageModel | Pretrained:
+def build(config: RunConfig, *, compute_dtype: torch.dtype = torch.float32) -> TrainableLM:
     """The model that a run begins with. Raises DataError for weights that cannot be read or do not fit."""
     model, seed = strategy_of(config).apply(config.model), config.train.seed
     if model.folder is None:
         return LanguageModel(model, seed=seed, compute_dtype=compute_dtype)
     if model.through == "transformers":
-        network = Pretrained(_load(model.folder, config.model.biases), config.model, compute_dtype=compute_dtype)
+        network = Pretrained(load_network(model.folder, config.model.biases), config.model, compute_dtype=compute_dtype)
         if network.sizes != config.model:
             raise _changed(model.folder)
         return network
@@ -157,7 +164,7 @@ def build(config: RunConfig, *, compute_dtype: torch.dtype = torch.float32) -> L
         )
     if model.biases is not None:
         state |= {f"{name}.expert_bias": bias_E for name, bias_E in _biases(model.folder, model.biases).items()}
-    own.load_state_dict(state, strict=False)  # a bias that the strategy adds begins at zero
+    own.load_state_dict(state, strict=False)  # a bias that the strategy adds starts at zero
     return own
 
 
@@ -167,7 +174,7 @@ def tokenizer_of(model: ModelConfig) -> GivenTokenizer | None:
 
 
 def fingerprint(model: ModelConfig) -> str:
-    """What tells this folder's model from another: names, sizes and both ends of its files."""
+    """Identifies the model in a folder: a hash of names, sizes and both ends of its files."""
     if model.folder is None:
         return ""
     digest = hashlib.sha256()
@@ -181,25 +188,8 @@ def fingerprint(model: ModelConfig) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_pretrained(config: RunConfig, state: dict[str, Any], folder: Path) -> str:
-    """Writes a run's weights as transformers does; returns the class. Raises ConfigError for a bias without a place."""
-    network: Any = _load(str(config.model.folder))
-    if strategy_of(config).selection_bias and _routers(network)[0].expert_bias is None:
-        other = "" if config.model.biases else "export a run of another strategy; "
-        raise ConfigError(
-            expected=f"weights that {type(network).__name__} holds",
-            got="a selection bias, which this class does not have",
-            do=f"{other}this run's bias is in its checkpoints, under balancer: `equipoise inspect RUN` chooses with it",
-        )
-    weights = {key.removeprefix("network."): value for key, value in state["model"].items()}
-    network.load_state_dict(weights)
-    with _silent():
-        network.save_pretrained(folder)
-    return type(network).__name__
-
-
 def _adopted(model: ModelConfig, settings: dict[str, Any]) -> tuple[ModelConfig, int | None]:
-    """(the model as its folder says, how many positions it has)."""
+    """(the model as its folder describes it, the number of its positions)."""
     family, folder = str(settings.get("model_type")), str(model.folder)
     found = biases_beside(folder)
     file = None if found is None else str(found[0])
@@ -213,14 +203,14 @@ def _adopted(model: ModelConfig, settings: dict[str, Any]) -> tuple[ModelConfig,
         except ConfigError:
             if model.through == "lab":
                 raise
-    network: Any = _load(folder, file)
+    network: Any = load_network(folder, file)
     text = network.config.get_text_config()
     named = replace(model, through="transformers", family=family, vocab_size=text.vocab_size, biases=file)
     return Pretrained(network, named).sizes, getattr(text, "max_position_embeddings", None)
 
 
 def _biases(folder: str | None, file: str) -> dict[str, Tensor]:
-    """Those that a run begins with. Raises DataError where they are gone."""
+    """The expert biases that a run begins with. Raises DataError where they are missing."""
     if (found := biases_beside(str(folder))) is None:
         raise DataError(
             expected=f"the expert biases in {file}, as they were when the run was set up",
@@ -230,14 +220,14 @@ def _biases(folder: str | None, file: str) -> dict[str, Tensor]:
     return found[1]
 
 
-def _load(folder: str, biases: str | None = None) -> nn.Module:
-    """The folder's model in fp32, offline and without code of its own; it chooses with the ``biases`` of that file."""
+def load_network(folder: str, biases: str | None = None) -> nn.Module:
+    """The folder's model in fp32, offline and without remote code; ``biases`` is a file of expert biases to load."""
     settings = read_settings(folder)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     expected = f"a causal language model of transformers in {folder}"
     try:
-        with _silent():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             if (how := how_quantised(settings)) is not None and not dequantised(config):
                 raise ConfigError(
@@ -250,7 +240,7 @@ def _load(folder: str, biases: str | None = None) -> nn.Module:
                 output_loading_info=True,
             )  # fmt: skip
             network, said = loaded[0].float(), loaded[1]
-            if how is not None:  # it is saved as a plain model, not by the way back through what was dequantised
+            if how is not None:  # saved as a plain model, not through the inverse of the dequantisation
                 network._weight_conversions = None
     except ConfigError:
         raise
@@ -313,7 +303,7 @@ def _changed(folder: str | None) -> ConfigError:
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and load reports, and no warning about the width of 0 that an absent shared expert has."""
     from transformers.utils import logging
 

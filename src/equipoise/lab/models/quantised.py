@@ -1,6 +1,6 @@
 """Model folders with quantised weights: how they are quantised, and what to do where they cannot be read.
 
-The cause is looked up in ``config.json`` and among the packages: each kind's class in transformers has its own words.
+The cause is found in ``config.json`` and the installed packages: transformers words each kind's error differently.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ NEEDS = {
     "vptq": {"vptq": "vptq"},
 }
 ON_GPU = {"eetq", "fbgemm_fp8", "fp_quant", "higgs", "nvfp4", "spqr", "vptq"}
-OPENS = {"fp8", "mxfp4"}  # transformers makes plain weights of these while it reads them, without further packages
+OPENS = {"fp8", "mxfp4"}  # transformers dequantises these while loading, without further packages
 BEFORE = "take the model from before it was quantised"
 
 
 def how_quantised(settings: Mapping[str, Any]) -> str | None:
-    """In words, or None for plain weights. ``settings`` are those of ``config.json``.
+    """The method and its bits, or None for plain weights. ``settings`` are those of ``config.json``.
 
     >>> how_quantised({"quantization_config": {"quant_method": "gptq", "bits": 4}})
     'gptq, 4 bits'
@@ -66,7 +66,7 @@ def unreadable(settings: Mapping[str, Any], expected: str, found: str, *, cuda: 
     """The error for quantised weights that transformers did not read; None where they are plain.
 
     Args:
-        found: what it said, or what is missing.
+        found: its error, or what is missing.
         cuda: the model was to run on a GPU.
     """
     method, how = _method(settings), how_quantised(settings)
@@ -99,7 +99,7 @@ def _config(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _method(settings: Mapping[str, Any]) -> str | None:
     config = _config(settings)
     if any(config.get(name) for name in ("load_in_4bit", "load_in_8bit")):
-        return "bitsandbytes"  # also where it is not said
+        return "bitsandbytes"  # also without a quant_method
     method = config.get("quant_method")
     return None if method is None else str(getattr(method, "value", method))
 

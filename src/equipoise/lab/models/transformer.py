@@ -1,7 +1,7 @@
 """The lab's language model: a decoder-only transformer with mixture-of-experts layers and Hugging Face weight names.
 
 ``state_dict()`` keys equal those of transformers' Qwen3MoeForCausalLM; `lab.models.hf_weights` maps the other gates.
-Weights, residual stream, routing and loss are fp32; ``compute_dtype`` is what the matrix products run in.
+Weights, residual stream, routing and loss are fp32; ``compute_dtype`` is that of the matmuls.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from ...layers.moe import MoE
 from .cpu_ops.attention import Positions, causal_attention
 from .cpu_ops.loss import linear_cross_entropy, token_losses
 from .cpu_ops.norm import RMSNorm
+from .protocol import TrainableLM
 
 if TYPE_CHECKING:
     from ..config.schema import ModelConfig
-    from .pretrained import Pretrained
 
-__all__ = ["LanguageModel", "active_parameters"]
+__all__ = ["LanguageModel"]
 
 INIT_STD = 0.02  # the usual one; lab-notes/2026-11-22-defaults.md has what 0.04, 0.06 and 0.088 do
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(TrainableLM):
     """Logits or loss of token sequences; the routers are `model.layers.*.mlp.gate`.
 
-    Two models with the same seed and sizes have the same weights, whatever their gates and biases: each weight is drawn
+    Two models with the same seed and sizes have the same weights, for any gate and bias: each weight is drawn
     from a seed made of ``seed`` and its own name. A gate "auto" is softmax.
 
     >>> from equipoise.lab.config.schema import ModelConfig
@@ -54,8 +54,13 @@ class LanguageModel(nn.Module):
 
     @property
     def routed(self) -> nn.Module:
-        """What a balancer takes."""
+        """The module that a Balancer takes."""
         return self
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers, which FSDP shards one by one."""
+        return list(self.model.layers)
 
     def expert_parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.model.layers for p in layer.mlp.experts.parameters()]  # type: ignore[union-attr]
@@ -77,7 +82,7 @@ class LanguageModel(nn.Module):
     def hidden(
         self, tokens_BS: Tensor, *, token_mask_BS: Tensor | None = None, document_ids_BS: Tensor | None = None
     ) -> Tensor:
-        """The normed output of the last layer [B, S, D] in fp32; all that a pass which only counts routing needs.
+        """The normed output of the last layer [B, S, D] in fp32; enough for a forward pass for its routing alone.
 
         Raises InputError for an empty batch.
         """
@@ -112,7 +117,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def token_losses(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
-        """The loss of every token [B, S] (nats, fp32), without gradient; the output layer's products in fp32."""
+        """The loss of every token [B, S] (nats, fp32), without gradient; the output layer computes in fp32."""
         x_TD = self.model(tokens_BS, self.compute_dtype, None, None).flatten(0, 1)
         return token_losses(x_TD, self.lm_head.weight, targets_BS.flatten(), torch.float32).view_as(targets_BS)
 
@@ -191,16 +196,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, positions: Positions) -> Tensor:
         dtype = x_BSD.dtype
-        # one product for all heads: at small widths the calls cost more than the numbers
+        # one matmul for all heads: at small widths the calls cost more than the arithmetic
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]).to(dtype)
         qkv_BSHd = F.linear(x_BSD, weight).unflatten(-1, (-1, self.head_dim))
         y_BSD = causal_attention(qkv_BSHd, self.q_norm.weight, self.k_norm.weight, positions, heads=self.heads,
                                  eps=self.q_norm.eps)  # fmt: skip
         return F.linear(y_BSD, self.o_proj.weight.to(dtype))
-
-
-def active_parameters(model: LanguageModel | Pretrained) -> int:
-    """Parameters that one token uses: all but those of the E - K experts that a layer leaves out."""
-    config = model.config
-    experts = sum(p.numel() for p in model.expert_parameters())
-    return sum(p.numel() for p in model.parameters()) - experts * (config.experts - config.top_k) // config.experts

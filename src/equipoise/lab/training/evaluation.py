@@ -1,4 +1,4 @@
-"""The held-out pass: loss and bits per byte per domain, and how evenly and how specially the experts are used."""
+"""Evaluation on held-out text: loss and bits per byte per domain, load balance and specialization of the experts."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ from ...storage.run_record import Evaluation
 
 if TYPE_CHECKING:
     from ..data.packing import PackedData
-    from ..models.pretrained import Pretrained
-    from ..models.transformer import LanguageModel
-
-    Model = LanguageModel | Pretrained
+    from ..models.protocol import TrainableLM
 
 __all__ = ["evaluate", "shuffled_mutual_information"]
 
@@ -35,7 +32,7 @@ SHUFFLES = 8  # of the domain labels; their mean is the floor of the mutual info
 
 @torch.no_grad()
 def evaluate(
-    model: Model,
+    model: TrainableLM,
     data: PackedData,
     *,
     step: int,
@@ -81,9 +78,9 @@ def evaluate(
 
 
 def shuffled_mutual_information(counts_NLE: Tensor, labels_N: Tensor, *, seed: int = 0) -> list[float]:
-    """Mutual information per layer (nats) when the domain labels are dealt out anew to the sequences: the noise floor.
+    """Mutual information per layer (nats) with domain labels permuted over the sequences: the noise floor.
 
-    Whole sequences are relabelled, because the tokens of one sequence use experts alike whatever its domain.
+    Whole sequences are relabelled, because tokens of one sequence use similar experts in any domain.
 
     >>> counts_NLE = torch.tensor([[[9, 1]], [[9, 1]], [[1, 9]], [[1, 9]]])
     >>> shuffled_mutual_information(counts_NLE, torch.tensor([0, 0, 1, 1]))[0] < 0.37  # 0.368 with the true labels
@@ -97,7 +94,7 @@ def shuffled_mutual_information(counts_NLE: Tensor, labels_N: Tensor, *, seed: i
     return torch.stack(values).mean(dim=0).tolist()
 
 
-def _measured(model: Model, batches: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
+def _measured(model: TrainableLM, batches: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
     """Of every sequence: loss (N,), counts (N, L, E), score (N, L)."""
     routers = _routers(model)
     device = next(model.parameters()).device
@@ -107,7 +104,7 @@ def _measured(model: Model, batches: Sequence[Tensor], group: Group) -> tuple[Te
     try:
         with _watch(routers) as seen:
             for turn in range(0, len(batches), group.size):
-                # where experts are shared out all ranks run equally often: what is left over runs twice, counts once
+                # with expert parallelism all ranks run equally often: what is left over runs twice, counts once
                 batch = batches[min(turn + group.rank, len(batches) - 1)].to(device)
                 found = (
                     _sequence_losses(model, batch),
@@ -144,14 +141,14 @@ class Watched(NamedTuple):
     idle: int = 0  # experts behind the others that do no work: choices of them are no load
 
 
-def _routers(model: Model) -> list[Watched]:
+def _routers(model: TrainableLM) -> list[Watched]:
     own = [module for module in model.modules() if isinstance(module, Router)]
     if own:
         return [Watched(one, one.num_experts, one.gate, lambda routing: (routing.logits_TE, routing.expert_ids_TK))
                 for one in own]  # fmt: skip
     routers = [router for _, router in find_foreign(model.routed, None)]
     for router in routers:
-        if router.meter is None:
+        if router.balance_state is None:
             router.layout.remove()  # nobody balances, so nobody asks how the tokens lie
     return [Watched(one.module, one.num_experts, one.gate, _reader(one), one.idle) for one in routers]
 
@@ -210,7 +207,7 @@ def _equal(labels_N: Tensor, num_domains: int) -> Tensor:
     return place_N < torch.bincount(labels_N, minlength=num_domains).min()
 
 
-def _sequence_losses(model: Model, tokens_BS: Tensor) -> Tensor:
+def _sequence_losses(model: TrainableLM, tokens_BS: Tensor) -> Tensor:
     """Mean nats per token of each sequence."""
     return model.token_losses(tokens_BS[:, :-1], tokens_BS[:, 1:]).double().mean(dim=1)
 

@@ -1,4 +1,4 @@
-"""What a run asks of its process: threads, memory, and signals that end it between two steps."""
+"""Process-wide settings of a run: threads, memory, and signals that stop it between two steps."""
 
 from __future__ import annotations
 
@@ -70,5 +70,5 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 def peak_memory() -> int:
-    """The most bytes that this process has held so far."""
+    """Peak resident memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""How the processes that torchrun has started find each other, and not those of an earlier attempt.
+"""Rendezvous of the processes that torchrun started, without those of an earlier attempt.
 
 torchrun may keep one store for all its restarts (torch 2.13 does). A backend that finds there the addresses of ranks
 that are dead never starts, and the number of restarts is no name for an attempt: it is not the same on every machine.
@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ...errors import StateError
 
-__all__ = ["Store", "meet"]
+__all__ = ["Store", "rendezvous"]
 
 PAUSE = 0.02
 
@@ -25,13 +25,13 @@ class Store(Protocol):
     def check(self, keys: list[str], /) -> bool: ...
 
 
-def meet(store: Store, rank: int, size: int, seconds: float) -> str:
+def rendezvous(store: Store, rank: int, size: int, seconds: float) -> str:
     """A name that the ``size`` processes alive now agree on, and no earlier ones.
 
-    Rank 0 makes it up and tells it to everybody who asks, under a name that only the asking one knows; it goes on when
-    all have used it. Raises StateError where they do not come together within ``seconds``.
+    Rank 0 draws it and answers each rank under a key that only that rank knows; it returns when all ranks have used the
+    name. Raises StateError where they do not come together within ``seconds``.
 
-    >>> len(meet(store=None, rank=0, size=1, seconds=1.0))
+    >>> len(rendezvous(store=None, rank=0, size=1, seconds=1.0))
     32
     """
     mine, deadline = uuid.uuid4().hex, time.monotonic() + seconds

@@ -1,4 +1,4 @@
-"""Copies of a run's record for the eye: TensorBoard, Weights & Biases, MLflow, under the same names. None stops a run.
+"""Experiment trackers: TensorBoard, Weights & Biases and MLflow get the numbers of a run's record. None stops a run.
 
 The names are those of the record: ``balance/maxvio_global``, ``balance/layer_03/maxvio_global``, ... as
 ``Balancer.metrics()`` returns them, then ``train/...`` and ``heldout/...``.
@@ -21,15 +21,15 @@ from typing import Any, Protocol
 from ...errors import ConfigError
 from ...storage.run_record import Evaluation, Step
 
-__all__ = ["PLACES", "TENSORBOARD", "TRACKING_NAME", "Events", "evaluation_values", "require", "step_values"]
+__all__ = ["TENSORBOARD", "TRACKERS", "TRACKING_NAME", "Trackers", "evaluation_values", "require", "step_values"]
 
 TENSORBOARD, TRACKING_NAME = "tensorboard", "tracking.json"
 TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases", "mlflow": "MLflow"}
-PROJECT = "equipoise"  # where others do not say: WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME
+PROJECT = "equipoise"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME is set
 
 
 def step_values(record: Step) -> dict[str, float]:
-    """What is drawn of a step, by name.
+    """The values of a step, by name.
 
     >>> sorted(step_values(Step(1, 2.5, 1e-3, 1.0, 512, 2.0, {"balance/layer_03/maxvio_global": 0.25})))
     ['balance/layer_03/maxvio_global', 'train/grad_norm', 'train/loss', 'train/lr', 'train/tokens_per_second']
@@ -40,7 +40,7 @@ def step_values(record: Step) -> dict[str, float]:
 
 
 def evaluation_values(record: Evaluation) -> dict[str, float]:
-    """What is drawn of an evaluation, by name."""
+    """The values of an evaluation, by name."""
     values = {"heldout/perplexity": record.perplexity, "heldout/loss": record.mean_loss}
     values |= {f"heldout/loss/{name}": loss for name, loss in record.loss.items()}
     values |= {f"heldout/bits_per_byte/{name}": bits for name, bits in record.bits_per_byte.items()}
@@ -50,38 +50,38 @@ def evaluation_values(record: Evaluation) -> dict[str, float]:
     return values
 
 
-class Sink(Protocol):
-    """One place that values go to."""
+class Tracker(Protocol):
+    """One place that values are sent to."""
 
     def add(self, values: dict[str, float], step: int) -> None: ...
 
     def close(self) -> None: ...
 
 
-class Events:
-    """Hands every record to each place. One that fails (a full disk, no network) says so once and is left alone.
+class Trackers:
+    """Sends every record to each tracker. One that fails (a full disk, no network) warns once and is dropped.
 
     Args:
-        folder: of the run; keeps which run at the others this one is, so that a resumed run goes on there.
+        folder: of the run; stores the run ids of the trackers, so that a resumed run continues there.
         tensorboard: event files in ``folder/tensorboard``, with a warning where the package is missing.
-        log: of ``PLACES``; `require` has seen that they are installed.
-        config: of the run, shown beside its curves. step: that it goes on from.
+        log: of ``TRACKERS``; `require` has seen that they are installed.
+        config: of the run, shown beside its curves. step: of the checkpoint that it resumes from.
     """
 
     def __init__(
         self, folder: Path, *, tensorboard: bool = True, log: Sequence[str] = (), config: dict[str, Any] | None = None,
         step: int = 0,
     ) -> None:  # fmt: skip
-        self._sinks: dict[str, Sink] = {}
+        self._trackers: dict[str, Tracker] = {}
         kept = _tracked(folder)
         for name in [*["tensorboard"] * tensorboard, *log]:
             try:
                 if name == "tensorboard":
                     if (board := _tensorboard(folder / TENSORBOARD, step)) is not None:
-                        self._sinks[name] = board
+                        self._trackers[name] = board
                 else:
-                    self._sinks[name] = PLACES[name](folder.name, folder, config or {}, kept)
-            except Exception as error:  # whatever a third package means by not working today
+                    self._trackers[name] = TRACKERS[name](folder.name, folder, config or {}, kept)
+            except Exception as error:  # any error of a third-party package
                 self._give_up(name, error)
         if kept:
             try:
@@ -96,26 +96,26 @@ class Events:
         self._add(evaluation_values(record), record.step)
 
     def close(self) -> None:
-        for name, sink in list(self._sinks.items()):
+        for name, tracker in list(self._trackers.items()):
             try:
-                sink.close()
-            except Exception as error:  # whatever the writer's own thread met
+                tracker.close()
+            except Exception as error:  # any error of the writer's own thread
                 self._give_up(name, error)
 
     def _add(self, values: dict[str, float], step: int) -> None:
-        for name, sink in list(self._sinks.items()):
+        for name, tracker in list(self._trackers.items()):
             try:
-                sink.add(values, step)
+                tracker.add(values, step)
             except Exception as error:  # full disk, dead writer thread, no network
                 self._give_up(name, error)
 
     def _give_up(self, name: str, error: Exception) -> None:
-        self._sinks.pop(name, None)
+        self._trackers.pop(name, None)
         warnings.warn(f"no more {TITLES[name]} events: {error}", stacklevel=4)
 
 
 def require(log: Sequence[str]) -> None:
-    """Raises ConfigError where a place that was asked for is not installed: before a run leaves anything behind."""
+    """Raises ConfigError for a tracker that is not installed, before a run writes anything."""
     for name in log:
         try:
             importlib.import_module(name)
@@ -166,7 +166,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of the experiment equipoise, or of MLFLOW_EXPERIMENT_NAME, where MLFLOW_TRACKING_URI says."""
+    """A run of the experiment equipoise, or of MLFLOW_EXPERIMENT_NAME, at MLFLOW_TRACKING_URI."""
 
     def __init__(self, name: str, folder: Path, config: dict[str, Any], kept: dict[str, str]) -> None:  # noqa: ARG002
         import mlflow  # pyright: ignore[reportMissingImports]
@@ -193,7 +193,7 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
-PLACES = {"wandb": WeightsAndBiases, "mlflow": MLflow}
+TRACKERS = {"wandb": WeightsAndBiases, "mlflow": MLflow}
 
 
 def _allowed(name: str) -> str:
@@ -213,9 +213,9 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _tracked(folder: Path) -> dict[str, str]:
-    """Which run this one is at each place."""
+    """The run ids of earlier parts, by tracker."""
     try:
         kept = json.loads((folder / TRACKING_NAME).read_text(encoding="utf-8"))
-        return {name: kept[name] for name in PLACES if isinstance(kept.get(name), str)}
+        return {name: kept[name] for name in TRACKERS if isinstance(kept.get(name), str)}
     except (OSError, ValueError, AttributeError):
         return {}

@@ -28,20 +28,21 @@ from ... import __version__
 from ...balancer.balancer import Balancer
 from ...errors import ConfigError, DataError, InputError, OutputError, StateError
 from ...policies import AuxLoss, Policy
-from ...policies.switch import timeline
+from ...policies.schedule import Schedule
 from ...storage import checkpoint
-from ...storage.cache import atomic_write
+from ...storage.codec import encode
+from ...storage.files import atomic_write
 from ...storage.run_record import RECORD_NAME, End, Fidelity, Header, Load, Record, RecordWriter, Step, read_run
-from ..config.schema import RunConfig, TrainConfig, from_dict, to_dict
+from ..config.schema import RunConfig, TrainConfig, from_dict
 from ..config.strategies import strategy_of
-from ..data.packing import Batches, prepare
+from ..data.packing import BatchSampler, prepare
 from ..models.pretrained import build, fingerprint, tokenizer_of
-from ..models.transformer import active_parameters
-from .distributed import Parts, World, join
+from ..models.protocol import active_parameters
+from .distributed import RankContext, ShardedModel, join
 from .evaluation import evaluate
-from .micro_batching import largest_pass, passes_of, shuffles
+from .micro_batching import max_pass_size, num_passes, uses_shuffle
 from .process import keep_freed_memory, peak_memory, stop_signals, threads
-from .trackers import Events, require
+from .trackers import Trackers, require
 
 __all__ = ["CHECKPOINTS", "learning_rate", "train"]
 
@@ -55,15 +56,15 @@ def train(
     *,
     resume: bool = False,
     on_step: Callable[[Step], None] | None = None,
-    world: World | None = None,
+    context: RankContext | None = None,
 ) -> Path:
     """Trains one run into ``folder`` and returns the folder.
 
     Args:
-        resume: go on from the newest whole checkpoint (from the start where there is none) instead of refusing a folder
-            that holds a run. The configuration must be the one it began with. A finished run is left as it is.
+        resume: continue from the newest intact checkpoint, or from the start if there is none, instead of refusing a
+            folder that holds a run. The configuration must be the one it began with. A finished run is left as it is.
         on_step: called with each step's record after it was written, on every rank.
-        world: the processes that share the run; default: those that torchrun started, or this one alone (`join`).
+        context: the processes that share the run; default: those that torchrun started, or this one alone (`join`).
 
     Ctrl-C and SIGTERM end the step at hand, save and raise KeyboardInterrupt; a second Ctrl-C stops at once.
 
@@ -74,21 +75,21 @@ def train(
         StateError: the loss or a gradient became NaN or infinite; the weights before that step are saved. Or a rank is
             gone.
     """
-    if world is None:
-        with join() as world:
-            return train(config, folder, resume=resume, on_step=on_step, world=world)
+    if context is None:
+        with join() as context:
+            return train(config, folder, resume=resume, on_step=on_step, context=context)
     folder = Path(folder)
-    world.check(config)
-    earlier, finished = world.decide(lambda: _earlier_run(config, folder, resume))
+    context.check(config)
+    earlier, finished = context.from_rank_0(lambda: _earlier_run(config, folder, resume))
     if finished:
         return folder
     keep_freed_memory()
-    with threads(config.train.threads), world.watched():
-        run = _Run(config, folder, world)
+    with threads(config.train.threads), context.detect_lost_ranks():
+        run = _Run(config, folder, context)
         run.start(earlier)
         with stop_signals() as stop:
             try:
-                while run.step < config.train.steps and not world.any(stop.is_set()):
+                while run.step < config.train.steps and not context.any(stop.is_set()):
                     record = run.train_step()
                     if on_step is not None:
                         on_step(record)
@@ -120,56 +121,57 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 class _Run:
     """What a run holds between two steps: start, then train_step and after_step in turn, then finish or fail, close."""
 
-    writer: RecordWriter | None = None  # of the rank that writes
-    events: Events | None = None
+    writer: RecordWriter | None = None  # on the main rank
+    trackers: Trackers | None = None
 
-    def __init__(self, config: RunConfig, folder: Path, world: World) -> None:
-        self.config, self.folder, self.world = config, folder, world
+    def __init__(self, config: RunConfig, folder: Path, context: RankContext) -> None:
+        self.config, self.folder, self.context = config, folder, context
         train, text, self.strategy = config.train, config.data, strategy_of(config)
-        self.data = world.in_turn(lambda: prepare(
+        self.data = context.local_main_first(lambda: prepare(
             text.data, vocab_size=config.model.vocab_size, sequence_length=text.sequence_length,
             domains=text.domains or None, max_train_tokens=text.max_train_tokens,
             tokenizer=tokenizer_of(config.model)))  # fmt: skip
-        world.check_same("the same text on every machine", self.data.corpus_sha256)
-        self.batches = Batches(self.data, seed=train.seed, sequences_per_micro_batch=train.sequences_per_micro_batch,
-                               micro_batches=train.micro_batches, mix=text.mix)  # fmt: skip
+        context.check_same("the same text on every machine", self.data.corpus_sha256)
+        self.batches = BatchSampler(
+            self.data, seed=train.seed, sequences_per_micro_batch=train.sequences_per_micro_batch,
+            micro_batches=train.micro_batches, mix=text.mix)  # fmt: skip
         torch.manual_seed(train.seed)
         self.fingerprint = fingerprint(config.model)
         self.model = build(config, compute_dtype=DTYPES[train.precision])
         self.sizes = sum(p.numel() for p in self.model.parameters()), active_parameters(self.model)
-        self.parts = Parts(world, self.model)
-        self.optimizer = _optimizer(self.model, train, self.parts.apart)
-        # A run without policies is measured all the same: a loss with coefficient 0 pushes nothing.
+        self.sharded = ShardedModel(context, self.model)
+        self.optimizer = _optimizer(self.model, train, self.sharded.separate_params)
+        # A run without policies is measured too: a loss with coefficient 0 adds no gradient.
         self.policies: list[Policy] = self.strategy.build(train.steps) or [AuxLoss("global_batch", coef=0.0)]
         self.balancer = Balancer(self.model.routed, self.policies, optimizer=self.optimizer,
                                  sequences_per_micro_batch=train.sequences_per_micro_batch,
                                  measure_estimators=train.fidelity_every > 0)  # fmt: skip
         self.random_state = torch.get_rng_state()
-        self.step, self.saved = 0, 0  # the last step that was made, that was saved
+        self.step, self.saved = 0, 0  # the last step done, the last step saved
         self.seconds, self.tokens = 0.0, 0
 
     def start(self, earlier: Header | None) -> None:
-        """Opens the record, at the newest checkpoint of ``earlier``'s run where there is one."""
+        """Opens the record, and loads the newest checkpoint of the run that ``earlier`` began, if there is one."""
         if earlier is not None:
             if earlier.corpus_sha256 != self.data.corpus_sha256:
-                raise self.world.alike(
+                raise self.context.mark_shared(
                     DataError(expected="the text that the run began with", got="text with another checksum",
                               do="bring back the old files, or train into a new folder"))  # fmt: skip
             if earlier.versions.get("model", "") != self.fingerprint:
-                raise self.world.alike(
+                raise self.context.mark_shared(
                     DataError(
                         expected=f"{self.config.model.folder} as it was when the run began",
                         got="other files",
                         do="bring back the old folder, or train into a new one",
                     )
                 )
-            found = self.world.read(lambda: checkpoint.load_latest(self.folder / CHECKPOINTS))
+            found = self.context.broadcast_state(lambda: checkpoint.load_latest(self.folder / CHECKPOINTS))
             if found is not None:
                 self._restore(*found)
-        self.world.decide(self._open)
+        self.context.from_rank_0(self._open)
 
     def _open(self) -> None:
-        """The files of a run, on the rank that writes."""
+        """Opens the files of a run, on the main rank."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -183,15 +185,15 @@ class _Run:
         self.writer.write(self._header())
         train = self.config.train
         if train.tensorboard or train.log:
-            self.events = Events(self.folder, tensorboard=train.tensorboard, log=train.log,
-                                 config=to_dict(self.config), step=self.step)  # fmt: skip
+            self.trackers = Trackers(self.folder, tensorboard=train.tensorboard, log=train.log,
+                                 config=encode(self.config), step=self.step)  # fmt: skip
 
     def train_step(self) -> Step:
         """One optimizer step over all its micro-batches, and its record."""
         train, began = self.config.train, time.perf_counter()
-        micro_batches = self.world.share(self.batches.step(self.step))
-        sequences = torch.cat([tokens_BS for tokens_BS, _ in micro_batches]).to(self.world.device)
-        batches = sequences.chunk(passes_of(len(micro_batches), self._largest_pass()))
+        micro_batches = self.context.shard(self.batches.step(self.step))
+        sequences = torch.cat([tokens_BS for tokens_BS, _ in micro_batches]).to(self.context.device)
+        batches = sequences.chunk(num_passes(len(micro_batches), self._max_pass_size()))
         rate = learning_rate(train, self.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -199,7 +201,7 @@ class _Run:
             loss = self._backward(batches)
         except InputError as error:  # routers refuse NaN
             raise self._not_finite(error.got, together=False) from None
-        loss, norm = self.world.mean(loss), self.parts.combine_gradients(train.clip)
+        loss, norm = self.context.mean(loss), self.sharded.combine_gradients(train.clip)
         if not math.isfinite(loss + norm):
             raise self._not_finite(f"loss {loss}, gradient norm {norm}")
         self.optimizer.step()
@@ -211,16 +213,16 @@ class _Run:
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
         record = Step(self.step, loss, rate, norm, tokens, seconds, self.balancer.metrics())
         self._write(record)
-        if self.events:
-            self.events.step(record)
+        if self.trackers:
+            self.trackers.step(record)
         return record
 
     def after_step(self) -> None:
-        """What is due: loads, fidelity, held-out text; the checkpoint last, so that what is saved is written."""
+        """Writes what is due: loads, fidelity, evaluation; the checkpoint last, after its records."""
         train = self.config.train
         if _due(self.step, train.load_every):
             self._write(Load(self.step, [counts_E.tolist() for counts_E in self.balancer.load()]))
-        if _due(self.step, train.fidelity_every) and (found := self.balancer.fidelity()):
+        if _due(self.step, train.fidelity_every) and (found := self.balancer.estimator_error()):
             self._write(Fidelity(self.step, found["relative_error"], found["cosine"], self._estimators()))
         if _due(self.step, train.eval_every) or self.step == train.steps:
             self.evaluate()
@@ -231,31 +233,31 @@ class _Run:
         train = self.config.train
         record = evaluate(self.model, self.data, step=self.step, sequences=train.eval_sequences,
                           sequences_per_micro_batch=train.sequences_per_micro_batch, mix=self.config.data.mix,
-                          seed=train.seed, group=self.world.group)  # fmt: skip
+                          seed=train.seed, group=self.context.group)  # fmt: skip
         self._write(record)
-        if self.events:
-            self.events.evaluation(record)
+        if self.trackers:
+            self.trackers.evaluation(record)
 
     def save(self) -> None:
-        """A checkpoint of the last whole step; it does not depend on the ranks that made it."""
-        state = self.parts.state(self.optimizer) | {
+        """Saves a checkpoint of the last whole step; it does not depend on the layout."""
+        state = self.sharded.state(self.optimizer) | {
             "balancer": self.balancer.state_dict(),
             "random_state": self.random_state,
             "seconds": self.seconds,
             "tokens": self.tokens,
         }
-        self.world.decide(lambda: checkpoint.save(self.folder / CHECKPOINTS, self.step, state))
+        self.context.from_rank_0(lambda: checkpoint.save(self.folder / CHECKPOINTS, self.step, state))
         self.saved = self.step
 
     def finish(self) -> None:
-        """The end of a run, or a stop between two steps because somebody asked for one."""
+        """Ends a run after its last step, or between two steps when a stop was requested."""
         done = self.step == self.config.train.steps
         if self.saved < self.step:
             self.save()
         self._write(self._end("finished" if done else "interrupted"))
 
     def fail(self, error: BaseException) -> None:
-        """Says in the record why the run ended, if the disk still takes it."""
+        """Writes into the record why the run ended, unless the disk is full."""
         stopped = isinstance(error, KeyboardInterrupt)
         with contextlib.suppress(OutputError):
             self._write(self._end("interrupted" if stopped else "failed", str(error) or type(error).__name__))
@@ -264,25 +266,25 @@ class _Run:
         self.balancer.remove()
         if self.writer:
             self.writer.close()
-        if self.events:
-            self.events.close()
+        if self.trackers:
+            self.trackers.close()
 
     def _restore(self, step: int, state: dict[str, Any]) -> None:
-        self.parts.load(state, self.optimizer)
+        self.sharded.load(state, self.optimizer)
         self.balancer.load_state_dict(state["balancer"])
         self.random_state = state["random_state"]
         torch.set_rng_state(self.random_state)
         self.step = self.saved = step
         self.seconds, self.tokens = state["seconds"], state["tokens"]
 
-    def _largest_pass(self) -> int:
+    def _max_pass_size(self) -> int:
         compares = _due(self.step + 1, self.config.train.fidelity_every)
-        return largest_pass(self.config, self.policies, compares=compares)
+        return max_pass_size(self.config, self.policies, compares=compares)
 
     def _backward(self, batches: Sequence[Tensor]) -> float:
         """Gradients of all micro-batches; returns their mean loss."""
         self.model.train()
-        if self.balancer.needs_counting and (len(batches) > 1 or shuffles(self.policies)):
+        if self.balancer.needs_counting and (len(batches) > 1 or uses_shuffle(self.policies)):
             with self.balancer.counting():
                 for tokens_BS in batches:
                     self.model.hidden(tokens_BS[:, :-1])
@@ -298,19 +300,19 @@ class _Run:
             self.writer.write(record)
 
     def _not_finite(self, got: str, *, together: bool = True) -> StateError:
-        """Saves the weights that the failed step started from, and says where they are.
+        """Saves the weights that the failed step started from; the error names their folder.
 
         ``together``: all ranks know; a rank whose router alone saw a NaN cannot save, because the others train on.
         """
         self.balancer.discard()
         self.optimizer.zero_grad()
-        together = together or self.world.size == 1
+        together = together or self.context.size == 1
         if self.saved < self.step and together:
             self.save()
         error = StateError(expected=f"a finite loss and gradient at step {self.step + 1}", got=got,
                            do=f"lower train.lr or raise train.warmup; the weights after step {self.saved} are in "
                               f"{self.folder / CHECKPOINTS}")  # fmt: skip
-        return self.world.alike(error) if together else error
+        return self.context.mark_shared(error) if together else error
 
     def _header(self) -> Header:
         model, data, train = self.model.config, self.data, self.config.train
@@ -318,11 +320,11 @@ class _Run:
                     "equipoise": __version__}  # fmt: skip
         if self.fingerprint:
             versions["model"] = self.fingerprint
-        if self.world.size > 1:
-            versions["layout"] = str(self.world)
+        if self.context.size > 1:
+            versions["layout"] = str(self.context)
         return Header(
             strategy=self.strategy.name, policies=[repr(policy) for policy in self.policies], seed=train.seed,
-            config=to_dict(self.config), num_layers=model.layers, num_experts=model.experts, top_k=model.top_k,
+            config=encode(self.config), num_layers=model.layers, num_experts=model.experts, top_k=model.top_k,
             domains=list(data.domains), corpus_sha256=data.corpus_sha256, versions=versions,
             parameters=self.sizes[0], active_parameters=self.sizes[1],
             started=datetime.now(UTC).isoformat(timespec="seconds"), resumed_at=self.step,
@@ -332,13 +334,13 @@ class _Run:
         return End(self.step, status, self.seconds, self.tokens, peak_memory(), message)
 
     def _estimators(self) -> list[str]:
-        """Those that this run trains with: the estimators of its losses over the global batch."""
-        losses = [timed.policy for timed in timeline(self.policies) if isinstance(timed.policy, AuxLoss)]
+        """The estimators that this run trains with: those of its losses over the global batch."""
+        losses = [loss for _, loss in Schedule(self.policies).losses]
         return sorted({loss.estimator for loss in losses if loss.scope == "global_batch" and loss.coef != 0})
 
 
 def _earlier_run(config: RunConfig, folder: Path, resume: bool) -> tuple[Header | None, bool]:
-    """Header of the run that the folder already holds, checked against what is asked for, and whether it is over."""
+    """Header of the run in ``folder``, checked against ``config``, and whether that run is finished."""
     if not (folder / RECORD_NAME).exists():
         return None, False
     if not resume:
@@ -347,10 +349,10 @@ def _earlier_run(config: RunConfig, folder: Path, resume: bool) -> tuple[Header 
     try:
         run = read_run(folder)
     except DataError:
-        return None, False  # killed before its first line was whole: nothing was trained
+        return None, False  # killed before its first line was complete: nothing was trained
     header = run.header
-    wanted = json.loads(json.dumps(to_dict(config)))
-    before = json.loads(json.dumps(to_dict(from_dict(RunConfig, header.config))))  # settings that came later
+    wanted = json.loads(json.dumps(encode(config)))
+    before = json.loads(json.dumps(encode(from_dict(RunConfig, header.config))))  # settings that came later
     if before != wanted:
         raise ConfigError(expected=f"the configuration that {folder} began with",
                           got="another " + ", ".join(_differences(before, wanted)),
@@ -366,7 +368,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def _optimizer(model: nn.Module, train: TrainConfig, apart: Sequence[Tensor] = ()) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only. What is sharded over other ranks is in groups ``apart``."""
+    """AdamW with weight decay on matrices only. Parameters in ``apart`` get param groups of their own."""
     own = {id(p) for p in apart}
     groups = []
     for separate in (False, True):

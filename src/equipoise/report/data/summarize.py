@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ...errors import ConfigError, unknown_name
+from ...storage.codec import without_nan
 from ...storage.run_record import Run
 from . import comparability
 from .comparison import Comparison, EstimatorSummary, RunFacts, StrategySummary
@@ -19,7 +20,7 @@ from .order_statistics import random_maxvio
 from .run_view import RunView, mean, usable, view_run
 from .statistics import estimate, paired_difference
 
-__all__ = ["null", "summarize", "to_json"]
+__all__ = ["summarize", "to_json"]
 
 PREFERRED_BASELINE = "micro"  # the usual choice: differences read as what switching away from it changes
 
@@ -78,16 +79,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     data = asdict(comparison)
     for strategy in data["strategies"]:
         del strategy["charts"]
-    return null(data)
-
-
-def null(value: Any) -> Any:
-    """The same with NaN and infinity as None, which JSON can hold."""
-    if isinstance(value, dict):
-        return {str(key): null(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [null(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return without_nan(data)
 
 
 def _group(runs: Sequence[Run], warnings: list[str]) -> dict[str, list[Run]]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import ConfigError
+from ...storage.codec import without_nan
 from ...storage.run_record import Run
 from ..data.comparison import Comparison
 from ..data.inspections import NamedInspection, inspections_json, name_inspections
 from ..data.load import load
-from ..data.summarize import null, summarize, to_json
+from ..data.summarize import summarize, to_json
 from ..html.page import render_html, write_file
 from ..text.comparison import render_terminal
 from ..text.inspections import render_inspections
@@ -46,7 +47,7 @@ class Report:
         """The numbers without the data of the charts."""
         data = to_json(self.comparison) if self.comparison else {"problems": self.problems}
         if self.found:
-            data["inspections"] = null(inspections_json(self.found))
+            data["inspections"] = without_nan(inspections_json(self.found))
         return json.dumps(data, indent=2, allow_nan=False)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, library
 
 __all__ = ["Positions", "causal_attention"]
 
-# Up to this length the scores of a few sequences lie in the cache. Forward + backward of 32 x 256 tokens, 4 heads of
+# Up to this length the scores of a few sequences fit the cache. Forward + backward of 32 x 256 tokens, 4 heads of
 # 32, bf16, one thread, projections included: 60 ms, and 85 by products, softmax and norms under autograd; there,
 # torch's flash kernel takes twice as long as three plain products.
 LONGEST = 512

@@ -10,9 +10,9 @@ from torch import Tensor, library
 
 __all__ = ["linear_cross_entropy", "token_losses"]
 
-# Logits that are worked on together. In bf16 2 MiB, which are still in the cache when softmax and the gradient's
-# products read them: 85 ms for 8192 tokens and 2048 words on one thread, where logits, softmax and their gradients as
-# whole tensors take 170; the products alone take 65.
+# Logits of one chunk. In bf16 2 MiB, which are still in the cache when softmax and the gradient's matmuls read them:
+# 85 ms for 8192 tokens and a vocabulary of 2048 on one thread, where logits, softmax and their gradients as whole
+# tensors take 170; the matmuls alone take 65.
 LOGITS = 1 << 20
 
 
@@ -23,7 +23,7 @@ def linear_cross_entropy(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, dty
     logits' gradient is softmax - onehot, whatever comes after); they are scaled in backward. First order only.
 
     >>> x, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]], requires_grad=True)
-    >>> linear_cross_entropy(x, weight, torch.tensor([1]), torch.float32)  # two words, equally likely: log 2
+    >>> linear_cross_entropy(x, weight, torch.tensor([1]), torch.float32)  # two tokens, equally likely: log 2
     tensor(0.6931, grad_fn=<DivBackward0>)
     """
     differentiable = torch.is_grad_enabled() and (x_TD.requires_grad or weight_VD.requires_grad)
@@ -54,7 +54,7 @@ def _parts(x_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Iterator[tuple
         logits_CV = wider[: len(targets_C1)].copy_(logits_CV)
         chosen_C1, highest_C1 = logits_CV.gather(1, targets_C1), logits_CV.amax(1, keepdim=True)
         probs_CV = torch.softmax(logits_CV, 1, out=logits_CV)
-        # the most likely word's probability cannot be zero, so it says the sum of all exponentials
+        # the most likely token's probability is not zero, so the sum of all exponentials follows from it
         losses_C1 = highest_C1 - probs_CV.amax(1, keepdim=True).log() - chosen_C1
         yield part, probs_CV, losses_C1.squeeze(1)
 

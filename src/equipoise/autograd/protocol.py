@@ -1,0 +1,86 @@
+"""What a balancer asks of a router: the contract between a model and `Balancer`, open to routers of your own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from .router_state import RouterState
+
+__all__ = ["BalancedRouter", "RouterTraits"]
+
+
+class RouterTraits(NamedTuple):
+    """What of a router its sizes do not tell. The defaults are a router that calls `record_logit_grad` itself.
+
+    >>> RouterTraits(normalize=False).weights_form is None
+    True
+    """
+
+    normalize: bool = True  # the K weights are divided by their sum
+    scale: float = 1.0  # and multiplied by this
+    idle_experts: int = 0  # ids from num_experts on that may be chosen and do no work
+    returns_logits: bool = True  # False: probabilities, of which a z-loss knows nothing
+    records_logit_grad: bool = True  # False: the LM's gradient at the logits is computed from that at the weights
+    measures_norms: bool = True  # False: neither is possible
+
+    @property
+    def weights_form(self) -> tuple[bool, float] | None:
+        """(normalize, scale) where the gradient at the logits has to be computed from that at the weights."""
+        return None if self.records_logit_grad else (self.normalize, self.scale)
+
+
+@runtime_checkable
+class BalancedRouter(Protocol):
+    """A router that can be balanced: `equipoise.Router`, another library's through `equipoise.external`, or your own.
+
+    A module of your own that has these attributes, and that passes its weights through `attach_balance_gradient` while
+    ``balance_state`` is set, is found by `Balancer` like ours; it needs no registration. docs/own-router.md has one in
+    forty lines.
+    """
+
+    num_experts: int
+    top_k: int
+    gate: str  # "softmax", "sigmoid" or "sqrtsoftplus": how probabilities follow from logits
+    balance_state: RouterState | None  # set by the balancer, None after remove()
+
+    @property
+    def training(self) -> bool: ...
+
+    @property
+    def module(self) -> nn.Module:
+        """The module in the model: the router itself, or what it stands for."""
+        ...
+
+    @property
+    def traits(self) -> RouterTraits: ...
+
+    @property
+    def expert_bias(self) -> Tensor | None:
+        """(E,) fp32, added to the scores for selection only; None: there is none."""
+        ...
+
+    @property
+    def bias_owner(self) -> str:
+        """Whose it is, for people: "none", "the router's", "the model's e_score_correction_bias", "the balancer's".
+
+        "the balancer's" is in no weights of the model: its checkpoint is the balancer's own.
+        """
+        ...
+
+    @property
+    def batch_context(self) -> Any:
+        """Who knows how its tokens lie (see `equipoise.external.batch_context`); None: it is told with each call."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def enable_selection_bias(self) -> None:
+        """Adds a bias of zeros if there is none yet. Raises ConfigError where none can be added."""
+        ...
+
+    def disable_selection_bias(self) -> None:
+        """Takes away a bias that `enable_selection_bias` added."""
+        ...

@@ -1,0 +1,159 @@
+"""The schedule: which policy acts at which step, under which name, and which loss term of a router is its own.
+
+Built once, when a balancer is made. Nobody else counts policies or looks for their kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ..errors import ConfigError
+from .estimators import shares_at
+from .expert_bias import ExpertBias
+from .losses import AuxLoss, ZLoss
+from .scopes import Sequences
+from .switch import Policy, Switch
+
+__all__ = ["Schedule", "ScheduledPolicy"]
+
+NAMES = {"global_batch": "global", "micro_batch": "micro"}  # of metrics; other scopes are their own
+
+
+@dataclass(frozen=True)
+class ScheduledPolicy:
+    """A policy without switches, and the steps [start, end) at which it acts."""
+
+    policy: AuxLoss | ZLoss | ExpertBias
+    index: int  # in the list that the user wrote
+    start: int = 0
+    end: int | None = None
+    name: str = ""  # unique: of its metrics, and of what is saved for it
+    term: int = -1  # which of a router's loss terms it is; -1: none
+
+    def active(self, step: int) -> bool:
+        return self.start <= step and (self.end is None or step < self.end)
+
+    @property
+    def state_name(self) -> str | None:
+        """What its state is saved under, its options included: those of another rule do not fit. None: no state."""
+        policy = self.policy
+        if not isinstance(policy, ExpertBias) or policy.rule != "momentum":
+            return None
+        return f"{self.name}: momentum(kappa={policy.kappa}, beta={policy.beta})"
+
+
+class Schedule:
+    """The policies of a balancer without switches, in order.
+
+    Raises ConfigError for what is no policy, and for a name that two policies share.
+
+    >>> schedule = Schedule([Switch(at=5, to=AuxLoss("global_batch"), first=AuxLoss("micro_batch")), ZLoss()])
+    >>> [(one.name, one.start, one.end, one.term) for one in schedule]
+    [('micro', 0, 5, 0), ('global', 5, None, 1), ('z', 0, None, -1)]
+    >>> [one.name for one in schedule.losses_at(7)]
+    ['global']
+    """
+
+    def __init__(self, policies: Sequence[Policy]) -> None:
+        flat = [one for index, policy in enumerate(policies) for one in _flatten(policy, index, 0, None)]
+        names, terms = _names([one.policy for one in flat]), iter(range(len(flat)))
+        self._all = tuple(
+            replace(one, name=name, term=next(terms) if isinstance(one.policy, AuxLoss) else -1)
+            for one, name in zip(flat, names, strict=True)
+        )
+        self.losses = tuple((one, one.policy) for one in self._all if isinstance(one.policy, AuxLoss))
+        self.z_losses = tuple((one, one.policy) for one in self._all if isinstance(one.policy, ZLoss))
+        self.biases = tuple((one, one.policy) for one in self._all if isinstance(one.policy, ExpertBias))
+
+    def __iter__(self) -> Iterator[ScheduledPolicy]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """In the order of the policies; those of a switch one after the other."""
+        return tuple(one.name for one in self._all)
+
+    @property
+    def balances_load(self) -> bool:
+        """Whether a policy pushes loads: one with a coefficient or rate of 0 only measures."""
+        return any(loss.coef != 0 for _, loss in self.losses) or any(bias.rate != 0 for _, bias in self.biases)
+
+    @property
+    def shuffles(self) -> bool:
+        return any(loss.scope == "shuffle" for _, loss in self.losses)
+
+    @property
+    def ema_decays(self) -> set[float]:
+        return {loss.decay for _, loss in self.losses if loss.estimator == "ema"}
+
+    def losses_at(self, step: int) -> list[AuxLoss]:
+        """The balance losses that act at a step."""
+        return [loss for one, loss in self.losses if one.active(step)]
+
+    def counts_needed(self, step: int, number: int, *, counted: bool, measuring: bool) -> str:
+        """What backward has to know of other ranks at micro-step ``number`` (1 = the first of its step).
+
+        "micro_step": the counts of this micro-step; "step": those of the step so far; "none". ``counted``: there was a
+        counting pass; ``measuring``: all estimators are compared.
+        """
+        losses = self.losses_at(step)
+        if measuring or any(loss.needs_current(counted=counted) for loss in losses):
+            return "micro_step"
+        return "step" if shares_at(number) and any(loss.shares for loss in losses) else "none"
+
+    def has_gradient(self, step: int) -> bool:
+        """Whether a loss of any kind acts at a step."""
+        return any(one.active(step) for one, _ in (*self.losses, *self.z_losses))
+
+
+def _flatten(policy: Policy | None, index: int, start: int, end: int | None) -> list[ScheduledPolicy]:
+    match policy:
+        case None:
+            return []
+        case Switch(at, to, first):
+            until = at if end is None else min(at, end)
+            before = _flatten(first, index, start, until) if until > start else []
+            after = _flatten(to, index, max(at, start), end) if end is None or max(at, start) < end else []
+            return before + after
+        case AuxLoss() | ZLoss() | ExpertBias():
+            return [ScheduledPolicy(policy, index, start, end)]
+    raise ConfigError(
+        expected="policies: AuxLoss, ZLoss, ExpertBias or Switch",
+        got=repr(policy),
+        do='for example [AuxLoss(scope="global_batch", coef=1e-2)]',
+    )
+
+
+def _names(policies: Sequence[AuxLoss | ZLoss | ExpertBias]) -> list[str]:
+    """Their own, else by what they are: global, micro, z, bias; the second of a kind is micro_2."""
+    chosen = [policy.name for policy in policies if policy.name is not None]
+    if twins := sorted({name for name in chosen if chosen.count(name) > 1}):
+        raise ConfigError(
+            expected="a name of its own for each policy",
+            got=f"name={twins[0]!r} on {chosen.count(twins[0])} of them",
+            do="give them other names, or none: then they are global, micro, micro_2, ...",
+        )
+    names: list[str] = []
+    for policy in policies:
+        name = kind = policy.name or _kind(policy)
+        number = 1
+        while name in names or (policy.name is None and name in chosen):
+            number += 1
+            name = f"{kind}_{number}"
+        names.append(name)
+    return names
+
+
+def _kind(policy: AuxLoss | ZLoss | ExpertBias) -> str:
+    match policy:
+        case ZLoss():
+            return "z"
+        case ExpertBias():
+            return "bias"
+        case AuxLoss(scope=Sequences(n)):
+            return f"sequences_{n}"
+    return NAMES.get(str(policy.scope), str(policy.scope))
