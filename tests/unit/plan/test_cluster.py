@@ -40,7 +40,7 @@ def test_a_micro_batch_is_one_sequence_where_only_that_is_given():
         ({"layers": 0}, "layers > 0"),
         ({"layers": 2.5}, "a whole number"),
         ({"recompute": 1}, "true or false"),
-        ({"placement": 1}, "a name for placement"),
+        ({"placement": 1}, "a string for placement"),
         ({"tflops": float("nan")}, "tflops"),
         ({"overlap": 1.5}, "between 0 and 1"),
         ({"sync": "steps"}, "did you mean 'step'"),
