@@ -1,4 +1,4 @@
-"""Figures for a notebook: curves, MaxVio, loads over time, experts by domain. Needs plotly once one is drawn."""
+"""Figures for a notebook: curves, MaxVio, loads over time, experts by domain. Drawing one needs plotly."""
 
 from __future__ import annotations
 

@@ -1,22 +1,11 @@
-"""``equipoise report RUN...``: the table, the page, the numbers and the pictures of runs and inspections."""
+"""``equipoise report RUN...``: tables, page, CSV and pictures of runs and inspections."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from ..report.data.inspections import Named
-    from ..report.data.summarize import Comparison
-    from ..storage.run_record import Run
+from ..errors import ConfigError
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
@@ -28,7 +17,6 @@ examples:
   equipoise report runs/now --watch               the page follows the run; Ctrl-C, or the run's end, ends it
 """
 EVERY = 10.0  # seconds
-LOOK = 0.5  # seconds between two looks at the files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,61 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@dataclass(frozen=True)
-class Report:
-    """What was read, and the numbers of it."""
-
-    runs: list[Run]
-    comparison: Comparison | None
-    found: list[Named]
-    problems: list[str]  # those that the comparison does not carry
-
-    def html(self, live: float = 0) -> str:
-        from ..report.html.page import render_html
-
-        inspections = [one.inspection for one in self.found]
-        return render_html(self.comparison, inspections, problems=self.problems, live=live)
-
-    def text(self) -> str:
-        from ..report import render_terminal
-        from ..report.data.inspections import render_inspections
-
-        parts = [render_terminal(self.comparison)] if self.comparison else []
-        parts += [render_inspections(self.found)] if self.found else []
-        return "\n".join(parts) + "".join(f"! {problem}\n" for problem in self.problems)
-
-    def json(self) -> str:
-        from ..report import to_json
-        from ..report.data.inspections import inspections_json
-        from ..storage.codec import without_nan
-
-        data = to_json(self.comparison) if self.comparison else {"problems": self.problems}
-        if self.found:
-            data["inspections"] = without_nan(inspections_json(self.found))
-        return json.dumps(data, indent=2, allow_nan=False)
-
-
-def read(paths: Sequence[str], baseline: str | None) -> Report:
-    from ..report import load, summarize
-    from ..report.data.inspections import named
-
-    runs, inspections, problems = load(paths)
-    comparison = summarize(runs, baseline=baseline, problems=problems) if runs else None
-    if comparison is None and baseline is not None:
-        raise ConfigError(expected="runs, where --baseline is given", got="inspections only", do="leave --baseline out")
-    found = named(inspections, len(comparison.strategies) if comparison else 0)
-    return Report(runs, comparison, found, [] if comparison else problems)
-
-
 def run(args: argparse.Namespace) -> int:
-    from ..report.html.page import write_file
+    from ..report.export.follow import follow
+    from ..report.export.outputs import read_report, write_outputs
 
     if args.watch:
-        return _watch(args)
-    report = read(args.runs, args.baseline)
-    html = report.html() if args.out or args.png else ""
-    written = [f"Report: {write_file(args.out, html)}"] if args.out else []
-    written += _others(args, report, html)
+        _check_watch(args)
+        report, page = follow(
+            args.runs, args.out, baseline=args.baseline, every=args.every, say=lambda line: print(line, file=sys.stderr)
+        )
+        written = write_outputs(report, csv=args.csv, png=args.png, dark=args.dark)
+        print("\n".join([*written, f"Report: {page}"]))
+        return 0
+    report = read_report(args.runs, args.baseline)
+    written = write_outputs(report, out=args.out, csv=args.csv, png=args.png, dark=args.dark)
     if args.json:
         print(report.json())
         return 0
@@ -119,69 +66,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _others(args: argparse.Namespace, report: Report, html: str) -> list[str]:
-    """Numbers and pictures, as far as they were asked for."""
-    from ..report.export.csv import write_csv
-    from ..report.export.png import write_pictures
-
-    done = []
-    if args.csv:
-        done += [f"Numbers: {path}" for path in write_csv(args.csv, report.comparison, report.runs, report.found)]
-    if args.png:
-        made = write_pictures(html, args.png, scheme="dark" if args.dark else "light")
-        done.append(f"Pictures: {made[0]}" if len(made) == 1 else f"Pictures: {len(made)} in {args.png}")
-    return done
-
-
-def _watch(args: argparse.Namespace) -> int:
-    """Rewrites the page when a file behind it changes. The last page, also after Ctrl-C, no longer refreshes itself."""
-    from ..report.export.follow import goes_on, signature
-    from ..report.html.page import write_file
-
+def _check_watch(args: argparse.Namespace) -> None:
     if args.json:
         raise ConfigError(expected="--watch or --json", got="both", do="leave one out: --watch writes a page")
     if not args.every > 0:
         raise ConfigError(expected="--every above 0", got=str(args.every), do="10 is usual")
-    page = Path(args.out) if args.out else _beside(Path(args.runs[0]))
-    before, report, said = None, None, ""
-    try:
-        while True:
-            now = signature(args.runs)
-            if now != before:
-                before = now
-                try:
-                    report = read(args.runs, args.baseline)
-                except DataError as error:  # a run that begins in a moment has no header yet
-                    report, text = None, f"waiting: expected {error.expected}, got {error.got}"
-                else:
-                    live = goes_on(args.runs, report.runs)
-                    write_file(page, report.html(live=args.every if live else 0))
-                    if not live:
-                        break
-                    text = f"{page}: {_progress(report)}"
-                if text != said:
-                    print(text, file=sys.stderr)
-                    said = text
-                time.sleep(args.every)
-            else:
-                time.sleep(LOOK if args.every > LOOK else args.every)
-    except KeyboardInterrupt:
-        if report is not None:
-            write_file(page, report.html())
-        raise
-    for line in _others(args, report, report.html()):
-        print(line)
-    print(f"Report: {page}")
-    return 0
-
-
-def _beside(path: Path) -> Path:
-    return (path if path.is_dir() else path.parent) / "report.html"
-
-
-def _progress(report: Report) -> str:
-    states: dict[str, int] = {}
-    for one in report.runs:
-        states[one.status] = states.get(one.status, 0) + 1
-    last = max((one.steps[-1].step for one in report.runs if one.steps), default=0)
-    return ", ".join(f"{count} {status}" for status, count in states.items()) + f", step {last}"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import textwrap
 
 from ..report.data.formatting import clean
+from ..report.text.table import align, rule, wrap
 from ..storage.inspection_record import Inspection, Layer
 
 __all__ = ["summarize_inspection"]
 
-WIDTH = 80
 CLEAR = 2.0  # times what chance shows
 
 
@@ -22,9 +21,9 @@ def summarize_inspection(found: Inspection) -> str:
             f"{tokens:,} tokens of {len(found.domains)} domains")  # fmt: skip
     if facts.biases is not None:
         head += f"; chosen with the expert biases of {facts.biases}"
-    parts = [_wrap(head), "\n".join(_wrap(line, "  ") for line in _findings(found)), _table(found)]
+    parts = [wrap(clean(head)), "\n".join(wrap(clean(line), "  ") for line in _findings(found)), _table(found)]
     if found.problems:
-        parts.append("\n".join(_wrap(f"note: {problem}") for problem in found.problems))
+        parts.append("\n".join(wrap(clean(f"note: {problem}")) for problem in found.problems))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -92,25 +91,21 @@ def _second(found: Inspection) -> list[str]:
 
 def _table(found: Inspection) -> str:
     """One line per layer; information is corrected for its bias."""
-    names = (("MaxVio", 8), ("random", 8), ("micro", 7), ("seq", 7), ("dead", 6), ("idle", 6), ("info", 8),
-             ("chance", 8), ("entropy", 9), ("ids", 6))  # fmt: skip
-    head = "layer " + "".join(name.rjust(width) for name, width in names)
-    lines = [head, "─" * len(head)]
-    for i, layer in enumerate(found.layers):
-        info = f"{layer.information_corrected:.3f}" if layer.information_corrected is not None else "-"
-        chance = f"{layer.information_shuffled:.3f}" if layer.information_shuffled is not None else "-"
-        lines.append(
-            f"{i:<6}{layer.maxvio_global:>8.2f}{layer.noise_global:>8.2f}{layer.maxvio_micro_batch:>7.2f}"
-            f"{layer.maxvio_sequence:>7.2f}{len(layer.dead):>6}{len(layer.idle):>6}{info:>8}{chance:>8}"
-            f"{layer.entropy_token / max(math.log(layer.num_experts), 1e-9):>8.0%} {layer.id_share:>5.0%}"
-        )
-    return "\n".join(lines)
+    head = ["layer", "MaxVio", "random", "micro", "seq", "dead", "idle", "info", "chance", "entropy", "ids"]
+    rows = [_row(i, layer) for i, layer in enumerate(found.layers)]
+    lines = align([head, *rows], gaps=(0,), least=(6, 8, 8, 7, 7, 6, 6, 8, 8, 9, 6))
+    return "\n".join([lines[0], rule(len(lines[0])), *lines[1:]])
+
+
+def _row(index: int, layer: Layer) -> list[str]:
+    entropy = layer.entropy_token / max(math.log(layer.num_experts), 1e-9)
+    loads = (layer.maxvio_global, layer.noise_global, layer.maxvio_micro_batch, layer.maxvio_sequence)
+    information = (layer.information_corrected, layer.information_shuffled)
+    return [str(index), *(f"{one:.2f}" for one in loads), str(len(layer.dead)), str(len(layer.idle)),
+            *("-" if one is None else f"{one:.3f}" for one in information),
+            f"{entropy:.0%} ", f"{layer.id_share:.0%} "]  # fmt: skip
 
 
 def _sizes(found: Inspection) -> str:
     sizes = list(dict.fromkeys((layer.num_experts, layer.top_k) for layer in found.layers))
     return ", ".join(f"{experts} experts top-{top_k}" for experts, top_k in sizes[:3])
-
-
-def _wrap(text: str, indent: str = "") -> str:
-    return textwrap.fill(clean(text), WIDTH, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False)

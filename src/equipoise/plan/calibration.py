@@ -7,16 +7,15 @@ micro-batch, 512 a step. Balanced over 8 sequences a step takes 1.55 s, over 128
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from .cluster import Cluster, describe
 from .cost import StepTime, step_time, work
-from .loads import Skew, expected_maxvio
+from .loads import Skew, bisect, expected_maxvio
 from .straggler import Straggler, straggler
 from .typical_skews import TYPICAL
 
-__all__ = ["PAPER", "Check", "CheckRow", "check", "paper_cluster"]
+__all__ = ["PAPER", "Calibration", "CalibrationRow", "calibrate", "paper_cluster"]
 
 PAPER = {"micro": 1.55, "global": 1.64, "global+micro": 1.59}  # seconds per step
 TOTAL, ACTIVE = 42.8e9, 6.6e9
@@ -26,8 +25,8 @@ LAB_GLOBAL = Skew(0.12, 0.86)  # 300 steps of the lab under a global loss
 
 
 @dataclass(frozen=True)
-class CheckRow:
-    """One strategy: what the paper measured, what the model says, and what was ``fitted`` so that they agree."""
+class CalibrationRow:
+    """One strategy: seconds in the paper and of the model, and the parameter ``fitted`` to make them agree."""
 
     name: str
     paper: float
@@ -39,20 +38,20 @@ class CheckRow:
 
 
 @dataclass(frozen=True)
-class Check:
-    """Table 5 again. ``efficiency`` and two skews are fitted; what is left is predicted."""
+class Calibration:
+    """Table 5 as the model gives it: ``efficiency`` and two skews are fitted, the rest is predicted."""
 
     cluster: Cluster
     efficiency: float
-    waited: float  # share of an even step that the slowest rank stretches
-    rows: list[CheckRow]
-    sums: float  # the balancer's sums, as a share of the first row: the paper says about 0.01
-    hidden: float  # the last row's cost if these sums were hidden: the paper says it can be below 0.02
-    from_lab: float  # seconds of `global` with the lab's loads: only the efficiency is fitted
+    waited: float  # fraction of a balanced step that scales with the slowest rank
+    rows: list[CalibrationRow]
+    sums: float  # all-reduces of the balancer as a fraction of the first row: about 0.01 in the paper
+    hidden: float  # cost of the last row if these were overlapped: below 0.02 in the paper
+    from_lab: float  # seconds of `global` with loads of the lab: only the efficiency is fitted
 
 
 def paper_cluster(gpus: int = 128) -> Cluster:
-    """The paper's model on assumed H100: total and active parameters give those of an expert, and so its width.
+    """The model of the paper on assumed H100; total and active parameters determine the width of an expert.
 
     >>> paper_cluster().expert_hidden, paper_cluster().micro_batches
     (393, 4)
@@ -66,25 +65,29 @@ def paper_cluster(gpus: int = 128) -> Cluster:
     return describe(None, "h100", settings)
 
 
-def check(cluster: Cluster | None = None, *, seed: int = 0) -> Check:
-    """Fits the efficiency on the first row and one skew on each other row; predicts the rest."""
+def calibrate(cluster: Cluster | None = None, *, seed: int = 0) -> Calibration:
+    """Fits the efficiency to the first row and one skew to each other row, and predicts the rest.
+
+    Args:
+        cluster: the model and its machine; None for `paper_cluster`. seed: of the simulation.
+    """
     start = cluster or paper_cluster()
 
     def time(on: Cluster, skew: Skew, counts: bool = True) -> StepTime:
         return step_time(on, straggler(skew, on, seed=seed), counts=counts)
 
     micro = TYPICAL["micro"]
-    efficiency = _solve(lambda x: -time(replace(start, efficiency=x), micro, False).total, -PAPER["micro"], 0.01, 1.0)
+    efficiency = bisect(lambda x: -time(replace(start, efficiency=x), micro, False).total, -PAPER["micro"], 0.01, 1.0)
     on = replace(start, efficiency=efficiency)
     first = time(on, micro, False)
     corpus = TYPICAL["global"].corpus
 
     def skew_of(name: str) -> Skew:
-        return Skew(corpus, _solve(lambda x: time(on, Skew(corpus, x)).total, PAPER[name], 0.0, 4.0))
+        return Skew(corpus, bisect(lambda x: time(on, Skew(corpus, x)).total, PAPER[name], 0.0, 4.0))
 
     skews = {"micro": micro, "global": skew_of("global"), "global+micro": skew_of("global+micro")}
     rows = [
-        CheckRow(
+        CalibrationRow(
             name=name,
             paper=PAPER[name],
             model=time(on, skew, name != "micro").total,
@@ -97,7 +100,7 @@ def check(cluster: Cluster | None = None, *, seed: int = 0) -> Check:
     ]
     sums = time(on, skews["global"]).balance_sums
     even = on.micro_batches * (work(on).dense + work(on).waited)
-    return Check(
+    return Calibration(
         cluster=on,
         efficiency=efficiency,
         waited=on.micro_batches * work(on).waited / even,
@@ -106,11 +109,3 @@ def check(cluster: Cluster | None = None, *, seed: int = 0) -> Check:
         hidden=(rows[2].model - sums) / first.total - 1,
         from_lab=time(on, LAB_GLOBAL).total,
     )
-
-
-def _solve(f: Callable[[float], float], target: float, low: float, high: float) -> float:
-    """Where the rising ``f`` reaches ``target``, by halving; an end of the interval where it never does."""
-    for _ in range(15):
-        middle = (low + high) / 2
-        low, high = (middle, high) if f(middle) < target else (low, middle)
-    return (low + high) / 2

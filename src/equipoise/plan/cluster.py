@@ -1,4 +1,4 @@
-"""The description of a cluster and of the model on it: one flat table of numbers, its units in the names."""
+"""The description of a cluster and of the model on it: a flat table of numbers with units in their names."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MOST = {"experts": 2**16, "ep": 2**20, "tokens": 2**24, "top_k": 2**10}  # what 
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs, links and a model; the defaults are Qwen3-30B-A3B on 64 H100 with 8 ranks sharing out the experts.
+    """GPUs, links and a model; the defaults are Qwen3-30B-A3B on 64 H100 with expert parallelism over 8 ranks.
 
-    Raises ConfigError where the numbers contradict each other.
+    Raises ConfigError if the numbers contradict each other.
 
     >>> Cluster(ep=8).experts_per_rank, Cluster(ep=256, gpus=256, replicas=2).experts_per_rank
     (16, 1)
@@ -35,36 +35,36 @@ class Cluster:
     # the machine
     gpus: int = 64  # all of them
     gpus_per_node: int = 8
-    tflops: float = 989.0  # peak of one GPU in the precision of the matrix products
-    efficiency: float = 0.4  # share of it that the products reach
+    tflops: float = 989.0  # peak of one GPU in the precision of the matmuls
+    efficiency: float = 0.4  # fraction of it that matmuls reach
     intra_gb_s: float = 450.0  # one GPU to others of its node, one direction
     inter_gb_s: float = 50.0  # one GPU to other nodes, one direction
-    link_efficiency: float = 0.8  # share of both that an exchange reaches
-    latency_us: float = 14.0  # to begin an exchange
-    hop_us: float = 8.5  # per hop of a sum's tree between nodes
+    link_efficiency: float = 0.8  # fraction of both that a collective reaches
+    latency_us: float = 14.0  # to start a collective
+    hop_us: float = 8.5  # per hop of an all-reduce tree between nodes
     # the model
     layers: int = 48  # with experts
     experts: int = 128
     top_k: int = 8
     width: int = 2048
     expert_hidden: int = 768
-    dense_parameters: float = 1.23e9  # that every token uses beside routed experts; no input embedding
+    dense_parameters: float = 1.23e9  # used by every token besides routed experts; without the input embedding
     attention_width: int = 4096  # heads * head dimension
     # the step
-    ep: int = 8  # ranks that share out the experts of a layer
-    replicas: int = 1  # copies of every expert among them; each takes an equal part of its tokens
-    placement: str = "contiguous"  # or strided, packed (largest first onto the emptiest rank)
+    ep: int = 8  # expert-parallel degree
+    replicas: int = 1  # copies of every expert in a group; each gets an equal part of its tokens
+    placement: str = "contiguous"  # or strided, packed (largest first, onto the least loaded rank)
     tokens: int = 4096  # of one GPU's micro-batch
-    sequence: int = 4096  # tokens in a row that come from one source
+    sequence: int = 4096  # consecutive tokens from one source
     micro_batches: int = 8  # per optimizer step
-    recompute: bool = False  # the forward pass a second time
-    overlap: float = 0.0  # share of the all-to-all that computation hides
-    overlap_gradients: float = 1.0  # the same of the sum of gradients
-    once_per_node: bool = False  # a token goes to another node once, however many of its experts are there
+    recompute: bool = False  # activation checkpointing: forward runs twice
+    overlap: float = 0.0  # fraction of the all-to-all hidden by computation
+    overlap_gradients: float = 1.0  # the same for the all-reduce of gradients
+    once_per_node: bool = False  # a token is sent to another node once, however many of its experts are there
     activation_bytes: int = 2
     gradient_bytes: int = 4
     dense_ms: float = 0.0  # of one micro-batch, forward and backward; 0: from dense_parameters
-    sync: str = "micro_batch"  # how often a global loss sums its counts: step, micro_batch, layer
+    sync: str = "micro_batch"  # how often a global loss all-reduces its counts: step, micro_batch, layer
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -78,36 +78,36 @@ class Cluster:
 
     @property
     def groups(self) -> int:
-        """Groups of ``ep`` ranks; each holds all experts."""
+        """Number of groups of ``ep`` ranks; each group holds all experts."""
         return self.gpus // self.ep
 
     @property
     def parts(self) -> int:
-        """Different sets of experts among the ranks of a group; ranks with the same set share its tokens evenly."""
+        """Number of different expert shards in a group; ranks with the same shard split its tokens evenly."""
         return self.ep // self.replicas
 
     @property
     def sources(self) -> int:
-        """Stretches of text of one source that a group routes together in one micro-batch."""
+        """Number of single-source sequences that a group routes in one micro-batch."""
         return self.ep * max(1, round(self.tokens / self.sequence))
 
     @property
     def pairs(self) -> int:
-        """(token, choice) pairs that a group routes in one micro-batch and layer."""
+        """Number of (token, choice) pairs that a group routes in one micro-batch and layer."""
         return self.ep * self.tokens * self.top_k
 
     @property
     def expert_parameters(self) -> int:
-        """Of one routed expert in one layer: the three matrices of a gated network."""
+        """Parameters of one routed expert in one layer: three matrices of a gated MLP."""
         return 3 * self.width * self.expert_hidden
 
 
 def describe(preset: str | None = None, gpu: str | None = None, settings: Mapping[str, Any] | None = None) -> Cluster:
-    """The cluster of a model's preset, a GPU's preset and single settings, later ones first.
+    """A cluster from presets of a model and a GPU and single settings; later arguments override earlier ones.
 
-    GPUs that nobody asked for are raised to a multiple of ``ep``.
+    Unless ``gpus`` is a setting, it is rounded up to a multiple of ``ep``.
 
-    Raises ConfigError for names that do not exist, and for what Cluster refuses.
+    Raises ConfigError for unknown names and for values that ``Cluster`` rejects.
 
     >>> describe("deepseek-v3", "h800", {"ep": 64, "gpus": 2048}).experts_per_rank
     4
@@ -131,7 +131,7 @@ def describe(preset: str | None = None, gpu: str | None = None, settings: Mappin
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The settings in a file; ``preset`` and ``gpu`` may be among them. Raises DataError for what cannot be read."""
+    """The settings in a file, ``preset`` and ``gpu`` included. Raises DataError if it cannot be read."""
     try:
         data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

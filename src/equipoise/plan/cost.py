@@ -1,7 +1,7 @@
-"""Seconds and bytes of one optimizer step: what every rank does, and what the slowest rank adds.
+"""Seconds and bytes of one optimizer step: the work of every rank, and the time that the slowest rank adds.
 
-One micro-batch and layer takes F * (expert products + four all-to-alls), F the straggler factor: all ranks of a group
-wait for its slowest one. Groups wait for each other where something is summed over all ranks.
+One micro-batch and layer takes F * (expert matmuls + four all-to-alls), where F is the straggler factor: all ranks of a
+group wait for the slowest one. Groups wait for each other at every all-reduce over all ranks.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..report.data.order_statistics import expected_max
 from .cluster import Cluster
-from .straggler import Straggler, expected_max
+from .straggler import Straggler
 
 __all__ = ["Memory", "StepTime", "Work", "memory", "step_time", "sum_seconds", "work"]
 
 FLOPS = 6.0  # per parameter and token: 2 forward, 4 backward
-STEP_BYTES, COUNT_BYTES = 17, 8  # per layer and expert: what a step's sum carries, and a micro-batch's
+STEP_BYTES, COUNT_BYTES = 17, 8  # per layer and expert, of the all-reduce of a step and of a micro-batch
 INSIDE_US = 1.2  # a hop inside a node
 
 
@@ -29,21 +30,21 @@ class Work:
 
     @property
     def waited(self) -> float:
-        """The part that the slowest rank stretches."""
+        """The part that scales with the slowest rank."""
         return self.experts + self.all_to_all
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step by what they go to; ``total`` is their sum."""
+    """Seconds of one optimizer step by cause; ``total`` is their sum."""
 
     dense: float
     experts: float  # with even load
     all_to_all: float  # with even load
-    straggler: float  # ranks of a group wait for its slowest
+    straggler: float  # ranks of a group wait for the slowest
     groups: float  # groups wait for the slowest group
-    balance_sums: float  # the balancer's own
-    gradients: float  # the part of their sum that the backward pass does not hide
+    balance_sums: float  # all-reduces of the balancer
+    gradients: float  # the part of their all-reduce that backward does not hide
 
     @property
     def total(self) -> float:
@@ -53,14 +54,14 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of activations of routed experts: on a rank with the mean load, and on the fullest rank of all."""
+    """Bytes of activations of routed experts, on a rank with the mean load and on the fullest rank."""
 
     even: float
     fullest: float
 
 
 def work(c: Cluster) -> Work:
-    """Products at the reached share of the peak; all-to-alls at the slower of the two links, which work side by side.
+    """Matmuls at the reached fraction of the peak; all-to-alls at the slower of the two links, which work in parallel.
 
     >>> one = work(Cluster())
     >>> one.experts > 0 and work(Cluster(tflops=2 * 989.0)).experts == one.experts / 2
@@ -68,7 +69,7 @@ def work(c: Cluster) -> Work:
     """
     per_second = c.tflops * 1e12 * c.efficiency
     passes = FLOPS * (4 / 3 if c.recompute else 1)
-    attention = c.layers * c.attention_width * c.sequence  # causal scores and values: as many products as parameters
+    attention = c.layers * c.attention_width * c.sequence  # causal scores and values, as FLOPs per parameter
     dense = c.dense_ms / 1e3 or c.tokens * passes * (c.dense_parameters + attention) / per_second
     experts = c.tokens * c.top_k * c.layers * passes * c.expert_parameters / per_second
     exchanges = (4 + 2 * c.recompute) * c.layers * (1 - c.overlap)
@@ -76,20 +77,20 @@ def work(c: Cluster) -> Work:
 
 
 def _all_to_all(c: Cluster) -> float:
-    """Seconds to send every pair's vector to a rank of its expert: of R ranks, R - n are on other nodes."""
+    """Seconds to send the vector of every pair to a rank of its expert; of R ranks, R - n are on other nodes."""
     near = min(c.ep, c.gpus_per_node)
     nodes = -(-c.ep // c.gpus_per_node)
     vector = c.tokens * c.width * c.activation_bytes / (c.link_efficiency * 1e9)
     inside = vector * c.top_k * (near - 1) / c.ep / c.intra_gb_s
     outside = vector * c.top_k * (c.ep - near) / c.ep / c.inter_gb_s
-    if c.once_per_node and nodes > 1:  # once to each node that top_k random choices reach; there on to each expert
+    if c.once_per_node and nodes > 1:  # once to each node among top_k random choices, then on to each expert
         outside = vector * (nodes - 1) * (1 - (1 - 1 / nodes) ** c.top_k) / c.inter_gb_s
         inside = vector * c.top_k * (near - 1) / near / c.intra_gb_s
     return max(inside, outside) + (c.latency_us * 1e-6 if c.ep > 1 else 0.0)
 
 
 def sum_seconds(c: Cluster, number: float, ranks: int) -> float:
-    """A sum of ``number`` bytes over ``ranks``: up a binary tree of nodes and down again, latency and bytes.
+    """Seconds of an all-reduce of ``number`` bytes over ``ranks``, up and down a binary tree of nodes.
 
     >>> sum_seconds(Cluster(), 1e6, 1), round(1e3 * sum_seconds(Cluster(), 1e6, 4096), 2)
     (0.0, 0.23)
@@ -104,15 +105,16 @@ def sum_seconds(c: Cluster, number: float, ranks: int) -> float:
 
 
 def step_time(c: Cluster, factor: Straggler, *, counts: bool) -> StepTime:
-    """One optimizer step; ``counts``: the strategy needs the loads of all ranks before a step ends (a global loss).
+    """Seconds of one optimizer step.
 
-    Then every such sum is also a point where all groups wait for the slowest: their waits of n layers and micro-batches
-    between two such points add up to a sum with standard deviation sqrt(n) * spread, of which the largest counts.
+    ``counts``: the strategy needs the loads of all ranks within the step (a global loss). Then all groups wait for the
+    slowest at every all-reduce. The waits of n layers and micro-batches between two of them have a sum with standard
+    deviation sqrt(n) * spread, of which the largest over the groups counts.
     """
     one, events = work(c), c.micro_batches * c.layers
     per_layer = one.waited / c.layers
     times = {"step": 0, "micro_batch": c.micro_batches, "layer": events}[c.sync] if counts else 0
-    # a loss that sums layer by layer needs f at the start of backward: groups meet once per micro-batch
+    # a loss that all-reduces by layer needs f at the start of backward: groups synchronize once per micro-batch
     meetings = max(1, min(times, c.micro_batches))
     between = math.sqrt(events * meetings) * factor.spread * expected_max(c.groups)
     small = COUNT_BYTES * c.experts * (1 if c.sync == "layer" else c.layers)
@@ -128,9 +130,9 @@ def step_time(c: Cluster, factor: Straggler, *, counts: bool) -> StepTime:
 
 
 def _gradients(c: Cluster) -> float:
-    """Rings: what all ranks hold is summed over all, an expert over the ranks that hold a copy of it.
+    """Ring all-reduces: dense parameters over all ranks, an expert over the ranks that hold a copy of it.
 
-    A ring enters a node once for each of its ranks there, each over a link of its own.
+    A ring enters a node once per rank there, each time over another link.
     """
 
     def ring(parameters: float, ranks: int, apart: int) -> float:
@@ -145,14 +147,14 @@ def _gradients(c: Cluster) -> float:
 
 
 def memory(c: Cluster, factor: Straggler) -> Memory:
-    """Input, two halves, their product and the output of every pair; of all layers, or of one with ``recompute``.
+    """Input, gate, up, their product and the output of every pair, of all layers or, with ``recompute``, of one.
 
-    The fullest rank: over all layers a rank is seldom the hot one in each; its surplus grows with sqrt(layers).
+    The surplus of the fullest rank grows with sqrt(layers), since a rank is rarely the fullest in every layer.
     """
     alive = 1 if c.recompute else c.layers
     pair = c.activation_bytes * (2 * c.width + 3 * c.expert_hidden)
     even = c.tokens * c.top_k * pair * alive
-    if c.recompute:  # the largest of all F of a step
+    if c.recompute:  # the largest F of a step
         most = factor.mean + factor.spread * expected_max(c.layers * c.micro_batches * c.groups)
     else:
         most = 1 + factor.rank_spread / math.sqrt(c.layers) * expected_max(c.gpus * c.micro_batches)

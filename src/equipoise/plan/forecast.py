@@ -1,4 +1,4 @@
-"""All numbers of a plan: every strategy on the cluster, and on clusters with more and more ranks per group."""
+"""All numbers of a plan: every strategy on the cluster, and on clusters with more ranks per group."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .cost import Memory, StepTime, Work, memory, step_time, work
 from .straggler import Straggler, straggler
 from .typical_skews import Strategy
 
-__all__ = ["EVEN", "Growth", "Outlook", "Row", "growth_sizes", "outlook", "to_json"]
+__all__ = ["EVEN", "Forecast", "Growth", "Row", "forecast", "growth_sizes", "to_json"]
 
 EVEN = Straggler(1.0, 0.0, 0.0, 0.0, 0)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy on one cluster. ``cost`` is the step's time over that with even load and no sums, minus 1."""
+    """One strategy on one cluster. ``cost`` is its step time over that with even load and no balancer, minus 1."""
 
     name: str
     origin: str
@@ -42,7 +42,7 @@ class Growth:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Forecast:
     """What ``equipoise plan`` shows."""
 
     cluster: Cluster
@@ -54,11 +54,15 @@ class Outlook:
     seed: int
 
 
-def outlook(cluster: Cluster, strategies: list[Strategy], *, up_to: int = 4096, seed: int = 0,
-            notes: list[str] | None = None) -> Outlook:  # fmt: skip
-    """Everything; ``up_to`` bounds the ranks per group of the growth table (0: none).
+def forecast(cluster: Cluster, strategies: list[Strategy], *, up_to: int = 4096, seed: int = 0,
+            notes: list[str] | None = None) -> Forecast:  # fmt: skip
+    """Computes step time and memory of every strategy.
 
-    Raises ConfigError without a strategy, and where recorded counts are of another number of experts.
+    Args:
+        up_to: largest number of ranks per group in the growth table; 0 for no table.
+        seed: of the simulation. notes: are passed on.
+
+    Raises ConfigError without a strategy, or if recorded counts have another number of experts.
     """
     if not strategies:
         raise ConfigError(expected="at least one strategy", got="none", do="name one: --strategies micro,global")
@@ -66,17 +70,17 @@ def outlook(cluster: Cluster, strategies: list[Strategy], *, up_to: int = 4096, 
         replace(cluster, ep=ep, gpus=_multiple(cluster.gpus, ep), replicas=max(1, ep // cluster.experts))
         for ep in growth_sizes(cluster.experts, up_to)
     ]
-    # strategy by strategy: one draw of its shares serves all numbers of ranks
+    # strategy by strategy: one draw of its shares is cached for all cluster sizes
     table = [[_row(on, one, seed) for on in (cluster, *wider)] for one in strategies]
     growth = [
         Growth(on.ep, on.gpus, on.replicas, on.experts_per_rank, [rows[i] for rows in table])
         for i, on in enumerate(wider, start=1)
     ]
-    return Outlook(cluster, work(cluster), _even(cluster), [rows[0] for rows in table], growth, notes or [], seed)
+    return Forecast(cluster, work(cluster), _even(cluster), [rows[0] for rows in table], growth, notes or [], seed)
 
 
 def growth_sizes(experts: int, up_to: int) -> list[int]:
-    """Ranks per group, each about twice the one before: divisors of the experts, then several ranks per expert.
+    """Ranks per group, each about twice the previous: divisors of the experts, then several ranks per expert.
 
     >>> growth_sizes(160, 1000), growth_sizes(8, 32)
     ([2, 4, 8, 16, 32, 80, 160, 320, 640], [2, 4, 8, 16, 32])
@@ -94,8 +98,8 @@ def growth_sizes(experts: int, up_to: int) -> list[int]:
     return [ep for ep in sizes if ep <= up_to]
 
 
-def to_json(plan: Outlook) -> dict[str, Any]:
-    """Plain data: seconds, bytes, shares."""
+def to_json(plan: Forecast) -> dict[str, Any]:
+    """The plan as plain data: seconds, bytes, fractions."""
 
     def row(one: Row) -> dict[str, Any]:
         return asdict(one) | {"step_seconds": one.time.total}
@@ -123,5 +127,5 @@ def _row(cluster: Cluster, one: Strategy, seed: int) -> Row:
 
 
 def _multiple(gpus: int, ep: int) -> int:
-    """The GPUs, raised to a multiple of ``ep``."""
+    """``gpus`` rounded up to a multiple of ``ep``."""
     return math.ceil(gpus / ep) * ep

@@ -1,9 +1,9 @@
-"""Where the tokens go: a law of skewed shares that two measured MaxVio determine, or recorded counts as they are.
+"""Loads of experts: a distribution of skewed shares fitted to two measured MaxVio, or recorded counts.
 
-The law: the text of all training uses expert e with share g_e; a source of text (a domain, a kind of document) uses it
-with share q_se, skewed about g so that the mean over all sources is g. A balance loss over the global batch makes g
-even and leaves q alone; one over a micro-batch makes q even too. Shares are a softmax of normal logits: ``Skew`` is
-their two standard deviations. A larger one raises every MaxVio, and it means the same for 16 experts as for 256.
+The text of all training uses expert e with share g_e; one source of text (a domain, a kind of document) uses it with
+share q_se, whose mean over the sources is g. A balance loss over the global batch makes g even but not q; a loss over a
+micro-batch makes q even, too. Shares are a softmax of normal logits, and ``Skew`` holds their two standard deviations.
+A larger deviation raises every MaxVio, and it means the same for 16 experts as for 256.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, DataError
 
-__all__ = ["SOURCES", "Loads", "Recorded", "Skew", "expected_maxvio", "fit", "shares"]
+__all__ = ["SOURCES", "Loads", "RecordedCounts", "Skew", "bisect", "expected_maxvio", "fit", "shares"]
 
 Array = NDArray[np.floating]
-SOURCES = 32  # kinds of text; a group of ranks draws from them
-MOST = 2_000_000  # numbers in one table: bounds the memory
-STEEPEST = 8.0  # standard deviation of logits beyond which one expert takes everything
-EVEN = 12  # rounds that make the shares' mean over sources g
+SOURCES = 32  # kinds of text that sequences are drawn from
+MOST = 2_000_000  # numbers in one table, which bounds the memory
+STEEPEST = 8.0  # standard deviation of logits beyond which one expert gets everything
+EVEN = 12  # iterations that make the mean over sources equal g
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a group of ranks routes together in one layer and micro-batch, and where its experts are."""
+    """What a group of ranks routes in one layer and micro-batch, and where its experts are."""
 
     experts: int
-    parts: int  # sets of experts, one per rank; ranks that hold copies of a set share its tokens evenly
-    ranks: int  # each with a micro-batch of its own
-    sources: int  # stretches of text in all of them
+    parts: int  # expert shards, one per rank; ranks with copies of a shard split its tokens evenly
+    ranks: int  # each with its own micro-batch
+    sources: int  # single-source sequences in all micro-batches
     pairs: int  # (token, choice)
     placement: str = "contiguous"
 
 
 class Loads(Protocol):
-    """Something that can say how the parts of a group are loaded."""
+    """Draws the loads of the expert shards of a group."""
 
     def draw(self, seed: int, size: tuple[int, int], batch: Batch) -> Array:
         """Loads [layers, micro-batches, parts] of ``size`` = (layers, micro-batches); their sum is ``batch.pairs``."""
@@ -49,7 +49,7 @@ class Loads(Protocol):
 
 @dataclass(frozen=True)
 class Skew:
-    """The law's two numbers: how unevenly all text, and a single source beyond that, uses the experts.
+    """How unevenly all text uses the experts, and how much more unevenly a single source does.
 
     >>> Skew(0.0, 0.0)
     Skew(corpus=0.0, source=0.0)
@@ -67,11 +67,13 @@ class Skew:
 
 
 @dataclass(frozen=True, eq=False)
-class Recorded:
-    """Counts [micro-batches, layers, experts], each micro-batch one rank's. A group's load is the sum of as many of
-    them, drawn again and again; nothing is added to the noise that they have. Raises DataError for what are no counts.
+class RecordedCounts:
+    """Counts [micro-batches, layers, experts], one micro-batch per rank.
 
-    >>> Recorded(np.ones((4, 2, 8))).counts_MLE.shape
+    The load of a group is a sum of micro-batches drawn with replacement (a bootstrap), one per rank. Raises DataError
+    for an array that does not hold counts.
+
+    >>> RecordedCounts(np.ones((4, 2, 8))).counts_MLE.shape
     (4, 2, 8)
     """
 
@@ -94,7 +96,7 @@ class Recorded:
         object.__setattr__(self, "counts_MLE", counts)
 
     def draw(self, seed: int, size: tuple[int, int], batch: Batch) -> Array:
-        """The recorded micro-batches of as many ranks together; the layers take turns."""
+        """Sums of recorded micro-batches; layers beyond the recorded ones repeat them."""
         total, layers, recorded = self.counts_MLE.shape
         if recorded != batch.experts:
             raise ConfigError(expected=f"experts={recorded}, as recorded", got=f"experts={batch.experts}",
@@ -107,7 +109,7 @@ class Recorded:
 
 
 def shares(skew: Skew, experts: int, layers: int, rng: np.random.Generator) -> Array:
-    """Shares q [layers, sources, experts] of one draw of the law: each sums to 1, their mean over sources is g.
+    """Draws shares q [layers, sources, experts] that sum to 1 and whose mean over sources is g.
 
     >>> q_LSE = shares(Skew(0.0, 1.0), experts=4, layers=1, rng=np.random.default_rng(0))
     >>> np.allclose(q_LSE.sum(-1), 1), bool(np.abs(q_LSE.mean(1) - 1 / 4).max() < 0.01)
@@ -126,7 +128,7 @@ def shares(skew: Skew, experts: int, layers: int, rng: np.random.Generator) -> A
 
 @functools.lru_cache(maxsize=1)
 def _drawn(skew: Skew, experts: int, layers: int, seed: int) -> Array:
-    """The same shares for every number of ranks: read, never written."""
+    """Shares for every number of ranks; read only."""
     return shares(skew, experts, layers, np.random.default_rng((seed, 0)))
 
 
@@ -146,11 +148,15 @@ def expected_maxvio(skew: Skew, experts: int, sources: int, pairs: int, *, seed:
 
 def fit(batch: float, corpus: float, *, experts: int, sources: int, pairs: int, all_sources: int = 10_000,
         all_pairs: int = 10**9, top_k: int = 1, seed: int = 0) -> Skew:  # fmt: skip
-    """The skew whose MaxVio is ``corpus`` over much text and ``batch`` over ``sources`` sources and ``pairs`` pairs.
+    """Fits the skew whose MaxVio is ``batch`` over a micro-batch and ``corpus`` over all text.
 
-    What routing by chance alone would show counts as no skew. ``all_sources`` and ``all_pairs`` say over how much text
-    ``corpus`` was measured. Raises ConfigError for a MaxVio that cannot be: negative, or above experts / top_k - 1,
-    where every token picks the same expert.
+    A MaxVio no larger than that of random routing gives no skew.
+
+    Args:
+        sources, pairs: single-source sequences and (token, choice) pairs that ``batch`` was measured over.
+        all_sources, all_pairs: the same for ``corpus``.
+
+    Raises ConfigError for a MaxVio below 0 or above experts / top_k - 1, where all tokens choose the same experts.
 
     >>> skew = fit(0.8, 0.1, experts=64, sources=1, pairs=32768)
     >>> round(expected_maxvio(skew, experts=64, sources=1, pairs=32768), 1)
@@ -162,7 +168,7 @@ def fit(batch: float, corpus: float, *, experts: int, sources: int, pairs: int, 
                               got=f"{value:g}",
                               do="give max(counts) / mean(counts) - 1")  # fmt: skip
     skew = Skew()
-    for _ in range(2):  # each number moves the other's MaxVio a little
+    for _ in range(2):  # each number changes the MaxVio of the other a little
 
         def over_all(x: float, source: float = skew.source) -> float:
             return expected_maxvio(Skew(x, source), experts, all_sources, all_pairs, seed=seed)
@@ -177,20 +183,29 @@ def fit(batch: float, corpus: float, *, experts: int, sources: int, pairs: int, 
 
 
 def _solve(f: Callable[[float], float], target: float) -> float:
-    """x in [0, STEEPEST] where the rising ``f`` reaches ``target``; 0 where it begins above."""
+    """x in [0, STEEPEST] at which the increasing ``f`` reaches ``target``; 0 if it starts above."""
     if f(0.0) >= target:
         return 0.0
     low, high = 0.0, 1.0
     while f(high) < target and high < STEEPEST:
         low, high = high, 2 * high
-    for _ in range(10):
+    return bisect(f, target, low, high, rounds=10)
+
+
+def bisect(f: Callable[[float], float], target: float, low: float, high: float, *, rounds: int = 15) -> float:
+    """Where the increasing ``f`` reaches ``target``, by bisection; an end of the interval if it never does.
+
+    >>> round(bisect(lambda x: x * x, 2.0, 0.0, 4.0, rounds=20), 4)
+    1.4142
+    """
+    for _ in range(rounds):
         middle = (low + high) / 2
         low, high = (middle, high) if f(middle) < target else (low, middle)
     return (low + high) / 2
 
 
 def _by_part(table_LXE: Array, batch: Batch) -> Array:
-    """Sums over the experts of each part, (L, X, parts)."""
+    """Sums over the experts of each shard, (L, X, parts)."""
     each = batch.experts // batch.parts
     if batch.placement == "strided":
         order = np.arange(batch.experts).reshape(each, batch.parts).T.ravel()
@@ -202,7 +217,7 @@ def _by_part(table_LXE: Array, batch: Batch) -> Array:
 
 
 def _pack(load_E: Array, parts: int) -> NDArray[np.integer]:
-    """Experts part by part: the largest first, each onto the emptiest part that has room."""
+    """Experts in order of their shard: the largest first, each to the least loaded shard with room."""
     each = len(load_E) // parts
     held: list[list[int]] = [[] for _ in range(parts)]
     load_R = np.zeros(parts)

@@ -13,7 +13,7 @@ def model(layers: int, experts: int, top_k: int, width: int, expert_hidden: int,
             "dense_parameters": dense, "attention_width": attention, **more}  # fmt: skip
 
 
-# dense: attention, router, shared experts, dense layers and the output head; not the input embedding
+# dense: attention, routers, shared experts, dense layers and the output head, without the input embedding
 MODELS: dict[str, dict[str, Any]] = {
     "deepseek-v3": model(58, 256, 8, 7168, 2048, dense=16.2e9, attention=20480, gpus=2048, ep=64),
     "gpt-oss-120b": model(36, 128, 4, 2880, 2880, dense=1.55e9, attention=4096),

@@ -1,52 +1,66 @@
-"""Loads that were recorded: a run's record gives the law's two numbers, a file of counts is used as it is."""
+"""Loads from files: runs and inspections give a fitted skew, files of counts are used unchanged."""
 
 from __future__ import annotations
 
 import csv
 import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
+from ..storage.inspection_record import is_inspection, read_inspection
 from ..storage.run_record import RECORD_NAME, Run, read_run
-from .loads import Array, Loads, Recorded, fit
+from .loads import Array, Loads, RecordedCounts, fit
 from .typical_skews import TYPICAL, Strategy, needs_counts
 
-__all__ = ["Observed", "observe"]
+__all__ = ["RecordedLoads", "read_recorded_loads"]
 
 TABLES = (".csv", ".npy", ".npz")
-MOST_COUNTS = 5e7  # that a .csv may speak of
+MOST_COUNTS = 5e7  # largest array that a .csv may describe
 
 
 @dataclass(frozen=True)
-class Observed:
-    """What was found at the given paths. Counts hold for their own layers and experts, a law for any number."""
+class RecordedLoads:
+    """Loads read from paths. Counts apply to their own number of layers and experts, a skew to any number."""
 
     strategies: list[Strategy]
-    counted: dict[str, int]  # layers and experts of the files of counts; empty without
-    experts: list[int]  # of the records
+    counted: dict[str, int]  # layers and experts of the files of counts; empty if there are none
+    experts: list[int]  # numbers of experts of runs and inspections
     problems: list[str]
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Mean MaxVio of a run: over its micro-batches, and over a longer stretch of text."""
+    """Mean MaxVio of a run, over its micro-batches and over more text."""
 
     name: str
     batch: float
     corpus: float
-    scope: dict[str, int]  # what `fit` has to know about both stretches
+    scope: dict[str, int]  # arguments of `fit`
 
 
-def observe(paths: Iterable[str | Path]) -> Observed:
-    """Reads run folders, folders of runs, record files, and .npy, .npz or .csv files of counts.
+def read_recorded_loads(paths: Iterable[str | Path]) -> RecordedLoads:
+    """Reads run folders, folders of runs, record files, inspections, and .npy, .npz or .csv files of counts.
 
-    Runs of one strategy (seeds) are averaged. Raises DataError for what cannot be read and for a record without loads.
+    Seeds of one strategy are averaged. Raises DataError for a path that cannot be read and for a record without loads.
     """
+    places = list(map(Path, paths))
+    inspections = [place for place in places if is_inspection(place)]
+    found = _read_runs_and_counts(place for place in places if place not in inspections)
+    inspected = [_inspected(folder) for folder in inspections]
+    return replace(
+        found,
+        strategies=[*found.strategies, *(strategy for strategy, _ in inspected)],
+        experts=sorted({*found.experts, *(experts for _, experts in inspected)}),
+    )
+
+
+def _read_runs_and_counts(paths: Iterable[Path]) -> RecordedLoads:
     found: list[Strategy] = []
     measured: dict[str, list[_Measured]] = {}
     scopes: dict[str, dict[str, int]] = {}
@@ -54,7 +68,7 @@ def observe(paths: Iterable[str | Path]) -> Observed:
     problems: list[str] = []
     for path in _expand(paths):
         if path.suffix in TABLES:
-            counts = Recorded(_read_table(path))
+            counts = RecordedCounts(_read_table(path))
             origin = f"{path.name}: {counts.counts_MLE.shape[0]} micro-batches"
             found.append(Strategy(path.stem, counts, origin, counts=needs_counts(path.stem)))
             _agree(counted, {"layers": counts.counts_MLE.shape[1], "experts": counts.counts_MLE.shape[2]}, path)
@@ -66,17 +80,17 @@ def observe(paths: Iterable[str | Path]) -> Observed:
             _agree(scopes.setdefault(one.name, {}), one.scope, path)
     order = sorted(measured, key=lambda name: list(TYPICAL).index(name) if name in TYPICAL else len(TYPICAL))
     experts = sorted({one.scope["experts"] for runs in measured.values() for one in runs})
-    return Observed([*found, *(_strategy(measured[name]) for name in order)], counted, experts, problems)
+    return RecordedLoads([*found, *(_strategy(measured[name]) for name in order)], counted, experts, problems)
 
 
-def _expand(paths: Iterable[str | Path]) -> Iterable[Path]:
-    for path in map(Path, paths):
+def _expand(paths: Iterable[Path]) -> Iterable[Path]:
+    for path in paths:
         runs = sorted(one.parent for one in path.glob(f"*/{RECORD_NAME}")) if path.is_dir() else []
         yield from runs if runs and not (path / RECORD_NAME).exists() else [path]
 
 
 def _agree(known: dict[str, int], found: dict[str, int], path: Path) -> None:
-    """Files of counts, and the seeds of a strategy, have to be of one model, cut in one way."""
+    """Checks that files of counts, and seeds of a strategy, have one model and one batch layout."""
     for name, value in found.items():
         if known.setdefault(name, value) != value:
             raise DataError(expected=f"loads of one model, cut alike: {name} = {known[name]}", got=f"{value} in {path}",
@@ -129,7 +143,7 @@ def _read_csv(path: Path) -> Array:
 
 
 def _measure(run: Run) -> _Measured:
-    """MaxVio of the last quarter of the steps, else of the last evaluation."""
+    """MaxVio over the last quarter of the steps, or of the last evaluation if steps have none."""
     header, end = run.header, run.steps[-max(1, len(run.steps) // 4) :]
     train, data = _part(header.config, "train"), _part(header.config, "data")
     length, sequences = _whole(data, "sequence_length"), _whole(train, "sequences_per_micro_batch")
@@ -168,8 +182,26 @@ def _strategy(runs: list[_Measured]) -> Strategy:
     return Strategy(runs[0].name, loads, origin, counts=needs_counts(runs[0].name))
 
 
+def _inspected(folder: Path) -> tuple[Strategy, int]:
+    """The skew with the mean MaxVio of the layers of the most common shape, and the number of experts of these."""
+    inspection = read_inspection(folder)
+    if not inspection.layers:
+        raise DataError(expected=f"an inspection of MoE layers in {folder}", got="none", do="inspect another model")
+    shapes = Counter((one.num_experts, one.top_k) for one in inspection.layers)
+    (experts, top_k), number = shapes.most_common(1)[0]
+    layers = [one for one in inspection.layers if (one.num_experts, one.top_k) == (experts, top_k)]
+    batch = sum(one.maxvio_micro_batch for one in layers) / number
+    corpus = sum(one.maxvio_global for one in layers) / number
+    pairs = inspection.facts.sequence_length * top_k
+    windows = max(1, inspection.facts.equal_windows) * max(1, len(inspection.domains))
+    skew = fit(batch, corpus, experts=experts, sources=1, pairs=pairs * inspection.facts.micro_batch,
+               all_sources=windows, all_pairs=windows * pairs, top_k=top_k)  # fmt: skip
+    origin = f"inspected {inspection.facts.model}: MaxVio {batch:.2f} per micro-batch, {corpus:.2f} over all"
+    return Strategy(folder.resolve().name, skew, origin), experts
+
+
 def _mean(values: Iterable[Any]) -> float:
-    """Of those that are numbers: a record may hold anything."""
+    """Mean of the numbers among ``values``, since a record may contain anything."""
     known = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
     return sum(known) / len(known) if known else math.nan
 

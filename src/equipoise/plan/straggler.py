@@ -1,29 +1,28 @@
-"""How much longer than the mean the slowest rank of a group works: by simulation, with its standard error."""
+"""Load of the slowest rank of a group over the mean load, by simulation, with its standard error."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
 from .cluster import Cluster
 from .loads import Batch, Loads
 
-__all__ = ["Straggler", "batch_of", "expected_max", "straggler"]
+__all__ = ["Straggler", "batch_of", "straggler"]
 
-CELLS = 400_000  # loads in one simulation: bounds time and memory
+CELLS = 400_000  # loads in one simulation, which bounds time and memory
 SOURCE_CELLS = 4_000_000  # the same for the shares of all sources
-LAYERS, BATCHES = 64, 32  # at most; fewer where there are very many ranks, whose largest load varies less
+LAYERS, BATCHES = 64, 32  # at most; fewer for very many ranks, whose largest load varies less
 
 
 @dataclass(frozen=True)
 class Straggler:
-    """The factor F = largest rank's load / mean load of a layer and micro-batch; 1 is even.
+    """The factor F = largest load of a rank / mean load in a layer and micro-batch; 1 is even.
 
-    ``spread`` is F's standard deviation from one micro-batch to the next in one layer, ``rank_spread`` that of any
-    rank's load / mean. ``error`` is the standard error of ``mean``: draws of the law (or recorded layers) differ.
+    ``spread`` is the standard deviation of F over micro-batches of one layer, ``rank_spread`` that of the load of any
+    rank over the mean. ``error`` is the standard error of ``mean`` over drawn or recorded layers.
     """
 
     mean: float
@@ -39,7 +38,7 @@ def batch_of(cluster: Cluster) -> Batch:
 
 
 def straggler(loads: Loads, cluster: Cluster, *, seed: int = 0) -> Straggler:
-    """Simulates micro-batches of one group.
+    """Simulates micro-batches of one group of ranks.
 
     >>> from .loads import Skew
     >>> even, skewed = (straggler(Skew(0.0, s), Cluster()) for s in (0.0, 1.0))
@@ -60,12 +59,3 @@ def straggler(loads: Loads, cluster: Cluster, *, seed: int = 0) -> Straggler:
         rank_spread=float(relative_LBR.std()),
         draws=layers * batches,
     )
-
-
-def expected_max(n: int) -> float:
-    """Mean of the largest of ``n`` independent standard normal numbers (Blom's approximation, 0 for n = 1).
-
-    >>> expected_max(1), round(expected_max(2), 2), round(expected_max(1000), 2)
-    (0.0, 0.59, 3.23)
-    """
-    return NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) if n > 1 else 0.0

@@ -1,38 +1,37 @@
-"""A plan as plain text of at most 80 columns: the answer, then tables, then what was assumed."""
+"""A plan as plain text of at most 80 columns: the answer, tables, and the assumptions."""
 
 from __future__ import annotations
 
-import textwrap
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from .calibration import PAPER, Check
-from .forecast import Growth, Outlook, Row
+from ..report.data.formatting import clean, clip
+from ..report.text.table import table, wrap
+from .calibration import PAPER, Calibration
+from .forecast import Forecast, Growth, Row
 from .presets import GPUS, MODELS
 from .typical_skews import TYPICAL
 
-__all__ = ["COLUMNS", "headline", "render_check", "render_outlook", "render_presets"]
+__all__ = ["headline", "render_calibration", "render_forecast", "render_presets"]
 
-COLUMNS = 80
 NAME = 18
 AT_ONCE = 5  # strategies side by side
 
 
-def render_outlook(plan: Outlook) -> str:
-    """The whole plan."""
+def render_forecast(plan: Forecast) -> str:
+    """The plan as text of at most 80 columns."""
     blocks = [
-        _wrap(headline(plan)),
-        "\n".join(_wrap(f"! {clean(note)}", "  ") for note in plan.notes[:12]),
+        wrap(headline(plan)),
+        "\n".join(wrap(f"! {clean(note)}", "  ") for note in plan.notes[:12]),
         _strategies(plan),
         _time(plan),
         *_growth(plan),
-        "Assumed\n" + "\n".join(_wrap(f"- {text}", "  ") for text in _assumptions(plan)),
+        "Assumed\n" + "\n".join(wrap(f"- {text}", "  ") for text in _assumptions(plan)),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def headline(plan: Outlook) -> str:
-    """The answer in one or two sentences: what global costs against micro, else what everything costs against even."""
+def headline(plan: Forecast) -> str:
+    """The answer in a sentence: the cost of global over micro, or else of every strategy over even load."""
     rows = {one.name: one for one in plan.rows}
     base, wide, both = (rows.get(name) for name in ("micro", "global", "global+micro"))
     c = plan.cluster
@@ -48,7 +47,7 @@ def headline(plan: Outlook) -> str:
     return f"Against even load a step takes longer by: {listed} ({where})."
 
 
-def _strategies(plan: Outlook) -> str:
+def _strategies(plan: Forecast) -> str:
     base = next((one for one in plan.rows if one.name == "micro"), None)
     head = ["strategy", "slowest/mean", "s/step", "vs even", *(["vs micro"] if base else []), "experts' memory"]
     even = _bytes(plan.rows[0].memory.even)
@@ -67,10 +66,10 @@ def _strategies(plan: Outlook) -> str:
         "slowest/mean: load of a group's slowest rank in a layer and micro-batch, mean ± standard error of the "
         "simulation; memory: activations of routed experts on the fullest GPU."
     )
-    return _table("What each strategy costs", head, lines) + "\n" + _wrap(note)
+    return _table("What each strategy costs", head, lines) + "\n" + wrap(note)
 
 
-def _time(plan: Outlook) -> str:
+def _time(plan: Forecast) -> str:
     even = plan.even
     lines = []
     for one in plan.rows:
@@ -80,20 +79,20 @@ def _time(plan: Outlook) -> str:
         f"Milliseconds of a step: dense {_ms(even.dense)}, experts {_ms(even.experts)}, all-to-all "
         f"{_ms(even.all_to_all)}, gradients {_ms(even.gradients)}; and beyond even load"
     )
-    return _table(_wrap(title), ["strategy", "slowest rank", "slowest group", "sums of loads", "together"], lines)
+    return _table(wrap(title), ["strategy", "slowest rank", "slowest group", "sums of loads", "together"], lines)
 
 
-def _growth(plan: Outlook) -> Iterator[str]:
+def _growth(plan: Forecast) -> Iterator[str]:
     names = [one.name for one in plan.rows]
     for start in range(0, len(names) if plan.growth else 0, AT_ONCE):
         chosen = slice(start, start + AT_ONCE)
-        head = ["EP", "GPUs", "each", *(clip(clean(name), 10) for name in names[chosen])]
+        head = ["EP", "GPUs", "each", *(_name(name, 10) for name in names[chosen])]
         lines = [[_ranks(g.ep), _ranks(g.gpus), _held(g), *map(_grown, g.rows[chosen])] for g in plan.growth]
         note = (
             "slowest/mean load and the step's time over even load. each: experts per rank; 1/n where n ranks hold "
             "copies of one and share its tokens. GPUs grow with EP, so does the text that a group routes together."
         )
-        yield _table("How it grows with the ranks that share out the experts (EP)", head, lines) + "\n" + _wrap(note)
+        yield _table("How it grows with the ranks that share out the experts (EP)", head, lines) + "\n" + wrap(note)
 
 
 def _grown(row: Row) -> str:
@@ -109,7 +108,7 @@ def _held(one: Growth) -> str:
     return str(one.experts_per_rank) if one.replicas == 1 else f"1/{one.replicas}"
 
 
-def _assumptions(plan: Outlook) -> Iterator[str]:
+def _assumptions(plan: Forecast) -> Iterator[str]:
     c = plan.cluster
     yield (
         f"{c.layers} MoE layers x {c.experts} experts, top-{c.top_k}, width {c.width}, expert width {c.expert_hidden}, "
@@ -136,13 +135,13 @@ def _assumptions(plan: Outlook) -> Iterator[str]:
     yield f"seed {plan.seed}; other machine or model: --set NAME=VALUE, --preset, --cluster FILE.toml"
 
 
-def render_check(found: Check) -> str:
-    """Table 5 of the paper beside the model, with what was fitted and what was predicted."""
+def render_calibration(found: Calibration) -> str:
+    """Table 5 of the paper beside the model, and which numbers were fitted or predicted."""
     lines = []
     for one in found.rows:
         scope = f"{one.maxvio:.2f}"
         lines.append([one.name, f"{one.paper:.2f}", f"{one.model:.2f}", f"{one.straggler.mean:.3f}", scope, one.fitted])
-    table = _table("Seconds per step, 43 B parameters, 6.6 B active (arXiv 2501.11873, table 5)",
+    rows = _table("Seconds per step, 43 B parameters, 6.6 B active (arXiv 2501.11873, table 5)",
                    ["strategy", "paper", "model", "slowest/mean", "MaxVio of 8", "fitted"], lines)  # fmt: skip
     c, text = found.cluster, []
     text.append(
@@ -162,11 +161,11 @@ def render_check(found: Check) -> str:
         f"Assumed, because unpublished: {c.gpus} GPUs, {c.layers} layers of width {c.width}, no overlap. The slowest "
         f"rank stretches {found.waited:.0%} of a step there."
     )
-    return table + "\n\n" + "\n".join(_wrap(one) for one in text) + "\n"
+    return rows + "\n\n" + "\n".join(wrap(one) for one in text) + "\n"
 
 
 def render_presets() -> str:
-    """The names that --preset and --gpu know, and the typical loads."""
+    """The names for --preset and --gpu, and the typical loads."""
     models = [[name, *(f"{m[key]:,}" for key in ("layers", "experts", "top_k", "width", "expert_hidden")),
                _short(m["dense_parameters"])] for name, m in MODELS.items()]  # fmt: skip
     gpus = [[name, f"{g['tflops']:g}", f"{g['intra_gb_s']:g}", f"{g['inter_gb_s']:g}"] for name, g in GPUS.items()]
@@ -178,47 +177,12 @@ def render_presets() -> str:
     ]) + "\n"  # fmt: skip
 
 
-def clean(text: str) -> str:
-    """A name from a file without control characters.
-
-    >>> clean("a\\x1b[31mb")
-    'a\\\\x1b[31mb'
-    """
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return table(title, head, [[_name(row[0], NAME), *row[1:]] for row in rows], gaps=(2,))
 
 
-def clip(text: str, columns: int) -> str:
-    """At most so many columns wide; wide characters count twice.
-
-    >>> clip("global@0.02+micro", 10)
-    'global@0.…'
-    """
-    if _width(text) <= columns:
-        return text
-    while _width(text) > columns - 1:
-        text = text[:-1]
-    return text + "…"
-
-
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)
-
-
-def _table(title: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """First column left, the others right, each as wide as it has to be."""
-    rows = [list(head), *([clip(clean(line[0]), NAME), *line[1:]] for line in lines)]
-    widths = [max(_width(row[i]) for row in rows) for i in range(len(head))]
-    text = []
-    for row in rows:
-        cells = [" " * (widths[i] - _width(cell)) + cell if i else cell + " " * (widths[0] - _width(cell))
-                 for i, cell in enumerate(row)]  # fmt: skip
-        text.append("  ".join(cells).rstrip())
-    rule = "─" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([title, rule, *text])
-
-
-def _wrap(text: str, indent: str = "") -> str:
-    return textwrap.fill(text, COLUMNS, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False)
+def _name(text: str, columns: int) -> str:
+    return clip(clean(text), columns, keep_end=False)
 
 
 def _against(one: Row, base: Row) -> float:

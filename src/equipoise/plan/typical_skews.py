@@ -1,4 +1,4 @@
-"""The balancing strategies and how skewed each leaves the loads, where no record of the user's own says it."""
+"""Balancing strategies with typical skews, for plans without recorded loads."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from .loads import Loads, Skew
 
 __all__ = ["SUMS_COUNTS", "TYPICAL", "Strategy", "needs_counts", "typical"]
 
-# micro, and what all text does under `global`: 300 steps of the lab. The sources' skew of global and of global+micro:
-# what the step times of a 43 B model imply (check.py). loss-free: as global, with the published MaxVio of 0.04 over all
-# text. none: 48 steps of the lab; it goes on growing. docs/plan.md says more.
+# micro, and the skew of all text under `global`: 300 steps of the lab. The skew of sources under global and
+# global+micro: implied by the step times of a 43 B model (calibration.py). loss-free: as global, with the published
+# MaxVio of 0.04 over all text. none: 48 steps of the lab, and still growing. More in docs/plan.md.
 TYPICAL: dict[str, Skew] = {
     "none": Skew(1.41, 0.85),
     "micro": Skew(0.188, 0.285),
@@ -18,12 +18,12 @@ TYPICAL: dict[str, Skew] = {
     "global+micro": Skew(0.12, 0.81),
     "loss-free": Skew(0.016, 1.48),
 }
-SUMS_COUNTS = ("global", "shuffle")  # strategies whose loss needs the loads of all ranks within the step
+SUMS_COUNTS = ("global", "shuffle")  # strategies whose loss needs the counts of all ranks within the step
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A name, its loads, and where these are from."""
+    """A strategy, its loads, and their origin."""
 
     name: str
     loads: Loads
@@ -41,7 +41,7 @@ def typical() -> list[Strategy]:
 
 
 def needs_counts(name: str) -> bool:
-    """By the strategy's name, as the lab writes it: ``previous`` and ``ema`` use loads of earlier steps.
+    """Whether the loss of a strategy needs the counts of all ranks: ``previous`` and ``ema`` use earlier steps.
 
     >>> needs_counts("global:exact@0.02+micro"), needs_counts("global:ema"), needs_counts("loss-free@1e-2")
     (True, False, False)

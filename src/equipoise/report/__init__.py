@@ -1,9 +1,10 @@
-"""Reports on runs: records in, a summary, a terminal table and one HTML file out. Imports no torch."""
+"""Reports on runs and inspections: tables in the terminal, one HTML file, CSV and pictures. Imports no torch."""
 
 from __future__ import annotations
 
+from .data.comparison import Comparison, StrategySummary
 from .data.load import load, load_runs
-from .data.summarize import Comparison, StrategySummary, summarize, to_json
+from .data.summarize import summarize, to_json
 from .html.page import write_html
 from .text.comparison import render_terminal
 

@@ -11,7 +11,6 @@ import time
 import pytest
 
 from equipoise.cli import main
-from equipoise.report.export.follow import goes_on
 from equipoise.storage.inspection_record import write_inspection
 from equipoise.storage.run_record import RecordWriter, read_run
 from unit.report._browser import CHROMIUM
@@ -190,16 +189,6 @@ def test_watch_follows_a_run_from_before_its_first_line_to_its_end(tmp_path, sta
     last = page.read_text()
     assert 'id="live"' not in last and last.rstrip().endswith("</html>")
     assert [path.name for path in run.iterdir() if path.name.startswith(".writing")] == []
-
-
-def test_an_inspection_that_goes_on_is_waited_for(folder, tmp_path):
-    run = read_run(write_run(tmp_path / "run", header("micro", 0, steps=20)))
-    ended = write_inspection(tmp_path / "all" / "one", synthetic_inspection(experts=4)).parent
-    assert not goes_on([tmp_path / "run", ended], [run])
-    (ended / "other" / "state").mkdir(parents=True)
-    assert goes_on([tmp_path / "run", ended / "other"], [run]) and goes_on([ended], [])
-    write_inspection(ended / "other", synthetic_inspection(experts=4))
-    assert not goes_on([ended], [])
 
 
 def test_ctrl_c_ends_watching_with_a_page_that_stays(tmp_path, start):

@@ -21,7 +21,7 @@ from equipoise.functional import (
     mutual_information,
     normalized_entropy,
 )
-from equipoise.report.data.statistics import random_maxvio
+from equipoise.report.data.order_statistics import random_maxvio
 
 quick = settings(max_examples=80, deadline=None)
 loads = st.lists(st.integers(0, 10**9), min_size=1, max_size=12).filter(any)

@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 
 from equipoise.plan.cluster import Cluster
 from equipoise.plan.cost import memory, step_time, sum_seconds, work
-from equipoise.plan.forecast import EVEN, growth_sizes, outlook
-from equipoise.plan.loads import Skew
+from equipoise.plan.forecast import EVEN
 from equipoise.plan.straggler import Straggler
-from equipoise.plan.typical_skews import Strategy, typical
 from unit.plan import _reference as reference
 
 C = Cluster(gpus=32, ep=16, experts=32, layers=3, micro_batches=2, sync="step")
@@ -130,20 +128,3 @@ def test_cost_rises_with_the_straggler_and_does_not_depend_on_the_machines_scale
     low, high = sorted((first, second))
     assert 0 < cost(free, low) <= cost(free, high) + 1e-12
     assert cost(faster, high) == pytest.approx(cost(free, high))
-
-
-def test_even_loads_cost_the_sums_alone():
-    plan = outlook(replace(C, micro_batches=4), [Strategy("law", Skew()), *typical()], up_to=0)
-    even, rows = plan.even.total, {one.name: one for one in plan.rows}
-    assert rows["law"].cost == pytest.approx(0, abs=0.03)  # noise of uniform routing
-    assert all(one.time.total > even for one in plan.rows)
-    assert rows["global+micro"].cost < rows["global"].cost < rows["none"].cost
-
-
-def test_growth_divides_the_experts_then_copies_them():
-    assert growth_sizes(96, 400) == [2, 4, 8, 16, 32, 96, 192, 384]
-    assert growth_sizes(7, 30) == [7, 14, 28]
-    plan = outlook(Cluster(experts=12, ep=4), typical()[:1], up_to=48)
-    assert [(one.ep, one.experts_per_rank, one.replicas, one.gpus) for one in plan.growth] == [
-        (2, 6, 1, 64), (4, 3, 1, 64), (12, 1, 1, 72), (24, 1, 2, 72), (48, 1, 4, 96)
-    ]  # fmt: skip

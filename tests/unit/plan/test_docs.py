@@ -8,9 +8,7 @@ from pathlib import Path
 
 from equipoise.cli import build_parser
 from equipoise.cli.plan import EPILOG
-from equipoise.plan import calibration as check
-from equipoise.plan import describe, parse_settings, render_check, render_outlook, typical
-from equipoise.plan import forecast as outlook
+from equipoise.plan import calibrate, describe, forecast, parse_settings, render_calibration, render_forecast, typical
 from equipoise.plan.cluster import Cluster
 from equipoise.plan.loads import Skew, expected_maxvio
 from equipoise.plan.typical_skews import TYPICAL
@@ -20,7 +18,7 @@ SETTINGS = {f.name for f in fields(Cluster)}
 
 
 def test_the_outputs_are_what_the_command_prints():
-    printed = render_outlook(outlook(describe(), typical(), up_to=0)) + render_check(check())
+    printed = render_forecast(forecast(describe(), typical(), up_to=0)) + render_calibration(calibrate())
     shown = [line for block in re.findall(r"```console\n(.*?)```", TEXT, re.S) for line in block.splitlines()
              if line != "..." and not line.startswith("$")]  # fmt: skip
     assert len(shown) > 12

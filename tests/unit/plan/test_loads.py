@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.errors import ConfigError, DataError
-from equipoise.plan.loads import SOURCES, Recorded, Skew, expected_maxvio, fit, shares
+from equipoise.plan.loads import SOURCES, RecordedCounts, Skew, expected_maxvio, fit, shares
 
 
 @settings(max_examples=25, deadline=None)
@@ -81,4 +81,4 @@ def test_a_maxvio_that_cannot_be(value):
 )
 def test_counts_that_are_none(counts, message):
     with pytest.raises(DataError, match=message):
-        Recorded(counts)
+        RecordedCounts(counts)

@@ -1,1 +1,1 @@
-"""From records to what a report shows: summaries, curves, measures and their statistics."""
+"""Summaries, curves and statistics of run records and inspections."""

@@ -1,4 +1,4 @@
-"""What keeps runs from being compared: other text, other settings, other lengths. Nothing is compared in silence."""
+"""Checks whether runs can be compared: same text, same settings, same length. Every difference becomes a warning."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from ...storage.run_record import Run
 from .formatting import clean
 from .run_view import flatten
 
-__all__ = ["Settings", "common_step", "fingerprint", "judge"]
+__all__ = ["Settings", "common_step", "compare_settings", "settings_key"]
 
-# Settings that change nothing of what is learned or measured, or that say which strategy and seed a run is
+# Settings that affect neither training nor evaluation, or that identify the strategy and the seed
 FREE = {"strategy", "policies", "train.seed", "train.eval_every", "train.checkpoint_every", "train.load_every",
         "train.fidelity_every", "train.log", "train.tensorboard", "train.threads"}  # fmt: skip
-BY_STRATEGY = {"model.gate", "model.selection_bias"}  # a strategy may bring its gate with it
+BY_STRATEGY = {"model.gate", "model.selection_bias"}  # a strategy may set its own gate
 SAME_TEXT = {"corpus", "domains", "data.domains", "data.sequence_length", "model.vocab_size", "train.eval_sequences"}
 MOST_SHOWN = 6
 
@@ -21,7 +21,7 @@ Settings = dict[str, str]  # name -> value, as shown
 
 
 def settings(run: Run) -> Settings:
-    """All that must agree between two runs, flat, as text."""
+    """Everything that two comparable runs must agree on: dotted name -> value as text."""
     header = run.header
     flat = {key: _text(value) for key, value in flatten(header.config).items() if key not in FREE}
     return flat | {
@@ -33,23 +33,27 @@ def settings(run: Run) -> Settings:
     }
 
 
-def fingerprint(run: Run) -> tuple[tuple[str, str], ...]:
-    """Runs of one strategy with the same fingerprint are seeds of each other."""
+def settings_key(run: Run) -> tuple[tuple[str, str], ...]:
+    """Runs of one strategy with equal keys differ only in the seed."""
     return tuple(sorted(settings(run).items()))
 
 
 def differing(runs: Iterable[Run]) -> dict[str, list[str]]:
-    """Setting -> its values, for those that are not the same in all runs."""
+    """Settings that are not equal in all runs, with their values."""
     each = [settings(run) for run in runs]
     keys = sorted({key for one in each for key in one})
     values = {key: list(dict.fromkeys(one.get(key, "not set") for one in each)) for key in keys}
     return {key: found for key, found in values.items() if len(found) > 1}
 
 
-def judge(runs: Mapping[str, Sequence[Run]]) -> tuple[list[str], bool, list[str]]:
-    """Warnings, whether the held-out numbers are of the same text, and the settings that differ beside the strategy.
+def compare_settings(runs: Mapping[str, Sequence[Run]]) -> tuple[list[str], bool, list[str]]:
+    """Compares the settings of all runs.
 
-    ``runs`` are the runs by the label of their strategy.
+    Args:
+        runs: label of a strategy -> its runs.
+
+    Returns warnings, whether all runs were evaluated on the same text, and the settings that differ besides the
+    strategy.
     """
     warnings = []
     unlike = differing(run for group in runs.values() for run in group)
@@ -78,9 +82,12 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> tuple[list[str], bool, list[str]
 
 
 def common_step(runs: Sequence[Run], evaluated: Sequence[Sequence[int]]) -> tuple[int | None, list[str]]:
-    """The last step at which all finished runs (or all runs, when none has finished) were evaluated, and warnings.
+    """Finds the last step at which all finished runs (all runs, if none has finished) were evaluated.
 
-    ``evaluated`` are the steps of the usable evaluations of each run.
+    Args:
+        evaluated: for each run the steps of its usable evaluations.
+
+    Returns the step, None if the runs share none, and warnings.
     """
     warnings = []
     finished = [set(steps) for run, steps in zip(runs, evaluated, strict=True) if run.status == "finished" and steps]

@@ -1,4 +1,4 @@
-"""What the charts draw: series over time with a band over seeds, loads of experts, shares of domains."""
+"""The data of the charts: curves over steps with a band over seeds, loads of experts, shares of domains."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...storage.run_record import Run, Step
-from .run_view import Observation, is_number, mean, usable
+from .run_view import RunView, is_number, mean, usable
 from .statistics import paired_difference
 
 __all__ = ["Charts", "Curve", "LoadMap", "charts", "thin", "training_metrics"]
 
-MOST_POINTS = 120  # of a curve: a bend in every third pixel of a phone
-MOST_LOADS = 60  # moments of a run at which the load of its experts can be looked at
-# What all strategies together may put on the page, so that it stays one that can be sent: beyond it, layers, moments
-# and rare metrics are left out.
+MOST_POINTS = 120  # of a curve: one in three pixels of a phone
+MOST_LOADS = 60  # steps of a run whose expert loads are on the page
+# Limits for all strategies together, which keep the page small enough to send: beyond them layers, steps and rare
+# metrics are left out.
 MOST_DOMAIN_CELLS = 800_000
 MOST_LOAD_CELLS = 600_000
 MOST_CURVES = 240
@@ -25,7 +25,7 @@ MOST_CURVES = 240
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean over seeds at each step; ``low`` and ``high`` are the extreme seeds (`paired`: the interval), else None."""
+    """Mean over seeds at each step. ``low`` and ``high`` are the extreme seeds, of `paired` the interval, or None."""
 
     steps: list[int]
     mean: list[float]
@@ -43,10 +43,10 @@ class LoadMap:
 
 @dataclass(frozen=True)
 class Charts:
-    """Everything of one strategy that is drawn and not printed. Maps are those of the first seed."""
+    """What is drawn of one strategy. Maps are those of the first seed."""
 
     perplexity: Curve | None = None
-    difference: Curve | None = None  # from the baseline's perplexity, % with interval; of two seeds or more
+    difference: Curve | None = None  # from the baseline's perplexity, in %, with interval; needs two seeds
     domain_perplexity: dict[str, Curve] = field(default_factory=dict)
     training: dict[str, Curve] = field(default_factory=dict)
     relative_error: dict[str, Curve] = field(default_factory=dict)
@@ -56,11 +56,14 @@ class Charts:
 
 
 def charts(
-    runs: Sequence[Run], first: Observation, metrics: Sequence[str], strategies: int = 1, baseline: Sequence[Run] = ()
+    runs: Sequence[Run], first: RunView, metrics: Sequence[str], strategies: int = 1, baseline: Sequence[Run] = ()
 ) -> Charts:
-    """``runs`` are the seeds of one of ``strategies``, ``first`` the observation of the first of them.
+    """The charts of one strategy.
 
-    ``baseline`` are the runs that this strategy is compared with; none where it is not.
+    Args:
+        runs: its seeds. first: the view of the first of them.
+        metrics: see `training_metrics`. strategies: how many share the page.
+        baseline: the runs that it is compared with; empty if it is not.
     """
     evaluations = [usable(run)[0] for run in runs]
     domains = first.header.domains
@@ -86,7 +89,7 @@ def charts(
 
 
 def training_metrics(runs: Sequence[Run], strategies: int = 1) -> list[str]:
-    """Names of what can be drawn per step: the trainer's four, then the balancer's that are not of one layer."""
+    """Names of the metrics to draw: four of the trainer, then those of the balancer that are not of a single layer."""
     names = {name for run in runs for step in run.steps[-1:] + run.steps[:1] for name in step.balance}
     known = sorted((name for name in names if "/layer_" not in name), key=lambda name: ("maxvio" not in name, name))
     return ["loss", "lr", "grad_norm", "tokens_per_second", *known[: max(6, MOST_CURVES // strategies - 4)]]
@@ -105,7 +108,7 @@ def _series(run: Run, name: str) -> dict[int, float]:
 
 
 def join(seeds: Sequence[dict[int, float]]) -> Curve | None:
-    """One curve from the series of the seeds, over the steps that all of them have (or any, when they share none).
+    """Joins the series of the seeds over the steps that all have, or that any has if they share none.
 
     >>> join([{1: 2.0, 2: 4.0}, {1: 4.0}])
     Curve(steps=[1], mean=[3.0], low=[2.0], high=[4.0])
@@ -123,7 +126,7 @@ def join(seeds: Sequence[dict[int, float]]) -> Curve | None:
 
 
 def paired(runs: Sequence[Run], baseline: Sequence[Run]) -> Curve | None:
-    """Difference in perplexity at each evaluation, paired by seed, in percent; a band is the 95 % interval."""
+    """Difference in perplexity at each evaluation, paired by seed, in percent, with the 95 % interval."""
     own, base = ({run.header.seed: {one.step: one.perplexity for one in usable(run)[0]} for run in group}
                  for group in (runs, baseline))  # fmt: skip
     found = {}
@@ -140,7 +143,7 @@ def paired(runs: Sequence[Run], baseline: Sequence[Run]) -> Curve | None:
 
 
 def binned(seeds: Sequence[dict[int, float]]) -> Curve | None:
-    """The same for a long noisy series: each point is the mean of the steps since the point before.
+    """`join` for long noisy series: each point is the mean of the steps since the previous point.
 
     >>> [round(one, 3) for one in binned([{step: float(step % 2) for step in range(1, 801)}]).mean[:3]]
     [0.571, 0.429, 0.571]
@@ -157,22 +160,22 @@ def _binned(series: dict[int, float], size: int) -> dict[int, float]:
     return {step: math.fsum(values) / len(values) for step, values in bins.items()}
 
 
-def load_maps(seen: Observation, most_cells: int = MOST_LOAD_CELLS) -> list[LoadMap]:
-    """The load of single global batches, some moments of the run, the last one last; else that of the held-out text."""
-    moments = max(1, min(MOST_LOADS, most_cells // max(1, seen.header.num_layers * seen.header.num_experts)))
-    if seen.loads:
-        chosen = {one.step: one for one in seen.loads}
+def load_maps(view: RunView, most_cells: int = MOST_LOAD_CELLS) -> list[LoadMap]:
+    """Loads of single global batches at some steps, the last one included; without any, those of the held-out text."""
+    moments = max(1, min(MOST_LOADS, most_cells // max(1, view.header.num_layers * view.header.num_experts)))
+    if view.loads:
+        chosen = {one.step: one for one in view.loads}
         return [LoadMap(step, _over_mean(chosen[step].counts)) for step in thin(sorted(chosen), moments)]
-    if seen.evaluation is None:
+    if view.evaluation is None:
         return []
-    return [LoadMap(0, _over_mean(np.asarray(seen.evaluation.counts).sum(axis=0)))]
+    return [LoadMap(0, _over_mean(np.asarray(view.evaluation.counts).sum(axis=0)))]
 
 
-def domain_share(seen: Observation, most_cells: int = MOST_DOMAIN_CELLS) -> tuple[list[int], list[list[list[float]]]]:
-    """Layers, and [layer][domain][expert] share of the domain's choices over the even share 1 / E."""
-    if seen.evaluation is None:
+def domain_share(view: RunView, most_cells: int = MOST_DOMAIN_CELLS) -> tuple[list[int], list[list[list[float]]]]:
+    """Layers, and [layer][domain][expert]: share of the domain's choices over the even share 1 / E."""
+    if view.evaluation is None:
         return [], []
-    counts_LDE = np.asarray(seen.evaluation.counts, dtype=np.float64).swapaxes(0, 1)
+    counts_LDE = np.asarray(view.evaluation.counts, dtype=np.float64).swapaxes(0, 1)
     layers = thin(list(range(len(counts_LDE))), max(1, most_cells // max(1, counts_LDE[0].size)))
     return layers, [_over_mean(counts_LDE[layer]) for layer in layers]
 
@@ -184,7 +187,7 @@ def _over_mean(counts_XE: object) -> list[list[float]]:
 
 
 def thin(items: list[int], most: int = MOST_POINTS) -> list[int]:
-    """At most ``most`` of them, evenly spaced, the first and the last kept.
+    """At most ``most`` of the items, evenly spaced; keeps the first and the last.
 
     >>> thin(list(range(10)), 4)
     [0, 3, 6, 9]

@@ -1,4 +1,4 @@
-"""How numbers and names are written, the same in the terminal and in the page."""
+"""Formats numbers and names, for the terminal and the page alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["bytes_text", "clean", "clip", "count", "duration", "fine_perplexity"
 
 
 def clean(text: str) -> str:
-    """A name from a file, made safe to show: control, format and surrogate characters become their escapes.
+    """Replaces control, format and surrogate characters, e.g. in a name from a file, by their escapes.
 
     >>> clean("a\\x1b[31mb\\u202ec")
     'a\\\\x1b[31mb\\\\u202ec'
@@ -30,15 +30,21 @@ def width(text: str) -> int:
     return wide - sum(bool(unicodedata.combining(char)) for char in text)
 
 
-def clip(text: str, columns: int) -> str:
-    """At most ``columns`` wide; what is cut from the middle leaves an ellipsis, for names differ at both ends.
+def clip(text: str, columns: int, *, keep_end: bool = True) -> str:
+    """Shortens to ``columns`` with an ellipsis in place of the middle, since names differ at both ends.
 
-    >>> clip("sequences:8@0.02+micro", 12)
-    'sequen…micro'
+    ``keep_end=False`` cuts the end instead.
+
+    >>> clip("sequences:8@0.02+micro", 12), clip("sequences:8@0.02+micro", 12, keep_end=False)
+    ('sequen…micro', 'sequences:8…')
     """
     if width(text) <= columns:
         return text
     head, tail = "", ""
+    if not keep_end:
+        while width(head + text[len(head)]) < columns:
+            head += text[len(head)]
+        return f"{head}…"
     while width(head) + width(tail) < columns - 1:
         if width(head) <= width(tail):
             head += text[len(head)]
@@ -50,7 +56,7 @@ def clip(text: str, columns: int) -> str:
 
 
 def number(value: float | None, places: int | None = None) -> str:
-    """Three significant digits or so, or ``places`` decimals; a dash for what is not there.
+    """About three significant digits, or ``places`` decimals; a dash for None and NaN.
 
     >>> [number(x) for x in (38.349, 0.0983, 12345.6, 0.00012, 0.0, None)]
     ['38.3', '0.098', '12,346', '0.0001', '0', '–']
@@ -68,7 +74,7 @@ def number(value: float | None, places: int | None = None) -> str:
 
 
 def count(value: float | None) -> str:
-    """A mean of counts: whole where it is.
+    """A mean of counts, without decimals if it is whole.
 
     >>> count(2.0), count(2.5), count(None)
     ('2', '2.5', '–')
@@ -77,7 +83,8 @@ def count(value: float | None) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """
+    """Joins names in a sentence.
+
     >>> listed(["a"]), listed(["a", "b", "c"])
     ('a', 'a, b and c')
     """
@@ -106,7 +113,8 @@ def percent(value: float | None) -> str:
 
 
 def rough_perplexity(value: float | None) -> str:
-    """
+    """One decimal below 1000.
+
     >>> rough_perplexity(38.349), rough_perplexity(2089.5)
     ('38.3', '2,090')
     """
@@ -114,7 +122,8 @@ def rough_perplexity(value: float | None) -> str:
 
 
 def fine_perplexity(value: float | None) -> str:
-    """
+    """Four significant digits.
+
     >>> fine_perplexity(8.0381), fine_perplexity(38.349), fine_perplexity(2089.5)
     ('8.038', '38.35', '2,090')
     """
@@ -123,7 +132,8 @@ def fine_perplexity(value: float | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """
+    """Seconds as the two largest units.
+
     >>> duration(42), duration(754), duration(7260)
     ('42 s', '12 min 34 s', '2 h 1 min')
     """
@@ -137,7 +147,8 @@ def duration(seconds: float) -> str:
 
 
 def bytes_text(count: float | None) -> str:
-    """
+    """A size in MiB or GiB.
+
     >>> bytes_text(1.5 * 2**30), bytes_text(3 * 2**20)
     ('1.50 GiB', '3 MiB')
     """

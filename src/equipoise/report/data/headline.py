@@ -1,28 +1,25 @@
-"""What a comparison found, in plain sentences that say no more than it found: first what is certain, then perplexity.
+"""The result of a comparison in sentences that claim no more than the data shows: what is certain first.
 
-With several seeds a strategy is better or worse only where the 95 % interval of its paired differences leaves out
-zero. One seed names no winner in perplexity, however large its difference.
+With several seeds a strategy is called better or worse only if the 95 % interval of its paired differences excludes
+zero. With one seed no winner in perplexity is named, however large the difference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from .comparison import StrategySummary
 from .formatting import clean, listed, number, percent, rough_perplexity, signed
 from .spread import known_spread
 from .statistics import Difference, estimate
 
-if TYPE_CHECKING:
-    from .summarize import StrategySummary
-
 __all__ = ["headline"]
 
-MOST_NAMED = 3  # strategies beside the baseline that a sentence names one by one
-# Information within this factor is as much: where no interval tells it apart (seeds of one strategy differ by less),
-# and where one does.
+MOST_NAMED = 3  # strategies besides the baseline that a sentence lists by name
+# Information within this factor counts as equal: without an interval that excludes zero (seeds of one strategy differ
+# by less), and with one.
 ALIKE, SAME = 1.5, 1.1
-ENOUGH = 5  # seeds, with which an interval is narrow enough to be worth its time
+ENOUGH = 5  # seeds for which the interval is usefully narrow
 
 
 def headline(
@@ -33,9 +30,12 @@ def headline(
     differing: Sequence[str] = (),
     config: Mapping[str, object] | None = None,
 ) -> tuple[str, str]:
-    """(what is certain: what the experts know and how they are loaded, perplexity); the second may be empty.
+    """Returns two texts: specialization and load of the experts, and perplexity; the second may be empty.
 
-    ``config`` is that of the runs: for some models it is known how much seeds differ.
+    Args:
+        step: at which the strategies are compared. same_text: whether all were evaluated on the same text.
+        differing: settings that differ besides the strategy.
+        config: of the runs, by dotted name: for some models the spread between seeds is known.
     """
     ranked = sorted(
         (one for one in strategies if one.compared and one.values.get("perplexity") is not None),
@@ -67,7 +67,7 @@ def headline(
 
 
 def _experts(others: Sequence[StrategySummary], reference: StrategySummary) -> str:
-    """How well experts tell domains apart, only as far as it exceeds what shuffled labels give."""
+    """How well experts tell domains apart, compared with shuffled labels."""
     known = [one for one in others if one.values.get("mutual_information") is not None]
     if not known or reference.values.get("mutual_information") is None:
         return ""
@@ -159,7 +159,7 @@ def _told(one: StrategySummary, difference: Difference) -> str:
 
 
 def _counted(several: Sequence[tuple[StrategySummary, Difference]], old: str) -> str:
-    """Of many strategies: how many are told apart, and the lowest of those."""
+    """For many strategies: how many differ significantly, and the lowest of those."""
     clear = [(one, difference) for one, difference in several if difference.is_clear]
     lower = [(one, difference) for one, difference in clear if difference.mean < 0]
     text = (f"Perplexity against {old}: of {len(several)} strategies {len(lower)} are lower, {len(clear) - len(lower)} "
@@ -193,7 +193,7 @@ def _one_seed(
 
 
 def _with_value(reference: StrategySummary, differences: Sequence[tuple[StrategySummary, Difference]]) -> str:
-    """The baseline's name and its perplexity over the seeds that it shares with the others."""
+    """The name of the baseline and its perplexity over the seeds that it shares with the others."""
     shared = {seed for _, difference in differences for seed in difference.by_seed}
     known = reference.values["perplexity"]
     by_seed = {seed: value for seed, value in known.by_seed.items() if seed in shared} if known else {}

@@ -1,9 +1,8 @@
-"""Inspections in plain numbers: how each is called, what is said of it first, its measures layer by layer."""
+"""The numbers of inspections: a name for each, a headline, and the columns of their layers."""
 
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,17 +10,26 @@ from typing import Any
 import numpy as np
 
 from ...storage.inspection_record import Inspection, Layer
-from .formatting import clean, clip, number
+from .formatting import clean, number
 
-__all__ = ["LAYER_MEASURES", "LayerMeasure", "Named", "headline_of", "inspections_json", "mean_of", "named",
-           "render_inspections", "straggler"]  # fmt: skip
-
-WIDE = 80  # columns of a terminal
+__all__ = [
+    "LAYER_COLUMNS",
+    "LayerColumn",
+    "NamedInspection",
+    "headline_of",
+    "inspections_json",
+    "mean_of",
+    "name_inspections",
+    "straggler",
+]
 
 
 @dataclass(frozen=True)
-class LayerMeasure:
-    """``read`` and ``floor`` take a layer; the floor is what chance alone gives, where that is known."""
+class LayerColumn:
+    """One number of an inspected layer: the terminal, the page and the CSV take theirs from ``LAYER_COLUMNS``.
+
+    ``floor`` is what chance alone gives, if that is known.
+    """
 
     label: str
     read: Callable[[Layer], float | None]
@@ -30,38 +38,38 @@ class LayerMeasure:
     places: int | None = None
 
 
-LAYER_MEASURES = (
-    LayerMeasure("MaxVio, all text", lambda one: one.maxvio_global, lambda one: one.noise_global, "uniform routing", 2),
-    LayerMeasure("MaxVio, micro-batch", lambda one: one.maxvio_micro_batch, lambda one: one.noise_micro_batch,
+LAYER_COLUMNS = (
+    LayerColumn("MaxVio, all text", lambda one: one.maxvio_global, lambda one: one.noise_global, "uniform routing", 2),
+    LayerColumn("MaxVio, micro-batch", lambda one: one.maxvio_micro_batch, lambda one: one.noise_micro_batch,
                  "uniform routing", 2),
-    LayerMeasure("MaxVio, sequence", lambda one: one.maxvio_sequence, lambda one: one.noise_sequence,
+    LayerColumn("MaxVio, sequence", lambda one: one.maxvio_sequence, lambda one: one.noise_sequence,
                  "uniform routing", 2),
-    LayerMeasure("Domain information, nats", lambda one: one.information_corrected,
+    LayerColumn("Domain information, nats", lambda one: one.information_corrected,
                  lambda one: one.information_shuffled, "domains shuffled"),
-    LayerMeasure("Router entropy per token, nats", lambda one: one.entropy_token,
+    LayerColumn("Router entropy per token, nats", lambda one: one.entropy_token,
                  lambda one: math.log(one.num_experts), "all experts alike", 2),
-    LayerMeasure("Entropy of the mean gate, nats", lambda one: one.entropy_mean,
+    LayerColumn("Entropy of the mean gate, nats", lambda one: one.entropy_mean,
                  lambda one: math.log(one.num_experts), "all experts alike", 2),
-    LayerMeasure("Top-K score", lambda one: one.topk_score, lambda one: one.top_k / one.num_experts,
+    LayerColumn("Top-K score", lambda one: one.topk_score, lambda one: one.top_k / one.num_experts,
                  "uniform gate", 3),
-    LayerMeasure("Choices told by the token id", lambda one: one.id_share, lambda one: one.id_share_chance,
+    LayerColumn("Choices told by the token id", lambda one: one.id_share, lambda one: one.id_share_chance,
                  "ids do not matter", 3),
-    LayerMeasure("Saturation", lambda one: one.saturation, lambda one: one.saturation_chance,
+    LayerColumn("Saturation", lambda one: one.saturation, lambda one: one.saturation_chance,
                  "independent choices", 3),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Named:
-    """An inspection under a name that no other on the page has; ``colour`` is its place among the colours."""
+class NamedInspection:
+    """An inspection with a name that is unique on the page; ``colour`` is an index into the page's colours."""
 
     name: str
     colour: int
     inspection: Inspection
 
 
-def named(inspections: Sequence[Inspection], first_colour: int = 0) -> list[Named]:
-    """Names from the model's path, longer where two would be alike."""
+def name_inspections(inspections: Sequence[Inspection], first_colour: int = 0) -> list[NamedInspection]:
+    """Names inspections by the last parts of the model's path, as many as make the names unique."""
     whole = [one.facts.model.rstrip("/") or "model" for one in inspections]
     for parts in (1, 2, 3):
         names = ["/".join(one.split("/")[-parts:]) for one in whole]
@@ -72,25 +80,25 @@ def named(inspections: Sequence[Inspection], first_colour: int = 0) -> list[Name
     for index, (name, inspection) in enumerate(zip(names, inspections, strict=True)):
         seen[name] = seen.get(name, 0) + 1
         own = f"{name} #{seen[name]}" if names.count(name) > 1 else name
-        found.append(Named(own, first_colour + index, inspection))
+        found.append(NamedInspection(own, first_colour + index, inspection))
     return found
 
 
-def mean_of(inspection: Inspection, measure: LayerMeasure, *, floor: bool = False) -> float:
-    """Mean over the layers that have it, NaN without any."""
-    read = measure.floor if floor else measure.read
+def mean_of(inspection: Inspection, column: LayerColumn, *, floor: bool = False) -> float:
+    """Mean over the layers that have the column; NaN if none has."""
+    read = column.floor if floor else column.read
     values = [value for one in inspection.layers if read and (value := read(one)) is not None and math.isfinite(value)]
     return math.fsum(values) / len(values) if values else math.nan
 
 
 def straggler(inspection: Inspection) -> float:
-    """Mean over layers of the largest load over the mean load, all text, every domain weighing the same."""
-    return 1 + mean_of(inspection, LAYER_MEASURES[0])
+    """Largest load over mean load on all text, each domain weighted equally; mean over layers."""
+    return 1 + mean_of(inspection, LAYER_COLUMNS[0])
 
 
-def headline_of(found: Sequence[Named]) -> str:
-    """What one inspection found, or how far apart several are, in a sentence."""
-    about = LAYER_MEASURES[3]
+def headline_of(found: Sequence[NamedInspection]) -> str:
+    """The result of one inspection, or how far several differ, in a sentence."""
+    about = LAYER_COLUMNS[3]
     knows = {one.name: mean_of(one.inspection, about) for one in found}
     known = {name: value for name, value in knows.items() if math.isfinite(value)}
     if len(found) > 1 and len(known) > 1:
@@ -114,8 +122,8 @@ def headline_of(found: Sequence[Named]) -> str:
     return text + (f", {dead} expert{'s are' if dead > 1 else ' is'} never chosen." if dead else ".")
 
 
-def inspections_json(found: Sequence[Named]) -> list[dict[str, Any]]:
-    """The numbers of each inspection without its arrays and texts; NaN as None."""
+def inspections_json(found: Sequence[NamedInspection]) -> list[dict[str, Any]]:
+    """The numbers of each inspection without its arrays and texts."""
     return [
         {
             "name": one.name,
@@ -127,24 +135,3 @@ def inspections_json(found: Sequence[Named]) -> list[dict[str, Any]]:
         }
         for one in found
     ]
-
-
-def render_inspections(found: Sequence[Named]) -> str:
-    """What a terminal shows: the headline, and a line per measure with one column per inspection, 80 wide."""
-    lines = [*textwrap.wrap(headline_of(found), WIDE), ""]
-    for group in (found[start : start + 3] for start in range(0, len(found), 3)):
-        lines += ["Mean over layers (chance)".ljust(34) + "".join(clip(clean(one.name), 14).rjust(15) for one in group)]
-        for measure in LAYER_MEASURES:
-            cells = []
-            for one in group:
-                value, floor = mean_of(one.inspection, measure), mean_of(one.inspection, measure, floor=True)
-                chance = f" ({number(floor, measure.places)})" if math.isfinite(floor) else ""
-                cells.append(f"{number(value, measure.places)}{chance}".rjust(15))
-            lines.append(measure.label.ljust(34) + "".join(cells))
-        for label, read in (("Dead experts", "dead"), ("Idle experts", "idle")):
-            sums = [sum(len(getattr(layer, read)) for layer in one.inspection.layers) for one in group]
-            lines.append(label.ljust(34) + "".join(str(total).rjust(15) for total in sums))
-        lines.append("")
-    problems = [f"! {clean(one.name)}: {clean(problem)}" for one in found for problem in one.inspection.problems]
-    lines += [line for problem in problems for line in textwrap.wrap(problem, WIDE, subsequent_indent="  ")]
-    return "\n".join(lines).rstrip("\n") + "\n"

@@ -1,4 +1,4 @@
-"""From what the user names (a run, a comparison, an inspection, a file of theirs) to what is read."""
+"""Reads what a path names: a run, a comparison, an inspection, or the file of one of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["load", "load_runs"]
 
 
 def load(paths: Sequence[str | Path]) -> tuple[list[Run], list[Inspection], list[str]]:
-    """Runs and inspections in the order named, and a sentence for each that could not be read.
+    """Reads runs and inspections in the order of ``paths``, runs of a comparison in the order of its strategies.
 
-    Inside a comparison runs come in the order they were asked for. A broken one costs itself only, and is named among
-    the problems; where nothing else is readable it is the DataError that is raised.
+    Returns runs, inspections, and a sentence for each that could not be read and was left out. Raises DataError if
+    nothing could be read.
     """
     runs: list[Run] = []
     inspections: list[Inspection] = []
@@ -58,7 +58,7 @@ def load(paths: Sequence[str | Path]) -> tuple[list[Run], list[Inspection], list
 
 
 def load_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[str]]:
-    """The runs alone; DataError where there are none."""
+    """`load` for runs only. Raises DataError if there are none."""
     runs, _, problems = load(paths)
     if not runs:
         raise DataError(expected=f"a run in {', '.join(map(str, paths))}", got="inspections only",
@@ -71,7 +71,7 @@ def _is_one(path: Path) -> bool:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """Those one or two levels down: comparison/strategy or comparison/strategy/seed."""
+    """Folders of runs and inspections one or two levels down: comparison/strategy or comparison/strategy/seed."""
     names = (RECORD_NAME, INSPECTION_NAME)
     return sorted(
         {file.parent for pattern in ("*", "*/*") for name in names for file in folder.glob(f"{pattern}/{name}")}
@@ -79,13 +79,13 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _in_order(folder: Path, runs: list[Run]) -> list[Run]:
-    """The order of ``strategies`` in comparison.json, where there is one; else that in which they were started."""
+    """Sorts runs by ``strategies`` in comparison.json if there is one, else by start time."""
     order: dict[object, int] = {}
     try:
         data = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
         names = data.get("strategies") or data["config"]["strategies"]
         order = {name if isinstance(name, str) else name["name"]: index for index, name in enumerate(names)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # only the order depends on it
+        pass  # only the order depends on this file
     last = len(order)
     return sorted(runs, key=lambda run: (order.get(run.header.strategy, last), run.header.started, run.header.seed))

@@ -1,4 +1,4 @@
-"""One run, seen at one step: the evaluation there, the steps before it, and nothing whose shape is wrong."""
+"""A run as of one step: its evaluation, the steps before it, and only records whose shapes fit the header."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from ...storage.run_record import Evaluation, Fidelity, Header, Load, Run, Step
 
-__all__ = ["Observation", "flatten", "observe", "quarter", "usable"]
+__all__ = ["RunView", "flatten", "last_quarter", "usable", "view_run"]
 
 
 @dataclass(frozen=True)
-class Observation:
-    """``evaluation`` is the last one at or before ``step``; ``window`` the last quarter of the steps up to it."""
+class RunView:
+    """A run as of ``step``: ``evaluation`` is the last at or before it, ``window`` the last quarter of ``steps``."""
 
     run: Run
     step: int
@@ -32,17 +32,17 @@ class Observation:
         return self.run.header
 
     def trained(self, name: str) -> float:
-        """Mean over the window of one of the balancer's metrics; NaN when no step holds it."""
+        """Mean over the window of one of the balancer's metrics; NaN where no step has it."""
         return mean(step.balance.get(name, math.nan) for step in self.window)
 
     def over_steps(self, read: Callable[[Step], float]) -> float:
-        """Median over all steps: one slow step (a page cache, a neighbour) does not count."""
+        """Median over all steps, so that one slow step (a cold page cache, another process) does not matter."""
         values = [value for step in self.steps if is_number(value := read(step))]
         return float(np.median(values)) if values else math.nan
 
 
 def usable(run: Run) -> tuple[list[Evaluation], list[Load], list[str]]:
-    """The evaluations and loads whose shapes fit the header, and a sentence for each kind that does not."""
+    """Returns the evaluations and loads whose shapes fit the header, and a sentence for each kind that was dropped."""
     header, problems = run.header, []
     shape_LE = (header.num_layers, header.num_experts)
     shape_DLE = (len(header.domains), *shape_LE)
@@ -56,8 +56,8 @@ def usable(run: Run) -> tuple[list[Evaluation], list[Load], list[str]]:
     return evaluations, loads, problems
 
 
-def observe(run: Run, step: int | None) -> Observation:
-    """``run`` at ``step``, or at its own last evaluation before it (None: at the last of all)."""
+def view_run(run: Run, step: int | None) -> RunView:
+    """``run`` at its last evaluation at or before ``step``; None for the last of all."""
     evaluations, loads, _ = usable(run)
     if step is not None:
         evaluations = [one for one in evaluations if one.step <= step]
@@ -66,14 +66,14 @@ def observe(run: Run, step: int | None) -> Observation:
     last = evaluation.step if evaluation else max((one.step for one in steps), default=0)
     if evaluation and evaluation.step > 0:
         steps = [one for one in steps if one.step <= last]
-    return Observation(run, last, evaluation, steps, quarter(steps), loads, evaluations, run.fidelities,
+    return RunView(run, last, evaluation, steps, last_quarter(steps), loads, evaluations, run.fidelities,
                        flatten(run.header.config))  # fmt: skip
 
 
-def quarter(steps: list[Step]) -> list[Step]:
-    """The last quarter of the steps: after the routers have settled, and enough of them to average out the noise.
+def last_quarter(steps: list[Step]) -> list[Step]:
+    """The last quarter of the steps: the routers have settled, and there are enough steps to average out the noise.
 
-    >>> [one.step for one in quarter([Step(n, 1.0, 0.1, 1.0, 8, 1.0) for n in range(1, 9)])]
+    >>> [one.step for one in last_quarter([Step(n, 1.0, 0.1, 1.0, 8, 1.0) for n in range(1, 9)])]
     [7, 8]
     """
     last = max((one.step for one in steps), default=0)
@@ -81,7 +81,8 @@ def quarter(steps: list[Step]) -> list[Step]:
 
 
 def flatten(config: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """
+    """Nested tables as one table with dotted names.
+
     >>> flatten({"model": {"width": 128}, "strategy": "micro"})
     {'model.width': 128, 'strategy': 'micro'}
     """
@@ -95,7 +96,7 @@ def flatten(config: dict[str, object], prefix: str = "") -> dict[str, object]:
 
 
 def mean(values: Iterable[object]) -> float:
-    """Of the finite numbers among them; NaN without any."""
+    """Mean of the finite numbers among ``values``; NaN if there are none."""
     numbers = [float(value) for value in values if is_number(value)]  # type: ignore[arg-type]
     return math.fsum(numbers) / len(numbers) if numbers else math.nan
 

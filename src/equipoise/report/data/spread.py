@@ -1,4 +1,4 @@
-"""How much a difference in perplexity varies from seed to seed, for the models of which that has been measured."""
+"""How much differences in perplexity vary between seeds, for the models where that has been measured."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["Spread", "known_spread"]
 
 @dataclass(frozen=True)
 class Spread:
-    """Standard deviation over so many seeds of the paired difference in held-out loss, in nats (0.01 is 1 %)."""
+    """Standard deviation of the paired difference in held-out loss over ``seeds``, in nats (0.01 is 1 %)."""
 
     sd: float
     seeds: int
     source: str
 
 
-# The lab's default run, on the text of the installation. A size, a length or a rate that differs may vary far more:
-# 3 layers of width 128 do, by 0.04 to 0.08.
+# The lab's default run on the text of the installation. Another size, length or learning rate may vary far more:
+# 3 layers of width 128 vary by 0.04 to 0.08.
 DEFAULT: dict[str, object] = {
     "model.layers": 2, "model.width": 64, "model.experts": 8, "model.top_k": 2, "model.expert_hidden": 64,
     "model.vocab_size": 2048, "data.data": None, "data.sequence_length": 256, "train.steps": 240, "train.lr": 3e-3,
@@ -28,7 +28,7 @@ KNOWN = ((DEFAULT, Spread(0.0058, 8, "lab-notes/2026-11-28-quiet-model.md")),)
 
 
 def known_spread(config: Mapping[str, object]) -> Spread | None:
-    """Of runs with this flat configuration ("train.steps"); None where nobody has measured it.
+    """The spread of runs with this configuration, by dotted name; None if it has not been measured.
 
     >>> known_spread({**DEFAULT, "train.steps": 40}) is None
     True

@@ -1,4 +1,4 @@
-"""Means and paired differences over seeds, with the interval that so few seeds allow."""
+"""Means and paired differences over seeds, with t-intervals."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-__all__ = ["Difference", "Estimate", "estimate", "paired_difference", "random_maxvio",
-           "t_quantile"]  # fmt: skip
+__all__ = ["Difference", "Estimate", "estimate", "paired_difference", "t_quantile"]
 
-# Student's t, two-sided 95 %, for 1 to 30 degrees of freedom (the table of every statistics book)
+# Student's t, two-sided 95 %, for 1 to 30 degrees of freedom (a standard table)
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
          2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
          2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423)  # fmt: skip
@@ -18,7 +17,7 @@ T_975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measure over the seeds of one strategy. ``low`` and ``high`` are the smallest and the largest seed."""
+    """Mean over the seeds of one strategy. ``low`` and ``high`` are the smallest and the largest value."""
 
     mean: float
     low: float
@@ -29,9 +28,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """Strategy minus baseline, paired by seed. ``low`` to ``high`` is the 95 % t-interval, None with one pair.
+    """Strategy minus baseline, paired by seed. ``low`` and ``high`` bound the 95 % t-interval, None for one pair.
 
-    Of a ratio measure (perplexity, seconds) the numbers are relative: -0.08 is 8 % less than the baseline.
+    For ratios (perplexity, seconds) the numbers are relative: -0.08 is 8 % less than the baseline.
     """
 
     mean: float
@@ -42,12 +41,12 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """The interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 def t_quantile(degrees: int) -> float:
-    """97.5 % quantile of Student's t: the half width of a 95 % interval in standard errors.
+    """97.5 % quantile of Student's t distribution: half the width of a 95 % interval in standard errors.
 
     >>> t_quantile(1), t_quantile(4)
     (12.7062, 2.7764)
@@ -62,24 +61,8 @@ def t_quantile(degrees: int) -> float:
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
-def random_maxvio(tokens: float, top_k: int, num_experts: int) -> float:
-    """Mean MaxVio of uniformly random routing: ``functional.metrics.maxvio_noise_floor`` without torch.
-
-    >>> round(random_maxvio(2048 * 64 // 8, 8, 64), 3)
-    0.049
-    """
-    if not 0 < top_k < num_experts or tokens <= 0:
-        return 0.0
-    share = top_k / num_experts
-    load = tokens * share
-    largest = NormalDist().inv_cdf((num_experts - 0.375) / (num_experts + 0.25))  # of E Gaussians (Blom)
-    spread = math.sqrt((num_experts - top_k) / (num_experts - 1) / load)
-    skew = (largest**2 - 1) * (1 - 2 * share) / (6 * load)
-    return min(max(largest * spread + skew, 0.0), 1 / share - 1)
-
-
 def estimate(by_seed: Mapping[int, float], *, ratio: bool = False) -> Estimate | None:
-    """Mean over the seeds that have a finite value; of a ratio measure the geometric one. None without any.
+    """Mean over the seeds with a finite value, geometric if ``ratio``; None if there is none.
 
     >>> estimate({0: 1.0, 1: 3.0, 2: float("nan")})
     Estimate(mean=2.0, low=1.0, high=3.0, n=2, by_seed={0: 1.0, 1: 3.0})
@@ -100,9 +83,9 @@ def estimate(by_seed: Mapping[int, float], *, ratio: bool = False) -> Estimate |
 def paired_difference(
     treated: Mapping[int, float], baseline: Mapping[int, float], *, ratio: bool = False
 ) -> Difference | None:
-    """Differences seed by seed, their mean and 95 % t-interval. None when no seed is finite in both.
+    """Differences by seed, their mean and 95 % t-interval; None if no seed is finite in both.
 
-    Pairing takes out what the two runs share (initial weights, data order): the interval is that of the difference.
+    Pairing removes the variation that both runs share (initial weights, data order).
 
     >>> difference = paired_difference({0: 35.0, 1: 36.0, 2: 35.5}, {0: 38.0, 1: 39.1, 2: 38.6})
     >>> round(difference.mean, 3), round(difference.low, 3), round(difference.high, 3), difference.n

@@ -1,105 +1,39 @@
-"""Run records in, the numbers of a comparison out: plain dataclasses that the terminal, the page and JSON all show."""
+"""Summarizes run records as a comparison: groups runs by strategy and takes means and paired differences over seeds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from ...errors import ConfigError, unknown_name
 from ...storage.codec import without_nan
 from ...storage.run_record import Run
 from . import comparability
-from .curves import Charts, charts, training_metrics
+from .comparison import Comparison, EstimatorSummary, RunFacts, StrategySummary
+from .comparison_columns import COMPARISON_COLUMNS
+from .curves import charts, training_metrics
 from .formatting import clean, listed
 from .headline import headline
-from .measures import MEASURES
-from .run_view import Observation, mean, observe, usable
-from .statistics import Difference, Estimate, estimate, paired_difference, random_maxvio
+from .order_statistics import random_maxvio
+from .run_view import RunView, mean, usable, view_run
+from .statistics import estimate, paired_difference
 
-__all__ = ["Comparison", "EstimatorSummary", "RunFacts", "StrategySummary", "summarize", "to_json"]
+__all__ = ["summarize", "to_json"]
 
-PREFERRED_BASELINE = "micro"  # what everybody ran before: the differences read as what a change of it brings
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """One run of a strategy. ``step`` is the last one it trained, ``seen_at`` the one its numbers are of."""
-
-    path: str
-    seed: int
-    status: str
-    step: int
-    planned_steps: int | None
-    seen_at: int
-    tokens: int
-    seconds: float
-    started: str
-    message: str
-    problems: list[str]
-
-
-@dataclass(frozen=True)
-class EstimatorSummary:
-    """Gradient of the balance loss with this f against the exact one: means over all steps at which it was measured."""
-
-    name: str
-    relative_error: float
-    cosine: float
-    in_use: bool
-    n: int
-
-
-@dataclass(frozen=True)
-class StrategySummary:
-    """All runs of one strategy. ``differences`` are against the baseline, empty for the baseline itself."""
-
-    name: str
-    policies: list[str]
-    runs: list[RunFacts]
-    compared: bool  # its numbers are of the same step as the others'
-    values: dict[str, Estimate | None]
-    differences: dict[str, Difference | None]
-    domain_perplexity: dict[str, Estimate | None]
-    domain_bits: dict[str, Estimate | None]
-    domain_differences: dict[str, Difference | None]
-    layers: dict[str, list[float]]  # measure -> mean over seeds, by layer
-    estimators: list[EstimatorSummary]
-    charts: Charts
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a report says. ``step`` is None when the strategies have no evaluated step in common."""
-
-    headline: str  # what is certain: the experts and their load
-    quality: str  # perplexity: who is told apart; may be empty
-    baseline: str
-    step: int | None
-    strategies: list[StrategySummary]
-    warnings: list[str]
-    problems: list[str]
-    domains: list[str]
-    noise_floor: dict[str, float]  # measure -> MaxVio of perfectly uniform random routing
-    facts: dict[str, Any] = field(default_factory=dict)  # layers, experts, parameters, tokens per step, ...
-    config: dict[str, Any] = field(default_factory=dict)  # flat, of the baseline's first run
-    corpora: list[str] = field(default_factory=list)
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> StrategySummary:
-        return next(one for one in self.strategies if one.name == name)
+PREFERRED_BASELINE = "micro"  # the usual choice: differences read as what switching away from it changes
 
 
 def summarize(runs: Sequence[Run], *, baseline: str | None = None, problems: Sequence[str] = ()) -> Comparison:
-    """Groups runs by strategy (same settings = seeds of each other) and compares the groups with ``baseline``.
+    """Groups runs by strategy and settings (the seeds) and compares the groups with ``baseline``.
 
     Args:
-        runs: in the order in which the strategies shall be shown.
-        baseline: a strategy; None takes ``micro`` when it is there, else the first.
-        problems: sentences about files that could not be read, to show with those found in ``runs``.
+        runs: in the order in which strategies are to be shown.
+        baseline: a strategy; None takes ``micro`` if it is there, else the first.
+        problems: sentences about files that could not be read, shown with those found in ``runs``.
 
-    Raises ConfigError when there is no run, or none of this baseline.
+    Raises ConfigError if there is no run, or none of the baseline.
     """
     if not runs:
         raise ConfigError(expected="at least one run", got="none", do="pass the folder of a run or of a comparison")
@@ -107,13 +41,13 @@ def summarize(runs: Sequence[Run], *, baseline: str | None = None, problems: Seq
     groups = _group(runs, warnings)
     baseline = _baseline(groups, baseline)
     every = [run for group in groups.values() for run in group]
-    found, same_text, others = comparability.judge(groups)
+    found, same_text, others = comparability.compare_settings(groups)
     evaluated = [[one.step for one in usable(run)[0]] for run in every]
     step, about_steps = comparability.common_step(every, evaluated)
     warnings += found + about_steps
-    seen = {label: [observe(run, step) for run in group] for label, group in groups.items()}
+    views = {label: [view_run(run, step) for run in group] for label, group in groups.items()}
     metrics = training_metrics(every, len(groups))
-    strategies = [_strategy(label, seen, baseline, step, same_text, metrics) for label in groups]
+    strategies = [_strategy(label, views, baseline, step, same_text, metrics) for label in groups]
     strategies = sorted(strategies, key=lambda one: one.name != baseline)  # the baseline first, the rest as they came
     for one in strategies:
         if not one.compared and step is not None:
@@ -121,7 +55,7 @@ def summarize(runs: Sequence[Run], *, baseline: str | None = None, problems: Seq
         elif late := [str(run.seed) for run in one.runs if step is not None and run.seen_at != step]:
             seeds = f"seed {late[0]} was" if len(late) == 1 else f"seeds {listed(late)} were"
             warnings.append(f"{clean(one.name)}: {seeds} not evaluated at step {step} and left out.")
-    first = seen[baseline][0]
+    first = views[baseline][0]
     certain, quality = headline(strategies, baseline, step, same_text, others, first.config)
     return Comparison(
         headline=certain,
@@ -141,7 +75,7 @@ def summarize(runs: Sequence[Run], *, baseline: str | None = None, problems: Seq
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
-    """The numbers without the charts' data, NaN as null."""
+    """The numbers without the data of the charts; NaN becomes None."""
     data = asdict(comparison)
     for strategy in data["strategies"]:
         del strategy["charts"]
@@ -149,10 +83,10 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def _group(runs: Sequence[Run], warnings: list[str]) -> dict[str, list[Run]]:
-    """Runs by label: the strategy's name, and what differs when one name was run with several settings."""
+    """Runs by label: the name of the strategy, and the settings that differ if it was run with several."""
     found: dict[str, dict[tuple, list[Run]]] = {}
     for run in runs:
-        found.setdefault(run.header.strategy, {}).setdefault(comparability.fingerprint(run), []).append(run)
+        found.setdefault(run.header.strategy, {}).setdefault(comparability.settings_key(run), []).append(run)
     groups: dict[str, list[Run]] = {}
     for name, variants in found.items():
         unlike = comparability.differing(run for group in variants.values() for run in group)
@@ -167,7 +101,7 @@ def _group(runs: Sequence[Run], warnings: list[str]) -> dict[str, list[Run]]:
 
 
 def _one_per_seed(label: str, group: list[Run], warnings: list[str]) -> list[Run]:
-    """Of runs with the same seed the one that got furthest; the later one when they got equally far."""
+    """Of runs with the same seed keeps the longest, of equally long ones the latest."""
     best: dict[int, Run] = {}
     for run in group:
         other = best.get(run.header.seed)
@@ -190,27 +124,27 @@ def _baseline(groups: Mapping[str, object], wanted: str | None) -> str:
 
 def _strategy(
     label: str,
-    seen: Mapping[str, list[Observation]],
+    views: Mapping[str, list[RunView]],
     baseline: str,
     step: int | None,
     same_text: bool,
     metrics: list[str],
 ) -> StrategySummary:
-    own = seen[label]
+    own = views[label]
     at, base_at = (
         [one for one in group if step is None or (one.evaluation is not None and one.evaluation.step == step)]
-        for group in (own, seen[baseline])
+        for group in (own, views[baseline])
     )
     compare = same_text and step is not None and label != baseline
-    against = [one.run for one in seen[baseline]] if compare else []
+    against = [one.run for one in views[baseline]] if compare else []
     shown = at or own
     values, differences = {}, {}
-    for measure in MEASURES:
-        by_seed = {one.header.seed: measure.read(one) for one in shown}
-        values[measure.key] = estimate(by_seed, ratio=measure.ratio)
+    for column in COMPARISON_COLUMNS:
+        by_seed = {one.header.seed: column.read(one) for one in shown}
+        values[column.key] = estimate(by_seed, ratio=column.ratio)
         if compare and at:
-            base = {one.header.seed: measure.read(one) for one in base_at}
-            differences[measure.key] = paired_difference(by_seed, base, ratio=measure.ratio)
+            base = {one.header.seed: column.read(one) for one in base_at}
+            differences[column.key] = paired_difference(by_seed, base, ratio=column.ratio)
     names = own[0].header.domains
     return StrategySummary(
         name=label,
@@ -228,21 +162,21 @@ def _strategy(
         },
         layers=_layers(shown),
         estimators=_estimators(own),
-        charts=charts([one.run for one in own], shown[0], metrics, len(seen), against),
+        charts=charts([one.run for one in own], shown[0], metrics, len(views), against),
     )
 
 
-def _domain(seen: Sequence[Observation], name: str, field_name: str) -> dict[int, float]:
-    """seed -> bits per byte, or perplexity for ``loss``, of one domain."""
-    evaluated = [(one.header.seed, one.evaluation) for one in seen if one.evaluation]
+def _domain(views: Sequence[RunView], name: str, field_name: str) -> dict[int, float]:
+    """Seed -> bits per byte of one domain, or its perplexity for ``loss``."""
+    evaluated = [(one.header.seed, one.evaluation) for one in views if one.evaluation]
     values = {seed: getattr(one, field_name).get(name, math.nan) for seed, one in evaluated}
     if field_name != "loss":
         return values
     return {seed: math.exp(loss) if loss < 700 else math.inf for seed, loss in values.items()}
 
 
-def _layers(seen: Sequence[Observation]) -> dict[str, list[float]]:
-    evaluations = [one.evaluation for one in seen if one.evaluation]
+def _layers(views: Sequence[RunView]) -> dict[str, list[float]]:
+    evaluations = [one.evaluation for one in views if one.evaluation]
     if not evaluations:
         return {}
 
@@ -257,8 +191,8 @@ def _layers(seen: Sequence[Observation]) -> dict[str, list[float]]:
     return found
 
 
-def _estimators(seen: Sequence[Observation]) -> list[EstimatorSummary]:
-    all_of_them = [one for observation in seen for one in observation.fidelities]
+def _estimators(views: Sequence[RunView]) -> list[EstimatorSummary]:
+    all_of_them = [one for view in views for one in view.fidelities]
     names = sorted({name for one in all_of_them for name in one.relative_error})
     return [
         EstimatorSummary(
@@ -272,16 +206,16 @@ def _estimators(seen: Sequence[Observation]) -> list[EstimatorSummary]:
     ]
 
 
-def _run_facts(seen: Observation) -> RunFacts:
-    run = seen.run
-    planned = seen.config.get("train.steps")
+def _run_facts(view: RunView) -> RunFacts:
+    run = view.run
+    planned = view.config.get("train.steps")
     return RunFacts(
         path=str(run.path),
         seed=run.header.seed,
         status=run.status,
         step=_reached(run),
         planned_steps=planned if isinstance(planned, int) else None,
-        seen_at=seen.step,
+        seen_at=view.step,
         tokens=run.end.tokens if run.end else sum(step.tokens for step in run.steps),
         seconds=run.end.seconds if run.end else math.fsum(s.seconds for s in run.steps if math.isfinite(s.seconds)),
         started=run.header.started,
@@ -304,30 +238,21 @@ def _problems(runs: Sequence[Run]) -> list[str]:
     return found
 
 
-def _noise_floor(seen: Observation) -> dict[str, float]:
-    """measure -> MaxVio that uniformly random routing of as many tokens would show on average."""
-    header, config = seen.header, seen.config
-    step_tokens = mean(step.tokens for step in seen.window)
-    micro_batches, length = config.get("train.micro_batches"), config.get("data.sequence_length")
-    micro = step_tokens / micro_batches if isinstance(micro_batches, int) and micro_batches > 0 else math.nan
-    sequence = float(length) if isinstance(length, int) else math.nan
-    held_out = math.fsum(seen.evaluation.tokens.values()) if seen.evaluation else math.nan
-    tokens = {
-        "train_maxvio_global": step_tokens, "train_maxvio_micro_batch": micro, "train_maxvio_sequence": sequence,
-        "heldout_maxvio_global": held_out, "heldout_maxvio_micro_batch": micro, "heldout_maxvio_sequence": sequence,
-    }  # fmt: skip
+def _noise_floor(view: RunView) -> dict[str, float]:
+    """Column -> MaxVio that uniformly random routing of as many tokens would show on average."""
+    tokens = {one.key: one.noise_tokens(view) for one in COMPARISON_COLUMNS if one.noise_tokens}
     known = {key: count for key, count in tokens.items() if math.isfinite(count) and count > 0}
-    return {key: random_maxvio(count, header.top_k, header.num_experts) for key, count in known.items()}
+    return {key: random_maxvio(count, view.header.top_k, view.header.num_experts) for key, count in known.items()}
 
 
-def _facts(seen: Observation) -> dict[str, Any]:
-    header = seen.header
+def _facts(view: RunView) -> dict[str, Any]:
+    header = view.header
     return {
         "layers": header.num_layers,
         "experts": header.num_experts,
         "top_k": header.top_k,
         "parameters": header.parameters,
         "active_parameters": header.active_parameters,
-        "tokens_per_step": mean(step.tokens for step in seen.window),
-        "tokens": math.fsum(step.tokens for step in seen.steps),
+        "tokens_per_step": mean(step.tokens for step in view.window),
+        "tokens": math.fsum(step.tokens for step in view.steps),
     }

@@ -1,1 +1,1 @@
-"""The report's parts for other programs: tables, pictures, figures in a notebook."""
+"""Reports as files and in other programs: pages, CSV, PNG and figures in a notebook."""

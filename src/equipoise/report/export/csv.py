@@ -1,4 +1,4 @@
-"""The numbers of a report as CSV: one file, or a folder with everything that was recorded."""
+"""Writes the numbers of a report as CSV: one file, or a folder with everything that was recorded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...storage.run_record import Run
-from ..data.inspections import LAYER_MEASURES, Named
-from ..data.measures import MEASURES
-from ..data.summarize import Comparison
+from ..data.comparison import Comparison
+from ..data.comparison_columns import COMPARISON_COLUMNS
+from ..data.inspections import LAYER_COLUMNS, NamedInspection
 from ..html.page import write_file
 
 __all__ = ["write_csv"]
@@ -22,12 +22,12 @@ Rows = Iterator[Sequence[Any]]
 
 
 def write_csv(
-    path: str | Path, comparison: Comparison | None, runs: Sequence[Run], found: Sequence[Named]
+    path: str | Path, comparison: Comparison | None, runs: Sequence[Run], found: Sequence[NamedInspection]
 ) -> list[Path]:
-    """``path`` ending in .csv: the table of all numbers. Else a folder with a file of each kind.
+    """Writes the table of all numbers if ``path`` ends in .csv, else a folder with a file for each kind of record.
 
-    Metrics have the names that the record, TensorBoard and the others have. Raises OutputError, and ConfigError where a
-    file is asked for and an existing folder has its name.
+    Metrics have the names that they have in the record and in TensorBoard. Returns the paths written. Raises
+    OutputError if one cannot be written, and ConfigError if ``path`` ends in .csv and is a folder.
     """
     path = Path(path)
     sheets: dict[str, Rows] = {}
@@ -54,12 +54,12 @@ def _numbers(comparison: Comparison) -> Rows:
     yield ["strategy", "measure", "unit", "mean", "low", "high", "seeds", "difference", "difference_low",
            "difference_high", "uniform_random"]  # fmt: skip
     for strategy in comparison.strategies:
-        for measure in MEASURES:
-            value, off = strategy.values.get(measure.key), strategy.differences.get(measure.key)
+        for column in COMPARISON_COLUMNS:
+            value, off = strategy.values.get(column.key), strategy.differences.get(column.key)
             if value is not None:
-                yield [strategy.name, measure.key, measure.unit, value.mean, value.low, value.high, value.n,
+                yield [strategy.name, column.key, column.unit, value.mean, value.low, value.high, value.n,
                        off and off.mean, off and off.low, off and off.high,
-                       comparison.noise_floor.get(measure.key)]  # fmt: skip
+                       comparison.noise_floor.get(column.key)]  # fmt: skip
 
 
 def _steps(runs: Sequence[Run]) -> Rows:
@@ -88,22 +88,22 @@ def _loads(runs: Sequence[Run]) -> Rows:
                     yield [*_who(run), load.step, layer, expert, count]
 
 
-def _layers(found: Sequence[Named]) -> Rows:
+def _layers(found: Sequence[NamedInspection]) -> Rows:
     heads = [
         part
-        for measure in LAYER_MEASURES
-        for part in (measure.label, *([f"{measure.label}, {measure.chance}"] * bool(measure.floor)))
+        for column in LAYER_COLUMNS
+        for part in (column.label, *([f"{column.label}, {column.chance}"] * bool(column.floor)))
     ]
     yield ["model", "layer", "name", *heads, "dead", "idle"]
     for one in found:
         for index, layer in enumerate(one.inspection.layers):
             cells = []
-            for measure in LAYER_MEASURES:
-                cells += [measure.read(layer), *([measure.floor(layer)] if measure.floor else [])]
+            for column in LAYER_COLUMNS:
+                cells += [column.read(layer), *([column.floor(layer)] if column.floor else [])]
             yield [one.name, index, layer.name, *cells, len(layer.dead), len(layer.idle)]
 
 
-def _domains(found: Sequence[Named]) -> Rows:
+def _domains(found: Sequence[NamedInspection]) -> Rows:
     yield ["model", "domain", "layer", "expert", "choices", "frequency"]
     for one in found:
         frequency_DLE = one.inspection.frequency_DLE()
@@ -125,7 +125,7 @@ def _text(rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> Any:
-    """A spreadsheet runs text that begins like a formula: an apostrophe keeps it text. NaN is an empty cell.
+    """Prefixes text that a spreadsheet would run as a formula with an apostrophe; NaN becomes an empty cell.
 
     >>> _cell("=1+1"), _cell(-1.5), _cell(float("nan"))
     ("'=1+1", -1.5, None)

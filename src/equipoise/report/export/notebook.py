@@ -1,4 +1,4 @@
-"""The report's figures as Plotly figures, for a notebook: the same data, the same colours, light or dark."""
+"""The figures of the report as Plotly figures for a notebook, with the same data and colours."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 from ...errors import ConfigError, DataError, unknown_name
 from ...storage.inspection_record import Inspection
 from ...storage.run_record import Run
+from ..data.comparison import Comparison
 from ..data.formatting import clean
-from ..data.inspections import named
+from ..data.inspections import name_inspections
 from ..data.load import load
-from ..data.summarize import Comparison, summarize
+from ..data.summarize import summarize
 from ..html import figures
 from ..html import heatmaps as maps
 from ..html.figures import Figure
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Source", "curves", "domains", "load_over_time", "loads", "maxvio"]
 
 Source = str | Path | Run | Inspection | Comparison
-# As the page's style sheet has them (tests hold the two together): strategies, then what is not a strategy
+# The colours of the page's style sheet (a test compares the two): strategies first, then the rest
 LIGHT = {"s0": "#7b818a", "s1": "#2563d9", "s2": "#d0640a", "s3": "#0b8a72", "s4": "#8a4fc7", "s5": "#c22f6d",
          "s6": "#7d7a00", "s7": "#0787b5", "muted": "#6b717a", "ink": "#1b1d21", "grid": "#ececea", "paper": "#fcfcfb",
          "share-low": "#4a78b8", "share-even": "#f4f3ef", "share-high": "#d9762b", "share-top": "#8c2d04"}  # fmt: skip
@@ -37,15 +38,15 @@ DARK = {"s0": "#9aa1ab", "s1": "#6b9cf5", "s2": "#f29a4b", "s3": "#3fc4a6", "s4"
 
 
 def curves(source: Source | Sequence[Source], metric: str = "perplexity", *, dark: bool = False) -> PlotlyFigure:
-    """One metric over the steps, a line a strategy over a band from the lowest to the highest of its seeds.
+    """One metric over the steps: a line per strategy over a band from its lowest to its highest seed.
 
     Args:
-        source: folders of runs or comparisons, what ``load_runs`` returned, or a ``Comparison``; one or a sequence.
-        metric: "perplexity" (of the held-out text), "loss", "lr", "grad_norm", "tokens_per_second", or a name that
-            ``Balancer.metrics()`` gives, e.g. "balance/maxvio_global".
+        source: a folder of a run or comparison, a run of ``load_runs``, or a ``Comparison``; one or a sequence of them.
+        metric: "perplexity" (on held-out text), "loss", "lr", "grad_norm", "tokens_per_second", or a key of
+            ``Balancer.metrics()``, e.g. "balance/maxvio_global".
         dark: for a dark notebook.
 
-    Raises ConfigError for a metric that was not recorded or without plotly, DataError where nothing can be read.
+    Raises ConfigError for a metric that was not recorded, or if plotly is missing; DataError if nothing can be read.
 
     Example:
         >>> from pathlib import Path
@@ -73,12 +74,12 @@ def curves(source: Source | Sequence[Source], metric: str = "perplexity", *, dar
 
 
 def maxvio(source: Source | Sequence[Source], scope: str = "global", *, dark: bool = False) -> PlotlyFigure:
-    """MaxVio (largest load of an expert over the mean load, minus 1) over the steps, and what random routing shows.
+    """MaxVio (largest load of an expert over the mean load, minus 1) over the steps, and that of random routing.
 
     Args:
         source: as in `curves`. scope: "global", "micro_batch" or "sequence". dark: for a dark notebook.
 
-    Raises ConfigError for another scope, one that was not recorded, or without plotly.
+    Raises ConfigError for another scope, one that was not recorded, or if plotly is missing.
 
     Example:
         >>> from equipoise import plot
@@ -93,14 +94,14 @@ def maxvio(source: Source | Sequence[Source], scope: str = "global", *, dark: bo
 
 
 def loads(source: Source | Sequence[Source], strategy: str | None = None, *, dark: bool = False) -> PlotlyFigure:
-    """Layer × expert load of one strategy, with a slider over the steps at which it was stored.
+    """Layer × expert load of one strategy, with a slider over the recorded steps.
 
     Args:
         source: as in `curves`. strategy: its name; None takes the only one, or the baseline.
         dark: for a dark notebook.
 
-    Returns a figure with one frame a stored step; a cell is the load over the mean of its layer, 1 is even.
-    Raises ConfigError for a strategy that is not there, DataError where no load was stored.
+    Returns a figure with one frame per recorded step; a cell is the load over the mean of its layer, 1 is even.
+    Raises ConfigError for an unknown strategy, DataError if no load was recorded.
 
     Example:
         >>> from pathlib import Path
@@ -123,12 +124,12 @@ def loads(source: Source | Sequence[Source], strategy: str | None = None, *, dar
 def load_over_time(
     source: Source | Sequence[Source], layer: int = 0, strategy: str | None = None, *, dark: bool = False
 ) -> PlotlyFigure:
-    """Expert × step load of one layer: how its experts became even, or did not.
+    """Expert × step load of one layer: whether its experts become balanced.
 
     Args:
         source, strategy, dark: as in `loads`. layer: counted from 0.
 
-    Raises ConfigError for a layer or strategy that is not there, DataError where no load was stored.
+    Raises ConfigError for an unknown layer or strategy, DataError if no load was recorded.
 
     Example:
         >>> from pathlib import Path
@@ -156,14 +157,14 @@ def load_over_time(
 
 
 def domains(source: Source | Sequence[Source], strategy: str | None = None, *, dark: bool = False) -> PlotlyFigure:
-    """Expert × domain map with a slider over layers: which expert reads which domain.
+    """Expert × domain map with a slider over layers: which domains choose which expert.
 
     Args:
-        source: as in `curves`, or the folder of an inspection, or what ``read_inspection`` returned.
-        strategy: of runs, its name; of several inspections, the name of one. dark: for a dark notebook.
+        source: as in `curves`, or an inspection: its folder, or the result of ``read_inspection``.
+        strategy: its name; for several inspections, the name of one. dark: for a dark notebook.
 
-    Returns a figure with one frame a layer; a cell is how often a domain chooses the expert, over uniform routing.
-    Raises ConfigError for a name that is not there, DataError where nothing was measured.
+    Returns a figure with one frame per layer; a cell is how often a domain chooses the expert, over uniform routing.
+    Raises ConfigError for an unknown name, DataError if nothing was measured.
 
     Example:
         >>> from equipoise import plot
@@ -176,7 +177,7 @@ def domains(source: Source | Sequence[Source], strategy: str | None = None, *, d
     import_plotly()
     runs, inspections = _read(source)
     if inspections and not runs:
-        found = {one.name: one.inspection for one in named(inspections)}
+        found = {one.name: one.inspection for one in name_inspections(inspections)}
         if strategy is not None and strategy not in found:
             raise unknown_name("inspection", strategy, found)
         name = strategy or next(iter(found))
@@ -249,7 +250,7 @@ def _metrics(comparison: Comparison) -> list[str]:
 
 
 def _painted(value: Any, colours: dict[str, str]) -> Any:
-    """The page's names for colours ("@s1", "@s1/0.16") as colours."""
+    """Replaces the page's names of colours ("@s1", "@s1/0.16") by colours."""
     if isinstance(value, dict):
         return {key: _painted(one, colours) for key, one in value.items()}
     if isinstance(value, str) and (found := re.fullmatch(r"@([a-z0-9-]+)(?:/([\d.]+))?", value)):
@@ -308,7 +309,7 @@ def _heat_map(figure: Map, title: str, dark: bool) -> PlotlyFigure:
 
 
 def _label(text: str) -> str:
-    """Plotly reads a little HTML in names."""
+    """Escapes the HTML that Plotly would interpret in names."""
     return clean(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 

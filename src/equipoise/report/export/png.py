@@ -1,4 +1,4 @@
-"""The sections of a page as PNG files, drawn by a real browser: a slide shows what the page shows."""
+"""Draws the sections of a page as PNG files in a headless browser."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from typing import Any
 from ...errors import ConfigError, OutputError
 from ..html.page import write_file
 
-__all__ = ["BROWSERS", "write_pictures"]
+__all__ = ["BROWSERS", "write_png"]
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WAIT = 60_000  # milliseconds for a page to be drawn
 
 
-def write_pictures(page: str, path: str | Path, *, wide: int = 1200, scheme: str = "light") -> list[Path]:
-    """``path`` ending in .png: the whole page. Else a folder with a picture of each section, numbered in their order.
+def write_png(page: str, path: str | Path, *, wide: int = 1200, scheme: str = "light") -> list[Path]:
+    """Draws the whole page if ``path`` ends in .png, else a folder with a numbered picture of each section.
 
     Args:
-        page: the HTML of ``render_html``. wide: of the window, in CSS pixels; pictures have twice as many.
+        page: the HTML of ``render_html``. wide: width of the window in CSS pixels; pictures have twice as many.
         scheme: "light" or "dark".
 
-    Raises ConfigError when Playwright or a browser is missing, OutputError when a picture cannot be written.
+    Returns the paths written. Raises ConfigError if Playwright or a browser is missing, OutputError if a picture cannot
+    be written.
     """
     try:
         import playwright.sync_api  # noqa: F401
     except ImportError:
         raise _missing("Playwright, which steers the browser that draws the pictures") from None
-    with ThreadPoolExecutor(1) as thread:  # of its own: a notebook's has an event loop, which Playwright would refuse
+    with ThreadPoolExecutor(
+        1
+    ) as thread:  # Playwright refuses to run in a thread with an event loop, such as that of a notebook
         return thread.submit(_draw, page, Path(path), wide, scheme).result()
 
 
@@ -80,7 +83,7 @@ def _save(path: Path, picture: bytes) -> Path:
 
 
 def _browser() -> str | None:
-    """One of the system's; None lets Playwright take the one that it installed."""
+    """A browser of the system; None makes Playwright use the one that it installed."""
     return next((found for name in BROWSERS if (found := shutil.which(name))), None)
 
 

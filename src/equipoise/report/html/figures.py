@@ -1,6 +1,6 @@
-"""The curves as plain Plotly specifications. Colours are names ("@s0") that the page fills in, light or dark.
+"""Curves as plain Plotly specifications, with names of colours ("@s0") that the page replaces, light or dark.
 
-A figure has views, of which a menu shows one; ``s`` on a trace is the strategy it belongs to.
+A figure has views, of which a menu shows one; ``s`` of a trace is the index of its strategy.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from ..data.comparison import Comparison
 from ..data.curves import Curve
 from ..data.formatting import clean, clip
-from ..data.summarize import Comparison
 
 __all__ = [
     "FLOORS",
@@ -38,17 +38,17 @@ NAMES = {
 }
 FLOORS = {f"balance/maxvio_{scope}": f"train_maxvio_{scope}" for scope in ("global", "micro_batch", "sequence")}
 LOG_TICKS = [m * 10**e for e in range(-3, 4) for m in (1, 2, 5)]
-LAYER_MEASURES = {
+BY_LAYER = {
     "mutual_information": "Domain information, nats",
     "topk_score": "Top-K score",
     "maxvio_global": "MaxVio, all held-out text",
     "dead_experts": "Dead experts",
 }
-HEAD = 0.35  # part of a run whose loss lies far above what follows and would flatten it
+HEAD = 0.35  # fraction of a run whose loss is so high that it would flatten the rest
 
 
 def perplexity_curves(comparison: Comparison) -> Figure | None:
-    """Held-out perplexity at each evaluation: the mean over domains, differences from the baseline, each domain."""
+    """Held-out perplexity at each evaluation: mean over domains, difference from the baseline, single domains."""
     choices: list[tuple[str, list[Curve | None]]] = [
         ("Mean of all domains", [one.charts.perplexity for one in comparison.strategies])
     ]
@@ -68,7 +68,7 @@ def perplexity_curves(comparison: Comparison) -> Figure | None:
 
 
 def training_curves(comparison: Comparison) -> Figure | None:
-    """What was measured at every step, one metric at a time, MaxVio first and with its noise floor."""
+    """Metrics of every step, one view each: MaxVio with its noise floor first."""
     measured = {name for one in comparison.strategies for name in one.charts.training}
     names = [name for name in NAMES if name in measured] + sorted(measured - set(NAMES))
     views = []
@@ -87,9 +87,9 @@ def training_curves(comparison: Comparison) -> Figure | None:
 
 
 def layer_curves(comparison: Comparison) -> Figure | None:
-    """Held-out measures by layer."""
+    """Held-out numbers by layer."""
     views = []
-    for key, label in LAYER_MEASURES.items():
+    for key, label in BY_LAYER.items():
         data = []
         for index, one in enumerate(comparison.strategies):
             values = one.layers.get(key, [])
@@ -103,7 +103,11 @@ def layer_curves(comparison: Comparison) -> Figure | None:
 
 
 def by_layer(choices: Sequence[tuple[str, Sequence[tuple[str, int, list[float], list[float], str]]]]) -> Figure | None:
-    """Inspections over their layers. A choice: a menu's label; of each, (name, colour, values, floor, its name)."""
+    """Curves over layers of inspections.
+
+    Args:
+        choices: for each view its label and curves: (name, colour, values, noise floor, name of the floor).
+    """
     views = []
     for label, curves in choices:
         data = []
@@ -125,7 +129,7 @@ def by_layer(choices: Sequence[tuple[str, Sequence[tuple[str, int, list[float], 
 
 
 def estimator_curves(comparison: Comparison) -> Figure | None:
-    """Relative error of each estimator's gradient over the run, one strategy at a time."""
+    """Relative error of the gradient of each estimator over the run, a view per strategy."""
     names = sorted({name for one in comparison.strategies for name in one.charts.relative_error})
     views = []
     for one in comparison.strategies:
@@ -144,7 +148,7 @@ def estimator_curves(comparison: Comparison) -> Figure | None:
 
 
 def _lines(curves: Sequence[Curve | None]) -> list[dict[str, Any]]:
-    """A line per strategy over a band from the lowest to the highest seed."""
+    """A line per strategy over a band from its lowest to its highest seed."""
     data = []
     for index, curve in enumerate(curves):
         if curve is not None and curve.low is not None and curve.high is not None:
@@ -155,7 +159,7 @@ def _lines(curves: Sequence[Curve | None]) -> list[dict[str, Any]]:
             })  # fmt: skip
     for index, curve in enumerate(curves):
         if curve is not None:
-            mode = "lines" if len(curve.steps) > 1 else "lines+markers"  # a line through one point is not seen
+            mode = "lines" if len(curve.steps) > 1 else "lines+markers"  # a line through one point is invisible
             data.append(_line(curve.steps, curve.mean, index, mode=mode))
     return data
 
@@ -206,7 +210,7 @@ def _round_ticks(low: float, high: float) -> list[float]:
 
 
 def _without_head(curves: Sequence[Curve | None]) -> list[float] | None:
-    """A range for the vertical axis that shows the curves after the first steep part of the run."""
+    """Range of the vertical axis without the steep start of the run."""
     end = _end(curves)
     late = [
         value
@@ -222,7 +226,7 @@ def _without_head(curves: Sequence[Curve | None]) -> list[float] | None:
 
 
 def _around_zero(curves: Sequence[Curve | None]) -> list[float] | None:
-    """A range that shows zero and the intervals of the last steps."""
+    """Range of the vertical axis with zero and the intervals of the later steps."""
     end = _end(curves)
     late = [
         value

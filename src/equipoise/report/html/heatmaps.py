@@ -1,4 +1,4 @@
-"""The heat maps as plain data: rows, columns, cells, a scale; the page draws them on a canvas, a notebook by Plotly."""
+"""Heat maps as plain data, which the page draws on a canvas and a notebook with Plotly."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.comparison import Comparison
 from ..data.formatting import clean
-from ..data.summarize import Comparison
 
 __all__ = ["Map", "by_domain", "domain_maps", "heat_map", "load_maps", "top_of", "view"]
 
@@ -20,10 +20,10 @@ def heat_map(
     views: list[dict[str, Any]], rows: Sequence[str], *, top: float, row: str, cell: str = "expert",
     column: str = "expert", columns: Sequence[str] | None = None, scale: str = "ratio", unit: str = " × even",
 ) -> Map | None:  # fmt: skip
-    """One figure: ``views`` of which a menu or slider shows one. None where there is nothing to draw.
+    """A figure with ``views``, of which a menu or slider shows one; None if there is nothing to draw.
 
     Args:
-        row, cell: what a row and a column are called when one cell is told ("layer 3, expert 7: 1.2 × even").
+        row, cell: names of a row and a column in the tip of a cell ("layer 3, expert 7: 1.2 × even").
         column: title of the horizontal axis. scale: "ratio" (1 is even) or "amount" (0 is nothing).
     """
     if not views:
@@ -34,7 +34,7 @@ def heat_map(
 
 
 def view(label: str, cells: Any, *, places: int = 2, **more: Any) -> dict[str, Any]:
-    """``cells`` (R, C) with what is not finite as None: the page shows it as not measured.
+    """One view with ``cells`` (R, C); cells that are not finite become None, shown as not measured.
 
     >>> view("layer 0", [[1.234, float("nan")]])
     {'label': 'layer 0', 'z': [[1.23, None]]}
@@ -45,14 +45,14 @@ def view(label: str, cells: Any, *, places: int = 2, **more: Any) -> dict[str, A
 
 
 def top_of(maps: Sequence[Any], least: float = 2.0) -> float:
-    """Top of the colour scale: what 1 cell in 200 exceeds, so that one hot expert does not grey the rest."""
+    """Top of the colour scale: the 99.5 % quantile, so that one hot expert does not wash out the rest."""
     cells = np.concatenate([np.ravel(np.asarray(one, dtype=np.float64)) for one in maps]) if maps else np.array([])
     cells = cells[np.isfinite(cells)]
     return max(least, math.ceil(float(np.quantile(cells, 0.995)) * 2) / 2) if cells.size else least
 
 
 def load_maps(comparison: Comparison) -> tuple[list[str], list[Map | None]]:
-    """Labels of the slider, layer × expert load of each strategy (one view a label)."""
+    """Labels of the slider, and for each strategy its layer × expert load with one view per label."""
     steps = sorted({m.step for m in _longest([one.charts.loads for one in comparison.strategies])})
     labels = [f"step {step}" if step else "held-out text" for step in steps]
     top = top_of([m.share for one in comparison.strategies for m in one.charts.loads[-1:]])
@@ -61,7 +61,7 @@ def load_maps(comparison: Comparison) -> tuple[list[str], list[Map | None]]:
         views = []
         for label, step in zip(labels, steps, strict=True):
             nearest = min(one.charts.loads, key=lambda m: abs(m.step - step), default=None)
-            if nearest is not None:  # a run may have stored its loads at other steps, or not have got that far
+            if nearest is not None:  # a run may have recorded loads at other steps, or be shorter
                 views.append(view(f"step {nearest.step}" if nearest.step else label, nearest.share))
         rows = [str(layer) for layer in range(len(one.charts.loads[-1].share))] if views else []
         figures.append(heat_map(views, rows, top=top, row="layer"))
@@ -69,7 +69,7 @@ def load_maps(comparison: Comparison) -> tuple[list[str], list[Map | None]]:
 
 
 def domain_maps(comparison: Comparison) -> tuple[list[str], list[Map | None]]:
-    """The same for expert × domain, one view a layer; experts in the order of the domain that they favour."""
+    """`load_maps` for expert × domain: one view per layer, experts ordered by the domain that they favour."""
     layers = _longest([one.charts.layers for one in comparison.strategies])
     labels = [f"layer {layer}" for layer in layers]
     top = top_of([share for one in comparison.strategies for share in one.charts.domain_share])
@@ -77,13 +77,13 @@ def domain_maps(comparison: Comparison) -> tuple[list[str], list[Map | None]]:
     for one in comparison.strategies:
         views = [by_domain(f"layer {layer}", share)
                  for layer, share in zip(one.charts.layers, one.charts.domain_share, strict=True)]  # fmt: skip
-        rows = list(one.domain_perplexity)  # its own: other runs may be of other text
+        rows = list(one.domain_perplexity)  # of this strategy: other runs may have other domains
         figures.append(heat_map(views, rows, top=top, row="domain", column="experts, by the domain they favour"))
     return labels, figures
 
 
 def by_domain(label: str, share: Any) -> dict[str, Any]:
-    """One layer's domain × expert map, its columns in the order of the domain that an expert favours."""
+    """A view of one layer, domain × expert, with the experts ordered by the domain that they favour."""
     array = np.asarray(share, dtype=np.float64)
     order = np.lexsort((-array.max(axis=0), array.argmax(axis=0)))
     return view(label, array[:, order], columns=order.tolist())

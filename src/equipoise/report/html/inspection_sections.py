@@ -1,4 +1,4 @@
-"""The sections of the page that come from inspections: which expert reads what, how evenly, how surely, how alike."""
+"""The sections of the page about inspections: specialization, balance, confidence and similarity of experts."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import numpy as np
 from ...storage.inspection_record import Inspection
 from ..data.curves import thin
 from ..data.formatting import clean, duration, number
-from ..data.inspections import LAYER_MEASURES, LayerMeasure, Named, mean_of, straggler
+from ..data.inspections import LAYER_COLUMNS, LayerColumn, NamedInspection, mean_of, straggler
 from .figures import by_layer
 from .heatmaps import Map, by_domain, heat_map, top_of, view
 from .token_text import left_out, passages_of, vocabulary_of
-from .widgets import Parts, breakable, cell, dot, safe, section, table
+from .widgets import Widgets, breakable, cell, dot, safe, section, table
 
 __all__ = ["inspection_cards", "inspection_origin", "inspection_sections"]
 
-# What all inspections together may put on the page; beyond it layers are left out, evenly.
+# Limits for all inspections together; beyond them layers are left out, evenly spaced.
 MOST_DOMAIN_CELLS, MOST_PAIR_CELLS, MOST_SHARED_CELLS = 800_000, 800_000, 100_000
 MOST_ALIKE = 200  # rows
 
 
-def inspection_cards(found: Sequence[Named]) -> str:
+def inspection_cards(found: Sequence[NamedInspection]) -> str:
     cards = []
     for one in found:
         facts, layers = one.inspection.facts, one.inspection.layers
-        information, chance = (mean_of(one.inspection, LAYER_MEASURES[3], floor=floor) for floor in (False, True))
+        information, chance = (mean_of(one.inspection, LAYER_COLUMNS[3], floor=floor) for floor in (False, True))
         about = (
             f"domain information; shuffled {number(chance)}"
             if math.isfinite(chance)
@@ -36,7 +36,7 @@ def inspection_cards(found: Sequence[Named]) -> str:
         rows = (
             ("Busiest / mean", f"{number(straggler(one.inspection))} ×"),
             ("Dead experts", str(sum(len(layer.dead) for layer in layers))),
-            ("Entropy", f"{number(mean_of(one.inspection, LAYER_MEASURES[4]))} nats"),
+            ("Entropy", f"{number(mean_of(one.inspection, LAYER_COLUMNS[4]))} nats"),
         )
         sizes = f"{safe(facts.family)}, {len(layers)} layers of {layers[0].num_experts if layers else 0}"
         if facts.biases:
@@ -51,16 +51,16 @@ def inspection_cards(found: Sequence[Named]) -> str:
     return f'<div class="cards">{"".join(cards)}</div>\n'
 
 
-def inspection_sections(found: Sequence[Named], parts: Parts) -> list[str]:
-    """All of them in the order of the page; those that nothing was measured for are left out."""
-    page = _Sections(found, parts)
+def inspection_sections(found: Sequence[NamedInspection], widgets: Widgets) -> list[str]:
+    """All sections in the order of the page, without those that have no data."""
+    page = _Sections(found, widgets)
     return [page.domains(), page.layers(), page.by_domain(), page.shared(), page.pairs(), page.alike(),
             page.vocabulary(), page.text()]  # fmt: skip
 
 
 class _Sections:
-    def __init__(self, found: Sequence[Named], parts: Parts) -> None:
-        self.found, self.parts = found, parts
+    def __init__(self, found: Sequence[NamedInspection], widgets: Widgets) -> None:
+        self.found, self.widgets = found, widgets
 
     def domains(self) -> str:
         def cells(one: Inspection) -> np.ndarray:
@@ -76,7 +76,7 @@ class _Sections:
         )  # fmt: skip
 
     def shared(self) -> str:
-        """Frequent experts that two domains have in common."""
+        """Frequent experts that two domains share."""
         if max(len(one.inspection.domains) for one in self.found) < 2:
             return ""
         body = self._maps(
@@ -103,7 +103,7 @@ class _Sections:
         return body.replace("</section>", f"{listed}</section>")
 
     def layers(self) -> str:
-        figure = by_layer([(m.label, self._curves(m)) for m in LAYER_MEASURES])
+        figure = by_layer([(m.label, self._curves(m)) for m in LAYER_COLUMNS])
         title = "Inspected layer by layer"
         lead = (
             "Dotted: what chance gives, in the colour of its model. MaxVio is the largest load of an expert over the "
@@ -111,41 +111,39 @@ class _Sections:
         )
         chart = ""
         if figure is not None:
-            menu = self.parts.select("inspected-layers", [one["label"] for one in figure["views"]], "Show")
-            chart = f'<div class="tools">{menu}</div>{self.parts.lines("inspected-layers", figure, title)}'
+            menu = self.widgets.select("inspected-layers", [one["label"] for one in figure["views"]], "Show")
+            chart = f'<div class="tools">{menu}</div>{self.widgets.lines("inspected-layers", figure, title)}'
         return section(title, lead, chart + "".join(self._layer_table(i, one) for i, one in enumerate(self.found)))
 
-    def _curves(self, measure: LayerMeasure) -> list[tuple[str, int, list[float], list[float], str]]:
+    def _curves(self, column: LayerColumn) -> list[tuple[str, int, list[float], list[float], str]]:
         curves = []
         for one in self.found:
-            values = [_number(measure.read(layer)) for layer in one.inspection.layers]
-            floor = [_number(measure.floor(layer)) for layer in one.inspection.layers] if measure.floor else []
-            curves.append((one.name, one.colour, values, floor, measure.chance))
+            values = [_number(column.read(layer)) for layer in one.inspection.layers]
+            floor = [_number(column.floor(layer)) for layer in one.inspection.layers] if column.floor else []
+            curves.append((one.name, one.colour, values, floor, column.chance))
         return curves
 
-    def _layer_table(self, index: int, one: Named) -> str:
+    def _layer_table(self, index: int, one: NamedInspection) -> str:
         rows = []
-        measures = [m for m in LAYER_MEASURES if any(m.read(layer) is not None for layer in one.inspection.layers)]
+        columns = [m for m in LAYER_COLUMNS if any(m.read(layer) is not None for layer in one.inspection.layers)]
         for number_, layer in enumerate(one.inspection.layers):
             cells = [
                 cell(f'{number_} <small title="{safe(layer.name)}">{safe(layer.name)}</small>', number_, "th", True)
             ]
-            for measure in measures:
-                value, floor = measure.read(layer), measure.floor(layer) if measure.floor else None
+            for column in columns:
+                value, floor = column.read(layer), column.floor(layer) if column.floor else None
                 small = (
-                    f" <small>{number(floor, measure.places)}</small>"
-                    if floor is not None and value is not None
-                    else ""
+                    f" <small>{number(floor, column.places)}</small>" if floor is not None and value is not None else ""
                 )
                 cells.append(
                     cell(
-                        f'<span class="value">{number(value, measure.places)}</span>{small}',
+                        f'<span class="value">{number(value, column.places)}</span>{small}',
                         "" if value is None else value,
                     )
                 )
             cells += [cell(str(len(layer.dead)), len(layer.dead)), cell(str(len(layer.idle)), len(layer.idle))]
             rows.append("".join(cells))
-        heads = ["Layer", *(m.label for m in measures), "Dead", "Idle"]
+        heads = ["Layer", *(m.label for m in columns), "Dead", "Idle"]
         listed = table(f"layers-{index}", f"layers of {one.name}", heads, rows)
         shown = " open" if len(self.found) == 1 and len(rows) <= 12 else ""
         return (
@@ -153,7 +151,7 @@ class _Sections:
         )
 
     def by_domain(self) -> str:
-        """Layer × domain maps of what has one number per domain and layer (top-K score: the paper's figure 4a)."""
+        """Layer × domain maps of the numbers per domain and layer (top-K score: figure 4a of the paper)."""
         kinds: list[tuple[str, Callable[[Inspection], np.ndarray], str]] = [
             ("Top-K score", lambda one: one.arrays.topk_score_DL, ""),
             ("Router entropy, nats", lambda one: one.arrays.entropy_DL, " nats"),
@@ -175,13 +173,13 @@ class _Sections:
             rows = [domain.name for domain in one.inspection.domains]
             figure = heat_map(views, rows, top=1.0, row="domain", cell="layer", column="layer", scale="amount", unit="")
             panels.append((breakable(one.name), one.colour, figure))
-        menu = self.parts.select("by-domain", [label for label, *_ in kinds], "Show")
-        made = self.parts.panels("by-domain", "By domain and layer", panels)
+        menu = self.widgets.select("by-domain", [label for label, *_ in kinds], "Show")
+        made = self.widgets.panels("by-domain", "By domain and layer", panels)
         lead = (
             "Mean over the tokens of a domain (top-K score, entropy) or over its sequences and micro-batches (MaxVio)."
         )
         return section(
-            "By domain and layer", lead, f'<div class="tools">{menu}{self.parts.ramp("by-domain")}</div>{made}'
+            "By domain and layer", lead, f'<div class="tools">{menu}{self.widgets.ramp("by-domain")}</div>{made}'
         )
 
     def pairs(self) -> str:
@@ -223,8 +221,8 @@ class _Sections:
                        table("alike", "dead and redundant experts", heads, rows[:MOST_ALIKE], left=(0, 2)))  # fmt: skip
 
     def vocabulary(self) -> str:
-        self.parts.texts["vocabulary"] = [vocabulary_of(one, len(self.found)) for one in self.found]
-        if not any(one["layers"] for one in self.parts.texts["vocabulary"]):
+        self.widgets.texts["vocabulary"] = [vocabulary_of(one, len(self.found)) for one in self.found]
+        if not any(one["layers"] for one in self.widgets.texts["vocabulary"]):
             return ""
         lead = (
             "The token ids that give an expert most of its load: how many of its choices they are, and how many of the "
@@ -233,13 +231,13 @@ class _Sections:
         return section("What one expert reads", lead, '<div id="vocabulary"><p class="empty">Needs scripts.</p></div>')
 
     def text(self) -> str:
-        self.parts.texts["passages"] = [passages_of(one, len(self.found)) for one in self.found]
-        if not any(one["passages"] for one in self.parts.texts["passages"]):
+        self.widgets.texts["passages"] = [passages_of(one, len(self.found)) for one in self.found]
+        if not any(one["passages"] for one in self.widgets.texts["passages"]):
             return ""
         lead = (
             "Each token in the colour, and with the number, of its first expert in this layer. Point at a token, or go "
             "through the text with the arrow keys, to see all its experts; a click or Enter keeps one expert lit."
-            + left_out(self.found, self.parts.texts["passages"])
+            + left_out(self.found, self.widgets.texts["passages"])
         )
         return section(
             "The text, coloured by expert", lead, '<div id="passages"><p class="empty">Needs scripts.</p></div>'
@@ -249,7 +247,7 @@ class _Sections:
         self, menu: str, title: str, cells: Callable[[Inspection], np.ndarray], most: int,
         show: Callable[..., dict], lead: str, **words: str,
     ) -> str:  # fmt: skip
-        """One view a layer; of a deep model as many layers as fit."""
+        """A map with one view per layer, of a deep model as many layers as fit."""
         figures: list[Map | None] = []
         labels: list[str] = []
         every = [cells(one.inspection) for one in self.found]
@@ -272,11 +270,11 @@ class _Sections:
         if len(labels) < deepest:
             lead += f" {len(labels)} of {deepest} layers are shown."
         panels = [(breakable(one.name), one.colour, figure) for one, figure in zip(self.found, figures, strict=True)]
-        tools = f'<div class="tools">{self.parts.slider(menu, labels, "Show")}{self.parts.ramp(menu)}</div>'
-        return section(title, lead, tools + self.parts.panels(menu, title, panels))
+        tools = f'<div class="tools">{self.widgets.slider(menu, labels, "Show")}{self.widgets.ramp(menu)}</div>'
+        return section(title, lead, tools + self.widgets.panels(menu, title, panels))
 
 
-def inspection_origin(found: Sequence[Named]) -> str:
+def inspection_origin(found: Sequence[NamedInspection]) -> str:
     rows = []
     for one in found:
         f = one.inspection.facts

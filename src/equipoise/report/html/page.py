@@ -1,4 +1,4 @@
-"""A report as one HTML file that holds everything it shows: charts, text, styles, and no link to anywhere."""
+"""Renders a report as one self-contained HTML file: data, scripts and styles, without any link."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pathlib import Path
 from ...errors import ConfigError, OutputError
 from ...storage.files import write_whole
 from ...storage.inspection_record import Inspection
+from ..data.comparison import Comparison
 from ..data.formatting import clean
-from ..data.inspections import Named, headline_of, named
-from ..data.summarize import Comparison
+from ..data.inspections import NamedInspection, headline_of, name_inspections
 from .inspection_sections import inspection_cards, inspection_origin, inspection_sections
 from .run_sections import run_cards, run_facts, run_origin, run_sections
-from .widgets import Parts, safe, section
+from .widgets import Widgets, safe, section
 
 __all__ = ["render_html", "write_file", "write_html"]
 
-# A page of this report loads nothing; with this a browser would refuse even if a name smuggled a link in.
+# The page loads nothing; this makes browsers refuse a link even if a name should inject one.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 STYLES = ("base", "figures", "tables", "text", "print")
 SCRIPTS = ("state", "lines", "maps", "tables", "text", "controls")  # one module, in this order
@@ -34,16 +34,19 @@ def write_html(
     comparison: Comparison | None, path: str | Path, inspections: Sequence[Inspection] = (), *,
     problems: Sequence[str] = (), live: float = 0,
 ) -> Path:  # fmt: skip
-    """Writes the page and returns its path. The file appears whole or not at all.
+    """Writes the page atomically and returns its path.
 
-    ``live`` seconds after it was opened the page loads itself again, as it was; 0 is never.
-    Raises ConfigError without plotly, OutputError when the file cannot be written.
+    Args:
+        problems: sentences shown above the page, beside those of the comparison.
+        live: seconds after which the page reloads itself and restores its state; 0 for never.
+
+    Raises ConfigError if plotly is missing, OutputError if the file cannot be written.
     """
     return write_file(path, render_html(comparison, inspections, problems=problems, live=live))
 
 
 def write_file(path: str | Path, text: str) -> Path:
-    """``write_whole`` for a file that the user named, in a folder that may not exist yet."""
+    """``write_whole`` for a file that the user named; creates its folder."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,21 +61,21 @@ def render_html(
     comparison: Comparison | None, inspections: Sequence[Inspection] = (), *,
     problems: Sequence[str] = (), live: float = 0,
 ) -> str:  # fmt: skip
-    """The page as text; the same reports give the same bytes."""
-    parts = Parts()
-    found = named(inspections, len(comparison.strategies) if comparison else 0)
-    runs = run_sections(comparison, parts) if comparison else []
-    inspected = inspection_sections(found, parts) if found else []
+    """The page as text; see `write_html`. Equal arguments give equal bytes."""
+    widgets = Widgets()
+    found = name_inspections(inspections, len(comparison.strategies) if comparison else 0)
+    runs = run_sections(comparison, widgets) if comparison else []
+    inspected = inspection_sections(found, widgets) if found else []
     origin = (run_origin(comparison) if comparison else "") + (inspection_origin(found) if found else "")
     second = ""
-    if comparison and found:  # the page's own headline and cards are those of the runs
+    if comparison and found:  # the headline and cards at the top are those of the runs
         second = f'<p class="headline2">{_minus(escape(headline_of(found)))}</p>\n{inspection_cards(found)}'
         second = f'<div role="group" aria-label="Inspections" class="second">{second}</div>'
     body = "".join([*runs, second, *inspected, section("Where this comes from", "", origin)])
     names = [one.name for one in comparison.strategies] if comparison else []
     data = {
         "strategies": [escape(clean(name), quote=False) for name in names],
-        "figures": parts.figures, "maps": parts.maps, "menus": parts.menus, "texts": parts.texts,
+        "figures": widgets.figures, "maps": widgets.maps, "menus": widgets.menus, "texts": widgets.texts,
     }  # fmt: skip
     title = " · ".join(map(clean, [*names, *(one.name for one in found)][:4]))
     version = next(iter([c.versions.get("equipoise", "") for c in [comparison] if c]
@@ -96,7 +99,7 @@ def render_html(
 loads nothing; without scripts the tables remain.</p></footer>
 <div id="spoken" class="unseen" role="status" aria-live="polite"></div>
 <script type="application/gzip" id="report-data">{_packed(_json(data))}</script>
-{f'<script type="application/gzip" id="report-plotly">{_plotly()}</script>' if parts.figures else ""}
+{f'<script type="application/gzip" id="report-plotly">{_plotly()}</script>' if widgets.figures else ""}
 <script type="module">
 {"".join(_asset(f"{name}.js") for name in SCRIPTS)}</script>
 </body>
@@ -105,7 +108,7 @@ loads nothing; without scripts the tables remain.</p></footer>
 
 
 def _head(
-    comparison: Comparison | None, found: Sequence[Named], problems: Sequence[str], body: str, live: float
+    comparison: Comparison | None, found: Sequence[NamedInspection], problems: Sequence[str], body: str, live: float
 ) -> str:
     notes = [f"<p>{safe(text)}</p>" for text in (comparison.warnings if comparison else [])]
     unread = [*(comparison.problems if comparison else []), *problems]
@@ -145,7 +148,7 @@ def _json(data: object) -> str:
 
 
 def _packed(text: str) -> str:
-    """Compressed, and in letters that cannot end the script element they stand in."""
+    """Compressed, in characters that cannot close the surrounding script element."""
     return base64.b64encode(gzip.compress(text.encode("utf-8", errors="replace"), 6, mtime=0)).decode()
 
 
@@ -155,7 +158,7 @@ def _asset(name: str) -> str:
 
 @functools.cache
 def _plotly() -> str:
-    """plotly.js, packed: 2.0 MB instead of 4.8."""
+    """plotly.js, compressed from 4.8 to 2.0 MB."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:

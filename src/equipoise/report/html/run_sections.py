@@ -1,21 +1,21 @@
-"""The sections of the page that come from runs: quality and balance over time, numbers, loads, domains, origin."""
+"""The sections of the page about runs: quality and balance over time, numbers, loads, domains, origin."""
 
 from __future__ import annotations
 
 from html import escape
 
+from ..data.comparison import Comparison
 from ..data.formatting import clean, number
-from ..data.summarize import Comparison
 from . import figures, tables
 from . import heatmaps as maps
 from .figures import Figure
-from .widgets import Parts, dot, safe, section
+from .widgets import Widgets, dot, safe, section
 
 __all__ = ["run_cards", "run_facts", "run_origin", "run_sections"]
 
 
 def run_facts(comparison: Comparison) -> list[str]:
-    """What was run, in a few phrases under the headline."""
+    """Phrases about the setup, shown under the headline."""
     c, facts = comparison, comparison.facts
     seeds = {run.seed for one in c.strategies for run in one.runs}
     parts = [
@@ -33,16 +33,16 @@ def run_cards(comparison: Comparison) -> str:
     return f'<div class="cards">{cards}</div>\n'
 
 
-def run_sections(comparison: Comparison, parts: Parts) -> list[str]:
-    """All of them in the order of the page; those without data are left out."""
-    page = _Sections(comparison, parts)
+def run_sections(comparison: Comparison, widgets: Widgets) -> list[str]:
+    """All sections in the order of the page, without those that have no data."""
+    page = _Sections(comparison, widgets)
     return [page.quality_and_balance(), page.numbers(), page.domains_of_experts(), page.loads(), page.layers(),
             page.domains(), page.estimators()]  # fmt: skip
 
 
 class _Sections:
-    def __init__(self, comparison: Comparison, parts: Parts) -> None:
-        self.comparison, self.parts = comparison, parts
+    def __init__(self, comparison: Comparison, widgets: Widgets) -> None:
+        self.comparison, self.widgets = comparison, widgets
 
     def quality_and_balance(self) -> str:
         quality = self._lines(
@@ -73,7 +73,7 @@ class _Sections:
     def domains_of_experts(self) -> str:
         labels, found = maps.domain_maps(self.comparison)
         return self._maps(
-            "domains", "What the experts specialize in", self.parts.slider("domains", labels, "Show"), found,
+            "domains", "What the experts specialize in", self.widgets.slider("domains", labels, "Show"), found,
             "Each column is an expert, each row a domain of the held-out text: how often the domain chooses the "
             "expert, over the even share. Rows that look alike mean experts that do not tell the domains apart.",
         )  # fmt: skip
@@ -81,7 +81,7 @@ class _Sections:
     def loads(self) -> str:
         labels, found = maps.load_maps(self.comparison)
         return self._maps(
-            "loads", "Load of every expert", self.parts.slider("loads", labels, "Show"), found,
+            "loads", "Load of every expert", self.widgets.slider("loads", labels, "Show"), found,
             "How many tokens of one global batch each expert got, over the mean of its layer. In a balanced "
             "layer all cells have the colour of 1. The slider moves through the run.",
         )  # fmt: skip
@@ -108,7 +108,7 @@ class _Sections:
             "right direction. Means over the steps at which it was measured."
         )
         title = "How true the gradient is"
-        menu, chart = self._menu("estimators", figure), self.parts.lines("estimators", figure, title)
+        menu, chart = self._menu("estimators", figure), self.widgets.lines("estimators", figure, title)
         plot = f'<div class="tools">{menu}</div>{chart}'
         return section(title, lead, tables.estimators_table(self.comparison) + plot)
 
@@ -117,7 +117,7 @@ class _Sections:
             return section(title, "", '<p class="empty">Nothing was recorded for this chart.</p>')
         body = f"""<div class="tools">{self._menu(name, figure)}</div>
 <div class="tools" role="group" aria-label="shown strategies">{self._chips()}</div>
-{self.parts.lines(name, figure, title, chips=True)}"""
+{self.widgets.lines(name, figure, title, chips=True)}"""
         return section(title, lead, body)
 
     def _band(self) -> str:
@@ -129,7 +129,7 @@ class _Sections:
         )
 
     def _menu(self, name: str, figure: Figure) -> str:
-        return self.parts.select(name, [view["label"] for view in figure["views"]], "Show")
+        return self.widgets.select(name, [view["label"] for view in figure["views"]], "Show")
 
     def _maps(self, menu: str, title: str, control: str, found: list[maps.Map | None], lead: str) -> str:
         if not any(found):
@@ -138,11 +138,11 @@ class _Sections:
         for index, (one, figure) in enumerate(zip(self.comparison.strategies, found, strict=True)):
             seed = f" <small>seed {one.runs[0].seed}</small>" if len(one.runs) > 1 else ""
             named.append((f"{safe(one.name)}{seed}", index, figure))
-        tools = f'<div class="tools">{control}{self.parts.ramp(menu)}</div>'
-        return section(title, lead, tools + self.parts.panels(menu, title, named))
+        tools = f'<div class="tools">{control}{self.widgets.ramp(menu)}</div>'
+        return section(title, lead, tools + self.widgets.panels(menu, title, named))
 
     def _chips(self) -> str:
-        """A legend whose entries switch their strategy off and on, in all charts."""
+        """A legend whose entries toggle their strategy in all charts."""
         strategies = self.comparison.strategies if len(self.comparison.strategies) > 1 else []
         return "".join(
             f'<button class="chip" type="button" data-strategy="{index}" aria-pressed="true" {dot(index)}>'

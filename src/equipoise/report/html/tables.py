@@ -1,4 +1,4 @@
-"""The tables of a comparison as markup: cards, the table of all numbers, domains, estimators, runs, configuration."""
+"""The tables of a comparison as HTML: cards, all numbers, domains, estimators, runs, policies, configuration."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from ..data.formatting import bytes_text, count, duration, fine_perplexity, number, percent, rough_perplexity, signed
-from ..data.measures import GROUPS, MEASURES, Measure
+from ..data.comparison import Comparison, StrategySummary
+from ..data.comparison_columns import COMPARISON_COLUMNS, GROUPS, Column
+from ..data.formatting import duration, fine_perplexity, number, percent, rough_perplexity, signed
 from ..data.statistics import Difference, Estimate
-from ..data.summarize import Comparison, StrategySummary
 from .widgets import breakable, cell, dot, safe, table
 
 __all__ = ["card", "config_list", "estimators_table", "numbers_table", "per_domain_table", "policies_table",
            "runs_table"]  # fmt: skip
 
+BY_KEY = {column.key: column for column in COMPARISON_COLUMNS}
+
 
 def dots(comparison: Comparison) -> str:
-    """Head cells of the strategies, each with its colour."""
+    """Header cells of the strategies with their colours."""
     return "".join(
         f'<th scope="col"><i {dot(index)}></i>{breakable(one.name)}</th>'
         for index, one in enumerate(comparison.strategies)
@@ -26,9 +28,9 @@ def dots(comparison: Comparison) -> str:
 
 
 def _stacked(comparison: Comparison, name: str, first: str, rows: list[str], more: str = "") -> str:
-    """A table with the strategies in columns; on a phone each row becomes a heading over its values.
+    """A table with a column per strategy; on a phone each row becomes a heading above its values.
 
-    It sorts unless its rows are of different measures (``more``: what each of them means).
+    It can be sorted unless ``more`` is given: a last header cell, for rows of different units.
     """
     sorts = "" if more else ' data-sorts="yes"'
     head = f'<tr><th scope="col">{first or "Measure"}</th>{dots(comparison)}{more}</tr>'
@@ -41,17 +43,17 @@ def _stacked(comparison: Comparison, name: str, first: str, rows: list[str], mor
 
 
 def card(comparison: Comparison, strategy: StrategySummary, index: int) -> str:
-    """What is certain stands out; perplexity below it, with all that is known of its difference."""
+    """A strategy at a glance: specialization first, then perplexity with its difference from the baseline."""
     perplexity = strategy.values.get("perplexity")
     facts = (
         ("Perplexity", rough_perplexity(perplexity.mean if perplexity else None), ""),
-        ("MaxVio", _shown(strategy, "heldout_maxvio_global"), ""),
-        ("Tokens/s", _shown(strategy, "tokens_per_second"), ""),
+        ("MaxVio", _shown(strategy, BY_KEY["heldout_maxvio_global"]), ""),
+        ("Tokens/s", _shown(strategy, BY_KEY["tokens_per_second"]), ""),
     )
     rows = "".join(f"<dt>{name}</dt><dd>{value} {unit}</dd>" for name, value, unit in facts)
     return f"""<article class="card" {dot(index)}>
 <h3>{breakable(strategy.name)}</h3>
-<p class="big">{_shown(strategy, "mutual_information")} <small>nats of domain information</small></p>
+<p class="big">{_shown(strategy, BY_KEY["mutual_information"])} <small>nats of domain information</small></p>
 <dl>{rows}</dl>
 <p class="delta">{_delta(comparison, strategy, perplexity)}</p>
 </article>"""
@@ -79,71 +81,64 @@ def _delta(comparison: Comparison, strategy: StrategySummary, perplexity: Estima
 
 
 def numbers_table(comparison: Comparison) -> str:
-    """Every measure, every strategy, what it means; coloured, and bold where better, if the interval leaves out 0."""
+    """All numbers of all strategies and what they mean; coloured, and bold if better, if the interval excludes 0."""
     span = len(comparison.strategies) + 2
     rows = []
     for group in GROUPS:
-        members = [m for m in MEASURES if m.group == group]
-        members = [m for m in members if any(one.values.get(m.key) for one in comparison.strategies)]
+        members = [one for one in COMPARISON_COLUMNS if one.group == group]
+        members = [column for column in members if any(one.values.get(column.key) for one in comparison.strategies)]
         if members:
             rows.append(f'<tr class="group"><th colspan="{span}" scope="rowgroup">{group}</th></tr>')
-        rows += [_measure_row(comparison, measure) for measure in members]
+        rows += [_row(comparison, column) for column in members]
     return _stacked(comparison, "numbers", "", rows, '<th class="why" scope="col">What it means</th>')
 
 
-def _measure_row(comparison: Comparison, measure: Measure) -> str:
-    values = [one.values.get(measure.key) for one in comparison.strategies]
+def _row(comparison: Comparison, column: Column) -> str:
+    values = [one.values.get(column.key) for one in comparison.strategies]
     cells = []
     for value, one in zip(values, comparison.strategies, strict=True):
-        difference = one.differences.get(measure.key)
-        small = _small(difference, measure)
-        mark = ' class="best"' if _tone(difference, measure.better) == "good" else ""
+        difference = one.differences.get(column.key)
+        small = _small(difference, column)
+        mark = ' class="best"' if _tone(difference, column.better) == "good" else ""
         exact = value.mean if value is not None else ""
-        shown = f'<span class="value">{_shown(one, measure.key)}</span>{small}'
+        shown = f'<span class="value">{_shown(one, column)}</span>{small}'
         cells.append(f'<td{mark} data-value="{exact}">{shown}</td>')
-    floor = comparison.noise_floor.get(measure.key)
+    floor = comparison.noise_floor.get(column.key)
     note = f'<span class="floor">uniform random: {number(floor, 2)}</span>' if floor is not None else ""
-    unit = f", {measure.unit}" if measure.unit not in ("", "bytes") else ""
+    unit = f", {column.unit}" if column.unit not in ("", "bytes") else ""
     return (
-        f'<tr><th scope="row">{measure.label}{unit}{note}</th>{"".join(cells)}'
-        f'<td class="why">{escape(measure.explain)}</td></tr>'
+        f'<tr><th scope="row">{column.label}{unit}{note}</th>{"".join(cells)}'
+        f'<td class="why">{escape(column.explain)}</td></tr>'
     )
 
 
-def _small(difference: Difference | None, measure: Measure) -> str:
-    if difference is None or not any(difference.by_seed.values()) or not measure.compared:
+def _small(difference: Difference | None, column: Column) -> str:
+    if difference is None or not any(difference.by_seed.values()) or not column.compared:
         return ""
-    show = percent if measure.ratio else signed
-    text = f'<small class="{_tone(difference, measure.better)}">{_minus(show(difference.mean))}</small>'
+    show = percent if column.ratio else signed
+    text = f'<small class="{_tone(difference, column.better)}">{_minus(show(difference.mean))}</small>'
     if difference.low is not None:
-        text += f" <small>{_interval(difference, ratio=measure.ratio)}</small>"
+        text += f" <small>{_interval(difference, ratio=column.ratio)}</small>"
     return text
 
 
 def _interval(difference: Difference, *, ratio: bool) -> str:
-    """[low, high], of a ratio in percent."""
+    """[low, high], in percent for a ratio."""
     bounds = (difference.low or 0.0, difference.high or 0.0)
     low, high = (signed(100 * one, 1) if ratio else signed(one) for one in bounds)
     return _minus(f"[{low}, {high}]")
 
 
 def _tone(difference: Difference | None, better: str) -> str:
-    """good, bad, or nothing where the interval holds zero, or one seed gives none."""
+    """CSS class: good, bad, or none if the interval includes zero or there is only one seed."""
     if not better or difference is None or not difference.is_clear:
         return ""
     return "good" if (difference.mean < 0) == (better == "lower") else "bad"
 
 
-def _shown(strategy: StrategySummary, key: str) -> str:
-    value = strategy.values.get(key)
-    measure = next(one for one in MEASURES if one.key == key)
-    if key == "peak_memory":
-        return bytes_text(value.mean if value else None)
-    if key == "dead_experts":
-        return count(value.mean if value else None)
-    if key == "perplexity":
-        return fine_perplexity(value.mean if value else None)
-    return _minus(number(value.mean if value else None, measure.places))
+def _shown(strategy: StrategySummary, column: Column) -> str:
+    value = strategy.values.get(column.key)
+    return _minus(column.show(value.mean if value else None, column.places))
 
 
 def per_domain_table(comparison: Comparison) -> str:

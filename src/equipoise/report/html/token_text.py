@@ -1,4 +1,4 @@
-"""The text of an inspection for the page: passages with the experts of every token, and what single experts read."""
+"""The text of inspections for the page: passages with the experts of every token, and the tokens of every expert."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 from ...storage.inspection_record import Inspection
 from ..data.curves import thin
 from ..data.formatting import clean
-from ..data.inspections import Named
+from ..data.inspections import NamedInspection
 
 __all__ = ["left_out", "passages_of", "vocabulary_of"]
 
-# What all inspections together may put on the page; beyond it, contexts, passages and layers are left out.
+# Limits for all inspections together; beyond them contexts, passages and layers are left out.
 MOST_EXPERT_IDS = 1_500_000  # of passages: tokens × layers × K
 MOST_VOCABULARY_IDS = 500_000  # tokens × their contexts
-CONTEXT, TOKENS = 11, 4  # of an example, and of an expert: as many as a line of the page and a glance hold
+CONTEXT, TOKENS = 11, 4  # tokens around an example, and examples of an expert: what fits a line and a glance
 
 
-def passages_of(one: Named, inspections: int) -> dict[str, Any]:
-    """Passages, first one of every domain; each with ids (S) and experts (layers × S × K, flat).
+def passages_of(one: NamedInspection, inspections: int) -> dict[str, Any]:
+    """Passages, starting with one of every domain, each with its ids (S) and experts (layers × S × K, flat).
 
-    What is too much for one page is left out from the end: passages, then the end of each, then layers.
+    To fit the page, passages are dropped first, then the end of each passage, then layers.
     """
     arrays, most = one.inspection.arrays, MOST_EXPERT_IDS // inspections
     experts_NSLK = arrays.passage_experts_NSLK
@@ -50,8 +50,8 @@ def passages_of(one: Named, inspections: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def left_out(found: Sequence[Named], shown: Sequence[dict[str, Any]]) -> str:
-    """What of the recorded passages is not on the page, in a sentence after a space; empty where all of it is."""
+def left_out(found: Sequence[NamedInspection], shown: Sequence[dict[str, Any]]) -> str:
+    """A sentence, after a space, about recorded passages that are not on the page; empty if all are."""
     said = []
     for one, page in zip(found, shown, strict=True):
         passages, length, layers, _ = one.inspection.arrays.passage_experts_NSLK.shape
@@ -66,8 +66,8 @@ def left_out(found: Sequence[Named], shown: Sequence[dict[str, Any]]) -> str:
     return f" To keep the page small it has {'; '.join(said)}: the inspection's folder has all." if said else ""
 
 
-def vocabulary_of(one: Named, inspections: int) -> dict[str, Any]:
-    """Layers of experts of tokens: [id, its share of the expert's load, share of the id's choices, domain, context]."""
+def vocabulary_of(one: NamedInspection, inspections: int) -> dict[str, Any]:
+    """[layer][expert][token]: id, share of the expert's load, share of the id's choices, domain, context."""
     arrays, most = one.inspection.arrays, MOST_VOCABULARY_IDS // inspections
     layers, experts, tokens = arrays.top_ids_LEJ.shape
     tokens = min(tokens, TOKENS)
@@ -105,7 +105,7 @@ def vocabulary_of(one: Named, inspections: int) -> dict[str, Any]:
 
 
 def _one_of_each(domain_N: np.ndarray) -> list[int]:
-    """The first passage of every domain, then the second of every domain, ...
+    """Indices with the first passage of every domain, then the second of every domain, ...
 
     >>> _one_of_each(np.array([0, 0, 1, 1]))
     [0, 2, 1, 3]

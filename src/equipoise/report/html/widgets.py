@@ -1,4 +1,4 @@
-"""What sections of the page are built of: controls, charts, maps, tables; it collects the data that scripts draw."""
+"""Building blocks of the page: controls, charts, maps and tables, and the data that the scripts draw."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from ..data.formatting import clean
 from .figures import Figure
 from .heatmaps import Map
 
-__all__ = ["Parts", "breakable", "cell", "dot", "safe", "section", "table"]
+__all__ = ["Widgets", "breakable", "cell", "dot", "safe", "section", "table"]
 
 HELP = "Arrow keys tell its cells."
 
 
 def safe(text: object) -> str:
-    """Any text, made fit to stand anywhere in the page."""
+    """Escapes text for any place in the page."""
     return escape(clean(str(text)))
 
 
 def dot(index: int) -> str:
-    """The strategy's colour, set where it is used; beyond eight strategies all but the baseline's come again."""
+    """A style with the colour of a strategy; after eight, the colours other than the baseline's repeat."""
     return f'style="--c:var(--s{index if index < 8 else 1 + (index - 1) % 7})"'
 
 
 def breakable(name: str) -> str:
-    """A name that may be broken where its parts meet: global+ micro, global@ 0.02, Qwen/ Qwen3."""
+    """A name with optional line breaks between its parts: global+ micro, global@ 0.02, Qwen/ Qwen3."""
     return re.sub(r"([+@:/_])", r"\1<wbr>", safe(name))
 
 
 def section(title: str, lead: str, body: str) -> str:
-    """A landmark with a heading that the list of sections at the top of the page leads to."""
+    """A landmark with a heading, to which the list of sections at the top links."""
     name = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     text = f'<p class="lead">{escape(lead)}</p>' if lead else ""
     return (
@@ -41,7 +41,7 @@ def section(title: str, lead: str, body: str) -> str:
 
 
 def cell(shown: str, value: object = None, kind: str = "td", left: bool = False) -> str:
-    """``shown`` is markup; ``value`` is what the cell is sorted by and what CSV gets."""
+    """A table cell: ``shown`` is HTML, ``value`` the key for sorting and the content of copies."""
     data = "" if value is None else f' data-value="{safe(value)}"'
     scope = ' scope="row"' if kind == "th" else ""
     side = ' class="left"' if left else ""
@@ -49,7 +49,11 @@ def cell(shown: str, value: object = None, kind: str = "td", left: bool = False)
 
 
 def table(name: str, label: str, heads: Sequence[str], rows: Sequence[str], *, left: Sequence[int] = (0,)) -> str:
-    """A table that sorts and copies. ``heads`` are texts, ``rows`` the markup of cells; ``left`` those not numbers."""
+    """A table that can be sorted and copied.
+
+    Args:
+        heads: texts. rows: HTML of the cells. left: indices of the columns that are not numbers.
+    """
     head = "".join(
         f'<th scope="col"{" class=left" if i in left else ""}>{safe(one)}</th>' for i, one in enumerate(heads)
     )
@@ -60,8 +64,8 @@ def table(name: str, label: str, heads: Sequence[str], rows: Sequence[str], *, l
     )
 
 
-class Parts:
-    """Controls and figures by name. A name belongs to one menu; everything that names the menu follows it."""
+class Widgets:
+    """Collects controls and figures by name; every figure follows the menu that it names."""
 
     def __init__(self) -> None:
         self.figures: dict[str, Figure] = {}
@@ -70,7 +74,7 @@ class Parts:
         self.texts: dict[str, Any] = {}
 
     def select(self, menu: str, labels: Sequence[str], what: str, start: int = 0) -> str:
-        """A menu over ``labels``; nothing where there is no choice."""
+        """A menu over ``labels``; empty if there is no choice."""
         self.menus[menu] = [clean(label) for label in labels]
         if len(labels) < 2:
             return ""
@@ -81,7 +85,7 @@ class Parts:
         return f'<label class="menu">{escape(what)} <select data-menu="{menu}">{options}</select></label>'
 
     def slider(self, menu: str, labels: Sequence[str], what: str, start: int | None = None) -> str:
-        """The same for what has an order (steps, layers): a slider, which also moves with the arrow keys."""
+        """A slider over ordered labels (steps, layers); empty if there is no choice."""
         self.menus[menu] = [clean(label) for label in labels]
         if len(labels) < 2:
             return ""
@@ -104,14 +108,16 @@ class Parts:
         identity = f"map-{name}"
         self.maps[identity] = figure
         rows = max(len(view["z"]) for view in figure["views"])
-        high = rows * max(5.0, min(22.0, 520 / rows)) + 36  # as the script draws it: nothing jumps
+        high = (
+            rows * max(5.0, min(22.0, 520 / rows)) + 36
+        )  # the height that the script will need, so that the layout does not jump
         return (
             f'<div class="map" id="{identity}" data-menu="{menu}" tabindex="0" role="application" '
             f'aria-roledescription="heat map" aria-label="{safe(label)}. {HELP}" style="min-height:{high:.0f}px"></div>'
         )
 
     def panels(self, menu: str, title: str, figures: Sequence[tuple[str, int, Map | None]]) -> str:
-        """Maps side by side, each under its name (markup) and the dot of its colour."""
+        """Maps side by side, each below its name (HTML) and a dot in its colour."""
         made = []
         for index, (name, colour, figure) in enumerate(figures):
             inner = '<p class="empty">Nothing recorded.</p>'
@@ -123,5 +129,5 @@ class Parts:
 
     @staticmethod
     def ramp(menu: str) -> str:
-        """The key of the colours of this menu's maps; the script fills it, for it follows what is shown."""
+        """The colour scale of the maps of this menu; the script fills it in."""
         return f'<span class="scale" data-key="{menu}"></span>'

@@ -1,28 +1,28 @@
-"""A comparison as plain text of at most 80 columns: the headline, then tables that a log file keeps readable."""
+"""A comparison as plain text of at most 80 columns: the headline, then tables that also read well in a log file."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 
-from ..data.formatting import bytes_text, clean, clip, count, fine_perplexity, number, percent, signed, width
+from ..data.comparison import Comparison, StrategySummary
+from ..data.comparison_columns import COMPARISON_COLUMNS, Column
+from ..data.formatting import clean, clip, fine_perplexity, number, percent, signed, width
 from ..data.statistics import Difference, Estimate
-from ..data.summarize import Comparison, StrategySummary
+from .table import COLUMNS, table, wrap
 
-__all__ = ["COLUMNS", "render_terminal"]
+__all__ = ["render_terminal"]
 
-COLUMNS = 80
 NAME = 18  # the widest a strategy's column gets
 Cell = Callable[[StrategySummary], str]
 
 
 def render_terminal(comparison: Comparison) -> str:
-    """The whole comparison as text, no line wider than 80 columns, no control characters from names."""
+    """The comparison as text: no line is wider than 80 columns, and control characters in names are escaped."""
     blocks = [
-        _wrap(_title(comparison)),
-        _wrap(comparison.headline),
-        _wrap(comparison.quality),
-        *("\n".join(_wrap(f"! {text}", "  ") for text in texts) for texts in _remarks(comparison) if texts),
+        wrap(_title(comparison)),
+        wrap(comparison.headline),
+        wrap(comparison.quality),
+        *("\n".join(wrap(f"! {text}", "  ") for text in texts) for texts in _remarks(comparison) if texts),
         _quality(comparison),
         _balance(comparison),
         _cost(comparison),
@@ -50,15 +50,6 @@ def _remarks(comparison: Comparison) -> Iterator[list[str]]:
 
 
 def _quality(comparison: Comparison) -> str:
-    base = comparison.baseline
-    columns: dict[str, Cell] = {
-        "perplexity": lambda one: fine_perplexity(_mean(one.values.get("perplexity"))),
-        f"vs {clip(clean(base), 12)}": lambda one: _relative(one, base),
-        "bits/byte": _value("bits_per_byte", 3),
-        "info": _value("mutual_information", 3),
-        "chance": _value("mutual_information_shuffled", 4),
-        "top-K": _value("topk_score", 3),
-    }
     title = "Held-out text" + (f" after {comparison.step} steps" if comparison.step is not None else "")
     note = (
         "info: nats that the choice of an expert tells about the domain; chance: the same with shuffled labels; "
@@ -66,40 +57,20 @@ def _quality(comparison: Comparison) -> str:
     )
     if any(one.n > 1 for strategy in comparison.strategies for one in strategy.differences.values() if one):
         note += " [ ]: 95% interval of the difference, paired by seed."
-    return _table(title, comparison.strategies, columns, note)
+    return _table(title, comparison, ("Quality", "Specialization"), note)
 
 
 def _balance(comparison: Comparison) -> str:
-    columns: dict[str, Cell] = {
-        "global": _value("train_maxvio_global", 2),
-        "micro": _value("train_maxvio_micro_batch", 2),
-        "sequence": _value("train_maxvio_sequence", 2),
-        "all": _value("heldout_maxvio_global", 2),
-        "micro ": _value("heldout_maxvio_micro_batch", 2),
-        "sequence ": _value("heldout_maxvio_sequence", 2),
-        "dead": lambda one: count(_mean(one.values.get("dead_experts"))),
-    }
-    floor = comparison.noise_floor
-    keys = ("train_maxvio_global", "train_maxvio_micro_batch", "train_maxvio_sequence", "heldout_maxvio_global",
-            "heldout_maxvio_micro_batch", "heldout_maxvio_sequence")  # fmt: skip
-    last = ["uniform random", *(number(floor.get(key), 2) for key in keys), ""]
     note = (
         "MaxVio = largest load / mean load - 1: 0 is even, 1 is an expert with twice its share. In training: over the "
         "global batch, a micro-batch, a sequence, mean of the last quarter of the steps. dead: experts without a token."
     )
-    spans = {"in training": ("global", "micro", "sequence"), "held-out text": ("all", "micro ", "sequence ")}
-    return _table("Balance (MaxVio)", comparison.strategies, columns, note, last, spans)
+    groups = ("Balance in training", "Balance on held-out text")
+    return _table("Balance (MaxVio)", comparison, groups, note, noise_floor=True)
 
 
 def _cost(comparison: Comparison) -> str:
-    columns: dict[str, Cell] = {
-        "tokens/s": _value("tokens_per_second", 0),
-        "s/step": _value("seconds_per_step", None),
-        "vs base": lambda one: _shown(d) if (d := one.differences.get("seconds_per_step")) else "",
-        "memory": lambda one: bytes_text(_mean(one.values.get("peak_memory"))),
-        "runs": _statuses,
-    }
-    return _table("Cost", comparison.strategies, columns)
+    return _table("Cost", comparison, ("Cost",), last={"runs": _statuses})
 
 
 def _statuses(strategy: StrategySummary) -> str:
@@ -113,7 +84,7 @@ def _statuses(strategy: StrategySummary) -> str:
 
 
 def _domains(comparison: Comparison) -> Iterator[str]:
-    """Perplexity by domain, the domains in columns, as many tables as the width needs."""
+    """Perplexity with a column per domain, in as many tables as fit the width."""
     first = max(8, *(min(NAME, width(clean(one.name))) for one in comparison.strategies))
     wide = min(14, max(8, (COLUMNS - first) // max(1, len(comparison.domains)) - 2))
     for names in _chunks(comparison.domains, wide, first):
@@ -121,7 +92,7 @@ def _domains(comparison: Comparison) -> Iterator[str]:
             [clip(clean(one.name), NAME), *(fine_perplexity(_mean(one.domain_perplexity.get(name))) for name in names)]
             for one in comparison.strategies
         ]
-        yield _grid("Perplexity by domain", ["strategy", *(clip(clean(name), wide) for name in names)], rows)
+        yield table("Perplexity by domain", ["strategy", *(clip(clean(name), wide) for name in names)], rows)
 
 
 def _estimators(comparison: Comparison) -> Iterator[str]:
@@ -138,11 +109,11 @@ def _estimators(comparison: Comparison) -> Iterator[str]:
         note = "relative error, cosine; * trained with it. Means over the steps at which they were measured."
         title = "Gradient of the balance loss against the exact one"
         header = ["strategy", *(clip(clean(name), 12) + " " for name in chunk)]
-        yield _grid(title, header, rows, note if chunk is chunks[-1] else "")
+        yield table(title, header, rows, note if chunk is chunks[-1] else "")
 
 
 def _chunks(names: Sequence[str], wide: int, first: int = NAME) -> Iterator[Sequence[str]]:
-    """As many columns of this width as fit beside the strategy's."""
+    """Splits names into groups of as many columns of this width as fit beside the strategy."""
     per_table = max(1, (COLUMNS - first) // (wide + 2))
     for start in range(0, len(names), per_table):
         yield names[start : start + per_table]
@@ -152,24 +123,27 @@ def _mean(value: Estimate | None) -> float | None:
     return value.mean if value else None
 
 
-def _value(key: str, places: int | None) -> Cell:
+def _value(column: Column, places: int | None) -> Cell:
+    return lambda strategy: column.show(_mean(strategy.values.get(column.key)), places)
+
+
+def _difference(column: Column, baseline: str) -> Cell:
     def cell(strategy: StrategySummary) -> str:
-        return number(_mean(strategy.values.get(key)), places)
+        if (difference := strategy.differences.get(column.key)) is not None:
+            return _shown(difference)
+        return _why_none(strategy, baseline) if column.group == "Quality" else ""  # the first table says it for all
 
     return cell
 
 
-def _relative(strategy: StrategySummary, baseline: str) -> str:
+def _why_none(strategy: StrategySummary, baseline: str) -> str:
     if not strategy.compared:
         return f"at step {strategy.runs[0].seen_at}"
-    difference = strategy.differences.get("perplexity")
-    if difference is None:
-        return "" if strategy.name == baseline else "–"
-    return _shown(difference)
+    return "" if strategy.name == baseline else "–"
 
 
 def _shown(difference: Difference) -> str:
-    """In percent, with the interval where there is one."""
+    """A relative difference in percent, with its interval if there is one."""
     if difference.low is None or difference.high is None:
         return percent(difference.mean)
     return f"{percent(difference.mean)} [{signed(100 * difference.low, 1)}, {signed(100 * difference.high, 1)}]"
@@ -177,53 +151,36 @@ def _shown(difference: Difference) -> str:
 
 def _table(
     title: str,
-    strategies: Sequence[StrategySummary],
-    columns: dict[str, Cell],
+    comparison: Comparison,
+    groups: Sequence[str],
     note: str = "",
-    last: list[str] | None = None,
-    spans: dict[str, tuple[str, ...]] | None = None,
+    *,
+    noise_floor: bool = False,
+    last: dict[str, Cell] | None = None,
 ) -> str:
-    """Strategies in rows; a column that no strategy fills is left out. ``spans`` are headings over several columns."""
-    rows = [[clip(clean(one.name), NAME), *(cell(one) for cell in columns.values())] for one in strategies]
-    if last:
-        rows.append(last)
-    kept = [0] + [i for i in range(1, len(columns) + 1) if any(row[i] not in ("", "–") for row in rows)]
+    """The columns of these groups, strategies in rows; a column that no strategy fills is left out.
+
+    ``noise_floor`` adds a row with what random routing shows; ``last`` are columns beside those of the groups.
+    """
+    cells: dict[str, Cell] = {}
+    floors: list[str] = []
+    spans: dict[str, list[str]] = {}
+    for column in COMPARISON_COLUMNS:
+        if column.group not in groups or (shown := column.terminal) is None:
+            continue
+        cells[shown.heading] = _value(column, shown.places)
+        floors.append(number(comparison.noise_floor.get(column.key), shown.places) if column.noise_tokens else "")
+        if shown.over:
+            spans.setdefault(shown.over, []).append(shown.heading)
+        if shown.difference:
+            heading = shown.difference.format(baseline=clip(clean(comparison.baseline), 12))
+            cells[heading] = _difference(column, comparison.baseline)
+            floors.append("")
+    cells |= last or {}
+    rows = [[clip(clean(one.name), NAME), *(cell(one) for cell in cells.values())] for one in comparison.strategies]
+    rows += [["uniform random", *floors]] if noise_floor else []
+    kept = [0] + [i for i in range(1, len(cells) + 1) if any(row[i] not in ("", "–") for row in rows)]
     if len(kept) == 1:
         return ""
-    header = ["strategy", *columns]
-    return _grid(title, [header[i] for i in kept], [[row[i] for i in kept] for row in rows], note, spans)
-
-
-def _grid(
-    title: str,
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    note: str = "",
-    spans: dict[str, tuple[str, ...]] | None = None,
-) -> str:
-    widths = [max(width(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    gap = 3 if sum(widths) + 3 * (len(widths) - 1) <= COLUMNS else 2
-    rule = "─" * min(COLUMNS, sum(widths) + gap * (len(widths) - 1))
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0] + " " * (widths[0] - width(row[0]))]
-        cells += [" " * (wide - width(cell)) + cell for cell, wide in zip(row[1:], widths[1:], strict=True)]
-        return (" " * gap).join(cells).rstrip()
-
-    parts = [title, rule, line(header), *map(line, rows)]
-    if spans:
-        ends = [sum(widths[: i + 1]) + gap * i for i in range(len(widths))]
-        over = ""
-        for text, members in spans.items():
-            inside = [i for i, name in enumerate(header) if name in members]
-            if inside:
-                start = ends[inside[0]] - widths[inside[0]]
-                over = over.ljust(start) + f" {text} ".center(ends[inside[-1]] - start, "·")
-        parts.insert(2, over)
-    return "\n".join(parts + ([_wrap(note)] if note else []))
-
-
-def _wrap(text: str, indent: str = "") -> str:
-    """Wrapped at 80 columns; what is too long for a line by itself is broken."""
-    lines = textwrap.wrap(text, COLUMNS, subsequent_indent=indent, break_on_hyphens=False)
-    return "\n".join(clip(line, COLUMNS) for line in lines)
+    header = ["strategy", *cells]
+    return table(title, [header[i] for i in kept], [[row[i] for i in kept] for row in rows], note, spans=spans)

@@ -10,8 +10,9 @@ import pytest
 
 from equipoise.errors import ConfigError
 from equipoise.functional.metrics import maxvio_noise_floor
-from equipoise.report import Comparison, load_runs, summarize, to_json
+from equipoise.report import Comparison, load_runs
 from equipoise.report.data.statistics import Difference
+from equipoise.report.data.summarize import summarize, to_json
 from equipoise.storage.run_record import RecordWriter, read_run
 from unit.report.synthetic import DOMAINS, KINDS, header, write_run
 

@@ -17,8 +17,7 @@ from plotly import graph_objects
 
 from equipoise.errors import ConfigError, OutputError
 from equipoise.report import Comparison, load_runs, summarize, write_html
-from equipoise.report.html.figures import perplexity_curves
-from equipoise.report.html.page import page as html
+from equipoise.report.html import page as html_page
 from equipoise.report.html.page import render_html
 from equipoise.storage.run_record import read_run
 from unit.report.synthetic import header, write_run
@@ -191,22 +190,6 @@ def test_the_largest_comparison_stays_under_8_megabytes(tmp_path):
     assert len(render_html(comparison, [whole, whole]).encode()) < 8e6
 
 
-def test_a_single_evaluation_is_seen(tmp_path):
-    """A line through one point has no length."""
-    run = read_run(write_run(tmp_path, header("micro", 0, steps=20)))
-    run = replace(run, evaluations=run.evaluations[-1:])
-    (trace,) = perplexity_curves(summarize([run]))["views"][0]["data"]
-    assert (len(trace["x"]), trace["mode"]) == (1, "lines+markers")
-
-
-def test_passages_that_do_not_fit_are_said_to_be_missing(tmp_path):
-    small, large = (synthetic_inspection(domains=2, layers=2, experts=16, top_k=8, passages=n, passage_length=128,
-                                         model=f"m{n}") for n in (1, 400))  # fmt: skip
-    assert "To keep the page small" not in render_html(None, [small])
-    said = re.search(r"To keep the page small it has (\d+) of 800 passages of m400:", render_html(None, [small, large]))
-    assert 2 < int(said[1]) < 800
-
-
 @pytest.mark.parametrize("end", ["", "failed", "interrupted"])
 def test_a_run_without_evaluations_or_loads_has_a_page(tmp_path, end):
     run = read_run(write_run(tmp_path / "run", header("micro", 0, steps=20), until=0, end=end))
@@ -254,7 +237,7 @@ def test_a_full_disk_keeps_the_old_page(comparison, tmp_path):
 
 def test_without_plotly_the_error_says_what_to_install(comparison, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    html._plotly.cache_clear()
+    html_page._plotly.cache_clear()
     with pytest.raises(ConfigError, match="equipoise\\[report\\]"):
         write_html(comparison, tmp_path / "report.html")
     assert os.listdir(tmp_path) == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from importlib import resources
@@ -11,7 +10,6 @@ from importlib import resources
 import numpy as np
 import pytest
 
-import equipoise
 from equipoise import plot
 from equipoise.errors import ConfigError, DataError
 from equipoise.report import load_runs
@@ -92,17 +90,6 @@ def test_what_cannot_be_drawn_is_said(folder, tmp_path):
     run = read_run(write_run(tmp_path / "run", header("micro", 0, steps=5)))
     with pytest.raises(DataError, match="stored loads of micro"):
         plot.load_over_time(replace(run, loads=[]))
-
-
-def test_it_is_loaded_when_it_is_named_and_plotly_when_it_draws():
-    assert equipoise.plot is plot
-    with pytest.raises(AttributeError, match="no attribute 'plots'"):
-        equipoise.plots  # noqa: B018
-    program = """import sys, equipoise
-assert 'equipoise.plot' not in sys.modules
-equipoise.plot.curves
-assert 'plotly' not in sys.modules"""
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_without_plotly_it_says_what_to_install(folder, monkeypatch):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from equipoise.errors import DataError
-from equipoise.report import load, load_runs
+from equipoise.report.data.load import load, load_runs
 from equipoise.storage.inspection_record import write_inspection
 from equipoise.storage.run_record import RECORD_NAME
 from unit.report.synthetic import header, write_run

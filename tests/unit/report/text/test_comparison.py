@@ -6,11 +6,12 @@ import unicodedata
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from equipoise.report import load_runs, render_terminal, summarize
-from equipoise.report.data.formatting import clean, clip, fine_perplexity, width
+from equipoise.report import load_runs, summarize
+from equipoise.report.data.formatting import fine_perplexity, width
+from equipoise.report.text.comparison import render_terminal
 from equipoise.storage.run_record import read_run
 from unit.report.synthetic import header, write_comparison, write_run
 
@@ -76,12 +77,3 @@ def test_remarks_are_shown(tmp_path):
     assert "! c: left out, schema 9" in text
     assert "1 interrupted at 70" in text
     assert "at step 50" in text
-
-
-@given(st.text(), st.integers(1, 40))
-@example("中文", 2)  # one wide character is wider than what is left beside the ellipsis
-def test_clip_is_never_too_wide_and_keeps_what_fits(text, columns):
-    text = clean(text)
-    found = clip(text, columns)
-    assert width(found) <= columns
-    assert width(text) > columns or found == text

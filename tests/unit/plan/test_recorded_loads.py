@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from equipoise.errors import DataError
-from equipoise.plan.loads import Recorded, Skew, expected_maxvio
-from equipoise.plan.recorded_loads import observe
+from equipoise.plan.loads import RecordedCounts, Skew, expected_maxvio
+from equipoise.plan.recorded_loads import read_recorded_loads
 from equipoise.storage.run_record import RECORD_NAME, RecordWriter, Step
 from unit.report.synthetic import header, write_comparison, write_run
 
@@ -30,7 +30,7 @@ def write(folder, *records, head=None):
 def test_a_record_gives_the_law_that_has_its_maxvio(tmp_path):
     """Only the last quarter of the steps counts."""
     steps = [step(n, batch=9.0, corpus=5.0) for n in range(1, 7)] + [step(7), step(8)]
-    (one,) = observe([write(tmp_path / "run", *steps)]).strategies
+    (one,) = read_recorded_loads([write(tmp_path / "run", *steps)]).strategies
     assert one.name == "micro"
     assert isinstance(one.loads, Skew)
     pairs = 256 * 4 * 2  # a micro-batch of 4 sequences of one domain, top-2
@@ -43,7 +43,7 @@ def test_seeds_are_averaged_and_strategies_kept_apart(tmp_path):
     write(tmp_path / "a", step(1, batch=0.8))
     write(tmp_path / "b", step(1, batch=1.6), head=header("micro", 1))
     write(tmp_path / "c", step(1, batch=2.0), head=header("global", 0))
-    found = observe([tmp_path])
+    found = read_recorded_loads([tmp_path])
     assert [one.name for one in found.strategies] == ["micro", "global"]
     assert "of 2 runs: 1.20" in found.strategies[0].origin
     assert [one.counts for one in found.strategies] == [False, True]
@@ -52,21 +52,21 @@ def test_seeds_are_averaged_and_strategies_kept_apart(tmp_path):
 
 def test_a_comparison_is_read_whole(tmp_path):
     folder = write_comparison(tmp_path, seeds=2, strategies=("global", "micro"), steps=50)
-    assert [one.name for one in observe([folder]).strategies] == ["micro", "global"]
+    assert [one.name for one in read_recorded_loads([folder]).strategies] == ["micro", "global"]
 
 
 def test_without_metrics_of_steps_the_evaluation_counts(tmp_path):
     folder = write_run(tmp_path / "run", header("micro", 0, steps=50))
     lines = (folder / RECORD_NAME).read_text().splitlines(keepends=True)
     (folder / RECORD_NAME).write_text("".join(line for line in lines if '"step"' not in line.split(",")[0]))
-    assert "recorded MaxVio" in observe([folder]).strategies[0].origin
+    assert "recorded MaxVio" in read_recorded_loads([folder]).strategies[0].origin
 
 
 def test_a_half_written_record_is_used_and_the_line_is_named(tmp_path):
     folder = write(tmp_path / "run", step(1), step(2))
     with open(folder / RECORD_NAME, "a", encoding="utf-8") as file:
         file.write('{"kind": "step", "step": 3, "loss"')
-    found = observe([folder])
+    found = read_recorded_loads([folder])
     assert len(found.strategies) == 1
     assert found.problems[0].startswith("run: line 4")
 
@@ -85,14 +85,14 @@ def test_a_half_written_record_is_used_and_the_line_is_named(tmp_path):
 def test_records_that_do_not_say_enough(tmp_path, records, changes, message):
     folder = write(tmp_path / "run", *records, head=replace(header("micro", 0), **changes))
     with pytest.raises(DataError, match=message):
-        observe([folder])
+        read_recorded_loads([folder])
 
 
 def test_seeds_that_were_cut_differently_are_refused(tmp_path):
     write(tmp_path / "a", step(1))
     write(tmp_path / "b", step(1), head=header("micro", 1, experts=32))
     with pytest.raises(DataError, match="cut alike"):
-        observe([tmp_path])
+        read_recorded_loads([tmp_path])
 
 
 COUNTS = np.random.default_rng(0).integers(0, 50, size=(4, 2, 8)) + 1
@@ -103,10 +103,10 @@ def test_counts_are_read_from_every_kind_of_file(tmp_path):
     np.savez(tmp_path / "two.npz", COUNTS)
     lines = [f"{m},{l},{e},{COUNTS[m, l, e]}" for m, l, e in np.ndindex(COUNTS.shape)]
     (tmp_path / "three.csv").write_text("\n".join(["micro_batch,layer,expert,count", *lines]))
-    found = observe([tmp_path / name for name in ("one.npy", "two.npz", "three.csv")])
+    found = read_recorded_loads([tmp_path / name for name in ("one.npy", "two.npz", "three.csv")])
     assert found.counted == {"layers": 2, "experts": 8}
     for one in found.strategies:
-        assert isinstance(one.loads, Recorded)
+        assert isinstance(one.loads, RecordedCounts)
         np.testing.assert_array_equal(one.loads.counts_MLE, COUNTS)
 
 
@@ -129,7 +129,7 @@ def test_counts_are_read_from_every_kind_of_file(tmp_path):
 def test_files_of_counts_that_are_none(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        observe([tmp_path / name])
+        read_recorded_loads([tmp_path / name])
 
 
 def test_arrays_of_objects_of_text_or_of_two_models(tmp_path):
@@ -138,8 +138,8 @@ def test_arrays_of_objects_of_text_or_of_two_models(tmp_path):
     np.savez(tmp_path / "c.npz", one=COUNTS, two=COUNTS)
     for name in ("a.npy", "b.npy", "c.npz", "missing.npy"):
         with pytest.raises(DataError, match=name):
-            observe([tmp_path / name])
+            read_recorded_loads([tmp_path / name])
     np.save(tmp_path / "d.npy", COUNTS)
     np.save(tmp_path / "e.npy", COUNTS[:, :, :4])
     with pytest.raises(DataError, match="experts = 8"):
-        observe([tmp_path / "d.npy", tmp_path / "e.npy"])
+        read_recorded_loads([tmp_path / "d.npy", tmp_path / "e.npy"])

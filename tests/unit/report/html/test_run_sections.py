@@ -1,0 +1,38 @@
+"""The sections of runs: which there are, and which are left out for want of data."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from equipoise.report.data.curves import Charts
+from equipoise.report.html.run_sections import run_cards, run_facts, run_origin, run_sections
+from equipoise.report.html.widgets import Widgets
+
+
+def heads(comparison):
+    widgets = Widgets()
+    return re.findall(r"<h2[^>]*>(.*?)</h2>", "".join(run_sections(comparison, widgets))), widgets
+
+
+def test_all_sections_and_their_figures(comparison):
+    found, widgets = heads(comparison)
+    assert found[:4] == ["Held-out perplexity", "During training", "All numbers", "What the experts specialize in"]
+    assert found[4:] == ["Load of every expert", "Layer by layer", "Domain by domain", "How true the gradient is"]
+    assert set(widgets.figures) == {f"plot-{one}" for one in ("perplexity", "training", "layers", "estimators")}
+    assert len(widgets.maps) == 2 * 4
+
+
+def test_what_was_not_recorded_has_no_section(comparison):
+    bare = [replace(one, charts=Charts(), layers={}, estimators=[]) for one in comparison.strategies]
+    found, widgets = heads(replace(comparison, strategies=bare, domains=[]))
+    assert found == ["Held-out perplexity", "During training", "All numbers", "Layer by layer"]
+    assert widgets.figures == {} and widgets.maps == {}
+
+
+def test_facts_cards_and_origin(comparison):
+    assert run_facts(comparison)[:2] == ["4 strategies × 2 seeds", "150 steps of 8,192 tokens"]
+    assert run_facts(replace(comparison, strategies=comparison.strategies[:1]))[0] == "1 strategy × 2 seeds"
+    assert run_cards(comparison).count("<article") == 4
+    origin = run_origin(comparison)
+    assert comparison.corpora[0] in origin and "torch 2.13.0" in origin and "micro, seed 0" in origin

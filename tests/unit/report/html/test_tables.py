@@ -1,0 +1,62 @@
+"""The tables of a comparison: every digit can be copied, and colour means an interval without zero."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from equipoise.report.data.comparison_columns import COMPARISON_COLUMNS
+from equipoise.report.data.statistics import Difference
+from equipoise.report.html.tables import (
+    card,
+    config_list,
+    estimators_table,
+    numbers_table,
+    per_domain_table,
+    policies_table,
+    runs_table,
+)
+
+
+def row_of(text, label):
+    return next(row for row in re.findall(r"<tr>.*?</tr>", text) if f">{label}" in row)
+
+
+def test_all_numbers_are_there_to_every_digit(comparison):
+    text = numbers_table(comparison)
+    for column in COMPARISON_COLUMNS:
+        for one in comparison.strategies:
+            assert f'data-value="{one.values[column.key].mean}"' in text
+    assert text.count("uniform random: ") == 6
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "marks"),
+    [(-0.02, -0.01, ('class="best"', 'class="good"')), (0.01, 0.02, ('class="bad"',)), (-0.01, 0.02, ())],
+)
+def test_colour_needs_an_interval_without_zero(comparison, low, high, marks):
+    difference = Difference((low + high) / 2, low, high, 2, {0: low, 1: high})
+    base = replace(comparison.strategies[0], differences={})
+    other = replace(comparison.strategies[1], differences={"perplexity": difference})
+    row = row_of(numbers_table(replace(comparison, strategies=[base, other])), "Perplexity")
+    found = {mark for mark in ('class="best"', 'class="good"', 'class="bad"') if mark in row}
+    assert found == set(marks)
+    assert ("not told apart" in card(comparison, other, 1)) == (not marks)
+
+
+def test_domains_estimators_runs_and_policies_are_named_safely(comparison):
+    evil = "<script>"
+    runs = [replace(one, status=evil, path=evil) for one in comparison.strategies[0].runs]
+    one = replace(comparison.strategies[0], name=evil, policies=[evil, "AuxLoss()"], runs=runs)
+    found = replace(comparison, strategies=[one], domains=[*comparison.domains[:1]])
+    for made in (per_domain_table, estimators_table, runs_table, policies_table):
+        text = made(found)
+        assert evil not in text and "&lt;script&gt;" in text
+    assert f'data-value="{one.domain_perplexity["python"].mean}"' in per_domain_table(found)
+    assert "in use" in estimators_table(comparison)
+    assert "1.2 M" in runs_table(comparison) and "AuxLoss()" in policies_table(found)
+    assert config_list({evil: [1, 2], "b": ""}) == (
+        '<ul class="config"><li><span>&lt;script&gt;</span><b>1, 2</b></li><li><span>b</span><b>–</b></li></ul>'
+    )
