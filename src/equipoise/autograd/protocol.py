@@ -44,7 +44,14 @@ class BalancedRouter(Protocol):
     num_experts: int
     top_k: int
     gate: str  # "softmax", "sigmoid" or "sqrtsoftplus": how probabilities follow from logits
-    balance_state: RouterState | None  # set by the balancer, None after remove()
+
+    @property
+    def balance_state(self) -> RouterState | None:
+        """A plain attribute will do. Set by the balancer; None without one, and after ``remove()``."""
+        ...
+
+    @balance_state.setter
+    def balance_state(self, state: RouterState | None) -> None: ...
 
     @property
     def training(self) -> bool: ...

@@ -77,18 +77,16 @@ def fused_route(
         spec = statistics = fraction_NBE = None
     weights_TK, counts_E = chosen.weights_TK, chosen.counts_BE.sum(dim=0)
     if torch.is_grad_enabled() and logits_TE.requires_grad:
-        grad_accumulator, grad_coefs = (
-            (state.grad_accumulator, state.grad_coefs) if state is not None and spec is not None else (None, None)
-        )
+        attached = None if spec is None else state
         weights_TK, logits_TE = _Fused.apply(
             logits_TE,
-            grad_accumulator,
+            None if attached is None else attached.grad_accumulator,
             weights_TK,
             chosen.ids_TK,
             statistics,
             fraction_NBE,
             batch.token_mask_T,
-            grad_coefs,
+            None if attached is None else attached.grad_coefs,
             spec,
             form,
             None if state is None else state.key,

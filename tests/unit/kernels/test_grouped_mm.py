@@ -107,13 +107,13 @@ def test_the_cpu_s_way_does_without_it_too(without):
 def test_the_kernels_way_does_without_it_too():
     """`fused_experts` against loops in Triton's interpreter, in a process that never had F.grouped_mm."""
     pytest.importorskip("triton")
-    case = "tests/kernels/_experts_cases.py"
+    case = "tests/unit/kernels/_experts_cases.py"
     program = f"{WITHOUT}import sys, pytest; sys.exit(pytest.main(sys.argv[1:] + ['{case}']))"
     chosen = ["-k", "every_gradient_are_those_of_loops", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run(
         [sys.executable, "-c", program, *chosen, "-W", "ignore::RuntimeWarning:triton.runtime.interpreter"],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).resolve().parents[2],
+        cwd=Path(__file__).resolve().parents[3],
         capture_output=True,
         text=True,
         timeout=600,
