@@ -120,7 +120,7 @@ class StatsSpec(NamedTuple):
 
     def scalar(self, statistics: Tensor, name: str) -> Tensor:
         """(...) one of SCALARS, a view."""
-        return statistics[..., self.at(name)]
+        return statistics.select(-1, self.at(name))
 
     def values(self, statistics: Tensor) -> Tensor:
         """(..., N) sum over tokens of E <f, p> of the terms whose f forward knows."""
@@ -131,11 +131,11 @@ class StatsSpec(NamedTuple):
 
         Where ``record_logit_grad`` measures it, it is collected by an accumulator of its own.
         """
-        return statistics[..., self.forward_size]
+        return statistics.select(-1, self.forward_size)
 
     def term_norm(self, statistics: Tensor, term: int) -> Tensor:
         """(...) squared norm of the gradient of a term at the logits; term N is the z-loss."""
-        return statistics[..., self.forward_size + 1 + term]
+        return statistics.select(-1, self.forward_size + 1 + term)
 
     # ---------------------------------------------------------------- a row of the step
 
@@ -149,7 +149,7 @@ class StatsSpec(NamedTuple):
 
     def step_column(self, row: Tensor, name: str) -> Tensor:
         """(...) one of STEP_COLUMNS."""
-        return row[..., self.size + len(self.terms) + STEP_COLUMNS.index(name)]
+        return row.select(-1, self.size + len(self.terms) + STEP_COLUMNS.index(name))
 
     # ---------------------------------------------------------------- gradient coefficients
 

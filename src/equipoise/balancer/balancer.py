@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..autograd.finite import in_shape_inference
 from ..autograd.protocol import BalancedRouter
-from ..autograd.router_state import take_pending
 from ..autograd.token_layout import TokenLayout
 from ..distributed import Ranks
 from ..errors import ConfigError, InputError, StateError
@@ -21,9 +20,10 @@ from ..policies.expert_bias import ExpertBias
 from ..policies.schedule import Schedule
 from ..policies.switch import Policy
 from .attach import attach, detach, part_of, undo
+from .counting import counting_pass, keep_counted, take_counted
 from .describe import describe
 from .evaluation import evaluating
-from .faults import Faults, no_forward
+from .faults import Faults, no_counting, no_forward
 from .metrics import StepStats, metrics
 from .state import VERSION, load_states, put_biases, states_of
 from .step import StepCycle
@@ -152,36 +152,15 @@ class Balancer(StepCycle):
         The model stays in training mode, so that dropout draws what it will draw again.
         """
         self._check_begins("the counting pass", do="count first, then train")
-        for group in self._groups:
-            group.forget_step()
-        shuffle = self._schedule.shuffles
-        for layer in self._layers:
-            layer.balance_state.pooled_ids = [] if shuffle else None
-        # collecting every token's experts is a side effect that no compiler takes under a checkpoint
-        stance = torch.compiler.set_stance("force_eager") if shuffle else nullcontext()
         try:
-            with stance, torch.random.fork_rng(), torch.no_grad():
+            with counting_pass(self._groups, pools=self._schedule.shuffles):
                 yield
         except BaseException:
             self.discard()
             raise
-        taken = [take_pending(group.states).statistics_LS for group in self._groups]
-        self._note_silence(
-            self._groups,
-            taken,
-            StateError(
-                expected="the step's micro-batches forward through the routers in training mode",
-                got="a counting pass in which no router ran in training mode",
-                do="call model.train() first; the pass itself needs no gradients",
-            ),
-        )
-        for group, counted_LS in zip(self._groups, self._sums.start_counts(taken)(), strict=True):
-            group.counted = counted_LS
-            group.history.counted_E = group.counts(counted_LS)
-            pools = [state.pooled_ids for state in group.states if state.pooled_ids]
-            group.pools = [self._ranks.tokens.gather_rows(torch.cat(pool)) for pool in pools]
-            for state in group.states:
-                state.pooled_ids = None
+        taken = take_counted(self._groups)
+        self._note_silence(self._groups, taken, no_counting())
+        keep_counted(self._groups, taken, self._sums, self._ranks.tokens)
 
     def tap(self, loss: Tensor, *, scale: float | None = None, tokens: Tensor | float | None = None) -> Tensor:
         """Returns ``loss`` unchanged. Its backward, which runs before every router's, binds the policies to the step.

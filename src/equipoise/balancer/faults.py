@@ -26,8 +26,10 @@ __all__ = [
     "Faults",
     "fault_flags",
     "gradients_moved",
+    "no_counting",
     "no_forward",
     "not_finite",
+    "undeclared_sum",
 ]
 
 CLOSE = 1e-6  # of a number of tokens that was declared
@@ -264,6 +266,14 @@ def undeclared_sum() -> StateError:
         expected="the step's tokens, because the losses add up (reduction='sum')",
         got="no begin_step",
         do="call balancer.begin_step(tokens=...) before the first micro-batch",
+    )
+
+
+def no_counting() -> StateError:
+    return StateError(
+        expected="the step's micro-batches forward through the routers in training mode",
+        got="a counting pass in which no router ran in training mode",
+        do="call model.train() first; the pass itself needs no gradients",
     )
 
 

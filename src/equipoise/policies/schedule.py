@@ -30,17 +30,10 @@ class ScheduledPolicy:
     end: int | None = None
     name: str = ""  # unique: of its metrics, and of what is saved for it
     term: int = -1  # which of a router's loss terms it is; -1: none
+    state_name: str | None = None  # what its state is saved under; None: it has none
 
     def active(self, step: int) -> bool:
         return self.start <= step and (self.end is None or step < self.end)
-
-    @property
-    def state_name(self) -> str | None:
-        """What its state is saved under, its options included: those of another rule do not fit. None: no state."""
-        policy = self.policy
-        if not isinstance(policy, ExpertBias) or policy.rule != "momentum":
-            return None
-        return f"{self.name}: momentum(kappa={policy.kappa}, beta={policy.beta})"
 
 
 class Schedule:
@@ -57,10 +50,10 @@ class Schedule:
 
     def __init__(self, policies: Sequence[Policy]) -> None:
         flat = [one for index, policy in enumerate(policies) for one in _flatten(policy, index, 0, None)]
-        names, terms = _names([one.policy for one in flat]), iter(range(len(flat)))
+        terms = iter(range(len(flat)))
         self._all = tuple(
-            replace(one, name=name, term=next(terms) if isinstance(one.policy, AuxLoss) else -1)
-            for one, name in zip(flat, names, strict=True)
+            replace(one, name=name, state_name=state, term=next(terms) if isinstance(one.policy, AuxLoss) else -1)
+            for one, name, state in zip(flat, _names([one.policy for one in flat]), _state_names(flat), strict=True)
         )
         self.losses = tuple((one, one.policy) for one in self._all if isinstance(one.policy, AuxLoss))
         self.z_losses = tuple((one, one.policy) for one in self._all if isinstance(one.policy, ZLoss))
@@ -144,6 +137,26 @@ def _names(policies: Sequence[AuxLoss | ZLoss | ExpertBias]) -> list[str]:
         while name in names or (policy.name is None and name in chosen):
             number += 1
             name = f"{kind}_{number}"
+        names.append(name)
+    return names
+
+
+def _state_names(flat: Sequence[ScheduledPolicy]) -> list[str | None]:
+    """For rules with memory: by what they are and not by their place, so that one is found wherever it is put.
+
+    Their options are part of it, because the memory of other options does not fit.
+    """
+    names: list[str | None] = []
+    for one in flat:
+        policy, name = one.policy, None
+        if isinstance(policy, ExpertBias) and policy.rule == "momentum":
+            name = f"momentum(kappa={policy.kappa}, beta={policy.beta})"
+            if policy.name is not None:
+                name = f"{policy.name}: {name}"
+            elif one.start or one.end is not None:
+                name += f" from step {one.start}"
+            twins = sum(other == name or (other or "").startswith(f"{name} #") for other in names)
+            name = f"{name} #{twins + 1}" if twins else name
         names.append(name)
     return names
 

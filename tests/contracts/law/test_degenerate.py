@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, MoE, Router, ZLoss
+from equipoise.autograd.protocol import RouterTraits
 from equipoise.balancer.degenerate import check_degenerate
+from equipoise.policies import Schedule
 
 UNTAUGHT = "weights through which the model's loss teaches the router; got top-1 with normalised weights"
 ZERO = re.escape("got weights that are multiplied by 0 (gate)")
@@ -133,9 +135,9 @@ def test_of_several_layers_those_without_a_choice_are_named_and_in_no_mean():
 def test_experts_that_do_no_work_leave_the_others_a_choice():
     """Another library's router: a token that chose one of its two idle experts left another out."""
     weight = nn.Parameter(torch.ones(1))
-    router = SimpleNamespace(num_experts=4, top_k=4, idle=2, weights=(True, 1.0), parameters=lambda: iter([weight]))
-    timed = [SimpleNamespace(policy=policy) for policy in PUSH]
-    check_degenerate([(0, "router", router)], timed)
-    router.idle = 0
+    traits = RouterTraits(idle_experts=2)
+    router = SimpleNamespace(num_experts=4, top_k=4, traits=traits, parameters=lambda: iter([weight]))
+    check_degenerate([(0, "router", router)], Schedule(PUSH))
+    router.traits = RouterTraits()
     with pytest.raises(ConfigError, match="top_k=4 of 4 experts"):
-        check_degenerate([(0, "router", router)], timed)
+        check_degenerate([(0, "router", router)], Schedule(PUSH))

@@ -141,7 +141,7 @@ def test_meters_and_masks_of_two_gpus():
     """As far as fake tensors of GPUs go on a machine without one: no gradient does."""
     with FakeTensorMode():
         gpus = [torch.device(f"cuda:{i}") for i in (0, 1)]
-        taken = take_pending([RouterState(StatsSpec(8, 2, "softmax", (LossTerm("late"),)), gpu) for gpu in gpus])
+        taken = take_pending([RouterState(StatsSpec(8, 2, "softmax", (LossTerm("deferred"),)), gpu) for gpu in gpus])
         assert taken.statistics_LS.device == gpus[0]
         ids_TK = torch.zeros(6, 2, dtype=torch.long, device=gpus[1])
         counts = count_choices(ids_TK, 8, torch.ones(6, dtype=torch.bool, device=gpus[0]), 2)

@@ -1,4 +1,4 @@
-"""Loss policies as values: what they ask of a meter, and which combinations have no meaning."""
+"""Loss policies as values: what they ask a router to measure, and which combinations have no meaning."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ neighbours: Any = Sequences
         (Sequences(4), "sequences", 4),
         ("document", "document", 1),
         ("micro_batch", "micro_batch", 1),
-        ("data_parallel", "late", 1),
-        ("global_batch", "late", 1),
-        ("shuffle", "late", 1),
+        ("data_parallel", "deferred", 1),
+        ("global_batch", "deferred", 1),
+        ("shuffle", "deferred", 1),
     ],
 )
-def test_what_a_scope_asks_the_meter_to_measure(scope, kind, sequences):
+def test_what_a_scope_asks_the_router_to_measure(scope, kind, sequences):
     term = AuxLoss(scope).term
     assert (term.kind, term.sequences, term.unbiased) == (kind, sequences, False)
 
@@ -42,7 +42,8 @@ def test_only_what_a_micro_batch_cannot_know_needs_the_other_ranks_or_a_counting
             needs[scope, estimator] = (policy.needs_counting, policy.needs_current(counted=False))
     shuffled, ranks = ({(scope, estimator) for estimator in ESTIMATORS} for scope in ("shuffle", "data_parallel"))
     assert {key for key, (counting, _) in needs.items() if counting} == {("global_batch", "exact")} | shuffled
-    now = {("global_batch", e) for e in ("prefix", "filled", "exact")}
+    now = {("global_batch", e) for e in ("prefix", "exact")}
+    assert all(AuxLoss(s, estimator=e).shares == ((s, e) == ("global_batch", "filled")) for s, e in needs)
     assert {key for key, (_, current) in needs.items() if current} == now | ranks
 
 
