@@ -15,7 +15,7 @@ HOST_READABLE = {"cpu"}  # types of devices whose values can be read without wai
 def host_readable(device: torch.device) -> bool:
     """Whether a value on this device can be looked at without waiting.
 
-    >>> at_hand(torch.device("cpu")), at_hand(torch.device("cuda"))
+    >>> host_readable(torch.device("cpu")), host_readable(torch.device("cuda"))
     (True, False)
     """
     return device.type in HOST_READABLE
@@ -24,7 +24,7 @@ def host_readable(device: torch.device) -> bool:
 def to_device(numbers: Sequence[float], device: torch.device) -> Tensor:
     """(n,) fp64 on the device, without waiting for it: from memory that a GPU reads by itself.
 
-    >>> sent([1, 2], torch.device("cpu"))
+    >>> to_device([1, 2], torch.device("cpu"))
     tensor([1., 2.], dtype=torch.float64)
     """
     pinned = device.type == "cuda"

@@ -219,7 +219,7 @@ def shared_counts(counts_BE: Tensor, term: LossTerm) -> Tensor:
 def group_counts(counts_BE: Tensor, term: LossTerm) -> Tensor:
     """(G, E) counts of each group of sequences that a local term measures over.
 
-    >>> group_counts(torch.tensor([[1, 0], [2, 0], [0, 5]]), LocalTerm("sequences", 2))
+    >>> group_counts(torch.tensor([[1, 0], [2, 0], [0, 5]]), LossTerm("sequences", 2))
     tensor([[3, 0],
             [0, 5]])
     """

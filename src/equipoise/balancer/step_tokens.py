@@ -14,7 +14,7 @@ __all__ = ["StepTokens"]
 class StepTokens:
     """Nothing is said by default.
 
-    >>> Declared.of({"trunk": 48, "mtp": 44}, 2, ["trunk.0.gate", "trunk.1.gate", "mtp.gate"], "mean").tokens
+    >>> StepTokens.of({"trunk": 48, "mtp": 44}, 2, ["trunk.0.gate", "trunk.1.gate", "mtp.gate"], "mean").tokens
     {'trunk.0.gate': 48.0, 'trunk.1.gate': 48.0, 'mtp.gate': 44.0}
     """
 

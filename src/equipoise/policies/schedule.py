@@ -41,11 +41,12 @@ class Schedule:
 
     Raises ConfigError for what is no policy, and for a name that two policies share.
 
+    >>> from equipoise.policies import AuxLoss, Switch, ZLoss
     >>> schedule = Schedule([Switch(at=5, to=AuxLoss("global_batch"), first=AuxLoss("micro_batch")), ZLoss()])
     >>> [(one.name, one.start, one.end, one.term) for one in schedule]
     [('micro', 0, 5, 0), ('global', 5, None, 1), ('z', 0, None, -1)]
-    >>> [one.name for one in schedule.losses_at(7)]
-    ['global']
+    >>> [loss.scope for loss in schedule.losses_at(7)]
+    ['global_batch']
     """
 
     def __init__(self, policies: Sequence[Policy]) -> None:

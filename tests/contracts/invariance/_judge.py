@@ -64,7 +64,7 @@ def tokens_of(case: Case, data: Data, step: int, sequences: int = SEQUENCES) -> 
 
 def judge(case: Case, ranks: list[list[Any]], sequences: int = SEQUENCES) -> list[Expected]:
     """Raises AssertionError where a step of a case is not the reference's; returns what the reference says."""
-    history, policies, found = History(), policies_of(case), []
+    history, policies, found = History(ranks=case.ranks), policies_of(case), []
     for number, step in enumerate(ranks[0]):
         data = make_data(case, number, sequences)
         table = tokens_of(case, data, number, sequences)

@@ -245,6 +245,9 @@ def _estimated(policy: dict, calls: list[Call], tokens: Sequence[Token], micro: 
         case "ema":
             return history.ema(layer, policy["decay"]) or [0.0] * size
         case "filled":
+            if history.ranks > 1:  # they share what has come at the first, second, fourth, ... micro-step
+                told = max(m for m in range(micro + 1) if (m + 1).bit_count() == 1)
+                so_far = _counts(calls, tokens, lambda u: u.micro <= told)
             if before is None:
                 return fraction(so_far)
             missing = max(sum(before) - sum(so_far), 0)

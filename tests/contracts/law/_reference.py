@@ -110,6 +110,7 @@ class History:
 
     steps: list[list[list[float]]] = field(default_factory=list)  # step -> layer -> f
     counts: list[list[list[int]]] = field(default_factory=list)  # step -> layer -> counts, where a caller keeps them
+    ranks: int = 1
 
     def previous(self, layer: int) -> list[float] | None:
         return self.steps[-1][layer] if self.steps else None

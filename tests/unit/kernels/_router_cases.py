@@ -14,6 +14,7 @@ from equipoise.autograd.token_layout import TokenLayout
 from equipoise.functional.routing import GATES, choose, count_choices, gate_log_scores, gate_probs, gate_scores
 from equipoise.kernels import (
     INTERPRETED,
+    STATISTICS,
     Chosen,
     RouterForm,
     choose_and_count,
@@ -165,10 +166,11 @@ def test_statistics_are_those_that_a_meter_takes(case, terms, micro):
     found = run(case, plain=spec.unbiased and case["bias"] is not None, lse=True)
     sequences, batch = case["sequences"], TokenLayout(case["sequences"], case["mask"])
     wide = measure(spec, case["z"].double(), found.ids_TK, found.counts_BE, batch)
-    spans = [sequences if t.kind == "micro_batch" else 0 if t.kind == "late" else t.sequences for t in terms]
-    got, fraction_NBE = summarize(found, spec.forward_size, spans, [t.unbiased for t in terms], micro or sequences)
+    spans = [sequences if t.kind == "micro_batch" else 0 if t.kind == "deferred" else t.sequences for t in terms]
+    offsets, unbiased_N = [spec.at(name) for name in STATISTICS], [t.unbiased for t in terms]
+    got, fraction_NBE = summarize(found, spec.forward_size, offsets, spans, unbiased_N, micro or sequences)
     assert got.shape == wide.statistics.shape
-    unbiased = slice(spec.scalars_at - spec.num_experts, spec.scalars_at) if spec.unbiased else slice(0)
+    unbiased = slice(spec.at("tokens") - spec.num_experts, spec.at("tokens")) if spec.unbiased else slice(0)
     if case["z"].unique().numel() == case["z"].numel():  # else top-k of equal logits is any of them
         torch.testing.assert_close(fraction_NBE, wide.fraction_NBE.double(), rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(got, wide.statistics, rtol=2e-6, atol=1e-6)

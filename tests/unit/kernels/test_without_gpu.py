@@ -132,7 +132,7 @@ PRESSURE, FRACTION, MASK = meta(14, dtype=FP64), meta(2, 3, 5, dtype=FP64), meta
 OPERATORS = {
     "router._forward": [meta(6, 5), meta(5), MASK, 3, *FORM, [True, True, True]],
     "router._backward": [meta(6, 5), IDS, meta(6, 2), None, PRESSURE, FRACTION, MASK, *FORM, [False, True]],
-    "router._summarize": [*TABLES, 2, SIZE, [1, 0, 3], [True, False, False], 2],
+    "router._summarize": [*TABLES, 2, SIZE, list(range(15, 15 + len(SCALARS))), [1, 0, 3], [True, False, False], 2],
     "experts._sort": [IDS, 5],
     "experts.copy_rows": [meta(6, 16, dtype=BF16), IDS],
     "experts.add_rows": [ROWS, IDS],
@@ -159,10 +159,14 @@ import os, re, subprocess, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from equipoise.kernels import _experts, _gate, _router, _statistics
+from equipoise.kernels import STATISTICS
+from equipoise.kernels import triton_experts as _experts, triton_gate as _gate, triton_router as _router
+from equipoise.kernels import triton_statistics as _statistics
 
 P, H, I, D = "*fp32", "*bf16", "*i64", "*fp64"
 FORM = {"NUM": 128, "WIDTH": 128, "TOP": 8, "TOKENS": 8, "GATE": "%(gate)s", "NORMALIZE": True, "MASKED": True}
+AT = {name.upper(): 384 + i for i, name in enumerate(STATISTICS)}
+AT["SEQUENCES_AT"] = AT.pop("SEQUENCES")
 KERNELS = [
     (_router.forward, [P, P, "*u8", P, I, "*i32", "*i32", P, P, "i32", "fp32"],
      FORM | {"TOP_WIDTH": 8, "BIASED": True, "MEASURE": True, "PLAIN": True, "LSE": True}),
@@ -171,7 +175,7 @@ KERNELS = [
     (_router.sum_tiles, ["*i32", "*i32", P, P, I, I, D, D, "i32"],
      {"NUM": 128, "LANES": 16, "ROWS": 64, "MEASURE": True, "PLAIN": True}),
     (_statistics.statistics, [I, I, D, D, D, "i32", "i32", "i32"],
-     {"NUM": 128, "WIDTH": 128, "PLAIN": True, "TERMS": 2, "SIZE": 400}),
+     {"NUM": 128, "WIDTH": 128, "PLAIN": True, "TERMS": 2, "SIZE": 400, **AT}),
     (_statistics.fractions, [I, D, D, D, "i32", "i32"], {"NUM": 128, "WIDTH": 128}),
     (_experts.count_pairs, [I, "*i32", "i32"], {"NUM": 128, "BINS": 256, "BLOCK": 128}),
     (_experts.place_pairs, [I, "*i32", I, I, "i32"], {"NUM": 128, "BLOCK": 128, "CHUNK": 32}),
