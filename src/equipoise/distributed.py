@@ -2,10 +2,10 @@
 
 | mesh axis | do router inputs differ? | summed over as |
 |---|---|---|
-| data parallel: DDP, FSDP, HSDP; expert parallel inside it | yes: other sequences | ``tokens`` |
-| context parallel; tensor parallel with sequence parallel | yes: parts of the same sequences | ``tokens``, ``shards`` |
+| data parallel: DDP, FSDP, HSDP; expert parallel inside it | yes: other sequences | ``data`` |
+| context parallel; tensor parallel with sequence parallel | yes: parts of sequences | ``data``, ``sequence_shards`` |
 | tensor parallel without sequence parallel | no: all ranks route the same tokens | not |
-| pipeline parallel | other layers | ``everyone`` |
+| pipeline parallel | other layers | ``all`` |
 """
 
 from __future__ import annotations
@@ -146,28 +146,29 @@ class Ranks:
     """Which ranks a balancer sums over.
 
     Args:
-        tokens: ranks that hold the same layers and route different tokens; one sum per micro-step at most.
-        shards: those of ``tokens`` that hold other parts of the same sequences; a sequence's load is summed over them.
-        everyone: ``tokens`` of every pipeline stage; the one sum of an optimizer step. Default: ``tokens``.
+        data: ranks that hold the same layers and route different tokens; one sum per micro-step at most.
+        sequence_shards: those of ``data`` that hold other parts of the same sequences; a sequence's load is summed
+            over them.
+        all: ``data`` of every pipeline stage; the one sum of an optimizer step. Default: ``data``.
 
-    >>> Ranks().tokens.size
+    >>> Ranks().data.size
     1
     """
 
-    tokens: Group = ALONE
-    shards: Group = ALONE
-    everyone: Group = field(default=None)  # type: ignore[assignment]
+    data: Group = ALONE
+    sequence_shards: Group = ALONE
+    all: Group = field(default=None)  # type: ignore[assignment]
     assumed: bool = False  # nobody named them
 
     def __post_init__(self) -> None:
-        if self.everyone is None:
-            object.__setattr__(self, "everyone", self.tokens)
-        for name, part, whole in (("shards", self.shards, self.tokens), ("tokens", self.tokens, self.everyone)):
+        if self.all is None:
+            object.__setattr__(self, "all", self.data)
+        for name, part, whole in (("sequence_shards", self.sequence_shards, self.data), ("data", self.data, self.all)):
             if part.size > 1 and not set(part.members) <= set(whole.members):
                 raise ConfigError(
                     expected=f"{name} to be among the ranks that the balancer sums over",
                     got=f"{name} of ranks {part.members} in {whole.members}",
-                    do="see the table of equipoise.distributed, or use Ranks.of_mesh",
+                    do="see the table of equipoise.distributed, or use Ranks.from_mesh",
                 )
 
     @staticmethod
@@ -177,31 +178,40 @@ class Ranks:
 
     def check_default(self) -> None:
         """Raises StateError where ranks were assumed before ``torch.distributed`` knew all of them."""
-        if self.assumed and Group.world().size != self.everyone.size:
+        if self.assumed and Group.world().size != self.all.size:
             raise StateError(
                 expected="torch.distributed to be initialised before the balancer is made",
-                got=f"a balancer of {self.everyone.size} rank among {Group.world().size}",
+                got=f"a balancer of {self.all.size} rank among {Group.world().size}",
                 do="call init_process_group first, or pass ranks=Ranks() to balance each rank by itself",
             )
 
     @staticmethod
-    def of_mesh(
-        mesh: DeviceMesh, *, data: Sequence[str] = ("dp",), shards: Sequence[str] = (), pipeline: Sequence[str] = ()
+    def from_mesh(
+        mesh: DeviceMesh,
+        *,
+        data: Sequence[str] = ("dp",),
+        sequence_shards: Sequence[str] = (),
+        pipeline: Sequence[str] = (),
     ) -> Ranks:
         """From the axes of a device mesh over all ranks, in groups of its own; all ranks have to call it.
 
         Args:
             data: axes along which ranks see other sequences (dp, ep inside dp, the replicas of HSDP).
-            shards: axes along which ranks see other parts of the same sequences (cp; tp with sequence parallelism).
+            sequence_shards: axes along which ranks see other parts of the same sequences (cp; tp with sequence
+                parallelism).
             pipeline: axes along which ranks hold other layers.
 
         An axis that is in none of them (tp without sequence parallelism) is not summed over: its ranks route the same
         tokens. Raises ConfigError for an unknown axis, and for a mesh of some ranks only.
         """
         names, ranks = mesh.mesh_dim_names or (), mesh.mesh
-        for axis in (*data, *shards, *pipeline):
+        for axis in (*data, *sequence_shards, *pipeline):
             if axis not in names:
-                raise ConfigError(expected=f"axes of the mesh: {', '.join(names)}", got=repr(axis), do="correct it")
+                raise ConfigError(
+                    expected=f"axes of the mesh: {', '.join(names)}",
+                    got=repr(axis),
+                    do="name one of these, or give the mesh that axis (mesh_dim_names)",
+                )
         if ranks.numel() != dist.get_world_size():
             raise ConfigError(
                 expected=f"the mesh of all {dist.get_world_size()} ranks",
@@ -219,5 +229,7 @@ class Ranks:
             mine, _ = dist.new_subgroups_by_enumeration(every_group)
             return Group(cast(dist.ProcessGroup, mine))
 
-        tokens = group([*data, *shards])
-        return Ranks(tokens, group(shards), group([*pipeline, *data, *shards]) if pipeline else tokens)
+        tokens = group([*data, *sequence_shards])
+        return Ranks(
+            tokens, group(sequence_shards), group([*pipeline, *data, *sequence_shards]) if pipeline else tokens
+        )

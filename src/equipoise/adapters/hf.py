@@ -308,7 +308,7 @@ class BalanceCallback(TrainerCallback):
 
     def _warn_of_weights(self) -> None:
         """Once, where each micro-batch weighs the same, nobody asked for it, and there are several."""
-        several = self._trainer.args.gradient_accumulation_steps > 1 or self._ranks.tokens.size > 1
+        several = self._trainer.args.gradient_accumulation_steps > 1 or self._ranks.data.size > 1
         if self._tokens.left_open and several and not self._warned and self._trainer.is_world_process_zero():
             self._warned = True
             warnings.warn(

@@ -110,7 +110,7 @@ class BalanceCallback(Callback):
         known = [torch.as_tensor(count, **on) for count in counts if count is not None]
         if len(known) == len(counts):
             total = torch.stack(known).sum(dim=0, keepdim=True)
-            self._declared = float(self._ranks.tokens.sum(total)), len(known)  # waits for the device once a step
+            self._declared = float(self._ranks.data.sum(total)), len(known)  # waits for the device once a step
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:  # noqa: ARG002
         """Lightning drops the gradients of the step before only now; had GradScaler skipped it, they tell of it."""

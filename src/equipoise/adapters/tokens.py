@@ -68,7 +68,7 @@ class StepTokens:
             return None
         counts = [torch.as_tensor(self._count(batch), dtype=torch.float64, device=device) for batch in batches]
         self._first = counts[0]  # before anybody changes the batch
-        total = float(self._ranks.tokens.sum(torch.stack(counts).sum(dim=0, keepdim=True)))
+        total = float(self._ranks.data.sum(torch.stack(counts).sum(dim=0, keepdim=True)))
         if not math.isnan(total):
             return total
         self._leave_open(f"the batches are {_in_words(batches[0])}, and not input_ids or inputs_embeds")
@@ -96,7 +96,7 @@ class StepTokens:
         counted, seen = float(self._first), sorted({n for n in map(_seen, states) if n is not None})
         device = states[0].grad_coefs.device if states else torch.device("cpu")
         other = torch.full((1,), float(seen not in ([], [counted])), dtype=torch.float64, device=device)
-        if float(self._ranks.tokens.sum(other)):
+        if float(self._ranks.data.sum(other)):
             shown = f"{counted:g} tokens in the first batch, and the routers saw {', '.join(f'{n:g}' for n in seen)}"
             self._leave_open(shown)
 

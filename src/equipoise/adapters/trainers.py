@@ -119,7 +119,7 @@ def check(trainer: Any) -> None:
     for found, got, do in (
         (trainer.args.n_gpu > 1, f"DataParallel over {trainer.args.n_gpu}", "start with torchrun or accelerate launch"),
         (trainer.is_deepspeed_enabled, "DeepSpeed", "use FSDP2: fsdp=True, fsdp_config={'version': 2}"),
-        (shards > 1, f"sequences cut over {shards} ranks", "use Balancer(ranks=Ranks.of_mesh(...)) in your own loop"),
+        (shards > 1, f"sequences cut over {shards} ranks", "use Balancer(ranks=Ranks.from_mesh(...)) in your own loop"),
     ):
         if found:
             raise ConfigError(expected="one process, DDP or FSDP with one device per process", got=got, do=do)

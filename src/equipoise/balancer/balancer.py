@@ -103,15 +103,15 @@ class Balancer(StepCycle):
         parts = parts if part is None else [part_of(one, part) for one in parts]
         ranks, ends_steps = ranks or Ranks.default(), hookable(optimizer)
         self._example = example
-        faults = Faults(on_fault, ranks.everyone)
+        faults = Faults(on_fault, ranks.all)
         layers, self.own_loss = attach(
             parts,
             schedule,
             measure_estimators=measure_estimators,
             gradient_norms=gradient_norms,
             micro_sequences=sequences_per_micro_batch,
-            shards=ranks.shards.size,
-            may_be_empty=ranks.everyone.size > ranks.tokens.size,
+            shards=ranks.sequence_shards.size,
+            may_be_empty=ranks.all.size > ranks.data.size,
             example=example,
         )
         estimators = ("prefix", "previous", "ema", "filled") if measure_estimators else ()
@@ -160,7 +160,7 @@ class Balancer(StepCycle):
             raise
         taken = take_counted(self._groups)
         self._note_silence(self._groups, taken, no_counting())
-        keep_counted(self._groups, taken, self._sums, self._ranks.tokens)
+        keep_counted(self._groups, taken, self._sums, self._ranks.data)
 
     def tap(self, loss: Tensor, *, scale: float | None = None, tokens: Tensor | float | None = None) -> Tensor:
         """Returns ``loss`` unchanged. Its backward, which runs before every router's, binds the policies to the step.

@@ -106,11 +106,11 @@ def _step_to_come() -> str:
 
 
 def _ranks(ranks: Ranks) -> str:
-    if ranks.everyone.size == 1:
+    if ranks.all.size == 1:
         return "one process alone"
     assumed = ", which was assumed: pass ranks= to say otherwise" if ranks.assumed else ""
-    shards = f", sequences cut over {ranks.shards.size}" if ranks.shards.size > 1 else ""
-    return f"{ranks.everyone.size} share a step, {ranks.tokens.size} hold these layers{shards}{assumed}"
+    shards = f", sequences cut over {ranks.sequence_shards.size}" if ranks.sequence_shards.size > 1 else ""
+    return f"{ranks.all.size} share a step, {ranks.data.size} hold these layers{shards}{assumed}"
 
 
 def _merged(lines: list[str], most: int = 12) -> list[str]:

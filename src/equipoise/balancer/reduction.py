@@ -39,8 +39,8 @@ class StepReduction:
         self, layers: Sequence[Layer], groups: Sequence[LayerGroup], ranks: Ranks, device: torch.device
     ) -> None:
         self._ranks, self._device = ranks, device
-        everyone, alone = ranks.everyone, ranks.tokens.size == 1
-        stage = (everyone.members[everyone.rank],) if alone else tuple(ranks.tokens.members)
+        everyone, alone = ranks.all, ranks.data.size == 1
+        stage = (everyone.members[everyone.rank],) if alone else tuple(ranks.data.members)
         mine = [(layer.name, layer.balance_state.spec) for layer in layers]
         stages: dict[tuple[int, ...], list[tuple[str, StatsSpec]]] = {}
         for other, theirs in everyone.gather((stage, mine)):
@@ -69,7 +69,7 @@ class StepReduction:
         """Begins the sum of the step over everyone; returns what waits for it: (rows, step_size) for each table, and
         the sum of ``tail``, a few numbers of this rank. ``known``: what a group adds up to, if not the step's."""
         parts = [*(self._filled(table, tail.device, known) for table in self.tables), tail]
-        wait = self._ranks.everyone.start_sum(torch.cat([part.flatten() for part in parts]))
+        wait = self._ranks.all.start_sum(torch.cat([part.flatten() for part in parts]))
         sizes = [part.numel() for part in parts]
         return lambda: [sums.view_as(part) for sums, part in zip(wait().split(sizes), parts, strict=True)]
 
@@ -84,7 +84,7 @@ class StepReduction:
 
     def start_counts(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         """Begins one sum over the ranks that hold these layers, of any number of experts; returns what waits for it."""
-        wait = self._ranks.tokens.start_sum(torch.cat([one.flatten().to(tensors[0].device) for one in tensors]))
+        wait = self._ranks.data.start_sum(torch.cat([one.flatten().to(tensors[0].device) for one in tensors]))
         sizes = [tensor.numel() for tensor in tensors]
         return lambda: [
             piece.view_as(tensor).to(tensor.device) for piece, tensor in zip(wait().split(sizes), tensors, strict=True)
@@ -111,7 +111,7 @@ def _different(
     return ConfigError(
         expected=f"the same routers, options and policies on ranks {list(ranks)}, which are summed over",
         got=f"{_list(one)} and {_list(other)}",
-        do="pass ranks=Ranks.of_mesh(mesh, data=..., pipeline=...) to Balancer, and the same policies on every rank",
+        do="pass ranks=Ranks.from_mesh(mesh, data=..., pipeline=...) to Balancer, and the same policies on every rank",
     )
 
 

@@ -97,7 +97,7 @@ class StepCycle:
         for passes in self._passes:
             passes.hold()
         self._untapped = 0
-        declared, ranks = self._declared, self._ranks.tokens
+        declared, ranks = self._declared, self._ranks.data
         if self._reduction == "sum" and declared.tokens is None and groups[0].counted is None:
             self._faults.note(undeclared_sum())
         if not is_whole_backward():
@@ -115,7 +115,7 @@ class StepCycle:
             counts_of = self._sums.start_counts(counts)
         about = (self._reduction, declared.tokens, declared.micro_batches, ranks.size, ranks.rank, self._estimators)
         micro = MicroStep(self._step, number, *about, taken[0].passes, needs)
-        of_layers = sum_shards([calls for one in taken for calls in one.shard_counts], self._ranks.shards)
+        of_layers = sum_shards([calls for one in taken for calls in one.shard_counts], self._ranks.sequence_shards)
 
         @cache
         def coefficients() -> list[MicroBatchCoefficients]:
@@ -143,7 +143,7 @@ class StepCycle:
                 group.write_coefficients(one, scale, count=count)
 
         self._awaited.put(write)
-        if self._ranks.tokens.size > 1 == self._ranks.shards.size and all(one.eager for one in forward.taken):
+        if self._ranks.data.size > 1 == self._ranks.sequence_shards.size and all(one.eager for one in forward.taken):
             for group, one in zip(groups, forward.taken, strict=True):
                 group.place(one.placed)
         else:
@@ -272,7 +272,7 @@ class StepCycle:
         if not self._empty or self._evaluated or self._faults.noted is not None:
             return False
         self._untapped += 1
-        return self._untapped < UNTAPPED and self._ranks.everyone.size == 1
+        return self._untapped < UNTAPPED and self._ranks.all.size == 1
 
     def _before_step(self) -> None:
         """Right before the optimizer: all gradients are there, so the sum may travel while the optimizer works."""
@@ -298,7 +298,7 @@ class StepCycle:
         self._pending, self._ready = start, True
 
     def _judge(self, sums: list[Tensor]) -> Tensor | bool:
-        data_ranks = self._ranks.tokens.size
+        data_ranks = self._ranks.data.size
         return check_step_sums(self._faults, self._sums.tables, sums, self._declared, data_ranks, self._step)
 
     def _step_inside_backward(self) -> None:
@@ -357,7 +357,7 @@ class StepCycle:
             known = estimator_error_sums(
                 self._estimators, [(group.step_errors, group.counts(summed)) for group, summed in mine]
             )
-            self._estimator_error = estimator_error(self._estimators, self._ranks.everyone.sum(known))
+            self._estimator_error = estimator_error(self._estimators, self._ranks.all.sum(known))
         with torch.no_grad():
             for group, summed in mine:
                 good = None if keep is None else keep.to(group.device)

@@ -63,8 +63,8 @@ class Engine:
             self.runs = self._wrapped(mesh)
         if ranks is None and mesh is not None:
             names = mesh.mesh_dim_names or ()
-            ranks = Ranks.of_mesh(
-                mesh, data=[n for n in names if n != "cp"], shards=("cp",) if case.shards > 1 else ()
+            ranks = Ranks.from_mesh(
+                mesh, data=[n for n in names if n != "cp"], sequence_shards=("cp",) if case.shards > 1 else ()
             )  # fmt: skip
         self.balancer = Balancer(
             self.model,

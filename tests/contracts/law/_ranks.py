@@ -41,18 +41,18 @@ def different_layers() -> str:
 def mesh_axes() -> dict[str, Any]:
     def members(ranks: Ranks) -> tuple[list[int], ...]:
         me = [dist.get_rank()]
-        groups = (ranks.tokens, ranks.shards, ranks.everyone)
+        groups = (ranks.data, ranks.sequence_shards, ranks.all)
         return tuple(group.members if group.size > 1 else me for group in groups)
 
     found: dict[str, Any] = {}
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
-    found["dp, cp"] = members(Ranks.of_mesh(mesh, data=("dp",), shards=("cp",)))
+    found["dp, cp"] = members(Ranks.from_mesh(mesh, data=("dp",), sequence_shards=("cp",)))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    found["dp, tp"] = members(Ranks.of_mesh(mesh, data=("dp",)))
+    found["dp, tp"] = members(Ranks.from_mesh(mesh, data=("dp",)))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
-    found["pp, dp"] = members(Ranks.of_mesh(mesh, data=("dp",), pipeline=("pp",)))
+    found["pp, dp"] = members(Ranks.from_mesh(mesh, data=("dp",), pipeline=("pp",)))
     try:
-        Ranks.of_mesh(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp")), data=("ddp",))
+        Ranks.from_mesh(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp")), data=("ddp",))
     except ConfigError as error:
         found["wrong"] = str(error)
     return found

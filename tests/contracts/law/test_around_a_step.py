@@ -122,4 +122,4 @@ def test_shards_that_are_not_summed_over_are_refused():
         members, size = [0, 1], 2
 
     with pytest.raises(ConfigError, match="shards to be among the ranks"):
-        Ranks(shards=Made())  # type: ignore[arg-type]
+        Ranks(sequence_shards=Made())  # type: ignore[arg-type]

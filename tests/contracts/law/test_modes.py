@@ -244,7 +244,7 @@ def test_autocast_does_not_reach_the_push(mode):
     for autocast in (False, True):
         torch.manual_seed(0)
         logits_TE = torch.randn(64, 16).requires_grad_()
-        state = RouterState(StatsSpec(16, 2, "softmax", (LossTerm("late"),), gram=True))
+        state = RouterState(StatsSpec(16, 2, "softmax", (LossTerm("deferred"),), gram=True))
 
         def tied(state, logits_TE):
             weights_TK, ids_TK = logits_TE.softmax(dim=-1).topk(2)

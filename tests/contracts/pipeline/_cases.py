@@ -99,7 +99,7 @@ def run_pipeline(
     balancer = Balancer(
         chunks,
         named([*map(policy, policies), ExpertBias(**BIAS)]),
-        ranks=Ranks.of_mesh(mesh, data=("dp",), pipeline=("pp",)),
+        ranks=Ranks.from_mesh(mesh, data=("dp",), pipeline=("pp",)),
     )
     for i, chunk in enumerate(chunks):
         if place[rank, i] < number - 1:  # no loss here: tap the activations; the schedule divides by M at the end

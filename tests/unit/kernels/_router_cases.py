@@ -155,7 +155,7 @@ def close(got: Tensor, expected: Tensor, size: float) -> None:
     torch.testing.assert_close(got.double(), expected.detach(), rtol=1e-5, atol=1e-6 * size)
 
 
-TERMS = [LossTerm("late"), LossTerm("sequences"), LossTerm("micro_batch"), LossTerm("sequences", 2, True)]
+TERMS = [LossTerm("deferred"), LossTerm("sequences"), LossTerm("micro_batch"), LossTerm("sequences", 2, True)]
 
 
 @given(cases(), st.lists(st.sampled_from(TERMS), max_size=3), st.sampled_from([None, 1, 2]))
