@@ -12,7 +12,7 @@ errors: cuts such a pool into R ranks x M micro-batches of one sequence each, so
     a step grows with R and M, and averages up to 8 disjoint steps; 64 x 64 uses
     each sequence four times. Orders: shuffled; each rank its own domain; each
     micro-step its own domain on all ranks. A cell: |g - g_exact| / |g_exact|
-    over the logits of all tokens, as `Balancer.fidelity` has it, over the last
+    over the logits of all tokens, as `Balancer.estimator_error` has it, over the last
     8 steps of the windows (its share of that of ``previous`` with a 95 %
     interval, Student's t, over windows; the cosine; the error of g summed over
     the tokens of each domain, and over all: gradients of a bias at the logits,
@@ -88,7 +88,7 @@ def record(seed: int, to: Path) -> None:
 
 
 @torch.no_grad()
-def routed(model: LanguageModel, pools: Batches, step: int, *, judged: bool) -> dict[str, np.ndarray]:
+def routed(model: LanguageModel, pools: BatchSampler, step: int, *, judged: bool) -> dict[str, np.ndarray]:
     """Of a pool's sequences, under these weights: domains (N), counts (N, L, E), Gram and sum of J (N, L, E, E)."""
     micro_batches = pools.step(step)
     routings: list[tuple[Tensor, Tensor]] = []
