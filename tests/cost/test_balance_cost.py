@@ -61,12 +61,12 @@ def test_the_step_itself_costs_the_same_whatever_the_layers(bench, policies):
         loss = bench.forward(routers, bench.torch.randn(8, bench.DIM))
         with bench.Work() as tap_loss:
             loss = balancer.tap(loss)
-        micro_batch = loss.grad_fn.micro_batch
+        forward = loss.grad_fn.forward_taken
         with bench.Work() as bound:
-            grad_coefs = balancer.micro_batch_coefficients(bench.torch.tensor(1.0), micro_batch)
-            balancer.write_coefficients(0, grad_coefs, bench.torch.tensor(1.0), count=True)
+            coefficients = balancer.start_backward(bench.torch.tensor(1.0), forward)
+            balancer.write_coefficients(forward, coefficients, bench.torch.tensor(1.0), count=True)
             balancer.end_backward()
-        balancer._banks[0].step_split = True  # no router ran in this backward, and that is no fault here
+        balancer._groups[0].step_split = True  # no router ran in this backward, and that is no fault here
         with bench.Work() as committed:
             balancer.step()
             balancer.metrics()

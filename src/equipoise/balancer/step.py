@@ -106,7 +106,7 @@ class StepCycle:
         counts = [group.counts(one.statistics_LS) for group, one in zip(groups, taken, strict=True)]
         counted = groups[0].counted is not None
         needs = self._schedule.counts_needed(self._step, number, counted=counted, measuring=bool(self._estimators))
-        if ranks.size == 1 or needs == "none":
+        if needs == "none" or (needs == "step" and ranks.size == 1):
             counts_of = lambda: counts  # noqa: E731, nothing to wait for
         else:
             if needs == "step":

@@ -108,7 +108,7 @@ def _same_gradients(case: Case, number: int, got: dict[str, Tensor], expected: E
     if any(p["kind"] == "aux" and p["coef"] == COEF for p in policies_of(case)):  # the policy is there to be seen
         names = [n for n in got if n.endswith("gate.weight")]
         parts = [
-            (expected.gradients[n] - expected.lm_grad_accumulator[n]).abs().max() / expected.gradients[n].abs().max()
+            (expected.gradients[n] - expected.language[n]).abs().max() / expected.gradients[n].abs().max()
             for n in names
         ]
         assert max(parts) > 2 * TOLERANCE[case.precision], f"step {number}: this case could not fail"

@@ -24,7 +24,7 @@ def run(file: Path, *arguments: str, size: int = 1, cwd: Path | None = None, **e
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LIBRARIES)  # one that is not installed is left out
         with tempfile.TemporaryDirectory() as logs, socket.socket() as free:
-            free.micro_batch_coefficients(("127.0.0.1", 0))
+            free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
             free.close()
             ranks = [environ]

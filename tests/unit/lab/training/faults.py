@@ -149,7 +149,7 @@ def _rank(config, folder, layout, rank, size, port, act, send) -> None:
 
 def free_port() -> int:
     with socket.socket() as one:
-        one.micro_batch_coefficients(("127.0.0.1", 0))
+        one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
 
 

@@ -61,19 +61,19 @@ def test_the_slider_goes_through_time_and_arrow_keys_through_cells(desk, compari
     page = desk
     loads = comparison["global"].charts.loads
     page.focus("input[data-menu=loads]")
-    page.keyboard.write_coefficients("Home")
+    page.keyboard.press("Home")
     assert page.get_attribute("input[data-menu=loads]", "aria-valuetext") == f"step {loads[0].step}"
-    page.keyboard.write_coefficients("ArrowRight")
+    page.keyboard.press("ArrowRight")
     page.focus("#map-loads-1")
     for key in ("ArrowRight", "ArrowRight", "ArrowRight", "ArrowDown", "ArrowDown"):
-        page.keyboard.write_coefficients(key)
+        page.keyboard.press(key)
     said = float(f"{loads[1].share[2][2]:.3g}")
     until(page, SPOKEN, f"layer 2, expert 2: {said:g} × even")
     assert page.inner_text(".tip") == page.evaluate(SPOKEN)
-    page.keyboard.write_coefficients("End")
-    page.keyboard.write_coefficients("PageUp")
+    page.keyboard.press("End")
+    page.keyboard.press("PageUp")
     until(page, f"{SPOKEN}.startsWith('layer 0, expert 15: ')", True)
-    page.keyboard.write_coefficients("Escape")
+    page.keyboard.press("Escape")
     assert page.is_hidden(".tip")
 
 
@@ -82,11 +82,11 @@ def test_tables_sort_and_copy(desk, comparison):
     table = "table[data-table=domains]"
     first = f"{table} tbody tr:first-child th"
     page.focus(f"{table} thead th:nth-child(3) button")
-    page.keyboard.write_coefficients("Enter")  # by the perplexity of global, the highest first
+    page.keyboard.press("Enter")  # by the perplexity of global, the highest first
     values = {name: one.mean for name, one in comparison["global"].domain_perplexity.items()}
     assert page.inner_text(first) == max(values, key=lambda name: values[name])
     assert page.get_attribute(f"{table} thead th:nth-child(3)", "aria-sort") == "descending"
-    page.keyboard.write_coefficients("Enter")
+    page.keyboard.press("Enter")
     assert page.inner_text(first) == min(values, key=lambda name: values[name])
     page.click(f"{table} thead th:first-child button")
     assert page.locator(f"{table} [aria-sort=ascending]").count() == 1
@@ -102,7 +102,7 @@ def test_tables_sort_and_copy(desk, comparison):
     assert lines[1] == "|---|---|---|---|---|"
     assert len(lines) == 8
     page.focus("input[data-menu=loads]")
-    page.keyboard.write_coefficients("End")
+    page.keyboard.press("End")
     page.click("#map-loads-1 + .copies button")
     until(page, f"{SPOKEN}.startsWith('Copied the map')", True)
     rows = list(csv.reader(io.StringIO(page.evaluate("navigator.clipboard.readText()"))))
@@ -123,7 +123,7 @@ def test_a_screen_reader_finds_its_way(desk):
     assert page.locator("th:not([scope])").count() == 0
     page.evaluate("document.activeElement.blur(); getSelection().removeAllRanges(); scrollTo(0, 0)")
     page.focus(".skip")
-    page.keyboard.write_coefficients("Enter")
+    page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.id") == "content"
     page.focus("nav a >> nth=0")
     outline = "getComputedStyle(document.activeElement).outlineStyle"

@@ -46,21 +46,21 @@ def test_text_is_read_token_by_token_with_all_experts(phone, inspections):
     page.focus(".tokens")
     assert heard(page) == wanted(0, 0)
     for _ in range(5):
-        page.keyboard.write_coefficients("ArrowRight")
+        page.keyboard.press("ArrowRight")
     assert heard(page) == wanted(5, 0)
-    page.keyboard.write_coefficients("+")  # the next layer, same token
+    page.keyboard.press("+")  # the next layer, same token
     assert heard(page) == wanted(5, 1)
     until(page, SPOKEN, f"layer 1: expert {', '.join(map(str, arrays.passage_experts_NSLK[0, 5, 1]))}")
-    page.keyboard.write_coefficients("ArrowDown")
-    page.keyboard.write_coefficients("ArrowUp")
-    page.keyboard.write_coefficients("End")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("End")
     assert heard(page) == wanted(63, 1)
     first = int(arrays.passage_experts_NSLK[0, 63, 1, 0])
-    page.keyboard.write_coefficients("Enter")
+    page.keyboard.press("Enter")
     lit = int((arrays.passage_experts_NSLK[0, :, 1] == first).any(-1).sum())
     until(page, SPOKEN, f"expert {first} lit, {lit} tokens")
     assert page.locator(".token[aria-selected=true]").count() == lit
-    page.keyboard.write_coefficients("Escape")
+    page.keyboard.press("Escape")
     assert page.locator(".token.off").count() == 0
     numbers = page.locator(".token sub").all_inner_texts()  # colour is never alone
     assert numbers == [str(one) for one in arrays.passage_experts_NSLK[0, :, 1, 0]]
@@ -101,7 +101,7 @@ def test_what_an_expert_reads(phone, inspections):
     one = inspections[0]
     page = phone
     page.fill("#vocabulary input[type=number]", "5")
-    page.keyboard.write_coefficients("Tab")
+    page.keyboard.press("Tab")
     rows = page.locator("#vocabulary tbody tr")
     assert rows.count() == 4
     for j in range(4):
@@ -111,7 +111,7 @@ def test_what_an_expert_reads(phone, inspections):
         share = one.arrays.top_id_counts_LEJ[0, 5, j] / one.arrays.top_id_seen_LEJ[0, 5, j]
         assert float(rows.nth(j).locator("td").nth(1).get_attribute("data-value")) == pytest.approx(share, abs=1e-4)
     page.fill("#vocabulary input[type=number]", "999")  # there are 16
-    page.keyboard.write_coefficients("Tab")
+    page.keyboard.press("Tab")
     assert page.input_value("#vocabulary input[type=number]") == "15"
 
 
@@ -127,7 +127,7 @@ def test_a_page_that_refreshes_keeps_what_was_chosen(browser, tmp_path):
     with opened(browser, path) as page:
         page.focus("input[data-menu=loads]")
         for _ in range(3):
-            page.keyboard.write_coefficients("ArrowLeft")
+            page.keyboard.press("ArrowLeft")
         chosen = page.inner_text(".slider:has([data-menu=loads]) output")
         page.select_option("select[data-menu=training]", "Gradient norm")
         page.click("table[data-table=runs] thead th:nth-child(4) button")
