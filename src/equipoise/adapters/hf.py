@@ -27,7 +27,16 @@ from ..storage.balancer_file import FILE, read_state, remove_state, state_file, 
 from .biases import load_biases, plain_name, put_biases
 from .logs import worth_logging
 from .tokens import StepTokens
-from .trainers import Hooked, calling, calls, changes_batches, check, in_words_of_trainer, inner
+from .trainers import (
+    Hooked,
+    calling,
+    calls,
+    changes_batches,
+    check,
+    in_words_of_trainer,
+    inner,
+    noting_how_it_begins,
+)
 
 __all__ = ["BalanceCallback", "load_biases"]
 
@@ -81,6 +90,8 @@ class BalanceCallback(TrainerCallback):
         self._tokens = StepTokens(tokens, "", self._ranks)  # raises for a word that it does not know
         self._trainer: Any = None
         self._trial: Any = None
+        self._attached_to: Any = None
+        self._beginning: tuple[Any, dict[str, Any]] | None = None  # of the training that begins
         self._hooked = Hooked()
         self._aux_loss_enabled = self._warned = False
         self._waiting: tuple[float | None, int] | None = None  # the first step of all, not begun until it is looked at
@@ -88,14 +99,40 @@ class BalanceCallback(TrainerCallback):
         self._keeps = False  # whether its state is more than the step
         self._begun_at = 0  # steps of the balancer when this training began
 
+    def attach(self, trainer: Any) -> BalanceCallback:
+        """Balances every training of this Trainer, or of one of TRL's; returns the callback.
+
+        The same as passing the callback in ``callbacks=``, without the walk up the stack by which a callback finds its
+        Trainer there.
+
+        Raises StateError where it belongs to another Trainer.
+        """
+        if self._attached_to not in (None, trainer):
+            raise StateError(
+                expected="one Trainer for each BalanceCallback",
+                got="one that is attached to another Trainer",
+                do="make a callback for each: BalanceCallback(policies).attach(trainer)",
+            )
+        if self._attached_to is None:
+            self._attached_to = trainer
+            noting_how_it_begins(trainer, self._note_beginning)
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        return self
+
+    def _note_beginning(self, trainer: Any, trial: Any, folder: Any) -> None:
+        self._release()  # a training that ended in an error
+        self._beginning = (trainer, {"trial": trial, "resume_from_checkpoint": folder})
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         with self._released_on_error():
             self._begin(state, **kwargs)
 
     def _begin(self, state: Any, **kwargs: Any) -> None:
-        trainer, names = calling(self)
+        trainer, names = calling(self) if self._beginning is None else self._beginning
         self._release()
-        _end_what_failed(kwargs["model"])
+        if self._beginning is None:
+            _end_what_failed(kwargs["model"])
         check(trainer)
         self._trainer, self._trial = trainer, names.get("trial")
         self._ranks = self.ranks or Ranks.default()
@@ -171,7 +208,7 @@ class BalanceCallback(TrainerCallback):
     def _release(self) -> None:
         if self._trainer is None:
             return
-        self._hooked.zero_coefficients()
+        self._hooked.release()
         if self._aux_loss_enabled:
             self._trainer.aux_loss_enabled = True
         self._trainer = self._waiting = None
@@ -200,7 +237,7 @@ class BalanceCallback(TrainerCallback):
             total = self._tokens.of_step(batches, next(self._model().parameters()).device)
             self._warn_of_packing(batches[0])
             self._warn_of_weights()
-            self._waiting = (total, len(batches)) if self._tokens.observe_only else None
+            self._waiting = (total, len(batches)) if self._tokens.looks else None
             if self._waiting is None:
                 self._balancer().begin_step(tokens=total, micro_batches=len(batches))
         return batches, items

@@ -38,9 +38,7 @@ class StepTokens:
                 do="leave it out: they are counted where a batch is what the model gets",
             )
         self._how, self._ranks = how, ranks
-        self.observe_only = (
-            how is None
-        )  # still has to, at the first micro-batch of all: do routers see what is counted?
+        self.looks = how is None  # still has to, at the first micro-batch of all: do routers see what is counted?
         self.why = ""  # tokens are not counted
         self._first: Tensor | float = 0.0  # tokens of the first micro-batch of the last step
         if how is None and changed_by:
@@ -52,7 +50,7 @@ class StepTokens:
         return bool(self.why)
 
     def _leave_open(self, why: str) -> None:
-        self._how, self.observe_only, self.why = OPEN, False, why
+        self._how, self.looks, self.why = OPEN, False, why
 
     def describe(self) -> str:
         """The law of this training, in words."""
@@ -92,7 +90,7 @@ class StepTokens:
 
         All ranks agree: one that counts and one that does not would train something that neither says.
         """
-        self.observe_only = False
+        self.looks = False
         counted, seen = float(self._first), sorted({n for n in map(_seen, states) if n is not None})
         device = states[0].grad_coefs.device if states else torch.device("cpu")
         other = torch.full((1,), float(seen not in ([], [counted])), dtype=torch.float64, device=device)

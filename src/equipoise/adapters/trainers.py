@@ -18,7 +18,16 @@ from transformers import Trainer
 
 from ..errors import ConfigError, EquipoiseError, StateError
 
-__all__ = ["Hooked", "calling", "calls", "changes_batches", "check", "in_words_of_trainer", "inner"]
+__all__ = [
+    "Hooked",
+    "calling",
+    "calls",
+    "changes_batches",
+    "check",
+    "in_words_of_trainer",
+    "inner",
+    "noting_how_it_begins",
+]
 
 
 class Hooked:
@@ -33,7 +42,7 @@ class Hooked:
         self._before.append((owner, name, {name: theirs} if name in vars(owner) else {}))
         setattr(owner, name, lambda *args, **kwargs: mine(theirs, *args, **kwargs))
 
-    def zero_coefficients(self) -> None:
+    def release(self) -> None:
         while self._before:
             owner, name, before = self._before.pop()
             with suppress(AttributeError):  # somebody has taken it away already
@@ -51,14 +60,30 @@ def calls() -> Iterator[tuple[Any, dict[str, Any]]]:
         frame = frame.f_back
 
 
+def noting_how_it_begins(trainer: Any, note: Any) -> None:
+    """``note(trainer, trial, folder to resume from)`` before each training of this Trainer, whoever starts it."""
+    theirs = trainer._inner_training_loop
+    signature = inspect.signature(theirs)
+
+    def loop(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        note(trainer, given.get("trial"), given.get("resume_from_checkpoint"))
+        return theirs(*args, **kwargs)
+
+    trainer._inner_training_loop = loop
+
+
 def calling(callback: Any) -> tuple[Any, dict[str, Any]]:
-    """The Trainer that calls, and the names of its training loop: callbacks are told of the model only."""
+    """The Trainer that calls, and the names of its training loop, read off the stack: callbacks are told of neither.
+
+    For a callback that was passed to the Trainer and not attached to it.
+    """
     found = [(trainer, names) for trainer, names in calls() if callback in trainer.callback_handler.callbacks]
     if not found:
         raise StateError(
             expected="a transformers Trainer that begins to train",
             got="a call from elsewhere",
-            do="pass BalanceCallback in Trainer(callbacks=[...]); in a loop of your own use Balancer and balancer.tap",
+            do="BalanceCallback(policies).attach(trainer); in a loop of your own use Balancer and balancer.tap",
         )
     trainer = found[0][0]
     return trainer, next((names for t, names in found if t is trainer and "resume_from_checkpoint" in names), {})

@@ -185,7 +185,7 @@ class _RecordLogitGrad(torch.autograd.Function):
             grad_TE, square = square_norm_in_graph(grad_TE)
         else:
             square = square_norm(grad_TE)
-        return grad_TE, square * grad_coefs[-1:], None, None  # the count flag
+        return grad_TE, square * grad_coefs[-1:], None, None  # as `StatsSpec.count_flag`
 
 
 def keep_coefs(ctx, grad_coefs: Tensor) -> tuple[Tensor, ...]:

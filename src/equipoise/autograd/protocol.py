@@ -43,7 +43,7 @@ class BalancedRouter(Protocol):
 
     num_experts: int
     top_k: int
-    gate: str  # "softmax", "sigmoid" or "sqrtsoftplus": how probabilities follow from logits
+    gate: str  # "softmax", "sigmoid" or "sqrt_softplus": how probabilities follow from logits
 
     @property
     def balance_state(self) -> RouterState | None:

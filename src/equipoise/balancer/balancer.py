@@ -1,4 +1,4 @@
-"""The balancer: binds policies to a model's routers at each backward and commits once per optimizer step."""
+"""The balancer: prepares each backward for a model's routers and commits once per optimizer step."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ..policies.schedule import Schedule
 from ..policies.switch import Policy
 from .attach import attach, detach, part_of, undo
 from .counting import counting_pass, keep_counted, take_counted
+from .declared_step import DeclaredStep
 from .describe import describe
 from .evaluation import evaluating
 from .faults import Faults, no_counting, no_forward
@@ -28,7 +29,6 @@ from .metrics import StepStats, metrics
 from .state import VERSION, load_states, put_biases, states_of
 from .step import StepCycle
 from .step_detector import Steps, hookable
-from .step_tokens import StepTokens
 from .tap import TappedForward, tap_loss
 
 __all__ = ["Balancer"]
@@ -53,7 +53,7 @@ class Balancer(StepCycle):
         example: arguments of forward, to find another library's routers with; models of transformers bring their own,
             also inside a wrapper.
         part: the name of what to balance inside ``model``, where a wrapper holds other MoE models too: "llm".
-        measure_estimators: compare prefix, previous, ema and filled with the exact f at every step; see ``fidelity()``.
+        measure_estimators: compare prefix, previous, ema and filled with the exact f; see ``estimator_error()``.
         gradient_norms: measure each policy's gradient against the language model's at the routers.
         on_fault: what a guard does that finds a bad step (NaN logits, a push that never arrived, ...): "raise" on all
             ranks, or "warn": leave the step unbalanced, count it (``balance/faulty_steps``) and go on.
@@ -138,7 +138,7 @@ class Balancer(StepCycle):
         ``tokens={"trunk": 4096, "mtp": 4080}``.
         """
         self._check_begins("begin_step", do="call it right after optimizer.step(); after a skipped step skip()")
-        self._declared = StepTokens.of(tokens, micro_batches, self._sums.names, self._reduction)
+        self._declared = DeclaredStep.of(tokens, micro_batches, self._sums.names, self._reduction)
 
     @property
     def needs_counting(self) -> bool:

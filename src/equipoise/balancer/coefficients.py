@@ -47,7 +47,7 @@ def micro_batch_coefficients(
     micro: MicroStep,
     scale: Tensor,
 ) -> MicroBatchCoefficients:
-    """Turns policies into pressure on the routers of a bank, per unit of the loss's scale; adds the batch to the step.
+    """Turns policies into pressure on the routers of a group, per unit of the loss's scale; adds the batch to the step.
 
     Args:
         summed: of each router its tables over all shards, one per call; empty where sequences are whole.
@@ -137,7 +137,7 @@ def _in_a_pass(calls_L: Tensor, passes: int) -> Tensor:
 
 
 def tokens_said(group: LayerGroup, declared: float | Mapping[str, float]) -> Tensor | float:
-    """What ``begin_step`` declared for the layers of a bank: one number for all, or (L,)."""
+    """What ``begin_step`` declared for the layers of a group: one number for all, or (L,)."""
     if not isinstance(declared, Mapping):
         return declared
     said = [declared[layer.name] for layer in group.layers]

@@ -9,8 +9,8 @@ from ..distributed import Ranks
 from ..policies.expert_bias import ExpertBias
 from ..policies.losses import AuxLoss
 from ..policies.schedule import Schedule, ScheduledPolicy
+from .declared_step import DeclaredStep
 from .layer_group import Layer
-from .step_tokens import StepTokens
 
 __all__ = ["describe"]
 
@@ -25,7 +25,7 @@ def describe(
     *,
     switched_off: Sequence[str],
     ends_with: str,
-    declared: StepTokens,
+    declared: DeclaredStep,
     reduction: str,
     raises: bool,
 ) -> str:
@@ -91,7 +91,7 @@ def _policy(scheduled: ScheduledPolicy) -> str:
     return f"ZLoss{window}"
 
 
-def _tokens(declared: StepTokens, reduction: str) -> str:
+def _tokens(declared: DeclaredStep, reduction: str) -> str:
     if isinstance(declared.tokens, Mapping):
         return "declared for each router of this step"
     if declared.tokens is not None:

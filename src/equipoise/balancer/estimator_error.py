@@ -18,7 +18,7 @@ def estimator_error_sums(
     """(1 + 3 * names,) what `fidelity` needs of one rank, to be added up over ranks.
 
     Args:
-        banks: of each, for every micro-batch f (L, E) of each estimator and the Gram matrix; and the step's counts.
+        groups: of each, for every micro-batch f (L, E) of each estimator and the Gram matrix; and the step's counts.
 
     The gradient is linear in f, so its error and cosine follow from f^T G f with G the Gram matrix of a micro-batch.
     """

@@ -63,7 +63,7 @@ def _numbers(ledger: StepReduction, device: torch.device) -> dict[str, float]:
 
 
 def _sums(group: LayerGroup) -> Tensor:
-    """(L, step_size): what the routers of a bank saw; of sequences that are cut over ranks their parts tell nothing."""
+    """(L, step_size): what a group's routers saw; parts of sequences that are cut over ranks tell nothing."""
     spec = group.spec.observing
     seen_LS = stack_on(
         [state.evaluation for state in group.states if state.evaluation is not None],

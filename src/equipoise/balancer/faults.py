@@ -45,7 +45,7 @@ class FaultFlags(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """What ``begin_step`` said of the routers of one plan."""
+    """What ``begin_step`` said of the routers of one spec."""
 
     tokens: Tensor | float | None  # of the whole step, one number or (n,)
     passes: Tensor | float  # micro-batches of the step, all ranks; a layer may run several times in each
@@ -54,7 +54,7 @@ class Expected(NamedTuple):
 def fault_flags(
     probs_LE: Tensor, unpushed_L: Tensor, documents_L: Tensor, tokens_L: Tensor, calls_L: Tensor, expected: Expected
 ) -> Tensor:
-    """(n, 4), the columns of `Verdict`, from the sums of the step over all ranks."""
+    """(n, 4), the columns of `FaultFlags`, from the sums of the step over all ranks."""
     wrong_L = torch.zeros_like(tokens_L)
     if expected.tokens is not None:
         seen_L = tokens_L * expected.passes / calls_L.clamp(min=1)
@@ -156,7 +156,7 @@ class Faults:
         """Whether the step may be committed; the same on all ranks. A tensor where that is not known on the host yet.
 
         Args:
-            flags: (n, 4), see `verdict`, of all routers of all stages.
+            flags: (n, 4), see `fault_flags`, of all routers of all stages.
             tail: as `tail` made it, summed over all ranks.
 
         Raises the error of this step, or where flags have to travel that of the step before.

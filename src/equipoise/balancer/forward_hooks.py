@@ -68,9 +68,9 @@ class _Running:
 
 
 class _PassHook:
-    """Tells the meters of a part, around each of its forwards, whether all of it runs without gradient.
+    """Tells the states of a part, around each of its forwards, whether all of it runs without gradient.
 
-    An object and not a function: copied and pickled models keep their hooks, and must not keep these meters.
+    An object and not a function: copied and pickled models keep their hooks, and must not keep these states.
     """
 
     def __init__(self, shared: ForwardPass, running: _Running, part: int, *, entering: bool) -> None:

@@ -24,7 +24,7 @@ class _Pass:
 
     begin: int
     end: int | None = None  # it runs, or stopped on an error
-    taken: list[ForwardStats] | None = None  # of each bank; None: still in the slots
+    taken: list[ForwardStats] | None = None  # of each group; None: still in what is pending
 
 
 class ForwardPasses:
@@ -57,12 +57,12 @@ class ForwardPasses:
             self._passes[-1].end = forward_position()
 
     def hold(self) -> None:
-        """Takes the last pass out of the slots: another begins, or a backward, whose recompute would mix with it."""
+        """Takes the last pass: another begins, or a backward whose recompute would mix with what is pending."""
         if self._passes and self._passes[-1].taken is None:
             self._passes[-1].taken = self._take()
 
     def take(self, loss: Tensor) -> list[ForwardStats]:
-        """What the forwards proposed that ``loss`` is made of, for each bank; nothing where it is made of none.
+        """What the forwards proposed that ``loss`` is made of, for each group; nothing where it is made of none.
 
         The others wait for a tap of their own, until the step is over.
         """
@@ -74,7 +74,7 @@ class ForwardPasses:
         was = _reached(loss, passes)
         self._passes = [one for one, used in zip(passes, was, strict=True) if not used]
         used = [one.taken for one, used in zip(passes, was, strict=True) if used and one.taken is not None]
-        return _added(used) if used else self._take()  # the slots are empty
+        return _added(used) if used else self._take()  # what is pending are empty
 
     def forget(self) -> None:
         self._passes = []

@@ -103,7 +103,7 @@ class LayerGroup:
         write_all([state.grad_coefs_raw for state in self.states], [count_P] * len(self.layers))
 
     def write_coefficients(self, coefficients: MicroBatchCoefficients, scale: Tensor, *, count: bool) -> None:
-        """Writes what ``bind`` gave, for this scale of the loss; ``count=False``: push again, count nothing."""
+        """Writes them for this scale of the loss; ``count=False``: the gradient again, but no counts."""
         unit_LP = coefficients.coefs_LP
         coefs_LP = unit_LP * scale.to(device=unit_LP.device, dtype=torch.float64).reshape(())
         rows = torch.cat([coefs_LP, coefs_LP.new_full((len(coefs_LP), 1), float(count))], dim=1).unbind()

@@ -1,4 +1,4 @@
-"""Forward's counts against backward's: what a step of a bank adds up to, and which push never arrived."""
+"""Forward's counts against backward's: what a step of a group adds up to, and which push never arrived."""
 
 from __future__ import annotations
 

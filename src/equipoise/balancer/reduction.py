@@ -20,12 +20,12 @@ __all__ = ["StepReduction", "StepTable", "rows_of"]
 
 
 class StepTable(NamedTuple):
-    """The layers of one plan on all stages, a row each."""
+    """The layers of one spec on all stages, a row each."""
 
     spec: StatsSpec
     names: list[str]  # of each row's router
     places: list[int]  # of each row in the whole model's order
-    own: list[tuple[LayerGroup, list[int]]]  # this rank's banks, and the rows of their layers
+    own: list[tuple[LayerGroup, list[int]]]  # this rank's groups, and the rows of their layers
 
 
 class StepReduction:

@@ -16,8 +16,9 @@ from ..errors import EquipoiseError, StateError
 from ..policies.schedule import Schedule
 from ..torch_internals import current_backward, is_whole_backward, queue_after_backward
 from .attach import unbalanced_routers
-from .checks import check_before_step, saw_nothing
+from .checks import check_before_step, check_step_sums, saw_nothing
 from .coefficients import MicroStep, micro_batch_coefficients
+from .declared_step import DeclaredStep
 from .estimator_error import estimator_error, estimator_error_sums
 from .faults import DeferredRead, Faults, gradients_moved, undeclared_sum
 from .forward_hooks import ForwardHooks
@@ -26,9 +27,7 @@ from .layer_group import Layer, LayerGroup, MicroBatchCoefficients, group_layers
 from .metrics import StepStats
 from .reduction import StepReduction, rows_of
 from .step_detector import StepDetector
-from .step_tokens import StepTokens
 from .tap import Coefficients, TappedForward
-from .verdicts import check_step_sums
 
 __all__ = ["StepCycle"]
 
@@ -73,7 +72,7 @@ class StepCycle:
         self._unmoved: DeferredRead | None = None  # whether the last step changed nothing, on its way from a GPU
         self._ready = False  # what comes right before the optimizer's step was done
         self._good: Tensor | bool | None = None  # whether the step may be committed, where that is known before it
-        self._declared = StepTokens()
+        self._declared = DeclaredStep()
         self._committed: list[StepStats] | None = None
         self._estimator_error: dict[str, dict[str, float]] | None = None
         self._awaited = AwaitedSum()  # of the running backward
@@ -386,5 +385,5 @@ class StepCycle:
         self._evaluated = self._ready = False
         self._micro_steps = [0] * len(self._micro_steps)
         self.generation += 1
-        self._declared = StepTokens()
+        self._declared = DeclaredStep()
         self._detector.step_is_over()

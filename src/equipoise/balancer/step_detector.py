@@ -30,11 +30,11 @@ DROPPED = (
 )
 TAPPED = 4096  # micro-batches and never a step
 
-_STALE: list = []  # hooks of watches that are gone: the garbage collector may run while an optimizer goes through them
+_STALE: list = []  # hooks of dead detectors: the garbage collector may run while an optimizer iterates over them
 
 
 class Steps:
-    """What a watch calls around an optimizer's step; held weakly, since hooks outlive a balancer."""
+    """What a detector calls around an optimizer's step; held weakly, since hooks outlive a balancer."""
 
     def __init__(
         self, before: Callable[[], None], after: Callable[[], None], inside_backward: Callable[[], None]
@@ -73,7 +73,7 @@ def hookable(optimizer: Any) -> torch.optim.Optimizer | None:
 
 
 class StepDetector:
-    """Watches one parameter, the witness: a trainable router's weight, or the model's first trainable parameter.
+    """Watches one parameter, the sentinel: a trainable router's weight, or the model's first trainable parameter.
 
     Its version counter and a sample of its values tell that something stepped between two micro-batches, or that a step
     changed nothing; its ``.grad`` going back to None or to zeros after it was filled tells that gradients were dropped
@@ -85,9 +85,9 @@ class StepDetector:
         self._parts, self._layers = parts, layers
         self._version: int | None = None
         self._sample: torch.Tensor | None = None
-        self._filled: int | None = None  # version of the witness's gradient when backward last added to it
-        self._touched = False  # the running backward added to the witness's gradient
-        self._moved_to: DeferredRead | None = None  # whether the witness moved, on its way from a GPU
+        self._filled: int | None = None  # version of the sentinel's gradient when backward last added to it
+        self._touched = False  # the running backward added to the sentinel's gradient
+        self._moved_to: DeferredRead | None = None  # whether the sentinel moved, on its way from a GPU
         self._strangers: dict[str, int] = {}  # steps of other optimizers of this model, since the last own one
         self._tapped_since = False  # a tap since the last of those
         self._hook: Any = None
@@ -102,7 +102,7 @@ class StepDetector:
         self._find_sentinel()
 
     def listen(self, steps: Steps, optimizer: torch.optim.Optimizer | None) -> None:
-        """Calls ``steps`` around each step of ``optimizer``, or of whichever optimizer holds the witness."""
+        """Calls ``steps`` around each step of ``optimizer``, or of whichever optimizer holds the sentinel."""
         me = weakref.ref(self)
         self._only = None if optimizer is None else weakref.ref(optimizer)
 
@@ -163,7 +163,7 @@ class StepDetector:
         return False
 
     def _concerns(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether this optimizer's step is the step: it was named, or it holds the witness."""
+        """Whether this optimizer's step is the step: it was named, or it holds the sentinel."""
         if self._only is not None:
             return optimizer is self._only()
         sentinel = self._find_sentinel()  # looked up each time: FSDP2 replaces parameters after the balancer was made
@@ -216,7 +216,7 @@ class StepDetector:
 
     @property
     def _plain(self) -> nn.Parameter | None:
-        """The witness, where what happens to it can be told."""
+        """The sentinel, where what happens to it can be told."""
         sentinel = self._find_sentinel()
         return sentinel if type(sentinel) is nn.Parameter else None
 
@@ -253,12 +253,12 @@ class StepDetector:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether the witness has a gradient from before."""
+        """Whether the sentinel has a gradient from before."""
         sentinel = self._find_sentinel()
         return sentinel is not None and sentinel.grad is not None and self._filled is not None
 
     def check_no_unseen_step(self, micro_steps: int, *, steps_seen: int) -> None:
-        """Raises StateError when the witness changed since the first micro-batch of this step.
+        """Raises StateError when the sentinel changed since the first micro-batch of this step.
 
         On a GPU its values are looked at later, and only until a first step was seen.
         """
@@ -288,9 +288,9 @@ class StepDetector:
         return sentinel._version != self._version or not torch.equal(_sample(sentinel), self._sample)
 
     def _changed_nothing(self, stepped: torch.optim.Optimizer) -> torch.Tensor | None:
-        """Whether a step left the witness as it was although gradient and learning rate would move it: it was skipped.
+        """Whether a step left the sentinel as it was although gradient and learning rate would move it: it was skipped.
 
-        A scalar tensor on the witness's device; None where that cannot be told (sharded or 16-bit parameters, whose
+        A scalar tensor on the sentinel's device; None where that cannot be told (sharded or 16-bit parameters, whose
         updates may round away; a learning rate of 0; gradients that are kept elsewhere).
         """
         sentinel = self._plain

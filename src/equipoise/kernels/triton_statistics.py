@@ -1,4 +1,4 @@
-"""Triton kernels from the sums of a router's sequences to what a meter keeps: one program, everything in fp64."""
+"""Triton kernels from the sums of a router's sequences to what a state keeps: one program, everything in fp64."""
 
 from __future__ import annotations
 

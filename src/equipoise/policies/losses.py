@@ -64,7 +64,7 @@ class AuxLoss:
 
     @property
     def term(self) -> LossTerm:
-        """What the meter has to measure for this policy."""
+        """What the router's state has to measure for this policy."""
         unbiased = self.counts == "unbiased"
         match self.scope:
             case Sequences(n):

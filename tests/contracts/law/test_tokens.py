@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from contracts.law._model import assert_close, gradients, loss_of, make_step, net, setup, train_step
 from equipoise import AuxLoss, Balancer, InputError, MoE, StateError, TokenLayout
-from equipoise.balancer.step_tokens import StepTokens
+from equipoise.balancer.declared_step import DeclaredStep
 
 COEF = 0.5
 
@@ -129,7 +129,7 @@ def test_names_are_beginnings_of_names(numbers, longest_first):
     said = {"a": numbers[0], "a.1": numbers[1], "": numbers[2]}
     if longest_first:
         said = dict(reversed(said.items()))
-    got = StepTokens.of(said, 1, routers, "mean")
+    got = DeclaredStep.of(said, 1, routers, "mean")
     assert got.tokens == dict(zip(routers, map(float, numbers), strict=True))
 
 

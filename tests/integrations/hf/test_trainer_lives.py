@@ -218,3 +218,24 @@ def test_a_model_made_for_each_training(tmp_path):
     trainer.train()
     assert (tmp_path / "run-7" / "checkpoint-1" / "balancer.equipoise").exists()
     assert recorder.balance.balancer._layers[0].router.module in list(made[-1].modules())
+
+
+def test_attached_to_its_trainer_it_is_the_same_and_reads_no_stack(monkeypatch, tmp_path):
+    """Gradients and loads as with ``callbacks=``, twice over; one callback serves one Trainer."""
+    trainer, want = make(POLICIES, 4, 2, 2, str(tmp_path / "one"), **STILL)
+    trainer.train()
+    trainer, got = make(POLICIES, 4, 2, 2, str(tmp_path / "two"), **STILL)
+    trainer.remove_callback(got.balance)
+    for reader in ("trainers.calls", "hf.calls"):
+        monkeypatch.setattr(f"equipoise.adapters.{reader}", lambda *_: pytest.fail("the stack was read"))
+    assert got.balance.attach(trainer) is got.balance.attach(trainer)
+    for _ in range(2):
+        got.gradients.clear()
+        got.loads.clear()
+        trainer.train()
+        assert got.loads == want.loads
+        for ours, theirs in zip(got.gradients, want.gradients, strict=True):
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    other, _ = make(POLICIES, 4, 2, 2, str(tmp_path / "three"), **STILL)
+    with pytest.raises(StateError, match="another Trainer"):
+        got.balance.attach(other)

@@ -247,3 +247,10 @@ def test_the_library_does_not_import_triton():
     shown = "import sys, equipoise; print('triton' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_kernels_write_every_statistic_that_there_is():
+    """One added to the spec alone would stay uninitialised memory there."""
+    from equipoise.kernels import STATISTICS
+
+    assert set(STATISTICS) == set(SCALARS)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from ..errors import InputError
 
-__all__ = ["StepTokens"]
+__all__ = ["DeclaredStep"]
 
 
 @dataclass(frozen=True)
-class StepTokens:
+class DeclaredStep:
     """Nothing is said by default.
 
-    >>> StepTokens.of({"trunk": 48, "mtp": 44}, 2, ["trunk.0.gate", "trunk.1.gate", "mtp.gate"], "mean").tokens
+    >>> DeclaredStep.of({"trunk": 48, "mtp": 44}, 2, ["trunk.0.gate", "trunk.1.gate", "mtp.gate"], "mean").tokens
     {'trunk.0.gate': 48.0, 'trunk.1.gate': 48.0, 'mtp.gate': 44.0}
     """
 
@@ -24,7 +24,7 @@ class StepTokens:
     @staticmethod
     def of(
         tokens: float | Mapping[str, float] | None, micro_batches: int | None, routers: Sequence[str], reduction: str
-    ) -> StepTokens:
+    ) -> DeclaredStep:
         """Raises InputError for a number that is none, a router that is left out, or a name that no router has."""
         by_name = isinstance(tokens, Mapping)
         if by_name:
@@ -40,7 +40,7 @@ class StepTokens:
                 got="tokens alone",
                 do="begin_step(tokens=..., micro_batches=M), or Balancer(reduction='sum')",
             )
-        return StepTokens(tokens, micro_batches)
+        return DeclaredStep(tokens, micro_batches)
 
     def of_router(self, name: str) -> float | None:
         """The tokens that were said for a router."""
