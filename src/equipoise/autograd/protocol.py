@@ -37,8 +37,7 @@ class BalancedRouter(Protocol):
     """A router that can be balanced: `equipoise.Router`, another library's through `equipoise.external`, or your own.
 
     A module of your own that has these attributes, and that passes its weights through `attach_balance_gradient` while
-    ``balance_state`` is set, is found by `Balancer` like ours; it needs no registration. docs/own-router.md has one in
-    forty lines.
+    ``balance_state`` is set, is found by `Balancer` like ours; it needs no registration. docs/own-router.md has one.
     """
 
     num_experts: int

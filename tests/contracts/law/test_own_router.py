@@ -293,7 +293,7 @@ def test_a_read_that_is_wrong_is_told_so(wrong: Any, got: str) -> None:
 def test_the_page_runs_as_it_stands_and_its_models_are_pushed() -> None:
     text = (ROOT / "docs" / "own-router.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {"__name__": "page"}
-    first, gate, scaled, nano = re.findall(r"```python\n(.*?)```", text, re.S)
+    first, gate, scaled, nano, own = re.findall(r"```python\n(.*?)```", text, re.S)
     torch.manual_seed(0)
 
     def step(model: nn.Module, balancer: Balancer, optimizer: Any) -> None:
@@ -319,3 +319,23 @@ def test_the_page_runs_as_it_stands_and_its_models_are_pushed() -> None:
         step(model, Balancer(model, [AuxLoss()], example={"input": torch.randn(2, 8, 16)}), optimizer)
     exec(compile(nano, "own-router.md", "exec"), names)
     step(names["model"], names["balancer"], names["optimizer"])
+    exec(compile(own, "own-router.md", "exec"), names)
+    check_by_protocol(names["router"].double(), names["balancer"])
+
+
+def check_by_protocol(router: Any, balancer: Balancer) -> None:
+    """The gradient that a router of the page's last block gets is autograd's of the balance loss itself."""
+    x = torch.randn(12, 16, dtype=torch.float64)
+    optimizer = torch.optim.SGD(router.parameters(), lr=0.0)
+    weights, ids = router(x)
+    balancer.tap(weights.sum() * 0.0).backward()
+    got = router.weight.grad.clone()
+    optimizer.step()
+    weight = router.weight.detach().clone().requires_grad_()
+    probs_TE = (5 * torch.tanh(x @ weight.T)).softmax(dim=-1)
+    fraction_E = torch.bincount(ids.flatten(), minlength=4).double() / ids.numel()
+    (1e-2 * 4 * (fraction_E * probs_TE).sum() / len(x)).backward()
+    assert weight.grad is not None and float((got - weight.grad).norm() / weight.grad.norm()) < 1e-12
+    assert balancer.metrics()["balance/micro/loss"] == pytest.approx(
+        4 * float((fraction_E * probs_TE.detach().mean(0)).sum())
+    )
