@@ -151,7 +151,7 @@ def test_without_a_past_there_is_no_file_and_a_resumed_run_is_the_run(tmp_path):
     again, same = run(tmp_path / "new", resume_from_checkpoint=checkpoint(tmp_path, 2))
     assert steps == same == 4
     assert steps_of(again, 3) == steps_of(whole, 3)
-    assert "balance/policy_1/loss" in steps_of(again, 4)[0]
+    assert "balance/global/loss" in steps_of(again, 4)[0]
 
 
 def test_balancing_begins_in_a_run_that_had_none(tmp_path):

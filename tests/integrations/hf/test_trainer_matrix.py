@@ -89,7 +89,7 @@ def every_cut_is(ranks: Any, references: dict[str, Any], family: str, cut: str, 
 
 def test_the_reference_feels_the_law():
     """A comparison that passes without the balance loss would prove nothing: it is a large part of the gradient."""
-    import hf._trainer_reference as reference
+    from integrations.hf import _trainer_reference as reference
 
     whole, coef = expected("qwen3_moe"), reference.COEF
     try:
