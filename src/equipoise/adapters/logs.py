@@ -26,7 +26,8 @@ def worth_logging(metrics: Mapping[str, float], *, layers: bool) -> dict[str, fl
     if layers:
         return metrics
     of_model = {name.partition("/")[2]: name for name in metrics if "/layer_" not in name}
-    losses = sorted((name for name in of_model if name.startswith("policy_")), key=lambda n: n.endswith("ratio"))
+    of_policies = [name for name in of_model if name.endswith(("/loss", "/gradient_ratio"))]
+    losses = sorted(of_policies, key=lambda name: name.endswith("ratio"))
     known = [name for name in (*FIRST[0], *losses, *FIRST[1], *FIRST[2]) if name in of_model]
     others = [name for name in of_model if name not in known]
     return {of_model[name]: metrics[of_model[name]] for name in (*known, *others)[:PLACES]}

@@ -207,7 +207,7 @@ class ExternalRouter:
         trains = self.training and torch.is_grad_enabled()
         if placed.unread and (trains or state.evaluation is not None):
             raise padding_unknown(self.name, placed.tokens, placed.unread)
-        inside = [term.kind for term in state.spec.terms if term.kind != "late"]
+        inside = [term.kind for term in state.spec.terms if term.kind != "deferred"]
         if placed.piece and inside and trains:
             raise InputError(
                 expected="all tokens of a forward in one call of a router, for a scope inside a micro-batch",
