@@ -14,8 +14,7 @@ pytest.importorskip("accelerate", reason="the hf extra is not installed")
 from transformers import Trainer
 
 from _rounding import OURS, distance
-from equipoise import ConfigError, StateError
-from equipoise import devices as looking
+from equipoise import ConfigError, StateError, devices
 from equipoise.adapters.hf import BalanceCallback
 from equipoise.adapters.trainers import changes_batches
 from integrations.hf._trainer import Text, in_order
@@ -120,7 +119,7 @@ def test_a_function_counts_what_a_loss_adds():
 @pytest.mark.parametrize(("kind", "options"), [(Short, {}), (Longer, {"tokens": "counted"})])
 def test_a_number_that_is_wrong_after_all(monkeypatch, hands, kind, options):
     """The remedy is one that a callback's user can do, and works; on a GPU, too, where it comes a step later."""
-    monkeypatch.setattr(looking, "AT_HAND", hands)
+    monkeypatch.setattr(devices, "HOST_READABLE", hands)
     with pytest.raises(StateError, match="as counted in its batches") as error:
         balanced(of(kind), 2, options, steps=4)
     assert "begin_step" not in str(error.value) and 'tokens="micro_batch"' in error.value.do
