@@ -19,11 +19,11 @@ from .token_layout import TokenLayout, check_layout
 
 __all__ = [
     "attach_balance_gradient",
-    "keep_coefs",
-    "late_coefs",
+    "coefs_at_backward",
     "record_evaluation",
     "record_logit_grad",
     "record_pending",
+    "save_coefs",
 ]
 
 
@@ -107,7 +107,7 @@ def record_pending(state: RouterState, measured: Measured, ids_TK: Tensor, batch
         return  # inside a backward, where nobody would take or clear it (zero-bubble schedules)
     if not torch.compiler.is_compiling():
         state.eager = True
-    which = state.which_pending
+    which = state.pending_index
     with torch.no_grad():
         state.pending[which].add_(measured.statistics)
         if measured.gram_EE is not None:
@@ -141,7 +141,7 @@ class _BalanceGradient(torch.autograd.Function):
         logits_TE_or_none = logits_TE if has_gradient and (spec.z_loss or spec.gate != "softmax") else None
         probs_TE, ids_TK = (probs_TE, ids_TK) if has_gradient else (None, None)
         kept = (probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE_or_none, ids_TK)
-        ctx.save_for_backward(*kept, *keep_coefs(ctx, grad_coefs))
+        ctx.save_for_backward(*kept, *save_coefs(ctx, grad_coefs))
         ctx.spec, ctx.key, ctx.logits_dtype = spec, key, logits_TE.dtype
         return weights_TK.view_as(weights_TK)
 
@@ -149,7 +149,7 @@ class _BalanceGradient(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         (grad_weights_TK,) = grad_outputs
         probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE, ids_TK, *in_graph = ctx.saved_tensors
-        spec, grad_coefs = ctx.spec, late_coefs(in_graph, ctx, grad_weights_TK)
+        spec, grad_coefs = ctx.spec, coefs_at_backward(in_graph, ctx, grad_weights_TK)
         if spec.shards > 1:
             probs_E = spec.probs(statistics)
             fraction_NBE, fraction_NTE = sharded_fractions(
@@ -173,14 +173,14 @@ class _BalanceGradient(torch.autograd.Function):
 class _RecordLogitGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TE, _accumulator, grad_coefs, key):
-        ctx.save_for_backward(*keep_coefs(ctx, grad_coefs))
+        ctx.save_for_backward(*save_coefs(ctx, grad_coefs))
         ctx.key = key
         return logits_TE.view_as(logits_TE)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad_TE,) = grad_outputs
-        grad_coefs = late_coefs(ctx.saved_tensors, ctx, grad_TE)
+        grad_coefs = coefs_at_backward(ctx.saved_tensors, ctx, grad_TE)
         if torch.compiler.is_compiling():
             grad_TE, square = square_norm_in_graph(grad_TE)
         else:
@@ -188,7 +188,7 @@ class _RecordLogitGrad(torch.autograd.Function):
         return grad_TE, square * grad_coefs[-1:], None, None  # as `StatsSpec.count_flag`
 
 
-def keep_coefs(ctx, grad_coefs: Tensor) -> tuple[Tensor, ...]:
+def save_coefs(ctx, grad_coefs: Tensor) -> tuple[Tensor, ...]:
     """Backward must see what the tap writes between forward and backward, so the very tensor has to get there.
 
     In eager mode as an attribute: hooks on saved tensors (offloading to the CPU) would copy it too early. In a compiled
@@ -200,7 +200,7 @@ def keep_coefs(ctx, grad_coefs: Tensor) -> tuple[Tensor, ...]:
     return ()
 
 
-def late_coefs(in_graph: Sequence[Tensor], ctx, grad: Tensor) -> Tensor:
+def coefs_at_backward(in_graph: Sequence[Tensor], ctx, grad: Tensor) -> Tensor:
     """The gradient coefficients as they are when ``grad`` arrives, once the sum that they are made of has come.
 
     A compiler may compute in forward what does not depend on ``grad``; an opaque operator that takes it stays behind.
@@ -209,7 +209,7 @@ def late_coefs(in_graph: Sequence[Tensor], ctx, grad: Tensor) -> Tensor:
     if in_graph:
         return _read_late(in_graph[0], grad)
     if (state := RouterState.alive(ctx.key)) is not None:
-        state.awaited.arrive()
+        state.awaited.finish()
     return ctx.grad_coefs
 
 

@@ -103,7 +103,7 @@ class AwaitedSum:
     def drop(self) -> None:
         self._finish = None
 
-    def arrive(self) -> None:
+    def finish(self) -> None:
         """Waits for the sum and does what depends on it, once."""
         if self._finish is None:
             return
@@ -167,7 +167,7 @@ class RouterState:
         return None if key is None else _REGISTRY.states.get(key)
 
     @property
-    def which_pending(self) -> int:
+    def pending_index(self) -> int:
         """0 with gradient, 1 without inside a pass that has it (reentrant checkpoint), 2 a pass without."""
         return 0 if torch.is_grad_enabled() else 2 if self.forward_pass.without_grad else 1
 

@@ -19,7 +19,7 @@ from .router_state import RouterState, ShardCounts, stack_on
 from .spec import StatsSpec
 from .statistics import group_counts, micro_batches, shared_counts, violations
 
-__all__ = ["ShardedFractions", "correct", "record_shard_counts", "sharded_fractions", "sum_shards"]
+__all__ = ["ShardedFractions", "correct_for_shards", "record_shard_counts", "sharded_fractions", "sum_shards"]
 
 
 class ShardedFractions(NamedTuple):
@@ -108,7 +108,7 @@ def _document_rows(shard_counts: ShardCounts, documents: int) -> list[Tensor]:
     return [padded.flatten(1, 2)]
 
 
-def correct(
+def correct_for_shards(
     spec: StatsSpec, statistics: Tensor, local: Sequence[ShardCounts], summed: Sequence[ShardCounts]
 ) -> tuple[Tensor, Tensor, list[ShardedFractions]]:
     """(statistics as of whole sequences (forward_size,), counts of this rank's sequences (E,), f for backward).

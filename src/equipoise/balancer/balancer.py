@@ -28,7 +28,7 @@ from .faults import Faults, no_counting, no_forward
 from .metrics import StepStats, metrics
 from .state import VERSION, load_states, put_biases, states_of
 from .step import StepCycle
-from .step_detector import Steps, hookable
+from .step_detector import Steps, optimizer_with_hooks
 from .tap import TappedForward, tap_loss
 
 __all__ = ["Balancer"]
@@ -101,7 +101,7 @@ class Balancer(StepCycle):
         self.policies = list(policies)
         schedule, parts = Schedule(self.policies), [model] if isinstance(model, nn.Module) else list(model)
         parts = parts if part is None else [part_of(one, part) for one in parts]
-        ranks, ends_steps = ranks or Ranks.default(), hookable(optimizer)
+        ranks, ends_steps = ranks or Ranks.default(), optimizer_with_hooks(optimizer)
         self._example = example
         faults = Faults(on_fault, ranks.all)
         layers, self.own_loss = attach(
@@ -159,7 +159,7 @@ class Balancer(StepCycle):
             self.discard()
             raise
         taken = take_counted(self._groups)
-        self._note_silence(self._groups, taken, no_counting())
+        self._note_missing_forward(self._groups, taken, no_counting())
         keep_counted(self._groups, taken, self._sums, self._ranks.data)
 
     def tap(self, loss: Tensor, *, scale: float | None = None, tokens: Tensor | float | None = None) -> Tensor:
@@ -177,7 +177,7 @@ class Balancer(StepCycle):
             self._clear_pending(first=2)  # and not a training forward whose loss is still to be tapped
             return loss
         part = self._forwards.last_part
-        groups = self._of(part)
+        groups = self._groups_of(part)
         if not any(layer.router.training for group in groups for layer in group.layers):
             self._evaluated = bool(groups) and not self._evaluating
             return loss
@@ -194,7 +194,7 @@ class Balancer(StepCycle):
             self._check_routers()
         self._detector.tapped(max(self._micro_steps), self._dropped)
         silent = no_forward("none since the last tap that this loss is made of")
-        self._note_silence(groups, [one.statistics_LS for one in taken], silent)
+        self._note_missing_forward(groups, [one.statistics_LS for one in taken], silent)
         return tap_loss(loss, self, TappedForward(part, taken), scale, tokens)
 
     @contextmanager

@@ -15,10 +15,10 @@ from .faults import Expected, Faults, fault_flags
 from .layer_group import Layer, LayerGroup
 from .reduction import StepTable
 
-__all__ = ["check_before_step", "check_step_sums", "saw_nothing"]
+__all__ = ["check_before_step", "check_step_sums", "no_router_ran"]
 
 
-def saw_nothing(groups: Sequence[LayerGroup], statistics: Sequence[Tensor]) -> bool:
+def no_router_ran(groups: Sequence[LayerGroup], statistics: Sequence[Tensor]) -> bool:
     """Whether no router ran; waits for the device."""
     return not any(
         bool(group.spec.scalar(one_LS, "calls").any()) for group, one_LS in zip(groups, statistics, strict=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autograd.router_state import ForwardStats, ShardCounts
-from ..autograd.sequence_shards import ShardedFractions, correct
+from ..autograd.sequence_shards import ShardedFractions, correct_for_shards
 from ..devices import to_device
 from ..errors import ConfigError, StateError
 from ..functional.losses import load_fractions
@@ -62,17 +62,17 @@ def micro_batch_coefficients(
         shares = micro.ranks == 1 or (micro.summed == "micro_step" and shares_at(micro.number))
         group.history.propose(global_LE, local_LE, shares=shares)
     taken_LS, own_LE, sharded = _corrected(group, proposed, summed)
-    unit_L = _unit(group, taken_LS, micro)
+    weight_L = _token_weight(group, taken_LS, micro)
     trainable = [layer.trainable for layer in group.layers]
     if not all(trainable):
-        unit_L = unit_L * to_device(trainable, unit_L.device)
-    zero_LE, zero_L = torch.zeros_like(own_LE), torch.zeros_like(unit_L)
+        weight_L = weight_L * to_device(trainable, weight_L.device)
+    zero_LE, zero_L = torch.zeros_like(own_LE), torch.zeros_like(weight_L)
     terms: list[tuple[Tensor, Tensor, Tensor]] = []  # of each loss: (row (L, E), factor (L,), deferred value (L,))
     z_L = zero_L
     for scheduled, policy in schedule.losses:
         if scheduled.active(micro.step):
             coef = coefficient(policy, micro.step)
-            push_L = unit_L * (coef * spec.num_experts)
+            push_L = weight_L * (coef * spec.num_experts)
             group.step_pushes |= coef > 0
             terms.append(_term_coefficients(group, policy, scheduled.term, (taken_LS, own_LE), push_L, micro))
         else:
@@ -80,13 +80,13 @@ def micro_batch_coefficients(
     for scheduled, policy in schedule.z_losses:
         if scheduled.active(micro.step):
             coef = coefficient(policy, micro.step)
-            z_L = z_L + unit_L * coef
+            z_L = z_L + weight_L * coef
             group.step_pushes |= coef > 0
     rows, factors, values = zip(*terms, strict=True) if terms else ((), (), ())
     group.step_values = _plus(group.step_values, torch.stack(values, dim=1) if terms else zero_LE[:, :0])
     if micro.estimators:
         known = {name: _fraction(group, name, 0.9, micro.number) for name in micro.estimators}
-        weight_L = unit_L * scale.to(device=unit_L.device, dtype=torch.float64).reshape(())
+        weight_L = weight_L * scale.to(device=weight_L.device, dtype=torch.float64).reshape(())
         assert proposed.gram_LEE is not None
         group.step_errors.append((known, proposed.gram_LEE * weight_L.square().view(-1, 1, 1)))
     return MicroBatchCoefficients(
@@ -103,7 +103,7 @@ def _corrected(
     if not any(summed):
         return taken_LS, group.counts(taken_LS), [[] for _ in group.layers]
     whole = [
-        correct(group.spec, *of_layer) if of_layer[2] else (of_layer[0], group.counts(of_layer[0]), [])
+        correct_for_shards(group.spec, *of_layer) if of_layer[2] else (of_layer[0], group.counts(of_layer[0]), [])
         for of_layer in zip(taken_LS, proposed.shard_counts, summed, strict=True)
     ]
     statistics, counts, sharded = zip(*whole, strict=True)
@@ -111,7 +111,7 @@ def _corrected(
     return torch.stack(statistics), torch.stack(counts), list(sharded)
 
 
-def _unit(group: LayerGroup, taken_LS: Tensor, micro: MicroStep) -> Tensor:
+def _token_weight(group: LayerGroup, taken_LS: Tensor, micro: MicroStep) -> Tensor:
     """(L,) 1 / T, times M where losses are means: with the scale (1/M, ...) the factor of each token's gradient.
 
     T counts the tokens that a layer sees in the step: one that runs twice per micro-batch sees each twice.

@@ -16,7 +16,7 @@ from ..errors import EquipoiseError, StateError
 from ..policies.schedule import Schedule
 from ..torch_internals import current_backward, is_whole_backward, queue_after_backward
 from .attach import unbalanced_routers
-from .checks import check_before_step, check_step_sums, saw_nothing
+from .checks import check_before_step, check_step_sums, no_router_ran
 from .coefficients import MicroStep, micro_batch_coefficients
 from .declared_step import DeclaredStep
 from .estimator_error import estimator_error, estimator_error_sums
@@ -58,11 +58,11 @@ class StepCycle:
         self._sums = StepReduction(layers, self._groups, ranks, self._device)
         self._step = 0
         self._skipped = 0
-        self._inferred = False  # gradients of this step were taken for dropped
+        self._assumed_dropped = False  # gradients of this step were taken for dropped
         self._dropped = 0  # micro-batches in a row whose gradients vanished without a step
         self._micro_steps = [0] * len(self._parts)
         self._micro_passes = [0] * len(self._parts)  # forwards that these are made of
-        self._silent: Tensor | None = None  # taps of this step before which no router ran, where a GPU knows
+        self._forwardless_taps: Tensor | None = None  # taps of this step before which no router ran, where a GPU knows
         self._evaluated = False  # a loss of a model in evaluation was to be tapped
         self._evaluating = False  # inside `Balancer.evaluation`
         self._untapped = 0  # steps in a row before which nothing was tapped
@@ -70,15 +70,15 @@ class StepCycle:
         self._backward: int | None = None  # the backward that was bound and has not ended
         self._pending: Callable[[], list[Tensor]] | None = None  # the sum of this step, on its way
         self._unmoved: DeferredRead | None = None  # whether the last step changed nothing, on its way from a GPU
-        self._ready = False  # what comes right before the optimizer's step was done
-        self._good: Tensor | bool | None = None  # whether the step may be committed, where that is known before it
+        self._prepared = False  # what comes right before the optimizer's step was done
+        self._may_commit: Tensor | bool | None = None  # where that is known before the step
         self._declared = DeclaredStep()
         self._committed: list[StepStats] | None = None
         self._estimator_error: dict[str, dict[str, float]] | None = None
         self._awaited = AwaitedSum()  # of the running backward
         for layer in layers:
             layer.balance_state.awaited = self._awaited
-        self._passes = [ForwardPasses(self._of(part)) for part in range(len(self._parts))]
+        self._passes = [ForwardPasses(self._groups_of(part)) for part in range(len(self._parts))]
         self._forwards = ForwardHooks(self._parts, self._layers, self._passes)
         self._detector = StepDetector(self._parts, self._layers)
 
@@ -87,9 +87,9 @@ class StepCycle:
     def start_backward(self, scale: Tensor, forward: TappedForward) -> Coefficients:
         """Adds a micro-batch to the step and begins one sum over ranks at most; what is returned waits for it."""
         part, taken = forward
-        groups = self._of(part)
+        groups = self._groups_of(part)
         self._check_between()
-        self._awaited.arrive()  # of another tap in the same backward
+        self._awaited.finish()  # of another tap in the same backward
         self._micro_steps[part] += 1
         number = self._micro_steps[part]
         self._micro_passes[part] += taken[0].passes
@@ -135,7 +135,7 @@ class StepCycle:
 
         A compiled graph reads at an address and calls nothing, and counts of shards are looked up: then at once.
         """
-        groups = self._of(forward.part)
+        groups = self._groups_of(forward.part)
 
         def write() -> None:
             for group, one in zip(groups, coefficients(), strict=True):
@@ -146,12 +146,12 @@ class StepCycle:
             for group, one in zip(groups, forward.taken, strict=True):
                 group.place(one.placed)
         else:
-            self._awaited.arrive()
+            self._awaited.finish()
         self._backward = current_backward()
 
     def end_backward(self) -> None:
         """Drops what the recompute measured a second time, and zeroes the coefficients."""
-        self._awaited.arrive()  # where no router's backward ran
+        self._awaited.finish()  # where no router's backward ran
         self._backward = None
         self._clear_pending()
         for group in self._groups:
@@ -168,7 +168,7 @@ class StepCycle:
         for passes in self._passes:
             passes.forget()
 
-    def _of(self, part: int) -> list[LayerGroup]:
+    def _groups_of(self, part: int) -> list[LayerGroup]:
         return [group for group in self._groups if group.part == part]
 
     @property
@@ -203,15 +203,17 @@ class StepCycle:
             )
         self._forwards.look()
 
-    def _note_silence(self, groups: Sequence[LayerGroup], statistics: Sequence[Tensor], error: StateError) -> None:
+    def _note_missing_forward(
+        self, groups: Sequence[LayerGroup], statistics: Sequence[Tensor], error: StateError
+    ) -> None:
         """No router ran before a tap, or in a counting pass; where that cannot be looked at a flag says so."""
         if all(host_readable(one_LS.device) for one_LS in statistics):
-            if saw_nothing(groups, statistics):
+            if no_router_ran(groups, statistics):
                 self._faults.note(error)
             return
         calls = [group.spec.scalar(one_LS, "calls").sum() for group, one_LS in zip(groups, statistics, strict=True)]
         silent = (stack_on(calls, self._device).sum() == 0).double()
-        self._silent = silent if self._silent is None else self._silent + silent
+        self._forwardless_taps = silent if self._forwardless_taps is None else self._forwardless_taps + silent
 
     def _drop_if_gradients_were(self, *, begins: bool = False) -> None:
         """A step that was skipped (GradScaler) or zeroed leaves no trace here either.
@@ -225,7 +227,7 @@ class StepCycle:
             self._skipped += not self._detector.inside_closure
             self._dropped += not self._detector.inside_closure
             self._forget()
-            self._inferred = True
+            self._assumed_dropped = True
             if self._detector.inside_closure:  # the same step again (LBFGS): what was declared for it still holds
                 self._declared = declared
 
@@ -279,7 +281,7 @@ class StepCycle:
             self._clear_pending()
             self._forget_passes()
         if self._is_no_step():
-            self._ready = True
+            self._prepared = True
             return
         empty = self._empty if self._layers else None
         if self._layers and not (empty and 0 < self._untapped < UNTAPPED):
@@ -288,13 +290,15 @@ class StepCycle:
                 check_before_step(*about)
             except StateError as error:
                 self._faults.note(error)
-        if self._inferred and self._detector.gradients_are_gone:
+        if self._assumed_dropped and self._detector.gradients_are_gone:
             self._detector.gradients_leave = True
             self._faults.note(gradients_moved())
         passes = max(self._micro_passes) if self._layers else 0
-        start = self._sums.start(self._faults.tail(self._silent, passes, empty=empty, device=self._device))
-        self._good = self._judge(start()) if self._faults.raises_immediately and host_readable(self._device) else None
-        self._pending, self._ready = start, True
+        start = self._sums.start(self._faults.tail(self._forwardless_taps, passes, empty=empty, device=self._device))
+        self._may_commit = (
+            self._judge(start()) if self._faults.raises_immediately and host_readable(self._device) else None
+        )
+        self._pending, self._prepared = start, True
 
     def _judge(self, sums: list[Tensor]) -> Tensor | bool:
         data_ranks = self._ranks.data.size
@@ -311,15 +315,15 @@ class StepCycle:
 
     def _commit(self) -> None:
         """The only place where state changes: one sum over ranks for all layers, then histories, biases, metrics."""
-        if not self._ready:  # a closure optimizer, a step inside backward, or step() by hand
+        if not self._prepared:  # a closure optimizer, a step inside backward, or step() by hand
             self._before_step()
-        self._ready = False
+        self._prepared = False
         if self._pending is None:
             return
         (*sums, tail), self._pending = self._pending(), None
         unmoved = self._detector.take_unmoved()
         try:
-            good = self._judge([*sums, tail]) if self._good is None else self._good
+            good = self._judge([*sums, tail]) if self._may_commit is None else self._may_commit
         except EquipoiseError:
             self._forget()
             raise
@@ -342,7 +346,7 @@ class StepCycle:
         elif good and not unmoved:
             self._commit_sums(sums, None)
         self._step += 1
-        self._untapped, self._dropped, self._inferred = 0, 0, False
+        self._untapped, self._dropped, self._assumed_dropped = 0, 0, False
         self._detector.saw_a_step()
         self._forget()
 
@@ -381,8 +385,8 @@ class StepCycle:
         if self._pending is not None:  # others take part in it
             self._pending()
         self._awaited.drop()
-        self._pending = self._backward = self._silent = self._good = None
-        self._evaluated = self._ready = False
+        self._pending = self._backward = self._forwardless_taps = self._may_commit = None
+        self._evaluated = self._prepared = False
         self._micro_steps = [0] * len(self._micro_steps)
         self.generation += 1
         self._declared = DeclaredStep()

@@ -22,7 +22,7 @@ from ..torch_internals import current_backward
 from .faults import DeferredRead
 from .layer_group import Layer
 
-__all__ = ["StepDetector", "Steps", "hookable"]
+__all__ = ["StepDetector", "Steps", "optimizer_with_hooks"]
 
 STRANGERS = 3  # steps of optimizers that hold other parameters of the model, each after a tap: then one is missing
 DROPPED = (
@@ -55,7 +55,7 @@ class Steps:
         self._call(2)
 
 
-def hookable(optimizer: Any) -> torch.optim.Optimizer | None:
+def optimizer_with_hooks(optimizer: Any) -> torch.optim.Optimizer | None:
     """The optimizer whose steps can be seen: itself, or the one that it wraps as ``.optimizer`` (accelerate's).
 
     Raises ConfigError for anything else.

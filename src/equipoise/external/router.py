@@ -227,7 +227,7 @@ class ExternalRouter:
         forward = backward == self.batch_context.backward_id  # or the whole model is recomputed
         known = [] if forward else [placed for placed in state.recompute_placements if placed.tokens == tokens]
         if not known:
-            counts = state.which_pending == 0 if self.training else state.evaluation is not None
+            counts = state.pending_index == 0 if self.training else state.evaluation is not None
             if forward and counts and not self.batch_context.runs:
                 raise StateError(
                     expected="a forward of the model that Balancer was given: its arguments tell padding and sequences",
@@ -235,7 +235,7 @@ class ExternalRouter:
                     do="call the whole model, or pass part= to Balancer, the name of the part that you call",
                 )
             placed = self.batch_context.place(self._calls_around, tokens, self.spec.images, router=name)
-            if forward and self.training and state.which_pending < 2:
+            if forward and self.training and state.pending_index < 2:
                 state.placed.append(placed)
             return placed
         if _are_pieces(known):  # recomputed in their order

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_gates import log_score, score, slope
+from .triton_gate_functions import log_score, score, slope
 
 __all__ = ["backward", "forward", "sum_tiles"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd.balance_gradient import keep_coefs, late_coefs, record_evaluation, record_pending
+from ..autograd.balance_gradient import coefs_at_backward, record_evaluation, record_pending, save_coefs
 from ..autograd.router_state import RouterState
 from ..autograd.spec import LossTerm, StatsSpec
 from ..autograd.statistics import Measured
@@ -122,7 +122,7 @@ class _Fused(torch.autograd.Function):
         form: RouterForm,
         key: int | None,
     ) -> tuple[Tensor, Tensor]:
-        late = () if grad_coefs is None else keep_coefs(ctx, grad_coefs)
+        late = () if grad_coefs is None else save_coefs(ctx, grad_coefs)
         ctx.save_for_backward(logits_TE, ids_TK, statistics, fraction_NBE, mask_T, *late)
         ctx.spec, ctx.form, ctx.key = spec, form, key
         ctx.set_materialize_grads(False)
@@ -136,7 +136,7 @@ class _Fused(torch.autograd.Function):
             return (None,) * 11
         logits_TE, ids_TK, statistics, fraction_NBE, mask_T, *in_graph = ctx.saved_tensors
         spec: StatsSpec | None = ctx.spec
-        grad_coefs = None if spec is None else late_coefs(in_graph, ctx, grad)
+        grad_coefs = None if spec is None else coefs_at_backward(in_graph, ctx, grad)
         dz_TE, squares = router_gradient(
             logits_TE,
             ids_TK,

@@ -124,7 +124,7 @@ def test_output_and_every_gradient_are_those_of_loops(dtype, tokens, top_k, skew
 
 def test_gradients_that_nobody_wants_are_not_computed(monkeypatch: pytest.MonkeyPatch):
     if not kernels.has_grouped_mm():
-        pytest.skip("counts calls of F.grouped_mm")
+        pytest.skip("needs torch with F.grouped_mm, whose calls it counts")
     products: list[Any] = []
     real = F.grouped_mm
     monkeypatch.setattr(kernels.F, "grouped_mm", lambda *a, **k: products.append(1) or real(*a, **k))
