@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..autograd.protocol import BalancedRouter
+from ..autograd.protocol import is_balanced_router
 from ..balancer.balancer import Balancer
 from ..distributed import Ranks
 from ..errors import ConfigError, DataError
@@ -152,7 +152,7 @@ def _balanced(pl_module: nn.Module, name: str | None) -> nn.Module:
         return pl_module.get_submodule(name)
     found: dict[str, nn.Module] = {}
     for at, module in pl_module.named_modules():
-        if isinstance(module, BalancedRouter):
+        if is_balanced_router(module):
             return pl_module
         inside = any(at.startswith(f"{outer}.") for outer in found)
         known = isinstance(getattr(module, "dummy_inputs", None), Mapping)

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from .router_state import RouterState
 
-__all__ = ["BalancedRouter", "RouterTraits"]
+__all__ = ["BalancedRouter", "RouterTraits", "is_balanced_router"]
+
+MEMBERS = (
+    "balance_state",
+    "num_experts",
+    "top_k",
+    "gate",
+    "training",
+    "module",
+    "traits",
+    "expert_bias",
+    "bias_owner",
+    "batch_context",
+    "parameters",
+    "enable_selection_bias",
+    "disable_selection_bias",
+)
 
 
 class RouterTraits(NamedTuple):
@@ -32,12 +49,12 @@ class RouterTraits(NamedTuple):
         return None if self.records_logit_grad else (self.normalize, self.scale)
 
 
-@runtime_checkable
 class BalancedRouter(Protocol):
     """A router that can be balanced: `equipoise.Router`, another library's through `equipoise.external`, or your own.
 
-    A module of your own that has these attributes, and that passes its weights through `attach_balance_gradient` while
-    ``balance_state`` is set, is found by `Balancer` like ours; it needs no registration. docs/own-router.md has one.
+    A module of your own that has all of these attributes (see `is_balanced_router`), and that passes its weights through
+    `attach_balance_gradient` while ``balance_state`` is set, is found by `Balancer` like ours; it needs no registration.
+    docs/own-router.md has one.
     """
 
     num_experts: int
@@ -90,3 +107,25 @@ class BalancedRouter(Protocol):
     def disable_selection_bias(self) -> None:
         """Takes away a bias that `enable_selection_bias` added."""
         ...
+
+
+def is_balanced_router(module: nn.Module) -> TypeGuard[BalancedRouter]:
+    """Whether a module of a model is a `BalancedRouter`.
+
+    By ``hasattr``, and not by ``isinstance`` of a runtime protocol: from Python 3.12 on that does not see buffers, and
+    a bias is one.
+
+    Raises ConfigError for a module with a ``balance_state`` that lacks something else.
+
+    >>> is_balanced_router(nn.Linear(2, 2))
+    False
+    """
+    if not hasattr(module, MEMBERS[0]):
+        return False
+    if lacks := [name for name in MEMBERS if not hasattr(module, name)]:
+        raise ConfigError(
+            expected="a router with all that equipoise.autograd.protocol.BalancedRouter names",
+            got=f"a {type(module).__name__} with balance_state and without {', '.join(lacks)}",
+            do=f"give it {lacks[0]}, as docs/own-router.md does; without balance_state it is found by its output",
+        )
+    return True

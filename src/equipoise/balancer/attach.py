@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..autograd.protocol import BalancedRouter
+from ..autograd.protocol import BalancedRouter, is_balanced_router
 from ..autograd.router_state import RouterState
 from ..autograd.spec import LossTerm, StatsSpec
 from ..errors import ConfigError, StateError
@@ -30,7 +30,7 @@ def _routers(parts: Sequence[nn.Module], example: Mapping[str, Any] | None, *, l
     try:
         for i, part in enumerate(parts):
             _check_offload(part)
-            known = [(i, name, module) for name, module in part.named_modules() if isinstance(module, BalancedRouter)]
+            known = [(i, name, module) for name, module in part.named_modules() if is_balanced_router(module)]
             found += known
             if not known:
                 found.extend((i, name, router) for name, router in find_external_routers(part, example, look=look))
@@ -110,7 +110,7 @@ def unbalanced_routers(parts: Sequence[nn.Module], layers: Sequence[Layer]) -> l
         name
         for part in parts
         for name, module in part.named_modules()
-        if id(module) not in known and (type(module) in classes or isinstance(module, BalancedRouter))
+        if id(module) not in known and (type(module) in classes or is_balanced_router(module))
     ]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import equipoise
 from contracts.law._external import Block, Chain, D, E, Gate, ids_of, naive_push, pushed
 from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, register_router
+from equipoise.external.observe import capture, find_routers
 from equipoise.external.output_formats import parse_output
 from equipoise.external.registry import REGISTERED
 
@@ -327,7 +328,12 @@ def check_by_protocol(router: Any, balancer: Balancer) -> None:
     """The gradient that a router of the page's last block gets is autograd's of the balance loss itself."""
     x = torch.randn(12, 16, dtype=torch.float64)
     optimizer = torch.optim.SGD(router.parameters(), lr=0.0)
-    weights, ids = router(x)
+    with torch.no_grad():
+        block = nn.Sequential(router)
+        with capture(find_routers(block, lambda: block(x))) as choices:
+            assert torch.equal(choices["0"].ids_TK, block(x)[2]), "inspect reads it by what it returns"
+    balancer.discard()
+    _, weights, ids = router(x)
     balancer.tap(weights.sum() * 0.0).backward()
     got = router.weight.grad.clone()
     optimizer.step()
