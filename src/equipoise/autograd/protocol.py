@@ -52,8 +52,8 @@ class RouterTraits(NamedTuple):
 class BalancedRouter(Protocol):
     """A router that can be balanced: `equipoise.Router`, another library's through `equipoise.external`, or your own.
 
-    A module of your own that has all of these attributes (see `is_balanced_router`), and that passes its weights through
-    `attach_balance_gradient` while ``balance_state`` is set, is found by `Balancer` like ours; it needs no registration.
+    A module of your own that has all of these (see `is_balanced_router`), and that passes its weights through
+    `attach_balance_gradient` while ``balance_state`` is set, is found by `Balancer` without registration.
     docs/own-router.md has one.
     """
 
