@@ -51,9 +51,9 @@ def check_policy_name(name: str | None) -> None:
 
     >>> check_policy_name("global")
     """
-    if name is not None and not (isinstance(name, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", name)):
+    if name is not None and not (isinstance(name, str) and re.fullmatch(r"(?!layer_)[A-Za-z][A-Za-z0-9_.-]*", name)):
         raise ConfigError(
-            expected="a policy's name of letters, digits, '_', '-' and '.', a letter first",
+            expected="a policy's name of letters, digits, '_', '-' and '.', a letter first, not 'layer_...'",
             got=repr(name),
             do='for example name="global", whose metrics are balance/global/loss and .../gradient_ratio',
         )
