@@ -1,6 +1,7 @@
 """Scores, selection and weights of a router: which K of E experts each token goes to, and how much of each it takes.
 
-Shapes: T tokens, E experts, K experts per token, G groups of E/G experts.
+Shapes: T tokens, E experts, K experts per token, G groups of E/G experts. A gate is one of ``GATES`` here, with a twin in
+`kernels.triton_gate_functions`.
 """
 
 from __future__ import annotations
@@ -292,6 +293,8 @@ def _weights(logits_TE: Tensor, ids_TK: Tensor, gate: str, normalize: bool) -> t
 
 def check_finite(logits_TE: Tensor, *, masked: bool = False, name: str = "") -> None:
     """Raises InputError for NaN and infinity, where that can be seen without a wait: on a CPU, in eager mode.
+
+    On several ranks and on a GPU the step's sum shows it: see ``not_finite`` in `balancer.faults`.
 
     ``masked``: -inf forbids a token an expert; then a token with no expert left is the error. ``name``: the router's.
 

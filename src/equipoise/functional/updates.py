@@ -2,6 +2,7 @@
 
 Each returns the step for one layer, (E,) fp64, positive for an expert that got too little. The violation is
 v = (mean - counts) / mean, so every rule is blind to the size of the batch.
+A rule gets its name in ``RULES`` of `policies.expert_bias`.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def _split(x_RC: Tensor, parts: int, *, beside: bool) -> Tensor:
     block = min(1 << (columns - 1).bit_length(), 1024)
     tile = max(1, 1024 // block)
     part_stride = columns if beside else rows * columns
-    load("triton_gate").split[(-(-rows // tile), -(-columns // block))](
+    load("triton_split").split[(-(-rows // tile), -(-columns // block))](
         x_RC, out, rows, columns, shape[1], part_stride, PARTS=parts, TILE=tile, BLOCK=block
     )
     return out

@@ -2,6 +2,8 @@
 
 A program works on a tile of TOKENS tokens of one sequence times all experts. Sums over tokens leave it as one row per
 tile and are added up in a fixed order: no floating-point atomics, so a repeat gives the same bits.
+Twins of plain PyTorch: `forward` of `functional.routing.choose`, `backward` with `_push` and `_z_push` of
+`autograd.closed_form.logit_gradient`.
 """
 
 # pyright: reportGeneralTypeIssues=false

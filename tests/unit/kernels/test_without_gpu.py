@@ -147,7 +147,7 @@ OPERATORS = {
 def test_an_operator_reads_nothing_and_gives_what_it_announces(monkeypatch, name):
     """Its own code, launches left out, on tensors without memory: what a compiler is told is what comes."""
     part, _, operator = name.partition(".")
-    for module in ("triton_router", "triton_statistics", "triton_experts", "triton_gate"):
+    for module in ("triton_router", "triton_statistics", "triton_experts", "triton_split"):
         monkeypatch.setitem(sys.modules, f"equipoise.kernels.{module}", Launcher())
     op = getattr(importlib.import_module(f"equipoise.kernels.{part}"), operator)
     made, announced = (tree_leaves(make(*OPERATORS[name])) for make in (op._init_fn, op))
@@ -160,7 +160,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from equipoise.kernels import STATISTICS
-from equipoise.kernels import triton_experts as _experts, triton_gate as _gate, triton_router as _router
+from equipoise.kernels import triton_experts as _experts, triton_split as _gate, triton_router as _router
 from equipoise.kernels import triton_statistics as _statistics
 
 P, H, I, D = "*fp32", "*bf16", "*i64", "*fp64"
