@@ -1,7 +1,8 @@
 """Identities in a router's forward, whose backward adds the balance gradient and counts what was routed, once.
 
 Autograd itself adds the statistics over micro-batches, runs them once under recompute and never in evaluation, because
-they are the gradient of a hidden leaf: `RouterState.grad_accumulator`. The gradient itself is in `closed_form`.
+they are the gradient of a parameter that no optimizer has: `RouterState.grad_accumulator`. The gradient itself is in
+`closed_form`.
 """
 
 from __future__ import annotations

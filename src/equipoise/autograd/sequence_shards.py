@@ -2,7 +2,7 @@
 
 A sequence is one whatever it is cut into, so every scope inside a micro-batch (sequence, document, micro_batch,
 Sequences(n)) takes f from all shards. Forward cannot know it without waiting for the others, once per layer and again
-under recompute; so forward proposes tables, the tap adds up those of all layers in one sum, and backward looks them up.
+under recompute; so forward makes tables, the tap adds up those of all layers in one sum, and backward looks them up.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ class Balancer(StepCycle):
                 do="tap the mean loss, or pass scale= with a stage's activations",
             )
         taken = self._passes[part].take(loss)
-        if in_shape_inference():  # what it proposed is taken, and forgotten
+        if in_shape_inference():  # what it measured is taken, and forgotten
             return loss
         if not any(self._micro_steps):
             self._check_routers()

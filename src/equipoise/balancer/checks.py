@@ -11,7 +11,7 @@ from ..devices import to_device
 from ..errors import StateError
 from ..policies.schedule import Schedule
 from .declared_step import DeclaredStep
-from .faults import Expected, Faults, fault_flags
+from .faults import FORWARDS, NOT_EMPTY, Expected, Faults, fault_flags
 from .layer_group import Layer, LayerGroup
 from .reduction import StepTable
 
@@ -80,7 +80,7 @@ def check_step_sums(
     *rows, tail = sums
     passes: Tensor | float = 0.0
     if declared.tokens is not None:  # of all ranks together, or a stage without routers would see another number
-        passes = tail[4] / tail[3].clamp(min=1) * data_ranks
+        passes = tail[FORWARDS] / tail[NOT_EMPTY].clamp(min=1) * data_ranks
     flags, names, expected = [], [], []
     for table, summed in zip(tables, rows, strict=True):
         spec = table.spec

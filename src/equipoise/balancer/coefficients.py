@@ -41,7 +41,7 @@ class MicroStep:
 def micro_batch_coefficients(
     group: LayerGroup,
     schedule: Schedule,
-    proposed: ForwardStats,
+    measured: ForwardStats,
     summed: Sequence[Sequence[ShardCounts]],
     global_LE: Tensor,
     micro: MicroStep,
@@ -55,13 +55,13 @@ def micro_batch_coefficients(
         scale: d(step's loss) / d(this micro-batch's loss): 1/M, GradScaler's scale, ...
     """
     spec = group.spec
-    local_LE = group.counts(proposed.statistics_LS) if micro.ranks > 1 else global_LE
+    local_LE = group.counts(measured.statistics_LS) if micro.ranks > 1 else global_LE
     if micro.summed == "step" and micro.ranks > 1:
-        group.history.propose(local_LE, shared_E=global_LE)
+        group.history.add_micro_step(local_LE, shared_E=global_LE)
     else:
         shares = micro.ranks == 1 or (micro.summed == "micro_step" and shares_at(micro.number))
-        group.history.propose(global_LE, local_LE, shares=shares)
-    taken_LS, own_LE, sharded = _corrected(group, proposed, summed)
+        group.history.add_micro_step(global_LE, local_LE, shares=shares)
+    taken_LS, own_LE, sharded = _corrected(group, measured, summed)
     weight_L = _token_weight(group, taken_LS, micro)
     trainable = [layer.trainable for layer in group.layers]
     if not all(trainable):
@@ -87,24 +87,24 @@ def micro_batch_coefficients(
     if micro.estimators:
         known = {name: _fraction(group, name, 0.9, micro.number) for name in micro.estimators}
         weight_L = weight_L * scale.to(device=weight_L.device, dtype=torch.float64).reshape(())
-        assert proposed.gram_LEE is not None
-        group.step_errors.append((known, proposed.gram_LEE * weight_L.square().view(-1, 1, 1)))
+        assert measured.gram_LEE is not None
+        group.step_errors.append((known, measured.gram_LEE * weight_L.square().view(-1, 1, 1)))
     return MicroBatchCoefficients(
-        torch.cat([*rows, torch.stack([*factors, z_L], dim=1)], dim=1), sharded, proposed.placed
+        torch.cat([*rows, torch.stack([*factors, z_L], dim=1)], dim=1), sharded, measured.placed
     )
 
 
 def _corrected(
-    group: LayerGroup, proposed: ForwardStats, summed: Sequence[Sequence[ShardCounts]]
+    group: LayerGroup, measured: ForwardStats, summed: Sequence[Sequence[ShardCounts]]
 ) -> tuple[Tensor, Tensor, list[list[ShardedFractions]]]:
     """(statistics (L, S), counts of the sequences (L, E), f to look up in backward), over all shards of a sequence."""
-    taken_LS = proposed.statistics_LS
+    taken_LS = measured.statistics_LS
     group.step_taken = _plus(group.step_taken, taken_LS)
     if not any(summed):
         return taken_LS, group.counts(taken_LS), [[] for _ in group.layers]
     whole = [
         correct_for_shards(group.spec, *of_layer) if of_layer[2] else (of_layer[0], group.counts(of_layer[0]), [])
-        for of_layer in zip(taken_LS, proposed.shard_counts, summed, strict=True)
+        for of_layer in zip(taken_LS, measured.shard_counts, summed, strict=True)
     ]
     statistics, counts, sharded = zip(*whole, strict=True)
     group.step_shift = _plus(group.step_shift, torch.stack(statistics) - taken_LS)

@@ -15,7 +15,7 @@ __all__ = ["estimator_error", "estimator_error_sums"]
 def estimator_error_sums(
     names: Sequence[str], groups: Sequence[tuple[Sequence[tuple[dict[str, Tensor], Tensor]], Tensor]]
 ) -> Tensor:
-    """(1 + 3 * names,) what `fidelity` needs of one rank, to be added up over ranks.
+    """(1 + 3 * names,) what `estimator_error` needs of one rank, to be added up over ranks.
 
     Args:
         groups: of each, for every micro-batch f (L, E) of each estimator and the Gram matrix; and the step's counts.

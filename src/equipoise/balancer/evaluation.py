@@ -22,7 +22,9 @@ OF_WHOLE_SEQUENCES = ("nonempty_sequences", "maxvio_sequence", "nonempty_micro_b
 
 
 @contextmanager
-def evaluating(groups: Sequence[LayerGroup], ledger: StepReduction, device: torch.device) -> Iterator[dict[str, float]]:
+def evaluating(
+    groups: Sequence[LayerGroup], reduction: StepReduction, device: torch.device
+) -> Iterator[dict[str, float]]:
     """Yields a dict that holds numbers once the context is left; see ``Balancer.evaluation``."""
     found: dict[str, float] = {}
     states = [(state, group.spec.observing) for group in groups for state in group.states]
@@ -32,17 +34,17 @@ def evaluating(groups: Sequence[LayerGroup], ledger: StepReduction, device: torc
     try:
         with torch.no_grad():
             yield found
-            found |= _numbers(ledger, device)
+            found |= _numbers(reduction, device)
     finally:
         for state, _ in states:
             state.evaluation = None
 
 
-def _numbers(ledger: StepReduction, device: torch.device) -> dict[str, float]:
+def _numbers(reduction: StepReduction, device: torch.device) -> dict[str, float]:
     """Of all layers and ranks. Raises StateError where nobody saw anything, InputError for NaN logits."""
-    *sums, _ = ledger.start(torch.zeros(0, dtype=torch.float64, device=device), _sums)()
+    *sums, _ = reduction.start(torch.zeros(0, dtype=torch.float64, device=device), _sums)()
     committed = []
-    for table, summed in zip(ledger.tables, sums, strict=True):
+    for table, summed in zip(reduction.tables, sums, strict=True):
         spec = table.spec.observing
         biases = [(rows, group.biases()) for group, rows in table.own]
         committed.append(StepStats(spec, table.places, summed[:, : spec.step_size], biases))
@@ -54,7 +56,7 @@ def _numbers(ledger: StepReduction, device: torch.device) -> dict[str, float]:
         )
     bad = [
         table.names[row]
-        for table, one in zip(ledger.tables, committed, strict=True)
+        for table, one in zip(reduction.tables, committed, strict=True)
         for row in one.probs.sum(dim=1).isnan().nonzero().view(-1).tolist()
     ]
     if bad:

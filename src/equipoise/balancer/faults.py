@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 CLOSE = 1e-6  # of a number of tokens that was declared
+NOTED, SILENT_TAPS, EMPTY, NOT_EMPTY, FORWARDS = range(5)  # where each number lies in `Faults.tail`
 
 
 class FaultFlags(NamedTuple):
@@ -132,8 +133,8 @@ class Faults:
         self.noted = self.noted or error
 
     def tail(self, silent_taps: Tensor | None, passes: int, *, empty: bool | None, device: torch.device) -> Tensor:
-        """(5,) what rides at the end of the step's sum: whether this rank noted something, its taps before which no
-        router ran, whether it has nothing of a step, whether it has something, and of how many forwards.
+        """(5,) what rides at the end of the step's sum: whether this rank NOTED an error, its SILENT_TAPS before which
+        no router ran, whether its step is EMPTY or NOT_EMPTY, and of how many FORWARDS it is made.
 
         ``empty``: None where a rank has no routers: it has neither.
         """
@@ -143,7 +144,7 @@ class Faults:
             if number:
                 known[at].fill_(float(number))
         if silent_taps is not None:
-            known[1].copy_(silent_taps)
+            known[SILENT_TAPS].copy_(silent_taps)
         return known
 
     def forget(self) -> None:
@@ -161,7 +162,7 @@ class Faults:
 
         Raises the error of this step, or where flags have to travel that of the step before.
         """
-        numbers = torch.cat([tail[:4], flags.flatten()])
+        numbers = torch.cat([tail[:FORWARDS], flags.flatten()])
         before, self._sent = self._sent, _Sent(DeferredRead(numbers), step, names, expected, self.noted)
         self.noted = None
         if host_readable(numbers.device):
@@ -169,14 +170,14 @@ class Faults:
             return not self._say(sent)
         if before is not None:
             self._say(before)
-        return ((tail[:2] == 0).all() & (tail[2] * tail[3] == 0)) & (flags == 0).all()
+        return ((tail[:EMPTY] == 0).all() & (tail[EMPTY] * tail[NOT_EMPTY] == 0)) & (flags == 0).all()
 
     def late(self) -> str | None:
         """In words, what the last step's flags say that no step came after to raise; for the end of training."""
         sent, self._sent = self._sent, None
         if sent is None or not _is_bad(numbers := sent.letter.read()):
             return None
-        if numbers[0] > 0:
+        if numbers[NOTED] > 0:
             return str(self.translate(sent.mine)) if sent.mine else f"another rank noted an error in step {sent.step}"
         return str(self.translate(_in_words(sent)))
 
@@ -186,7 +187,7 @@ class Faults:
         if not _is_bad(numbers):
             return False
         # every rank reads the number of ranks that noted something, so every rank is here
-        error = self.translate(_first(sent.mine, self._everyone) if numbers[0] > 0 else _in_words(sent))
+        error = self.translate(_first(sent.mine, self._everyone) if numbers[NOTED] > 0 else _in_words(sent))
         if self.raises:
             raise error
         self.steps += 1

@@ -62,7 +62,7 @@ class ForwardPasses:
             self._passes[-1].taken = self._take()
 
     def take(self, loss: Tensor) -> list[ForwardStats]:
-        """What the forwards proposed that ``loss`` is made of, for each group; nothing where it is made of none.
+        """What the forwards measured that ``loss`` is made of, for each group; nothing where it is made of none.
 
         The others wait for a tap of their own, until the step is over.
         """

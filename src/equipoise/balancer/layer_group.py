@@ -65,13 +65,13 @@ class LayerGroup:
     part: int
     history: LoadHistory = field(default_factory=LoadHistory)
     momentum: dict[str, Tensor] = field(default_factory=dict)  # name of a policy -> (L, E) of its bias rule
-    step_taken: Tensor | None = None  # sum of what forward proposed: stands in where a leaf got no gradient
+    step_taken: Tensor | None = None  # sum of what forward measured: stands in where backward brought no gradient
     step_shift: Tensor | None = None  # what changes in it once the other shards of each sequence are known
     step_values: Tensor | None = None  # (L, N): sum over tokens of E <f, p> of the terms whose f the tap chose
     step_windows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # term -> (counts, sequences) so far
     step_errors: list[tuple[dict[str, Tensor], Tensor]] = field(default_factory=list)
     step_pushes = False  # a policy asked for a gradient
-    step_split = False  # a backward of chosen inputs (zero-bubble schedules): autograd leaves the leaves alone
+    step_split = False  # a backward of chosen inputs (zero-bubble schedules): autograd does not fill the accumulators
     counted: Tensor | None = None  # statistics of a counting pass, all ranks
     pools: list[Tensor] | None = None  # its expert ids (N, K) at each layer, for the shuffle control
 

@@ -308,7 +308,7 @@ class StepDetector:
         return (_sample(sentinel) == self._sample).all() & would_move
 
     def take_unmoved(self) -> torch.Tensor | None:
-        """Of the step that just ended, once: see above."""
+        """What `_changed_nothing` said of the step that just ended; asked a second time, None."""
         unmoved, self._unmoved = self._unmoved, None
         return unmoved
 

@@ -1,7 +1,7 @@
 """Scores, selection and weights of a router: which K of E experts each token goes to, and how much of each it takes.
 
-Shapes: T tokens, E experts, K experts per token, G groups of E/G experts. A gate is one of ``GATES`` here, with a twin in
-`kernels.triton_gate_functions`.
+Shapes: T tokens, E experts, K experts per token, G groups of E/G experts. A gate is one of ``GATES`` here, with a twin
+in `kernels.triton_gate_functions`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from .presets import GPUS, MODELS
 __all__ = ["Cluster", "describe", "parse_settings", "read_toml"]
 
 PLACEMENTS = ("contiguous", "strided", "packed")
-SYNCS = ("step", "micro_batch", "layer")
+SYNCS = ("step", "doubling", "micro_batch", "layer")
 KINDS = {"int": int, "float": float, "str": str, "bool": bool}
 RULES = Rules(finite=True, whole_floats=True)
 MOST = {"experts": 2**16, "ep": 2**20, "tokens": 2**24, "top_k": 2**10}  # what the simulation has room for
@@ -64,7 +64,7 @@ class Cluster:
     activation_bytes: int = 2
     gradient_bytes: int = 4
     dense_ms: float = 0.0  # of one micro-batch, forward and backward; 0: from dense_parameters
-    sync: str = "micro_batch"  # how often a global loss all-reduces its counts: step, micro_batch, layer
+    sync: str = "doubling"  # when a global loss all-reduces its counts: one of SYNCS; doubling: 1, 2, 4, 8, ...
 
     def __post_init__(self) -> None:
         for f in fields(self):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..report.data.order_statistics import expected_max
 from .cluster import Cluster
@@ -111,12 +112,12 @@ def step_time(c: Cluster, factor: Straggler, *, counts: bool) -> StepTime:
     slowest at every all-reduce. The waits of n layers and micro-batches between two of them have a sum with standard
     deviation sqrt(n) * spread, of which the largest over the groups counts.
     """
-    one, events = work(c), c.micro_batches * c.layers
+    one, summed_at = work(c), _summed_at(c) if counts else []
     per_layer = one.waited / c.layers
-    times = {"step": 0, "micro_batch": c.micro_batches, "layer": events}[c.sync] if counts else 0
+    times = len(summed_at) * (c.layers if c.sync == "layer" else 1)
     # a loss that all-reduces by layer needs f at the start of backward: groups synchronize once per micro-batch
-    meetings = max(1, min(times, c.micro_batches))
-    between = math.sqrt(events * meetings) * factor.spread * expected_max(c.groups)
+    stretches = [end - start for start, end in pairwise([0, *summed_at, c.micro_batches])]
+    between = sum(math.sqrt(n * c.layers) for n in stretches) * factor.spread * expected_max(c.groups)
     small = COUNT_BYTES * c.experts * (1 if c.sync == "layer" else c.layers)
     return StepTime(
         dense=c.micro_batches * one.dense,
@@ -127,6 +128,15 @@ def step_time(c: Cluster, factor: Straggler, *, counts: bool) -> StepTime:
         balance_sums=times * sum_seconds(c, small, c.gpus) + sum_seconds(c, STEP_BYTES * c.experts * c.layers, c.gpus),
         gradients=_gradients(c),
     )
+
+
+def _summed_at(c: Cluster) -> list[int]:
+    """The micro-batches of a step, from 1 on, after whose forward a global loss all-reduces its counts."""
+    if c.sync == "step":
+        return []
+    if c.sync == "doubling":
+        return [1 << power for power in range(c.micro_batches.bit_length())]
+    return list(range(1, c.micro_batches + 1))
 
 
 def _gradients(c: Cluster) -> float:

@@ -29,10 +29,11 @@ class LoadHistory:
     previous_E: Tensor | None = None  # the step before
     ema_E: dict[float, Tensor] = field(default_factory=dict)  # decay -> average of f; its sum is that of the weights
 
-    def propose(
+    def add_micro_step(
         self, current_E: Tensor, local_E: Tensor | None = None, shared_E: Tensor | None = None, *, shares: bool = True
     ) -> None:
-        """A micro-step: ``current_E`` over all ranks where a policy needs that, ``local_E`` of this rank alone.
+        """Adds the counts of one more micro-step: ``current_E`` over all ranks where a policy needs that, ``local_E``
+        of this rank alone.
 
         ``shared_E``: what has come on all ranks, where they were asked at this micro-step for that and not for
         ``current_E``; ``shares``: otherwise, whether ``filled`` may know it (see `shares_at`).

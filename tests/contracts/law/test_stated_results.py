@@ -163,7 +163,7 @@ def test_two_losses_of_one_forward_of_which_one_is_tapped():
 
 
 def test_backward_of_inputs_first_and_weights_later():
-    """Zero-bubble schedules: the meter is not among the inputs, so its counts come from what forward proposed."""
+    """Zero-bubble schedules: the accumulator is not among the inputs, so its counts come from what forward measured."""
     step = make_step(0, 2)
     model, balancer, optimizer = setup(AuxLoss("micro_batch", 0.3), BIAS)
     for micro in step:

@@ -70,25 +70,34 @@ def test_a_step_against_a_loop_over_micro_batches_and_layers():
     assert step_time(C, replace(SLOW, spread=0.0), counts=True).total == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize(("sync", "meetings"), [("step", 1), ("micro_batch", 4)])
-def test_groups_wait_for_the_slowest(sync, meetings):
+SUMMED_AT = {"step": [], "doubling": [1, 2, 4], "micro_batch": [1, 2, 3, 4, 5, 6], "layer": [1, 2, 3, 4, 5, 6]}
+
+
+@pytest.mark.parametrize("sync", SUMMED_AT)
+def test_groups_wait_for_the_slowest(sync):
     """Groups whose layers take normal times, in a loop: between two meetings the largest sum counts."""
-    c = Cluster(gpus=64, ep=8, layers=6, micro_batches=4, sync=sync)
+    c = Cluster(gpus=64, ep=8, layers=6, micro_batches=6, sync=sync)
     rng, per_layer = np.random.default_rng(0), work(c).waited / 6
-    took = []
+    waited = []
     for _ in range(4000):
-        times = rng.normal(1.4, 0.1, size=(c.groups, meetings, 6 * 4 // meetings))
-        took.append(times.sum(-1).max(0).sum() - 1.4 * 24)
-    assert step_time(c, SLOW, counts=True).groups == pytest.approx(per_layer * np.mean(took), rel=0.05)
+        times, total, since = rng.normal(1.4, 0.1, size=(c.groups, 6, 6)), 0.0, 0
+        for end in [*SUMMED_AT[sync], 6]:
+            total += times[:, since:end].sum((1, 2)).max() if end > since else 0.0
+            since = end
+        waited.append(total - 1.4 * 36)
+    assert step_time(c, SLOW, counts=True).groups == pytest.approx(per_layer * np.mean(waited), rel=0.05)
 
 
-def test_sums_of_a_strategy_that_needs_loads():
-    per_step = step_time(C, EVEN, counts=False).balance_sums
-    counted = {sync: step_time(replace(C, sync=sync), EVEN, counts=True).balance_sums
-               for sync in ("step", "micro_batch", "layer")}  # fmt: skip
+@pytest.mark.parametrize(("micro_batches", "doubling"), [(1, 1), (2, 2), (3, 2), (4, 3), (64, 7)])
+def test_sums_of_a_strategy_that_needs_loads(micro_batches, doubling):
+    c = replace(C, micro_batches=micro_batches)
+    per_step = step_time(c, EVEN, counts=False).balance_sums
+    counted = {sync: step_time(replace(c, sync=sync), EVEN, counts=True).balance_sums for sync in SUMMED_AT}
     assert counted["step"] == per_step
-    assert counted["micro_batch"] == pytest.approx(per_step + 2 * sum_seconds(C, 8 * 32 * 3, 32))
-    assert counted["layer"] == pytest.approx(per_step + 6 * sum_seconds(C, 8 * 32, 32))
+    one = sum_seconds(C, 8 * 32 * 3, 32)
+    assert counted["doubling"] == pytest.approx(per_step + doubling * one)
+    assert counted["micro_batch"] == pytest.approx(per_step + micro_batches * one)
+    assert counted["layer"] == pytest.approx(per_step + 3 * micro_batches * sum_seconds(C, 8 * 32, 32))
 
 
 def test_gradients_are_summed_where_copies_are():

@@ -37,7 +37,7 @@ def test_estimators_follow_their_definitions(run, decay):
     for step in run:
         history.counted_E = torch.tensor(added(step), dtype=torch.float64)
         for m, counts in enumerate(step, start=1):
-            history.propose(torch.tensor(counts, dtype=torch.float64))
+            history.add_micro_step(torch.tensor(counts, dtype=torch.float64))
             close(ESTIMATORS["prefix"](history, decay, m), fraction(added(step[:m])))
             close(ESTIMATORS["exact"](history, decay, m), fraction(added(step)))
             if not full:
@@ -65,8 +65,8 @@ def test_estimators_follow_their_definitions(run, decay):
 
 def test_the_prefix_does_not_write_into_what_it_was_given():
     history, first = LoadHistory(), torch.tensor([1.0, 0.0])
-    history.propose(first)
-    history.propose(torch.tensor([5.0, 5.0]))
+    history.add_micro_step(first)
+    history.add_micro_step(torch.tensor([5.0, 5.0]))
     assert first.tolist() == [1, 0]
     assert history.prefix_E is not None
     assert history.prefix_E.tolist() == [6, 5]
@@ -83,9 +83,9 @@ def test_averages_of_several_decays_live_side_by_side():
 
 def test_exact_without_a_counting_pass_works_for_one_micro_batch_and_refuses_two():
     history = LoadHistory()
-    history.propose(torch.tensor([3.0, 1.0]))
+    history.add_micro_step(torch.tensor([3.0, 1.0]))
     close(ESTIMATORS["exact"](history, 0.9, 1), [0.75, 0.25])
-    history.propose(torch.tensor([3.0, 1.0]))
+    history.add_micro_step(torch.tensor([3.0, 1.0]))
     with pytest.raises(StateError, match="counting"):
         ESTIMATORS["exact"](history, 0.9, 2)
 
