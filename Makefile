@@ -15,7 +15,7 @@ TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PIP      = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare test test-all test-oldest invariance mutations faults check house format dist bench \
+.PHONY: help env compare reproduce evidence test test-all test-oldest invariance mutations faults check house format dist bench \
         bench-grid lock clean
 
 help:  ## this list
@@ -28,6 +28,12 @@ env: $(VENV)/.installed  ## make .venv with the exact packages of requirements.l
 
 compare: env  ## train the strategies side by side on the text of this machine, write a report
 	$(BIN)/equipoise compare $(ARGS)
+
+reproduce: env  ## train what is missing of the claims under evidence/ and judge them; ARGS="E01" for some of them
+	$(BIN)/equipoise reproduce $(or $(ARGS),--all)
+
+evidence: env  ## write docs/evidence.md again from the runs on record, in seconds
+	$(BIN)/equipoise reproduce --all --from-records
 
 test: env  ## all tests, the examples in the docstrings among them
 	$(TEST_ENV) $(BIN)/python -m pytest $(XDIST) $(ARGS)

@@ -291,7 +291,8 @@ def where(precision: str, steps: int = 3) -> None:
     for event in events:
         part = part_of(event) or made.get(forward_of(event) or -1) or "rest"
         spent[part][event.name not in PRODUCTS] += event.self_cpu_time_total / steps / 1e3
-    rate = {name: product_rate(getattr(torch, kind)) for name, kind in (("bf16", "bfloat16"), ("fp32", "float32"))}
+    kinds = {"fp32": torch.float32, precision: torch.bfloat16 if precision == "bf16" else torch.float32}
+    rate = {name: product_rate(kind) for name, kind in kinds.items()}  # bf16 only if asked: it takes minutes on AVX2
     print(f"\nWhere a step of ours goes: {precision}, strategy global, one thread; milliseconds")
     print(f"{'':12}{'products':>10}{'the rest':>10}{'all':>8}{'floor':>8}   (of products, at "
           f"{rate[precision] / 1e9:.0f} GFLOP/s)")  # fmt: skip

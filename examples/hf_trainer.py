@@ -70,7 +70,8 @@ def main() -> None:
             dataloader_pin_memory=False,
         )
         balance = BalanceCallback([AuxLoss("global_batch", coef=arguments.coef)], layers=True)
-        trainer = Trainer(build(), settings, train_dataset=Text(1024), callbacks=[balance])  # the second
+        trainer = Trainer(build(), settings, train_dataset=Text(1024))
+        balance.attach(trainer)  # the second
         trainer.remove_callback(PrinterCallback)  # it prints all that is logged, at every step
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "balance/tokens" in entry and "loss" in entry]

@@ -25,7 +25,7 @@ FLOORS = (
     ("balancer",),
     ("adapters",),
     ("lab",),
-    ("inspection",),
+    ("inspection", "evidence"),
     ("cli",),
 )
 WIDTH, ROW, BOX, GAP = 900, 74, 34, 14

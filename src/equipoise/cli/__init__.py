@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from ..errors import EquipoiseError
-from . import compare, export, inspect, plan, report, resume, train
+from . import compare, export, inspect, plan, report, reproduce, resume, train
 
 __all__ = ["COMMANDS", "INTERRUPTED", "build_parser", "main"]
 
@@ -25,6 +25,7 @@ COMMANDS = {
     "report": report,
     "export": export,
     "plan": plan,
+    "reproduce": reproduce,
 }
 INTERRUPTED = 130
 
@@ -106,6 +107,7 @@ EXTRAS = {
     "pyarrow": "lab",
     "rich": "lab",
     "safetensors": "lab",
+    "scipy": "lab",
     "tensorboard": "lab",
     "tokenizers": "lab",
     "zstandard": "lab",

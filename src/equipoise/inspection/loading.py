@@ -144,13 +144,9 @@ def _balancer_of(model: Any, config: Any, state: dict[str, Any]) -> Any:
 
 def held_out(config: Any) -> Any:
     """The packed text of a run."""
-    from ..lab.data.packing import prepare
-    from ..lab.models.pretrained import tokenizer_of
+    from ..lab.models.pretrained import prepare_text
 
-    text = config.data
-    return prepare(text.data, vocab_size=config.model.vocab_size, sequence_length=text.sequence_length,
-                   domains=text.domains or None, max_train_tokens=text.max_train_tokens,
-                   tokenizer=tokenizer_of(config.model))  # fmt: skip
+    return prepare_text(config.model, config.data)
 
 
 def _tokenizer_of_run(folder: Path) -> TokenizerAdapter:

@@ -146,7 +146,7 @@ def test_every_metric_is_that_of_one_process(ranks, case):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(2, 2, compiled="inductor"),
+        pytest.param(Case(2, 2, compiled="inductor"), marks=pytest.mark.full),
         Case(2, 1, 2, "non_reentrant", "inductor", "packed", engine="ddp", loss="declared", policy="document"),
     ],
     ids=str,

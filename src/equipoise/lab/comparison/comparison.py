@@ -11,16 +11,14 @@ Runs of one seed start from the same weights and see the same batches in the sam
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ...errors import ConfigError, DataError, OutputError
 from ...storage.codec import encode
@@ -29,22 +27,15 @@ from ...storage.locks import LOCK_NAME, locked
 from ...storage.run_record import RECORD_NAME, read_run
 from ..config.schema import CompareConfig, RunConfig, from_dict
 from ..config.strategies import NAMES, slug, strategy_of
-from .workers import CONFIG_NAME, Job, Pool, cores
+from .workers import CONFIG_NAME, Job, View, run_jobs, slots
 
-__all__ = ["MANIFEST_NAME", "REPORT_NAME", "Comparison", "View", "find_unfinished", "new_folder",
+__all__ = ["MANIFEST_NAME", "REPORT_NAME", "Comparison", "find_unfinished", "new_folder",
             "open_comparison", "plan", "prepare_all", "read_manifest", "run_all"]  # fmt: skip
 
 MANIFEST_NAME = "comparison.json"
 REPORT_NAME = "report.html"
 SCHEMA = 1
 MAY_DIFFER = ("strategies", "seeds", "strategy", "workers")  # between two commands for one folder
-POLL_SECONDS = 0.5  # between two polls of the workers
-
-
-class View(Protocol):
-    """Displays the jobs; updated after each poll with those whose status changed."""
-
-    def update(self, changed: list[Job]) -> None: ...
 
 
 @dataclass
@@ -183,21 +174,11 @@ def open_comparison(folder: Path, config: CompareConfig, *, overwrite: bool = Fa
 
 def prepare_all(comparison: Comparison, progress: Callable[[str, float], None]) -> None:
     """Prepares what all runs share: checks every strategy, and puts packed text and tokenizer into the cache."""
-    from ..data.packing import prepare
-    from ..models.pretrained import tokenizer_of
+    from ..models.pretrained import prepare_text
 
     for job in comparison.jobs:
         strategy_of(job.config).check(job.config)
-    model, data = comparison.config.model, comparison.config.data
-    prepare(
-        data.data,
-        vocab_size=model.vocab_size,
-        sequence_length=data.sequence_length,
-        domains=data.domains or None,
-        max_train_tokens=data.max_train_tokens,
-        tokenizer=tokenizer_of(model),
-        progress=progress,
-    )
+    prepare_text(comparison.config.model, comparison.config.data, progress)
 
 
 def run_all(comparison: Comparison, view: View) -> None:
@@ -205,21 +186,10 @@ def run_all(comparison: Comparison, view: View) -> None:
 
     Raises OutputError when another process works in this folder, KeyboardInterrupt after everything has been saved.
     """
-    pool = Pool(comparison.jobs, _slots(comparison.config))
     with locked(comparison.folder):
         comparison.save()
-        try:
-            while any(job.status in ("waiting", "running") for job in comparison.jobs):
-                changed = pool.poll()
-                if changed:
-                    comparison.save()
-                view.update(changed)
-                time.sleep(POLL_SECONDS)
-        except BaseException:
-            pool.stop()
-            with contextlib.suppress(OutputError):  # the disk is full: the runs matter more than the manifest
-                comparison.save()
-            raise
+        threads, workers = comparison.config.train.threads, comparison.config.workers
+        run_jobs(comparison.jobs, slots(threads, workers), view, lambda _: comparison.save())
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -274,16 +244,6 @@ def _flat(data: dict[str, Any], table: str = "") -> dict[str, Any]:
     for key, value in data.items():
         flat |= _flat(value, f"{table}{key}.") if isinstance(value, dict) else {table + key: value}
     return flat
-
-
-def _slots(config: CompareConfig) -> list[set[int]]:
-    """Core sets for the workers: ``train.threads`` cores each, all cores unless ``workers`` is fewer."""
-    free, threads = cores(), config.train.threads
-    most = max(len(free) // threads, 1)
-    count = config.workers or most
-    if count > most:  # more workers than cores: nothing to pin
-        return [set() for _ in range(count)]
-    return [set(free[i * threads : (i + 1) * threads]) for i in range(count)]
 
 
 def _finished(job: Job) -> bool:

@@ -12,21 +12,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from ...errors import OutputError
 from ...storage.run_record import RECORD_NAME
 from ..config.schema import RunConfig, to_toml
 from .record_tail import RecordTail
 
-__all__ = ["CONFIG_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "cores", "orphaned"]
+__all__ = ["CONFIG_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "View", "cores", "orphaned", "run_jobs", "slots"]
 
 CONFIG_NAME = "run.toml"
 LOG_NAME = "worker.log"
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # a worker is a run of its own, also under torchrun
 PARENT = "EQUIPOISE_PARENT"  # the process id that a worker belongs to
 SAVING_SECONDS = 120.0  # that a stopped worker has to write its checkpoint
+POLL_SECONDS = 0.5  # between two polls of the workers
 
 
 @dataclass
@@ -147,6 +150,45 @@ class Pool:
         else:
             job.status, job.error = "failed", last_words(job.folder / LOG_NAME, code)
         return True
+
+
+class View(Protocol):
+    """Displays the jobs; updated after each poll with those whose status changed."""
+
+    def update(self, changed: list[Job]) -> None: ...
+
+
+def run_jobs(jobs: list[Job], slots: list[set[int]], view: View, saved: Callable[[list[Job]], None]) -> None:
+    """Trains what is not finished. A failed run does not stop the others; Ctrl-C stops all of them, saved.
+
+    Args:
+        saved: called with the jobs whose status changed, after each poll in which some did, and when all are stopped.
+
+    Raises KeyboardInterrupt after everything has been saved.
+    """
+    pool = Pool(jobs, slots)
+    try:
+        while any(job.status in ("waiting", "running") for job in jobs):
+            if changed := pool.poll():
+                saved(changed)
+            view.update(changed)
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        stopped = pool.running
+        pool.stop()
+        with contextlib.suppress(OutputError):  # the disk is full: the runs matter more than what is written about them
+            saved(stopped)
+        raise
+
+
+def slots(threads: int, workers: int = 0) -> list[set[int]]:
+    """Core sets for the workers: ``threads`` cores each, all cores unless ``workers`` is fewer."""
+    free = cores()
+    most = max(len(free) // threads, 1)
+    count = workers or most
+    if count > most:  # more workers than cores: nothing to pin
+        return [set() for _ in range(count)]
+    return [set(free[i * threads : (i + 1) * threads]) for i in range(count)]
 
 
 def cores() -> list[int]:

@@ -73,6 +73,8 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
+    init_std: float = 0.02  # of the weights; lab-notes/2026-11-22-defaults.md has what larger ones do
+    zero_attention: bool = False  # attention adds nothing at first: routers begin with what tells tokens apart
     checkpointing: str = "none"  # recompute layers in backward: none, reentrant, non_reentrant
     folder: str | None = None  # a Hugging Face model to continue from; it sets all above but checkpointing
     through: str = "auto"  # compute it as transformers does, or as the lab's own model where that is the same (auto)

@@ -81,7 +81,7 @@ def embedded_corpus(domains: Sequence[str] | None = None, *, progress: Progress 
     ``domains`` selects some of them (None: all that hold at least 2 MB here; the others are named in a warning).
     A file goes as a whole to training or to the held-out part, by a hash of its name. The result is cached, and is the
     same for the same installed versions and any hash seed. Raises DataError for an unknown domain, for one that
-    this installation cannot fill, and when fewer than two remain.
+    this installation cannot fill, and when fewer than two remain of all; one alone has to be named.
     """
     wanted = check_domains(domains, DOMAINS)
     path = (cache or cache_folder()) / "corpus" / f"{embedded_fingerprint(wanted)}.json.gz"
@@ -108,7 +108,9 @@ def embedded_fingerprint(domains: Sequence[str] | None = None) -> str:
 
 
 def check_domains(domains: Sequence[str] | None, known: Iterable[str]) -> list[str]:
-    """The selected domains, or all known ones. Raises DataError for an unknown or repeated name, or fewer than two."""
+    """The selected domains, or all known ones. Raises DataError for an unknown or repeated name, and for one
+    domain alone that was not named: a control with nothing to specialize in has to be meant.
+    """
     known = list(known)
     if domains is None:
         chosen = known
@@ -122,9 +124,10 @@ def check_domains(domains: Sequence[str] | None, known: Iterable[str]) -> list[s
             raise DataError(expected=error.expected, got=error.got, do=error.do)
         if chosen.count(name) > 1:
             raise DataError(expected="every domain once", got=f"{name!r} {chosen.count(name)} times", do="name it once")
-    if len(chosen) < 2:
+    if len(chosen) < (2 if domains is None else 1):
         raise DataError(expected="at least two domains of text", got=f"{len(chosen)}: {', '.join(chosen) or 'none'}",
-                        do="add text of another kind: without it there is nothing to specialize in")  # fmt: skip
+                        do="add text of another kind: without it there is nothing to specialize in. As a control, one "
+                           "domain can be named: --domains NAME")  # fmt: skip
     return chosen
 
 
@@ -202,7 +205,7 @@ def _build(names: list[str], *, required: bool, progress: Progress | None) -> Co
             raise DataError(expected=f"enough text for the domain {name!r} in this installation", got=found,
                             do=f"leave it out, or install what it is cut from: {DOMAINS[name].about}")  # fmt: skip
         warnings.warn(f"this installation holds too little text for a domain, it is left out: {found}", stacklevel=3)
-    if len(train) < 2:
+    if len(train) < 2 and not required:
         raise DataError(expected="at least two domains of text in this installation", got=f"{len(train)}: {[*train]}",
                         do="pass your own text with --data")  # fmt: skip
     return Corpus.build("embedded", list(train), train, heldout)

@@ -58,7 +58,7 @@ def load_corpus(path: str | Path, domains: Sequence[str] | None = None, *, max_b
     """
     path = Path(path)
     if domains is not None:
-        domains = check_domains(domains, domains)  # a list of at least two, each once; whether they exist comes later
+        domains = check_domains(domains, domains)  # a list, each once; whether they exist comes later
     parts = find_parts(path)
     collected = _Collector(domains, max_bytes)
     sizes = [part.path.stat().st_size for part in parts]

@@ -27,17 +27,17 @@ from ...external.discovery import find_external_routers
 from ...external.observe import capture, observed
 from ...external.router import ExternalRouter
 from ...storage.balancer_file import FILE
-from ..config.schema import CompareConfig, ModelConfig, RunConfig
+from ..config.schema import CompareConfig, DataConfig, ModelConfig, RunConfig
 from ..config.strategies import strategy_of
-from ..data.tokenizer import GivenTokenizer, given_tokenizer
+from ..data.packing import PackedData, Progress, prepare
+from ..data.tokenizer import given_tokenizer
 from .hf_files import read_settings, read_weights
 from .hf_weights import from_hugging_face, join_experts, model_config
 from .protocol import TrainableLM
 from .quantised import dequantised, how_quantised, unreadable
 from .transformer import LanguageModel
 
-__all__ = ["Pretrained", "adopt", "build", "fingerprint", "load_network", "quiet_transformers",
-           "tokenizer_of"]  # fmt: skip
+__all__ = ["Pretrained", "adopt", "build", "fingerprint", "load_network", "prepare_text", "quiet_transformers"]
 
 OWN = ("folder", "through", "family", "checkpointing")  # settings that are the user's, not the folder's
 SAMPLE = 1 << 20  # bytes at each end of a weight file that enter its fingerprint
@@ -169,9 +169,17 @@ def build(config: RunConfig, *, compute_dtype: torch.dtype = torch.float32) -> T
     return own
 
 
-def tokenizer_of(model: ModelConfig) -> GivenTokenizer | None:
-    """The tokenizer that a run's text is cut with, where the model brings one."""
-    return None if model.folder is None else given_tokenizer(model.folder)
+def prepare_text(model: ModelConfig, data: DataConfig, progress: Progress | None = None) -> PackedData:
+    """The packed text of a run, cut with the tokenizer that its model brings, if it does; see `prepare`."""
+    return prepare(
+        data.data,
+        vocab_size=model.vocab_size,
+        sequence_length=data.sequence_length,
+        domains=data.domains or None,
+        max_train_tokens=data.max_train_tokens,
+        tokenizer=None if model.folder is None else given_tokenizer(model.folder),
+        progress=progress,
+    )
 
 
 def fingerprint(model: ModelConfig) -> str:

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LanguageModel"]
 
-INIT_STD = 0.02  # the usual one; lab-notes/2026-11-22-defaults.md has what 0.04, 0.06 and 0.088 do
-
 
 class LanguageModel(TrainableLM):
     """Logits or loss of token sequences; the routers are `model.layers.*.mlp.gate`.
@@ -67,8 +65,9 @@ class LanguageModel(TrainableLM):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Draws all weights again: N(0, 0.02), what writes to the residual stream / sqrt(2 L) (GPT-2), norms 1."""
-        into_residual = INIT_STD / math.sqrt(2 * self.config.layers)
+        """Draws all weights again: N(0, init_std), what writes to the residual stream / sqrt(2 L) (GPT-2), norms 1."""
+        usual = self.config.init_std
+        into_residual = usual / math.sqrt(2 * self.config.layers)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
@@ -76,8 +75,10 @@ class LanguageModel(TrainableLM):
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest[:7], "big"))
             last = name.removesuffix(".weight").rpartition(".")[2]
-            std = into_residual if last in ("o_proj", "down_proj") else INIT_STD
+            std = into_residual if last in ("o_proj", "down_proj") else usual
             parameter.normal_(0.0, std, generator=generator)
+            if last == "o_proj" and self.config.zero_attention:
+                parameter.zero_()
 
     def hidden(
         self, tokens_BS: Tensor, *, token_mask_BS: Tensor | None = None, document_ids_BS: Tensor | None = None

@@ -35,8 +35,8 @@ from ...storage.files import atomic_write
 from ...storage.run_record import RECORD_NAME, End, Fidelity, Header, Load, Record, RecordWriter, Step, read_run
 from ..config.schema import RunConfig, TrainConfig, from_dict
 from ..config.strategies import strategy_of
-from ..data.packing import BatchSampler, prepare
-from ..models.pretrained import build, fingerprint, tokenizer_of
+from ..data.packing import BatchSampler
+from ..models.pretrained import build, fingerprint, prepare_text
 from ..models.protocol import active_parameters
 from .distributed import RankContext, ShardedModel, join
 from .evaluation import evaluate
@@ -126,15 +126,12 @@ class _Run:
 
     def __init__(self, config: RunConfig, folder: Path, context: RankContext) -> None:
         self.config, self.folder, self.context = config, folder, context
-        train, text, self.strategy = config.train, config.data, strategy_of(config)
-        self.data = context.local_main_first(lambda: prepare(
-            text.data, vocab_size=config.model.vocab_size, sequence_length=text.sequence_length,
-            domains=text.domains or None, max_train_tokens=text.max_train_tokens,
-            tokenizer=tokenizer_of(config.model)))  # fmt: skip
+        train, self.strategy = config.train, strategy_of(config)
+        self.data = context.local_main_first(lambda: prepare_text(config.model, config.data))
         context.check_same("the same text on every machine", self.data.corpus_sha256)
         self.batches = BatchSampler(
             self.data, seed=train.seed, sequences_per_micro_batch=train.sequences_per_micro_batch,
-            micro_batches=train.micro_batches, mix=text.mix)  # fmt: skip
+            micro_batches=train.micro_batches, mix=config.data.mix)  # fmt: skip
         torch.manual_seed(train.seed)
         self.fingerprint = fingerprint(config.model)
         self.model = build(config, compute_dtype=DTYPES[train.precision])

@@ -251,10 +251,11 @@ def test_a_domain_that_cannot_be_filled_is_left_out_aloud(monkeypatch, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:this installation")
-def test_one_domain_is_no_corpus(monkeypatch, tmp_path):
+def test_one_domain_has_to_be_named(monkeypatch, tmp_path):
     _installation(monkeypatch, prose=3_000_000, poems=900_000)
     with pytest.raises(DataError, match="at least two domains"):
         embedded_corpus(cache=tmp_path)
+    assert embedded_corpus(["prose"], cache=tmp_path).domains == ["prose"]
 
 
 def test_a_package_that_is_not_installed_gives_no_files(monkeypatch):
@@ -267,7 +268,6 @@ def test_a_package_that_is_not_installed_gives_no_files(monkeypatch):
     ("domains", "said"),
     [
         (["tables", "bytcode"], "did you mean 'bytecode'"),
-        (["tables"], "at least two domains"),
         ([], "at least two domains"),
         (["tables", "tables"], "every domain once"),
         ("tables", "a list of domains"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from equipoise.errors import ConfigError, DataError
 from equipoise.lab.config.schema import CompareConfig, DataConfig, ModelConfig, RunConfig
 from equipoise.lab.config.strategies import strategy_of
 from equipoise.lab.data.packing import prepare
-from equipoise.lab.data.tokenizer import load_tokenizer
+from equipoise.lab.data.tokenizer import given_tokenizer, load_tokenizer
 from equipoise.lab.models.hf_export import export_run
-from equipoise.lab.models.pretrained import adopt, build, tokenizer_of
+from equipoise.lab.models.pretrained import adopt, build, prepare_text
 from equipoise.lab.training.evaluation import evaluate
 from equipoise.lab.training.trainer import train
 from equipoise.storage.balancer_file import FILE, write_state
@@ -39,7 +40,7 @@ def folders(tmp_path_factory, corpus_file):
 
 
 def heldout(run: RunConfig):
-    return prepare(run.data.data, sequence_length=32, tokenizer=tokenizer_of(run.model))
+    return prepare_text(run.model, replace(run.data, sequence_length=32))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -234,7 +235,7 @@ def test_a_vocabulary_above_16_bits(folders, corpus_file, tmp_path):
     made["added_tokens"].append({**made["added_tokens"][0], "id": 70_000, "content": "<end>"})
     (folder / "tokenizer.json").write_text(json.dumps(made))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
-    given = tokenizer_of(ModelConfig(folder=str(folder)))
+    given = given_tokenizer(str(folder))
     assert given.end >= 65_536
     data = prepare(corpus_file, sequence_length=32, tokenizer=given)
     assert data.train["code"].dtype == "uint32"

@@ -1,0 +1,162 @@
+"""A claim as its TOML file says it: where it is from, what is compared with what, and what would refute it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError, unknown_name
+from ..lab.config.loading import from_dict, load_toml, merge
+from ..lab.config.schema import RunConfig
+from ..lab.config.strategies import strategy_of
+from .run_summary import MEASURES
+
+__all__ = ["BASE_NAME", "Claim", "Contrast", "read_claim", "read_claims"]
+
+BASE_NAME = "base.toml"  # the instrument: settings that all claims of a folder start from
+CRITERIA = ("lower", "higher", "equal", "any")
+FAMILIES = ("primary", "secondary", "control")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """``treated`` minus ``baseline`` in one cell of a claim, paired by seed.
+
+    Args:
+        cell: where in the plane, in words; contrasts of one cell stand together.
+        treated, baseline: strategies, as ``equipoise compare --strategies`` takes them.
+        measure: what is compared, one of ``MEASURES``.
+        criterion: what confirms: "lower", "higher", or "equal" within ``margin``; "any" is shown and not judged.
+        margin: half the width within which two strategies count as equal, in the unit of the measure.
+        margin_of: instead, a share of another contrast's mean difference: {treated, baseline, share}, same cell.
+        settings: of both, over those of the base file, by dotted name.
+        baseline_settings: of the baseline alone, where not the strategy but a setting is compared.
+        seeds: pairs.
+    """
+
+    cell: str
+    treated: str
+    baseline: str
+    measure: str = "loss"
+    criterion: str = "any"
+    margin: float | None = None
+    margin_of: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    baseline_settings: dict[str, Any] = field(default_factory=dict)
+    seeds: int = 8
+
+    def __post_init__(self) -> None:
+        for kind, name, known in (("criterion", self.criterion, CRITERIA), ("measure", self.measure, tuple(MEASURES))):
+            if name not in known:
+                raise unknown_name(kind, name, known)
+        if self.seeds < 1:
+            raise ConfigError(
+                expected="seeds of 1 or more", got=f"{self.seeds}", do="two give an interval, eight a good one"
+            )
+        if (self.criterion == "equal") != (self.margin is not None or bool(self.margin_of)):
+            raise ConfigError(
+                expected='criterion = "equal" with margin or margin_of, and these with no other criterion',
+                got=f"criterion = {self.criterion!r}, margin = {self.margin}, margin_of = {self.margin_of or None}",
+                do="say how far apart two strategies may be and count as equal, e.g. margin = 0.003",
+            )
+        if self.margin_of and set(self.margin_of) != {"treated", "baseline", "share"}:
+            raise ConfigError(
+                expected="margin_of = { treated, baseline, share }",
+                got=", ".join(self.margin_of),
+                do='e.g. margin_of = { treated = "global", baseline = "micro", share = 0.25 }',
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One claim. Its contrasts share runs with each other and with other claims.
+
+    Args:
+        contrast: what is compared, in the file ``[[contrast]]``.
+        name: short, as in ``equipoise reproduce NAME``; the file's name begins with it.
+        title: the claim in one sentence.
+        question: what the runs are to decide.
+        source: where it was published.
+        published: the published numbers.
+        family: "primary" claims share one error rate (Holm); the others are judged each by itself.
+        limits: what so small an experiment cannot say.
+    """
+
+    name: str
+    title: str
+    question: str
+    source: str
+    published: str
+    contrast: tuple[Contrast, ...]
+    family: str = "secondary"
+    limits: str = ""
+    base: dict[str, Any] = field(default_factory=dict)  # from base.toml, set when the file is read
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise unknown_name("family", self.family, FAMILIES)
+        if not self.contrast:
+            raise ConfigError(expected=f"[[contrast]] in claim {self.name}", got="none", do="add what is compared")
+
+    def run(self, contrast: Contrast, side: str, seed: int) -> RunConfig:
+        """The run of one side ("treated" or "baseline") of a contrast. Raises ConfigError for what cannot run."""
+        settings: Mapping[str, Any] = contrast.settings
+        if side == "baseline":
+            settings = {**settings, **contrast.baseline_settings}
+        data = merge(self.base, settings)
+        data = merge(data, {"strategy": getattr(contrast, side), "train.seed": seed})
+        config = from_dict(RunConfig, data)
+        strategy_of(config)
+        return config
+
+    def runs(self) -> list[RunConfig]:
+        """Every run the claim needs, once, seed by seed so that a stopped claim has whole pairs."""
+        found: dict[str, RunConfig] = {}
+        for seed in range(max(contrast.seeds for contrast in self.contrast)):
+            for contrast in self.contrast:
+                if seed < contrast.seeds:
+                    for side in ("baseline", "treated"):
+                        config = self.run(contrast, side, seed)
+                        found.setdefault(repr(config), config)
+        return list(found.values())
+
+
+def read_claim(path: Path) -> Claim:
+    """Raises ConfigError for a file that is no claim, naming the field; DataError where it or its base is missing."""
+    if not path.is_file():
+        raise DataError(expected=f"a claim at {path}", got="no such file", do="equipoise reproduce list shows all")
+    base = path.parent / BASE_NAME
+    if not base.is_file():
+        raise DataError(expected=f"{BASE_NAME} beside {path.name}", got="none", do="put the settings of all runs there")
+    settings = load_toml(base)
+    from_dict(RunConfig, settings)  # says at once what is wrong in it
+    try:
+        claim = from_dict(Claim, {**load_toml(path), "base": settings})
+        claim.runs()
+    except ConfigError as error:
+        raise ConfigError(expected=f"in {path.name}, {error.expected}", got=error.got, do=error.do) from None
+    if not path.name.startswith(claim.name):
+        raise ConfigError(
+            expected=f"a file whose name begins with {claim.name}", got=path.name, do="rename one of them"
+        )
+    return claim
+
+
+def read_claims(folder: Path) -> list[Claim]:
+    """All claims of a folder, by name. Raises what `read_claim` raises, and DataError for a folder without any."""
+    files = sorted(path for path in folder.glob("*.toml") if path.name != BASE_NAME)
+    if not files:
+        raise DataError(expected=f"claims (*.toml) in {folder}", got="none",
+                        do="run this inside a clone of the repository, or name a folder with --evidence")  # fmt: skip
+    claims = [read_claim(path) for path in files]
+    names = [claim.name for claim in claims]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(expected="each claim once", got=f"{', '.join(twice)} in two files", do="rename one")
+    return sorted(claims, key=lambda claim: (FAMILIES.index(claim.family), _number(claim.name), claim.name))
+
+
+def _number(name: str) -> int:
+    digits = "".join(letter for letter in name if letter.isdigit())
+    return int(digits) if digits else 10**6

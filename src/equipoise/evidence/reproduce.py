@@ -1,0 +1,76 @@
+"""Trains the runs of claims that are not on record, and writes each down the moment it has ended."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..errors import DataError
+from ..lab.comparison.workers import Job, View, run_jobs, slots
+from ..lab.config.schema import RunConfig
+from ..lab.config.strategies import slug, strategy_of
+from ..lab.models.pretrained import prepare_text
+from ..storage.locks import locked
+from ..storage.run_record import read_run
+from .claim import Claim
+from .run_summary import read_summaries, run_key, summarize_run, write_summaries
+
+__all__ = ["RECORDS", "jobs_for", "missing_runs", "train_runs"]
+
+RECORDS = "records"  # beside the claims
+
+
+def missing_runs(claims: Sequence[Claim], records: Path, progress: Callable[[str, float], None]) -> list[RunConfig]:
+    """The runs of these claims that are not on record for the text of this machine, each once, seed by seed.
+
+    Prepares the text: only then it is known which text that is. Raises ConfigError for a strategy that its router
+    refuses.
+    """
+    known = {(run.key, run.seed, run.corpus) for run in (read_summaries(records) if records.is_dir() else [])}
+    corpora: dict[str, str] = {}
+    found: dict[tuple[str, int], RunConfig] = {}
+    wanted = [config for claim in claims for config in claim.runs()]
+    for config in sorted(wanted, key=lambda config: config.train.seed):
+        text = repr((config.data, config.model.vocab_size, config.model.folder))
+        if text not in corpora:
+            strategy_of(config).check(config)
+            corpora[text] = prepare_text(config.model, config.data, progress).corpus_sha256[:12]
+        at = run_key(config), config.train.seed
+        if (*at, corpora[text]) not in known:
+            found.setdefault(at, config)
+    return list(found.values())
+
+
+def jobs_for(missing: Sequence[RunConfig], folder: Path) -> list[Job]:
+    """A job for each run, in a folder of its own."""
+    names = [f"{slug(config.strategy)}-{run_key(config)}-seed{config.train.seed}" for config in missing]
+    return [Job(name, folder / name, config) for name, config in zip(names, missing, strict=True)]
+
+
+def train_runs(jobs: list[Job], records: Path, folder: Path, view: View, *, workers: int = 0) -> None:
+    """Trains runs in worker processes.
+
+    A run that ended is one line in ``records``, and its folder under ``folder`` is removed; a stopped one goes on
+    from there with the next call. Raises OutputError when another process works in ``folder``, KeyboardInterrupt after
+    everything has been saved.
+    """
+
+    def keep(changed: list[Job]) -> None:
+        for job in changed:
+            if job.status in ("finished", "failed"):
+                _keep(job, records)
+
+    with locked(folder):
+        run_jobs(jobs, slots(max(job.config.train.threads for job in jobs), workers), view, keep)
+
+
+def _keep(job: Job, records: Path) -> None:
+    try:
+        summary = summarize_run(read_run(job.folder), job.config)
+    except DataError as error:  # it did not train: the job failed and its folder stays, for a look
+        job.status, job.error = "failed", job.error or str(error)
+        return
+    write_summaries(records, [summary])
+    job.status = "finished"  # a run that diverged is a result
+    shutil.rmtree(job.folder, ignore_errors=True)

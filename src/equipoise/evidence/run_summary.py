@@ -1,0 +1,173 @@
+"""One finished run in one line: which run it is, and every number that a claim may ask for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..errors import DataError
+from ..lab.config.schema import RunConfig
+from ..lab.training.numerics import NUMERICS
+from ..report.data.run_view import flatten, mean, view_run
+from ..storage.codec import FieldError, Rules, decode, encode, without_nan
+from ..storage.files import write_whole
+from ..storage.run_record import Run
+
+__all__ = ["MEASURES", "RunSummary", "read_summaries", "run_key", "summarize_run", "write_summaries"]
+
+# Of a run's configuration, what does not change its numbers, and the seed, which tells runs of one key apart.
+APART = {"train.seed", "train.eval_every", "train.checkpoint_every", "train.load_every", "train.log",
+         "train.tensorboard"}  # fmt: skip
+TRAIL = 20  # steps between two stored points of a training curve
+RULES = Rules(null_is_nan=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """Numbers at the end of a run, of held-out text unless said otherwise; MaxVio and information are layer means."""
+
+    key: str  # see `run_key`; with the seed and the text it says which run this is
+    seed: int
+    corpus: str  # first 12 digits of the text's SHA-256
+    strategy: str
+    status: str  # finished, diverged
+    loss: dict[str, float]  # domain -> nats per token
+    maxvio: dict[str, float]  # global, micro_batch, sequence
+    information: float  # nats between expert and domain
+    information_shuffled: float  # the same for shuffled labels: its floor
+    topk_score: float  # mean sum of the K gate probabilities
+    dead_experts: int  # over all layers
+    training: dict[str, float]  # the balancer's metrics, mean over the last quarter of the steps
+    trail: list[list[float]]  # [step, training loss, MaxVio of the step], every TRAIL steps
+    evaluations: list[list[float]]  # [step, held-out loss]
+    estimators: dict[str, list[float]] = field(default_factory=dict)  # name -> gradient's relative error and cosine
+    tokens: int = 0
+    seconds: float = math.nan
+    torch: str = ""
+
+    @property
+    def mean_loss(self) -> float:
+        return mean(self.loss.values()) if self.status == "finished" else math.nan
+
+
+# What a contrast can ask for: name -> (unit, how it is read).
+MEASURES: dict[str, tuple[str, Callable[[RunSummary], float]]] = {
+    "loss": ("nats per token", lambda run: run.mean_loss),
+    "maxvio": ("held-out text", lambda run: run.maxvio["global"]),
+    "maxvio_micro_batch": ("held-out micro-batches", lambda run: run.maxvio["micro_batch"]),
+    "maxvio_sequence": ("held-out sequences", lambda run: run.maxvio["sequence"]),
+    "train_maxvio": ("training steps, last quarter", lambda run: run.training.get("maxvio_global", math.nan)),
+    "train_maxvio_micro_batch": (
+        "training micro-batches, last quarter", lambda run: run.training.get("maxvio_micro_batch", math.nan)
+    ),
+    "information": ("nats between expert and domain", lambda run: run.information),
+    "topk_score": ("sum of the K gate probabilities", lambda run: run.topk_score),
+}  # fmt: skip
+
+
+def run_key(config: RunConfig) -> str:
+    """Ten digits for everything that decides a run's numbers but its seed and its text.
+
+    Two configurations with one key train the same model from the same weights, whatever they log or when they save.
+    """
+    flat = {name: value for name, value in flatten(encode(config)).items() if name not in APART}
+    flat["data.data"] = flat["data.data"] is not None  # not where it lies: its digest is in the run
+    text = json.dumps({"numerics": NUMERICS, **flat}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def summarize_run(run: Run, config: RunConfig) -> RunSummary:
+    """Raises DataError for a run that has not ended, or ended without an evaluation."""
+    view = view_run(run, None)
+    last = view.evaluation
+    if run.end is None or run.status not in ("finished", "failed") or (last is None and run.status == "finished"):
+        raise DataError(expected=f"a run that ended, in {run.path}", got=run.status, do="let it finish first")
+    if run.status == "failed" and not _diverged(run):
+        raise DataError(expected=f"a run that trained, in {run.path}", got=run.end.message,
+                        do="see its worker.log; a failure that is no divergence is not a result")  # fmt: skip
+    whole = run.status == "finished" and last is not None
+    layers = {name: mean(getattr(last, f"maxvio_{name}")) if whole else math.nan
+              for name in ("global", "micro_batch", "sequence")}  # fmt: skip
+    names = {name for step in view.window for name in step.balance if "/layer_" not in name}
+    return RunSummary(
+        key=run_key(config),
+        seed=config.train.seed,
+        corpus=run.header.corpus_sha256[:12],
+        strategy=config.strategy,
+        status="finished" if whole else "diverged",
+        loss=_rounded(last.loss) if whole else {},
+        maxvio=_rounded(layers),
+        information=_round(mean(last.mutual_information)) if whole else math.nan,
+        information_shuffled=_round(mean(last.mutual_information_shuffled)) if whole else math.nan,
+        topk_score=_round(mean(score for layer in last.topk_score for score in layer)) if whole else math.nan,
+        dead_experts=sum(last.dead_experts) if whole else 0,
+        training=_rounded({name.removeprefix("balance/"): view.trained(name) for name in sorted(names)}),
+        trail=[[float(one.step), _round(one.loss), _round(one.balance.get("balance/maxvio_global", math.nan))]
+               for one in view.steps if one.step % TRAIL == 0],
+        evaluations=[[float(one.step), _round(one.mean_loss)] for one in view.evaluations],
+        estimators=_estimators(run),
+        tokens=run.end.tokens,
+        seconds=round(run.end.seconds, 1),
+        torch=run.header.versions.get("torch", ""),
+    )  # fmt: skip
+
+
+def read_summaries(folder: Path) -> list[RunSummary]:
+    """All runs on record. Raises DataError for a line that is none, with its place."""
+    found = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                found.append(decode(RunSummary, json.loads(line), RULES))
+            except (ValueError, TypeError, FieldError) as error:
+                raise DataError(
+                    expected=f"a run in line {number} of {path}",
+                    got=str(error)[:120],
+                    do="remove the line; `equipoise reproduce` trains that run again",
+                ) from None
+    return found
+
+
+def write_summaries(folder: Path, runs: Iterable[RunSummary]) -> None:
+    """A file for each strategy and configuration, a line for each seed; what is there already stays."""
+    files: dict[Path, dict[tuple[str, int, str], RunSummary]] = {}
+    for run in [*(read_summaries(folder) if folder.is_dir() else []), *runs]:
+        path = folder / f"{_plain(run.strategy)}-{run.key}.jsonl"
+        files.setdefault(path, {})[run.corpus, run.seed, run.key] = run
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, known in files.items():
+        lines = [json.dumps(without_nan(asdict(known[at])), allow_nan=False) for at in sorted(known)]
+        text = ("\n".join(lines) + "\n").encode()
+        if not path.exists() or path.read_bytes() != text:
+            write_whole(path, text)
+
+
+def _diverged(run: Run) -> bool:
+    """Whether training stopped because the loss or a gradient was no number: that is a result, an error is not."""
+    return run.end is not None and "a finite loss and gradient" in run.end.message
+
+
+def _estimators(run: Run) -> dict[str, list[float]]:
+    names = sorted({name for one in run.fidelities for name in one.relative_error})
+    return {
+        name: [_round(mean(one.relative_error.get(name, math.nan) for one in run.fidelities)),
+               _round(mean(one.cosine.get(name, math.nan) for one in run.fidelities))]
+        for name in names
+    }  # fmt: skip
+
+
+def _round(value: float) -> float:
+    """Six significant digits: far below any difference between seeds, and a third of the bytes."""
+    return float(f"{value:.6g}")
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: _round(value) for name, value in values.items()}
+
+
+def _plain(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "+-." else "_" for letter in name)

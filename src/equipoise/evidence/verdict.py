@@ -1,0 +1,171 @@
+"""What the runs say of a claim: paired differences, their intervals and tests, and one word.
+
+A contrast is judged at the 5 % level. For "lower" and "higher" that is a paired two-sided t-test and the side its mean
+is on; for "equal" two one-sided tests (TOST) against the margin. Among the judged contrasts of the primary claims the
+p-values are Holm's. A contrast that is neither confirmed nor refuted is undecided, whatever its mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, variance
+
+from scipy import stats
+
+from ..report.data.statistics import Difference, paired_difference
+from .claim import Claim, Contrast
+from .run_summary import MEASURES, RunSummary, run_key
+
+__all__ = ["LEVEL", "ClaimVerdict", "Judged", "holm", "judge_all"]
+
+LEVEL = 0.05
+CONFIRMED, REFUTED, UNDECIDED, SHOWN, MISSING = "confirmed", "refuted", "undecided", "", "not run"
+
+Summaries = Mapping[tuple[str, int], Mapping[str, RunSummary]]  # key and seed -> text -> run
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One contrast: the means of both sides, the difference, its p-value and the word."""
+
+    contrast: Contrast
+    treated: float  # mean over the seeds that both sides have
+    baseline: float
+    difference: Difference | None
+    diverged: int  # runs of either side whose loss became NaN; they are in no mean
+    margin: float | None
+    p: float  # of the test; Holm's in the primary family; NaN where there is none
+    verdict: str
+
+
+@dataclass(frozen=True)
+class ClaimVerdict:
+    """A claim with its contrasts: refuted if one is, else undecided if one is, else confirmed."""
+
+    claim: Claim
+    judged: list[Judged]
+    seconds: float  # of all its runs, on one core
+
+    @property
+    def verdict(self) -> str:
+        words = {one.verdict for one in self.judged if one.contrast.criterion != "any"}
+        for word in (MISSING, REFUTED, UNDECIDED, CONFIRMED):
+            if word in words:
+                return word
+        return SHOWN
+
+
+def judge_all(claims: Sequence[Claim], runs: Iterable[RunSummary]) -> list[ClaimVerdict]:
+    """All claims, the primary ones with one error rate among them.
+
+    The text of an installation differs between machines: a pair is of one text, and a contrast of the text that has the
+    most pairs.
+    """
+    known: dict[tuple[str, int], dict[str, RunSummary]] = {}
+    for run in runs:
+        known.setdefault((run.key, run.seed), {})[run.corpus] = run
+    found = [_judge_claim(claim, known) for claim in claims]
+    tested = [
+        (at, place)
+        for at, one in enumerate(found)
+        for place, judged in enumerate(one.judged)
+        if one.claim.family == "primary" and math.isfinite(judged.p)
+    ]
+    adjusted = holm([found[at].judged[place].p for at, place in tested])
+    for (at, place), p in zip(tested, adjusted, strict=True):
+        old = found[at].judged[place]
+        word = _word(old.contrast, old.difference, old.margin, p)
+        found[at].judged[place] = replace(old, p=p, verdict=word)
+    return found
+
+
+def _judge_claim(claim: Claim, runs: Summaries) -> ClaimVerdict:
+    used = {(run_key(config), config.train.seed) for config in claim.runs()}
+    seconds = math.fsum(run.seconds for at in sorted(used) for run in runs.get(at, {}).values())
+    return ClaimVerdict(claim, [_judge(claim, contrast, runs) for contrast in claim.contrast], seconds)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down p-values: rejecting those at or below a level keeps the chance of any false one at it.
+
+    >>> [round(one, 3) for one in holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p)), key=p.__getitem__)
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, at in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[at]))
+        adjusted[at] = largest
+    return adjusted
+
+
+def _judge(claim: Claim, contrast: Contrast, runs: Summaries) -> Judged:
+    difference, treated, baseline, diverged = _paired(claim, contrast, runs)
+    margin = contrast.margin
+    if contrast.margin_of:
+        gap = replace(contrast, treated=contrast.margin_of["treated"], baseline=contrast.margin_of["baseline"],
+                      criterion="any", margin_of={}, baseline_settings={})  # fmt: skip
+        known = _paired(claim, gap, runs)[0]
+        margin = None if known is None else abs(known.mean) * contrast.margin_of["share"]
+    p = _p(contrast, difference, margin)
+    return Judged(contrast, treated, baseline, difference, diverged, margin, p, _word(contrast, difference, margin, p))
+
+
+def _paired(claim: Claim, contrast: Contrast, runs: Summaries) -> tuple[Difference | None, float, float, int]:
+    """(treated - baseline, mean of the treated, mean of the baseline, diverged runs) over the seeds that both have."""
+    read = MEASURES[contrast.measure][1]
+    sides = {
+        side: [runs.get((run_key(claim.run(contrast, side, seed)), seed), {}) for seed in range(contrast.seeds)]
+        for side in ("treated", "baseline")
+    }
+    both = [one.keys() & other.keys() for one, other in zip(sides["treated"], sides["baseline"], strict=True)]
+    counted = Counter(text for texts in both for text in texts)
+    text = max(sorted(counted), key=counted.__getitem__, default="")
+    found = {
+        side: {seed: one[text] for seed, one in enumerate(of_seeds) if text in one} for side, of_seeds in sides.items()
+    }
+    values = {side: {seed: read(run) for seed, run in of_side.items()} for side, of_side in found.items()}
+    diverged = sum(run.status == "diverged" for of_side in found.values() for run in of_side.values())
+    difference = paired_difference(values["treated"], values["baseline"])
+    seeds = difference.by_seed if difference else {}
+    treated, baseline = (
+        fmean(values[side][seed] for seed in seeds) if seeds else math.nan for side in ("treated", "baseline")
+    )
+    return difference, treated, baseline, diverged
+
+
+def _p(contrast: Contrast, difference: Difference | None, margin: float | None) -> float:
+    """Of the contrast's test; NaN where it has none, or fewer than two pairs."""
+    if contrast.criterion == "any" or difference is None or difference.n < 2:
+        return math.nan
+    values = list(difference.by_seed.values())
+    if max(values) == min(values):  # no spread: the same number each time
+        equal = margin is not None and abs(values[0]) < margin
+        return float(not (equal if contrast.criterion == "equal" else values[0] != 0))
+    errors, degrees = math.sqrt(variance(values) / len(values)), len(values) - 1
+    if contrast.criterion != "equal":
+        return 2 * float(stats.t.sf(abs(difference.mean) / errors, degrees))
+    if margin is None:
+        return math.nan
+    return float(stats.t.sf((margin - abs(difference.mean)) / errors, degrees))  # the worse of the two one-sided tests
+
+
+def _word(contrast: Contrast, difference: Difference | None, margin: float | None, p: float) -> str:
+    if difference is None:
+        return MISSING
+    if contrast.criterion == "any":
+        return SHOWN
+    if not math.isfinite(p):
+        return UNDECIDED
+    if contrast.criterion == "equal":
+        assert margin is not None
+        outside = difference.low is not None and difference.high is not None and (
+            difference.low > margin or difference.high < -margin
+        )  # fmt: skip
+        return CONFIRMED if p <= LEVEL else REFUTED if outside else UNDECIDED
+    if p > LEVEL:
+        return UNDECIDED
+    return CONFIRMED if (difference.mean < 0) == (contrast.criterion == "lower") else REFUTED

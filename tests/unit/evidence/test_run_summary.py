@@ -1,0 +1,64 @@
+"""Which run is which, and that a record on disk gives back what was written."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from equipoise.errors import DataError
+from equipoise.evidence import run_summary
+from equipoise.evidence.run_summary import MEASURES, read_summaries, run_key, write_summaries
+from equipoise.lab.config.schema import RunConfig, TrainConfig
+from unit.evidence._made import claim_in, run_of, runs_of
+
+
+def test_a_key_is_of_what_decides_the_numbers(monkeypatch):
+    one = RunConfig()
+    same = [TrainConfig(seed=3), TrainConfig(log=("wandb",)), TrainConfig(tensorboard=False), TrainConfig(load_every=1),
+            TrainConfig(checkpoint_every=7), TrainConfig(eval_every=3)]  # fmt: skip
+    assert {run_key(replace(one, train=train)) for train in same} == {run_key(one)}
+    other = [replace(one, train=TrainConfig(threads=2)), replace(one, train=TrainConfig(steps=9)),
+             replace(one, strategy="micro"), replace(one, model=replace(one.model, init_std=0.04)),
+             replace(one, train=TrainConfig(eval_sequences=8))]  # fmt: skip
+    assert len({run_key(config) for config in [one, *other]}) == len(other) + 1
+    before = run_key(one)
+    monkeypatch.setattr(run_summary, "NUMERICS", run_summary.NUMERICS + 1)
+    assert run_key(one) != before
+
+
+def test_records_come_back_and_stay(tmp_path):
+    claim = claim_in(tmp_path / "claims")
+    runs = runs_of(claim, [-0.01, -0.02])
+    write_summaries(tmp_path / "records", runs[:2])
+    write_summaries(tmp_path / "records", runs[2:])
+    back = read_summaries(tmp_path / "records")
+    assert sorted(back, key=repr) == sorted(runs, key=repr)
+    assert len(list((tmp_path / "records").iterdir())) == 2  # one file a strategy
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "records").iterdir()}
+    write_summaries(tmp_path / "records", runs)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "records").iterdir()} == before
+
+
+def test_a_run_again_takes_the_place_of_the_old_one(tmp_path):
+    claim = claim_in(tmp_path / "claims")
+    write_summaries(tmp_path, [run_of(claim, "treated", 0, 3.0)])
+    write_summaries(tmp_path, [run_of(claim, "treated", 0, 2.0)])
+    assert [run.mean_loss for run in read_summaries(tmp_path)] == [2.0]
+
+
+def test_a_half_written_line_is_named(tmp_path):
+    claim = claim_in(tmp_path / "claims")
+    write_summaries(tmp_path, [run_of(claim, "treated", 0, 3.0)])
+    (path,) = tmp_path.glob("*.jsonl")
+    path.write_text(path.read_text() + '{"key": "12')
+    with pytest.raises(DataError, match=r"line 2 of .*global.*\n.*\n.*remove the line"):
+        read_summaries(tmp_path)
+
+
+def test_a_diverged_run_has_every_measure_but_no_number(tmp_path):
+    nan = float("nan")
+    run = run_of(claim_in(tmp_path), "treated", 0, nan, status="diverged", loss={}, information=nan, topk_score=nan,
+                 maxvio=dict.fromkeys(("global", "micro_batch", "sequence"), nan), training={})  # fmt: skip
+    values = {name: read(run) for name, (_, read) in MEASURES.items()}
+    assert all(value != value for value in values.values())
