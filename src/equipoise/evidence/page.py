@@ -46,7 +46,7 @@ def render_page(judged: Sequence[ClaimVerdict]) -> str:
         claim = one.claim
         first = next((j for j in one.judged if j.contrast.criterion != "any"), one.judged[0])
         cells = [
-            f"[{claim.name}](#{_anchor(one)})",
+            f"[{claim.name}](#{claim.name.lower()})",
             claim.title,
             claim.published,
             _short(first),
@@ -96,13 +96,15 @@ def _claim(one: ClaimVerdict) -> str:
     word = (one.verdict or "shown, not judged").capitalize()
     cost = f"{pairs(one)} pairs on record; {one.seconds / 3600:.1f} core-hours"
     lines = [
+        f'<a id="{claim.name.lower()}"></a>',
+        "",
         f"## {claim.name}: {claim.title}",
         "",
         claim.question.strip(),
         "",
         f"- Source: {claim.source}. Published: {claim.published}.",
         f"- **{word}**; family: {claim.family}; {cost}. `equipoise reproduce {claim.name}`",
-        *([f"- {claim.limits}"] if claim.limits else []),
+        *([f"- Limits: {claim.limits}"] if claim.limits else []),
         "",
         "| where | treated - baseline | measure | criterion | treated | baseline | difference (95 %) | pairs | p | |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -131,8 +133,3 @@ def _row(judged: Judged) -> str:
 def _short(judged: Judged) -> str:
     text = interval(judged)
     return f"{text} {judged.contrast.measure}, n = {judged.difference.n}" if judged.difference else ""
-
-
-def _anchor(one: ClaimVerdict) -> str:
-    title = f"{one.claim.name}: {one.claim.title}".lower()
-    return "".join(letter for letter in title.replace(" ", "-") if letter.isalnum() or letter == "-")

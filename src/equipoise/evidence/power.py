@@ -34,7 +34,8 @@ def detectable(sd: float, pairs: int, *, chance: float = 0.8, level: float = 0.0
     high = sd
     while power(high, sd, pairs, level=level) < chance:
         high *= 2
-    return float(optimize.brentq(lambda effect: power(effect, sd, pairs, level=level) - chance, 0.0, high))
+    found = optimize.root_scalar(lambda effect: power(effect, sd, pairs, level=level) - chance, bracket=(0.0, high))
+    return float(found.root)
 
 
 def pairs_needed(effect: float, sd: float, *, chance: float = 0.8, level: float = 0.05, most: int = 1000) -> int:

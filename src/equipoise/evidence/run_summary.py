@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError
 from ..lab.config.schema import RunConfig
@@ -23,6 +24,7 @@ __all__ = ["MEASURES", "RunSummary", "read_summaries", "run_key", "summarize_run
 APART = {"train.seed", "train.eval_every", "train.checkpoint_every", "train.load_every", "train.log",
          "train.tensorboard"}  # fmt: skip
 TRAIL = 20  # steps between two stored points of a training curve
+SCOPES = ("global", "micro_batch", "sequence")  # of MaxVio
 RULES = Rules(null_is_nan=True)
 
 
@@ -89,31 +91,36 @@ def summarize_run(run: Run, config: RunConfig) -> RunSummary:
     if run.status == "failed" and not _diverged(run):
         raise DataError(expected=f"a run that trained, in {run.path}", got=run.end.message,
                         do="see its worker.log; a failure that is no divergence is not a result")  # fmt: skip
-    whole = run.status == "finished" and last is not None
-    layers = {name: mean(getattr(last, f"maxvio_{name}")) if whole else math.nan
-              for name in ("global", "micro_batch", "sequence")}  # fmt: skip
-    names = {name for step in view.window for name in step.balance if "/layer_" not in name}
+    held_out: dict[str, Any] = {"loss": {}, "maxvio": dict.fromkeys(SCOPES, math.nan), "dead_experts": 0}
+    held_out |= dict.fromkeys(("information", "information_shuffled", "topk_score"), math.nan)
+    if run.status == "finished" and last is not None:
+        held_out = {
+            "loss": _rounded(last.loss),
+            "maxvio": {scope: _round(mean(getattr(last, f"maxvio_{scope}"))) for scope in SCOPES},
+            "information": _round(mean(last.mutual_information)),
+            "information_shuffled": _round(mean(last.mutual_information_shuffled)),
+            "topk_score": _round(mean(score for layers in last.topk_score for score in layers)),
+            "dead_experts": sum(last.dead_experts),
+        }
+    names = sorted({name for step in view.window for name in step.balance if "/layer_" not in name})
+    trail = [
+        (step, step.balance.get("balance/maxvio_global", math.nan)) for step in view.steps if step.step % TRAIL == 0
+    ]
     return RunSummary(
         key=run_key(config),
         seed=config.train.seed,
         corpus=run.header.corpus_sha256[:12],
         strategy=config.strategy,
-        status="finished" if whole else "diverged",
-        loss=_rounded(last.loss) if whole else {},
-        maxvio=_rounded(layers),
-        information=_round(mean(last.mutual_information)) if whole else math.nan,
-        information_shuffled=_round(mean(last.mutual_information_shuffled)) if whole else math.nan,
-        topk_score=_round(mean(score for layer in last.topk_score for score in layer)) if whole else math.nan,
-        dead_experts=sum(last.dead_experts) if whole else 0,
-        training=_rounded({name.removeprefix("balance/"): view.trained(name) for name in sorted(names)}),
-        trail=[[float(one.step), _round(one.loss), _round(one.balance.get("balance/maxvio_global", math.nan))]
-               for one in view.steps if one.step % TRAIL == 0],
+        status="diverged" if run.status == "failed" else run.status,
+        **held_out,
+        training=_rounded({name.removeprefix("balance/"): view.trained(name) for name in names}),
+        trail=[[float(step.step), _round(step.loss), _round(maxvio)] for step, maxvio in trail],
         evaluations=[[float(one.step), _round(one.mean_loss)] for one in view.evaluations],
         estimators=_estimators(run),
         tokens=run.end.tokens,
         seconds=round(run.end.seconds, 1),
         torch=run.header.versions.get("torch", ""),
-    )  # fmt: skip
+    )
 
 
 def read_summaries(folder: Path) -> list[RunSummary]:

@@ -22,7 +22,8 @@ from .run_summary import MEASURES, RunSummary, run_key
 __all__ = ["LEVEL", "ClaimVerdict", "Judged", "holm", "judge_all"]
 
 LEVEL = 0.05
-CONFIRMED, REFUTED, UNDECIDED, SHOWN, MISSING = "confirmed", "refuted", "undecided", "", "not run"
+CONFIRMED, REFUTED, UNDECIDED, SHOWN = "confirmed", "refuted", "undecided", ""
+MISSING, PARTIAL = "not run", "in part"  # a criterion that names eight pairs is not judged by five
 
 Summaries = Mapping[tuple[str, int], Mapping[str, RunSummary]]  # key and seed -> text -> run
 
@@ -43,7 +44,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class ClaimVerdict:
-    """A claim with its contrasts: refuted if one is, else undecided if one is, else confirmed."""
+    """A claim with its contrasts: in part while one is not run; refuted if one is, else undecided if one is."""
 
     claim: Claim
     judged: list[Judged]
@@ -52,7 +53,9 @@ class ClaimVerdict:
     @property
     def verdict(self) -> str:
         words = {one.verdict for one in self.judged if one.contrast.criterion != "any"}
-        for word in (MISSING, REFUTED, UNDECIDED, CONFIRMED):
+        if len(words) > 1 and words & {MISSING, PARTIAL}:
+            return PARTIAL
+        for word in (MISSING, PARTIAL, REFUTED, UNDECIDED, CONFIRMED):
             if word in words:
                 return word
         return SHOWN
@@ -77,7 +80,7 @@ def judge_all(claims: Sequence[Claim], runs: Iterable[RunSummary]) -> list[Claim
     adjusted = holm([found[at].judged[place].p for at, place in tested])
     for (at, place), p in zip(tested, adjusted, strict=True):
         old = found[at].judged[place]
-        word = _word(old.contrast, old.difference, old.margin, p)
+        word = old.verdict if old.verdict == PARTIAL else _word(old.contrast, old.difference, old.margin, p)
         found[at].judged[place] = replace(old, p=p, verdict=word)
     return found
 
@@ -103,7 +106,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def _judge(claim: Claim, contrast: Contrast, runs: Summaries) -> Judged:
-    difference, treated, baseline, diverged = _paired(claim, contrast, runs)
+    difference, treated, baseline, diverged, pairs = _paired(claim, contrast, runs)
     margin = contrast.margin
     if contrast.margin_of:
         gap = replace(contrast, treated=contrast.margin_of["treated"], baseline=contrast.margin_of["baseline"],
@@ -111,11 +114,14 @@ def _judge(claim: Claim, contrast: Contrast, runs: Summaries) -> Judged:
         known = _paired(claim, gap, runs)[0]
         margin = None if known is None else abs(known.mean) * contrast.margin_of["share"]
     p = _p(contrast, difference, margin)
-    return Judged(contrast, treated, baseline, difference, diverged, margin, p, _word(contrast, difference, margin, p))
+    word = _word(contrast, difference, margin, p)
+    if 0 < pairs < contrast.seeds and contrast.criterion != "any":
+        word = PARTIAL
+    return Judged(contrast, treated, baseline, difference, diverged, margin, p, word)
 
 
-def _paired(claim: Claim, contrast: Contrast, runs: Summaries) -> tuple[Difference | None, float, float, int]:
-    """(treated - baseline, mean of the treated, mean of the baseline, diverged runs) over the seeds that both have."""
+def _paired(claim: Claim, contrast: Contrast, runs: Summaries) -> tuple[Difference | None, float, float, int, int]:
+    """(treated - baseline, means of both, diverged runs, pairs) over the seeds that both sides have on record."""
     read = MEASURES[contrast.measure][1]
     sides = {
         side: [runs.get((run_key(claim.run(contrast, side, seed)), seed), {}) for seed in range(contrast.seeds)]
@@ -134,7 +140,7 @@ def _paired(claim: Claim, contrast: Contrast, runs: Summaries) -> tuple[Differen
     treated, baseline = (
         fmean(values[side][seed] for seed in seeds) if seeds else math.nan for side in ("treated", "baseline")
     )
-    return difference, treated, baseline, diverged
+    return difference, treated, baseline, diverged, counted[text]
 
 
 def _p(contrast: Contrast, difference: Difference | None, margin: float | None) -> float:

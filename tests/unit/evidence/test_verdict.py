@@ -16,13 +16,24 @@ def judged(claim, runs):
     return judge_all([claim], runs)[0]
 
 
+def test_one_pair_says_nothing_however_large(tmp_path):
+    claim = claim_in(tmp_path, seeds=1)
+    assert judged(claim, runs_of(claim, [-0.5])).verdict == "undecided"
+
+
+def test_a_claim_is_judged_when_all_of_it_was_run(tmp_path):
+    more = '[[contrast]]\ncell = "else"\ntreated = "none"\nbaseline = "micro"\ncriterion = "lower"\nseeds = 4'
+    claim = claim_in(tmp_path, more=more)
+    assert judged(claim, runs_of(claim, [-0.01, -0.012, -0.009, -0.011])).verdict == "in part"
+
+
 @pytest.mark.parametrize(
     ("criterion", "differences", "word"),
     [
         ("lower", [-0.01, -0.012, -0.009, -0.011], "confirmed"),
         ("lower", [0.01, 0.012, 0.009, 0.011], "refuted"),
         ("lower", [-0.01, 0.012, -0.009, 0.003], "undecided"),
-        ("lower", [-0.5], "undecided"),  # one pair says nothing, however large
+        ("lower", [-0.01, -0.012, -0.009], "in part"),  # four pairs were meant: no stopping when it looks good
         ("higher", [0.01, 0.012, 0.009, 0.011], "confirmed"),
         ("higher", [-0.01, -0.012, -0.009, -0.011], "refuted"),
         ("lower", [], "not run"),

@@ -9,7 +9,7 @@ from equipoise.lab.training.trainer import train
 from equipoise.storage.run_record import read_run
 
 # Losses of steps 1 to 12 of version 1. Rounding (another processor, order of sums, fused operators) moves them by
-# less than BOUND: see the second test. A change of initialisation, data, schedule, optimizer, model or policy moves them
+# less than BOUND: see the second test. Another initialisation, order of data, schedule, optimizer or policy moves them
 # further.
 GOLDEN = {
     1: {
