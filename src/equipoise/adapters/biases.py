@@ -15,10 +15,11 @@ from ..balancer.balancer import Balancer
 from ..errors import DataError
 from ..policies import ExpertBias
 from ..storage.balancer_file import FILE, read_state, state_file
+from ..torch_internals import WRAPPED
 
 __all__ = ["biases_beside", "check_biases", "load_biases", "plain_name", "put_back", "put_biases"]
 
-AROUND = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+AROUND = "|".join(WRAPPED)
 FIRST = re.compile(rf"^((module|{AROUND}|base_model\.model)\.)+")
 WITHIN = re.compile(rf"\.({AROUND}|base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)")  # the latter are PEFT's
 SHOWN = 3  # names in a message

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, library
 
 from ..functional.routing import gate_log_scores, gate_scores, gate_slope
+from ..torch_internals import softmax_gradient
 from .spec import StatsSpec
 
 __all__ = ["lm_square_norm", "logit_gradient", "square_norm", "square_norm_in_graph"]
-
-softmax_gradient = torch.ops.aten._softmax_backward_data.default
 
 
 def logit_gradient(

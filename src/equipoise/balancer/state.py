@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..policies.schedule import Schedule
+from ..torch_internals import WRAPPED
 from .layer_group import Layer, LayerGroup
 
 __all__ = ["VERSION", "load_states", "put_biases", "states_of"]
@@ -18,16 +19,13 @@ VERSION = 2
 ROUNDING = 2.0**-8  # of a bias that went through bf16, as a share of the largest
 
 
-WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
-
 def _inner(name: str) -> str:
     """A router's name without what wraps the model: DDP, AveragedModel, the compiler.
 
     >>> _inner("module.blocks.0.gate")
     'blocks.0.gate'
     """
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in ("module", *WRAPPED))
 
 
 @torch.no_grad()

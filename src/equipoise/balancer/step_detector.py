@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..devices import host_readable
 from ..errors import ConfigError, StateError
-from ..torch_internals import current_backward
+from ..torch_internals import current_backward, has_step_hooks
 from .faults import DeferredRead
 from .layer_group import Layer
 
@@ -61,7 +61,7 @@ def optimizer_with_hooks(optimizer: Any) -> torch.optim.Optimizer | None:
     Raises ConfigError for anything else.
     """
     inner = optimizer
-    while inner is not None and not hasattr(inner, "_optimizer_step_post_hooks"):
+    while inner is not None and not has_step_hooks(inner):
         inner = getattr(inner, "optimizer", None)
     if inner is None and optimizer is not None:
         raise ConfigError(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CorrectionBias", "find_correction_bias", "fsdp_parameter_lists"]
+__all__ = ["CorrectionBias", "find_correction_bias"]
 
 NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 
@@ -85,15 +84,6 @@ def find_correction_bias(router: nn.Module, block: nn.Module) -> tuple[nn.Module
             if isinstance(getattr(owner, name, None), Tensor):
                 return owner, name
     return None
-
-
-def fsdp_parameter_lists(model: nn.Module) -> Iterator[list[Any]]:
-    """The lists in which FSDP2 keeps the parameters that it shards; empty for a model without FSDP2."""
-    for module in model.modules():
-        if hasattr(module, "_get_fsdp_state"):
-            state: Any = module._get_fsdp_state()  # type: ignore[operator]
-            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-            yield from (group.fsdp_params for group in groups if group is not None)
 
 
 def _gathered(tensor: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, EquipoiseError
+from ..torch_internals import fsdp_parameter_lists
 from .batch_context import BatchContext
-from .correction_bias import CorrectionBias, find_correction_bias, fsdp_parameter_lists
+from .correction_bias import CorrectionBias, find_correction_bias
 from .example_run import ExampleRun, RouterCall, random_signs
 from .output_formats import format_of, parse_output
 from .recognition import dummy_inputs, example_of, first_calls, router_call
@@ -172,7 +173,7 @@ def _calls(run: ExampleRun, modules: dict[str, nn.Module]) -> tuple[dict[str, Ro
         raise ConfigError(
             expected="a model that runs on its example, in evaluation",
             got=f"{type(error).__name__}: {error}",
-            do="correct the model's configuration, or pass example= with the arguments that its forward takes",
+            do="pass example= with arguments that its forward takes; if it fails with those, repair the model",
         ) from error
     # A text reaches no experts for images, but their routers are of a class that it does reach.
     of_class = {type(modules[name]): name for name in seen}

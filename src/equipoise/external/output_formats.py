@@ -274,7 +274,7 @@ def _parse_registered(
         raise ConfigError(
             expected="read= to return logits (..., E), weights (..., K) and integer ids (..., K), E >= K",
             got=f"{shapes} of {type(module).__name__}",
-            do=f"correct the read= that register_router got for {type(module).__name__}",
+            do=f"call register_router for {type(module).__name__} again, with a read= that returns these three",
         )
     holds_ids = own.write is not None or _contains(output, parts[2])
     replace = partial(_replace_registered, type(module).__name__, own, output, parts)

@@ -65,7 +65,7 @@ def router_call(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any
         raise ConfigError(
             expected="read(module, args, kwargs, output) that runs after each forward of the module",
             got=f"{type(error).__name__}: {error}, for {type(module).__name__} ({name})",
-            do=f"correct the read= that register_router got for {type(module).__name__}",
+            do=f"print(output) in the read= of {type(module).__name__}, and register one that fits",
         ) from error
     if parsed is None:
         return None
@@ -76,7 +76,7 @@ def router_call(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any
         raise ConfigError(
             expected=f"ids of experts from 0 to {experts - 1}, or -1 for a dropped choice",
             got=f"{int(ids_TK.min())} to {int(ids_TK.max())}, for {type(module).__name__} ({name})",
-            do=f"correct the read= that register_router got for {type(module).__name__}",
+            do=f"let the read= of {type(module).__name__} return the ids that its experts are called with",
         )
     copied = tuple(map(detached_copy, args)), {key: detached_copy(value) for key, value in kwargs.items()}
     return RouterCall(parsed.parts, *copied, part_expressions(output), parsed.ambiguous)

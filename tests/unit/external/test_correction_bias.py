@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from equipoise.external.correction_bias import CorrectionBias, find_correction_bias, fsdp_parameter_lists
+from equipoise.external.correction_bias import CorrectionBias, find_correction_bias
+from equipoise.torch_internals import fsdp_parameter_lists
 
 
 @pytest.mark.parametrize("place", ["router", "child", "block", "nowhere"])

@@ -67,7 +67,11 @@ def load_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(expected=f"a TOML file at {path}", got=error.strerror or str(error),
                           do="check the path; --print-config writes a file to begin with") from None  # fmt: skip
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(expected=f"TOML in {path}", got=str(error), do="correct this line") from None
+        raise ConfigError(
+            expected=f"TOML in {path}",
+            got=str(error),
+            do="begin from a file that --print-config writes: one setting a line, strings in quotes",
+        ) from None
 
 
 def parse_set(items: Iterable[str]) -> dict[str, Any]:

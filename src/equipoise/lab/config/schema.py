@@ -346,7 +346,9 @@ def _check_numbers(config: Any, table: str, may_be_zero: tuple[str, ...] = ()) -
         if isinstance(value, int | float) and not isinstance(value, bool):
             fine = value >= 0 if f.name in may_be_zero else value > 0
             bound = "of 0 or more" if f.name in may_be_zero else "above 0"
-            _require(fine, f"{table}{f.name} {bound}", f"{f.name} = {value}", "correct the value")
+            _require(
+                fine, f"{table}{f.name} {bound}", f"{f.name} = {value}", f"the default is {f.default}; leave it out"
+            )
 
 
 def _one_of(kind: str, name: str, known: tuple[str, ...]) -> None:

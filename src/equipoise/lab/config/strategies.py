@@ -338,7 +338,9 @@ def _build(spec: dict[str, Any], steps: int) -> Policy:
         return cls(**settings)
     except TypeError as error:  # a string where a number belongs
         raise ConfigError(
-            expected=f"settings of {kind} of the right type", got=str(error), do="correct the value"
+            expected=f"settings of {kind} of the right type",
+            got=str(error),
+            do="numbers stand without quotes, e.g. coef = 0.02; `equipoise train --help` lists what each policy takes",
         ) from None
 
 

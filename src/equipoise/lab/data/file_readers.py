@@ -37,7 +37,7 @@ def json_rows(path: Path, domain: str | None = None) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             cut = "the file ends inside this line" if not whole else f"{error.msg} at column {error.colno}"
             raise DataError(expected=f"a JSON object at {place}", got=cut,
-                            do="write the file again: it seems cut off" if not whole else "correct this line",
+                            do="write the file again: it seems cut off" if not whole else "remove this line",
                             ) from None  # fmt: skip
         if not isinstance(record, dict):
             raise DataError(expected=f'an object with "text" and "domain" at {place}', got=f"a {type(record).__name__}",

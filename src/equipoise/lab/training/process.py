@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ...torch_internals import multiplies_bf16
+
 __all__ = ["fast_precision", "keep_freed_memory", "peak_memory", "stop_signals", "threads"]
 
 
@@ -21,8 +23,7 @@ def fast_precision() -> str:
 
     A processor without such instructions (AVX-512 on x86) takes 40 times longer for a product in bf16 than in fp32.
     """
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return "bf16" if torch.cuda.is_available() or (supported is not None and supported()) else "fp32"
+    return "bf16" if torch.cuda.is_available() or multiplies_bf16() else "fp32"
 
 
 def keep_freed_memory() -> None:

@@ -24,7 +24,7 @@ def test_records_of_plain_and_compressed_files(tmp_path, name, pack):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("", "a.jsonl"), ("[]\n", "a.jsonl:1"), ('{"text": "x"', "cut off"), ('{"text": x}\n', "correct this line")],
+    [("", "a.jsonl"), ("[]\n", "a.jsonl:1"), ('{"text": "x"', "cut off"), ('{"text": x}\n', "remove this line")],
 )
 def test_a_bad_file_is_a_data_error(tmp_path, text, says):
     (tmp_path / "a.jsonl").write_text(text)

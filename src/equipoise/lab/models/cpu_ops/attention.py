@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, library
 
+from ....torch_internals import softmax_gradient
+
 __all__ = ["Positions", "causal_attention"]
 
 # Up to this length the scores of a few sequences fit the cache. Forward + backward of 32 x 256 tokens, 4 heads of
@@ -212,7 +214,7 @@ def _backward(
             weights = kept[place : (place := place + len(q_NSd) * (stop - start) * stop)]
             weights = weights.view(len(q_NSd), stop - start, stop)
             d_weights = torch.bmm(d_out_NSd[:, start:stop], v_NSd[:, :stop].mT)
-            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            d_scores = softmax_gradient(d_weights, weights, -1, weights.dtype)
             torch.bmm(d_scores, k_NSd[:, :stop], out=dq_NSd[:, start:stop])
             dk_NSd[:, :stop].baddbmm_(d_scores.mT, q_NSd[:, start:stop])
             dv_NSd[:, :stop].baddbmm_(weights.mT, d_out_NSd[:, start:stop])
