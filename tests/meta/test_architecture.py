@@ -89,7 +89,7 @@ def test_one_door_to_other_processes():
 def test_private_names_of_torch_are_in_one_file():
     """After an upgrade of torch one file is looked at."""
     private = re.compile(
-        r"torch\.[\w.]*\._[a-z]|torch\._[a-z]|from torch[\w.]* import _|_fsdp|_optimizer_step|_is_mkldnn"
+        r"torch\.[\w.]*\._[a-z]|torch\._[a-z]|from torch[\w.]* import _|\b_fsdp|\b_optimizer_step|_is_mkldnn"
     )
     found = {name_of(path) for path in FILES if private.search(text_of(path))}
     assert found == {"torch_internals.py"}
