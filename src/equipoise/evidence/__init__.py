@@ -1,6 +1,7 @@
 """Claims about balancing, each a file with a criterion fixed before its runs, and what the runs say of it.
 
-claim.py     a claim as its file says it               run_summary.py   one run in one line, and which run it is
-reproduce.py trains the runs that are not on record    verdict.py       intervals, tests, confirmed or refuted
-page.py      docs/evidence.md                          power.py         how many seeds a difference needs
+claim.py      a claim as its file says it                run_summary.py  one run in one line, and which run it is
+reproduce.py  trains the runs that are not on record     verdict.py      intervals, tests, confirmed or refuted
+text.py       verdicts in a terminal                     power.py        how many seeds a difference needs
+page.py       docs/evidence.md                           figure.py       its picture
 """

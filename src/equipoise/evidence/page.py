@@ -10,12 +10,15 @@ from statistics import stdev
 
 from ..report.data.formatting import number
 from ..storage.files import write_whole
+from .figure import render_figure
 from .power import detectable
 from .run_summary import MEASURES
 from .text import interval, pairs
 from .verdict import ClaimVerdict, Judged
 
-__all__ = ["render_page", "write_page"]
+__all__ = ["FIGURE", "render_page", "write_page"]
+
+FIGURE = "evidence.svg"  # beside the page
 
 HEAD = """\
 # Evidence
@@ -57,13 +60,15 @@ def render_page(judged: Sequence[ClaimVerdict]) -> str:
     hours = math.fsum(one.seconds for one in judged) / 3600
     counted = ", ".join(f"{count} {word}" for word, count in sorted(words.items()))
     head = f"{HEAD}\n{len(judged)} claims: {counted}. {hours:.1f} core-hours, runs that claims share counted in each.\n"
-    return "\n".join([head, *rows, "", _instrument(judged), *(_claim(one) for one in judged), NOT_TESTED])
+    picture = f"![Differences in held-out loss with their intervals, claim by claim]({FIGURE})"
+    return "\n".join([head, *rows, "", picture, "", _instrument(judged), *(_claim(one) for one in judged), NOT_TESTED])
 
 
 def write_page(judged: Sequence[ClaimVerdict], path: Path) -> None:
-    """Raises OutputError where it cannot be written."""
+    """The page, and its figure beside it. Raises OutputError where they cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, render_page(judged).encode())
+    write_whole(path.with_name(FIGURE), render_figure(judged).encode())
 
 
 def _instrument(judged: Sequence[ClaimVerdict]) -> str:

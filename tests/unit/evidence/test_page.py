@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from xml.etree import ElementTree
 
 from equipoise.evidence.claim import read_claims
-from equipoise.evidence.page import render_page
+from equipoise.evidence.figure import render_figure
+from equipoise.evidence.page import FIGURE, render_page
 from equipoise.evidence.run_summary import read_summaries, run_key
 from equipoise.evidence.verdict import judge_all
+from unit.evidence._made import claim_in, runs_of
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -15,6 +18,20 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_the_page_is_what_the_records_say():
     judged = judge_all(read_claims(ROOT / "evidence"), read_summaries(ROOT / "evidence" / "records"))
     assert (ROOT / "docs" / "evidence.md").read_text() == render_page(judged)
+    assert (ROOT / "docs" / FIGURE).read_text() == render_figure(judged)
+
+
+def test_the_figure_has_a_row_for_every_difference_in_loss(tmp_path):
+    claim = claim_in(tmp_path, criterion="equal", more="margin = 0.002")
+    judged = judge_all([claim], runs_of(claim, [0.0004, -0.0003, 0.0001, 0.0002]))
+    picture = ElementTree.fromstring(render_figure(judged))
+    circles = [one for one in picture.iter() if one.tag.endswith("circle")]
+    assert len(circles) == 4 + 1  # seeds and mean
+    places = [float(one.get("cx")) for one in circles]
+    (mean,) = (float(one.get("cx")) for one in circles if one.get("r") == "4.5")
+    assert min(places) <= mean <= max(places)
+    assert "confirmed" in "".join(picture.itertext())
+    assert ElementTree.fromstring(render_figure(judge_all([claim], []))) is not None
 
 
 def test_every_record_belongs_to_a_claim():
