@@ -51,7 +51,7 @@ class Twin:
     def _logits(self, name: str) -> Any:
         def note(_module: nn.Module, _args: tuple, output: tuple) -> None:
             place = 1 if self.family == "llama4" else 0
-            if self.family == "granitemoe" and not output[0].is_floating_point():  # ids first, until transformers 5.20
+            if self.family.startswith("granitemoe") and not output[0].is_floating_point():  # ids first, until 5.20
                 place = 2
             self.logits[name] = output[place]
             if self.family in ("gemma4", "diffusion_gemma"):

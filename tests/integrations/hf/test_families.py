@@ -31,7 +31,7 @@ from integrations.hf._cases import (
     tiers,
 )
 from integrations.hf._law import Twin, bias_of, gate_of, law
-from integrations.hf.families import FAMILIES, FIRST, NOT_BUILT, REFUSED, SERVED, build
+from integrations.hf.families import FAMILIES, FIRST, NOT_BUILT, REFUSED, SERVED, TOO_OLD, build
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +74,12 @@ def test_gate_is_recognised_also_when_logits_are_apart(family: str) -> None:
     assert gates == {gate_of(family)}
 
 
+@pytest.mark.parametrize("family", TOO_OLD or [pytest.param("", marks=pytest.mark.skip("transformers is new enough"))])
+def test_a_model_of_before_its_router_is_refused_in_words(family: str) -> None:
+    with pytest.raises(ConfigError, match=r"(?s)without a router.*own-router\.md"):
+        Balancer(build(family), [AuxLoss("global_batch", coef=1e-2)])
+
+
 @pytest.mark.parametrize("family", sorted(REFUSED))
 def test_a_family_that_cannot_be_served_is_refused_by_name(family: str) -> None:
     with quiet():
@@ -94,7 +100,7 @@ def test_layers_that_nothing_can_move_are_named_and_the_others_balanced() -> Non
         Balancer(build("deepseek_v4", mlp_layer_types=["hash_moe", "hash_moe"]), [AuxLoss()])
 
 
-@pytest.mark.parametrize("family", ["zaya", "longcat_flash"])
+@pytest.mark.parametrize("family", [family for family in ("zaya", "longcat_flash") if family not in TOO_OLD])
 def test_choices_of_experts_that_do_no_work_are_no_load(family: str) -> None:
     """All tokens count, for what the losses are divided by; their idle choices do not."""
     with quiet():
