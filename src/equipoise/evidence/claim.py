@@ -30,6 +30,7 @@ class Contrast:
         measure: what is compared, one of ``MEASURES``.
         criterion: what confirms: "lower", "higher", or "equal" within ``margin``; "any" is shown and not judged.
         margin: half the width within which two strategies count as equal, in the unit of the measure.
+        around: for "equal", the difference that was predicted.
         margin_of: instead, a share of another contrast's mean difference: {treated, baseline, share}, same cell.
         settings: of both, over those of the base file, by dotted name.
         baseline_settings: of the baseline alone, where not the strategy but a setting is compared.
@@ -42,6 +43,7 @@ class Contrast:
     measure: str = "loss"
     criterion: str = "any"
     margin: float | None = None
+    around: float = 0.0
     margin_of: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     baseline_settings: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +62,12 @@ class Contrast:
                 expected='criterion = "equal" with margin or margin_of, and these with no other criterion',
                 got=f"criterion = {self.criterion!r}, margin = {self.margin}, margin_of = {self.margin_of or None}",
                 do="say how far apart two strategies may be and count as equal, e.g. margin = 0.003",
+            )
+        if self.around and self.criterion != "equal":
+            raise ConfigError(
+                expected='around with criterion = "equal"',
+                got=f"criterion = {self.criterion!r}",
+                do="leave it out: lower and higher are against zero",
             )
         if self.margin_of and set(self.margin_of) != {"treated", "baseline", "share"}:
             raise ConfigError(

@@ -58,7 +58,7 @@ def _row(name: str, one: Judged, y: float, x: Callable[[float], float]) -> list[
     shown = label if len(label) <= 52 else f"{label[:51]}…"
     parts = [f"<g><title>{escape(label)}</title>", f'<text x="8" y="{y + 4}">{escape(shown)}</text>']
     if one.margin is not None:
-        left, right = x(-one.margin), x(one.margin)
+        left, right = x(contrast.around - one.margin), x(contrast.around + one.margin)
         parts.append(f'<rect x="{left}" y="{y - 8}" width="{right - left:.1f}" height="16" fill="#dbeafe"/>')
     parts += [
         f'<circle cx="{x(value)}" cy="{y}" r="2" fill="{color}" opacity="0.45"/>'

@@ -123,7 +123,7 @@ def _row(judged: Judged) -> str:
     contrast = judged.contrast
     criterion = contrast.criterion
     if criterion == "equal":
-        criterion += f" within {number(judged.margin)}"
+        criterion += (f" to {contrast.around:+.4g}" if contrast.around else "") + f" within {number(judged.margin)}"
     count = str(judged.difference.n if judged.difference else 0)
     count += f", {judged.diverged} diverged" if judged.diverged else ""
     p = f"{judged.p:.2g}" if math.isfinite(judged.p) else ""

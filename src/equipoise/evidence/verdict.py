@@ -148,15 +148,16 @@ def _p(contrast: Contrast, difference: Difference | None, margin: float | None) 
     if contrast.criterion == "any" or difference is None or difference.n < 2:
         return math.nan
     values = list(difference.by_seed.values())
+    off = abs(difference.mean - contrast.around)
     if max(values) == min(values):  # no spread: the same number each time
-        equal = margin is not None and abs(values[0]) < margin
+        equal = margin is not None and off < margin
         return float(not (equal if contrast.criterion == "equal" else values[0] != 0))
     errors, degrees = math.sqrt(variance(values) / len(values)), len(values) - 1
     if contrast.criterion != "equal":
-        return 2 * float(stats.t.sf(abs(difference.mean) / errors, degrees))
+        return 2 * float(stats.t.sf(off / errors, degrees))
     if margin is None:
         return math.nan
-    return float(stats.t.sf((margin - abs(difference.mean)) / errors, degrees))  # the worse of the two one-sided tests
+    return float(stats.t.sf((margin - off) / errors, degrees))  # the worse of the two one-sided tests
 
 
 def _word(contrast: Contrast, difference: Difference | None, margin: float | None, p: float) -> str:
@@ -169,7 +170,7 @@ def _word(contrast: Contrast, difference: Difference | None, margin: float | Non
     if contrast.criterion == "equal":
         assert margin is not None
         outside = difference.low is not None and difference.high is not None and (
-            difference.low > margin or difference.high < -margin
+            difference.low > contrast.around + margin or difference.high < contrast.around - margin
         )  # fmt: skip
         return CONFIRMED if p <= LEVEL else REFUTED if outside else UNDECIDED
     if p > LEVEL:

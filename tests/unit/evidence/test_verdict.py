@@ -57,6 +57,12 @@ def test_equal_within_a_margin(tmp_path, differences, word):
     assert judged(claim, runs_of(claim, differences)).verdict == word
 
 
+def test_equal_to_what_was_predicted(tmp_path):
+    predicted = claim_in(tmp_path, criterion="equal", more="margin = 0.002\naround = -0.01")
+    assert judged(predicted, runs_of(predicted, [-0.0104, -0.0097, -0.0101, -0.0102])).verdict == "confirmed"
+    assert judged(predicted, runs_of(predicted, [0.0004, -0.0003, 0.0001, 0.0002])).verdict == "refuted"
+
+
 def test_p_values_are_those_of_scipy(tmp_path):
     differences = [-0.01, 0.002, -0.009, -0.004]
     claim = claim_in(tmp_path / "lower")
