@@ -19,7 +19,7 @@ FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "trainer_speed.py"
 def child(*arguments: str) -> list[float]:
     """What a contestant answers to one turn: its first loss, then seconds."""
     command = [sys.executable, str(FILE), "--child", *arguments]
-    done = subprocess.run(command, input="\n\n", capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, input="\n", capture_output=True, text=True, timeout=240)
     lines = [line for line in done.stdout.splitlines() if re.fullmatch(r"[\d.e-]+", line)]
     assert lines, done.stderr
     return [json.loads(line) for line in lines]
