@@ -315,7 +315,8 @@ def test_compare_on_the_command_line(folders, corpus_file, tmp_path, monkeypatch
                 "train.fidelity_every=0", "train.tensorboard=false", "train.eval_every=0", "train.checkpoint_every=0",
                 "model.through=transformers"]  # fmt: skip
     command = ["compare", "--model", str(folders["gpt_oss"]), "--data", str(corpus_file), "--steps", "2",
-               "--out", "all", "--seeds", "1", "--strategies", "micro,loss-free", *(f"--set={one}" for one in settings)]  # fmt: skip
+               "--seeds", "1", "--out", "all", "--strategies", "micro,loss-free",
+               *(f"--set={one}" for one in settings)]  # fmt: skip
     assert main(command) == 0
     assert (tmp_path / "all" / "report.html").exists()
     runs = [read_run(tmp_path / "all" / f"{name}-seed0") for name in ("micro", "loss-free")]
