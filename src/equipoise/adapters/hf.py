@@ -28,6 +28,8 @@ from .biases import load_biases, plain_name, put_biases
 from .logs import worth_logging
 from .tokens import StepTokens
 from .trainers import (
+    ENDS_TRAINING,
+    SAVES,
     Hooked,
     calling,
     calls,
@@ -149,9 +151,9 @@ class BalanceCallback(TrainerCallback):
         self._hooked.hook(trainer, "get_batch_samples", self._get_batch_samples)
         self._hooked.hook(trainer, "evaluation_loop", self._evaluation_loop)
         self._hooked.hook(trainer, "log", self._log)
-        self._hooked.hook(trainer, "_save", self._save)
-        for name in ("_run_epoch", "_finalize_training"):
-            if hasattr(trainer, name):  # not in every version; without, the next training puts the model back
+        self._hooked.hook(trainer, SAVES, self._save)
+        for name in ENDS_TRAINING:
+            if hasattr(trainer, name):
                 self._hooked.hook(trainer, name, self._to_its_end)
         self._warn_of_biases()
         self._warn_of_weights()

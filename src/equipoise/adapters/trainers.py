@@ -19,6 +19,8 @@ from transformers import Trainer
 from ..errors import ConfigError, EquipoiseError, StateError
 
 __all__ = [
+    "ENDS_TRAINING",
+    "SAVES",
     "Hooked",
     "calling",
     "calls",
@@ -28,6 +30,10 @@ __all__ = [
     "inner",
     "noting_how_it_begins",
 ]
+
+# Private methods of the Trainer that the callback stands around; the others are in this file.
+SAVES = "_save"
+ENDS_TRAINING = ("_run_epoch", "_finalize_training")  # not in every version; without, the next training puts it back
 
 
 class Hooked:

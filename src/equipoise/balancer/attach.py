@@ -14,7 +14,7 @@ from ..autograd.router_state import RouterState
 from ..autograd.spec import LossTerm, StatsSpec
 from ..errors import ConfigError, StateError
 from ..external.discovery import find_external_routers
-from ..external.no_router import no_router
+from ..external.no_router import accelerate_wraps, no_router
 from ..external.own_loss import OwnLoss
 from ..policies.losses import AuxLoss
 from ..policies.schedule import Schedule
@@ -162,7 +162,7 @@ def _unhook(routers: Iterable[BalancedRouter]) -> None:
 
 def _check_offload(part: nn.Module) -> None:
     """Parameters that accelerate loads for each forward and drops again are nowhere to be measured or moved."""
-    if any(getattr(module, "_hf_hook", None) is not None for module in part.modules()):
+    if any(map(accelerate_wraps, part.modules())):
         away = [name for name, p in part.named_parameters() if p.is_meta]
         if away:
             raise ConfigError(

@@ -13,7 +13,7 @@ from .example_run import ExampleRun, unwrapped
 from .output_formats import entries_of
 from .recognition import example_of
 
-__all__ = ["no_router"]
+__all__ = ["accelerate_wraps", "no_router"]
 
 CONTRACT = (
     "a model with MoE layers: equipoise.MoE, or a module in each of them that returns logits (T, E), weights (T, K) "
@@ -58,6 +58,11 @@ def no_router(parts: Sequence[nn.Module], example: Mapping[str, Any] | None) -> 
     return _error(kinds, "", f"build it from equipoise.MoE; for MoE layers of another kind {GUIDE} has the way")
 
 
+def accelerate_wraps(module: nn.Module) -> bool:
+    """Whether accelerate stands around a module's forward, to bring its inputs or its parameters to a device."""
+    return getattr(module, "_hf_hook", None) is not None
+
+
 def _error(kinds: str, saw: str, do: str, *, begun: bool = False) -> ConfigError:
     got = kinds if begun else f"{kinds} without a router"
     return ConfigError(expected=CONTRACT, got=f"{got}: {saw}" if saw else got, do=do)
@@ -70,7 +75,7 @@ def _not_called(kinds: str, model: nn.Module, gate: str) -> ConfigError:
     own, now = type(block).forward, vars(block).get("forward")
     saw = f"{gate} ({type(module).__name__}) was not called"
     call = f"let the forward of its block call {gate} and use what that returns"
-    if now is not None and not hasattr(block, "_hf_hook"):  # accelerate wraps every forward
+    if now is not None and not accelerate_wraps(block):
         by = getattr(now, "__qualname__", type(now).__name__)
         saw += f": the forward of {place} was replaced, by {by}"
         do = f"put its own back (del model.get_submodule({place!r}).forward, in every layer), or {call}"
