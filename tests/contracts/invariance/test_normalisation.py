@@ -143,10 +143,11 @@ def test_every_metric_is_that_of_one_process(ranks, case):
     assert sum("gradient_ratio" in key for key in kept[0]) >= 3 * 6
 
 
+@pytest.mark.full  # two minutes each; `law/test_modes.py` always has inductor on one rank
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(Case(2, 2, compiled="inductor"), marks=pytest.mark.full),
+        Case(2, 2, compiled="inductor"),
         Case(2, 1, 2, "non_reentrant", "inductor", "packed", engine="ddp", loss="declared", policy="document"),
     ],
     ids=str,
