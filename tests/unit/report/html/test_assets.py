@@ -150,6 +150,26 @@ def test_names_that_attack_are_text(browser, tmp_path):
         assert not {"\u202e", "\u2028", "\x00"} & set(page.inner_text("body"))
 
 
+@pytest.mark.parametrize("strategies", [3, 7])
+def test_on_a_phone_the_numbers_stand_under_their_strategies(browser, tmp_path, strategies):
+    """Scrolled to the last row, the names of few columns are in sight above it; of many, each value has its own."""
+    for number in range(strategies):
+        write_run(tmp_path / str(number), header(f"strategy{number}", 0, steps=20))
+    path = write_html(summarize(load_runs([tmp_path])[0]), tmp_path / "report.html")
+    with opened(browser, path, wide=390) as page:
+        last = page.locator("table[data-table=numbers] tbody tr >> nth=-1")
+        last.scroll_into_view_if_needed()
+        if strategies > 4:
+            named = last.locator("td[data-of]").evaluate_all(
+                "all => all.map(one => getComputedStyle(one, '::before').content)"
+            )
+            assert named == [f'"strategy{number}"' for number in range(strategies)]
+            return
+        names = page.locator("table[data-table=numbers] thead th:visible")
+        boxes = [names.nth(n).bounding_box() for n in range(names.count())]
+        assert len(boxes) == strategies and all(box and 0 <= box["y"] < page.viewport_size["height"] for box in boxes)
+
+
 def test_without_scripts_the_numbers_remain(browser, page_of_all):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()

@@ -73,6 +73,10 @@ function sort(table, column, direction) {
 
 for (const table of document.querySelectorAll("table[data-table]")) {
   const name = table.dataset.table;
+  const columns = [...table.tHead.rows[0].cells];
+  if (!table.closest(".few")) for (const row of table.tBodies[0].rows) { // on a phone more columns than a head can hold
+    for (const cell of row.cells) if (cell.matches("td:not(.why)")) cell.dataset.of = words(columns[cell.cellIndex]);
+  }
   if (table.dataset.sorts) for (const [index, head] of [...table.tHead.rows[0].cells].entries()) {
     const button = make("button", { class: "sort", type: "button" }, ...head.childNodes, make("span", { class: "sign", "aria-hidden": "true" }));
     head.append(button);
