@@ -31,7 +31,8 @@ class Contrast:
         criterion: what confirms: "lower", "higher", or "equal" within ``margin``; "any" is shown and not judged.
         margin: half the width within which two strategies count as equal, in the unit of the measure.
         around: for "equal", the difference that was predicted.
-        margin_of: instead, a share of another contrast's mean difference: {treated, baseline, share}, same cell.
+        margin_of, around_of: instead, a share of the mean difference of other strategies in the same cell, {treated,
+            baseline, share}, or of the same ones in another contrast of this claim, {cell, share}.
         settings: of both, over those of the base file, by dotted name.
         baseline_settings: of the baseline alone, where not the strategy but a setting is compared.
         seeds: pairs.
@@ -45,6 +46,7 @@ class Contrast:
     margin: float | None = None
     around: float = 0.0
     margin_of: dict[str, Any] = field(default_factory=dict)
+    around_of: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     baseline_settings: dict[str, Any] = field(default_factory=dict)
     seeds: int = 8
@@ -63,18 +65,19 @@ class Contrast:
                 got=f"criterion = {self.criterion!r}, margin = {self.margin}, margin_of = {self.margin_of or None}",
                 do="say how far apart two strategies may be and count as equal, e.g. margin = 0.003",
             )
-        if self.around and self.criterion != "equal":
+        if (self.around or self.around_of) and self.criterion != "equal":
             raise ConfigError(
                 expected='around with criterion = "equal"',
                 got=f"criterion = {self.criterion!r}",
                 do="leave it out: lower and higher are against zero",
             )
-        if self.margin_of and set(self.margin_of) != {"treated", "baseline", "share"}:
-            raise ConfigError(
-                expected="margin_of = { treated, baseline, share }",
-                got=", ".join(self.margin_of),
-                do='e.g. margin_of = { treated = "global", baseline = "micro", share = 0.25 }',
-            )
+        for name, other in (("margin_of", self.margin_of), ("around_of", self.around_of)):
+            if other and set(other) not in ({"treated", "baseline", "share"}, {"cell", "share"}):
+                raise ConfigError(
+                    expected=f"{name} = {{ treated, baseline, share }} or {{ cell, share }}",
+                    got=", ".join(other),
+                    do=f'e.g. {name} = {{ treated = "global", baseline = "micro", share = 0.25 }}',
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +108,10 @@ class Claim:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise unknown_name("family", self.family, FAMILIES)
+        cells = [contrast.cell for contrast in self.contrast]
+        for other in (other for one in self.contrast for other in (one.margin_of, one.around_of)):
+            if "cell" in other and other["cell"] not in cells:
+                raise unknown_name("cell of this claim", other["cell"], cells)
         if not self.contrast:
             raise ConfigError(expected=f"[[contrast]] in claim {self.name}", got="none", do="add what is compared")
 

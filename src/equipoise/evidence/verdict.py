@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, variance
+from typing import Any
 
 from scipy import stats
 
@@ -107,17 +108,26 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def _judge(claim: Claim, contrast: Contrast, runs: Summaries) -> Judged:
     difference, treated, baseline, diverged, pairs = _paired(claim, contrast, runs)
-    margin = contrast.margin
-    if contrast.margin_of:
-        gap = replace(contrast, treated=contrast.margin_of["treated"], baseline=contrast.margin_of["baseline"],
-                      criterion="any", margin_of={}, baseline_settings={})  # fmt: skip
-        known = _paired(claim, gap, runs)[0]
-        margin = None if known is None else abs(known.mean) * contrast.margin_of["share"]
+    margin = contrast.margin if not contrast.margin_of else _share(claim, contrast, contrast.margin_of, runs)
+    margin = None if margin is None else abs(margin)
+    if contrast.around_of:
+        contrast = replace(contrast, around=_share(claim, contrast, contrast.around_of, runs) or 0.0)
     p = _p(contrast, difference, margin)
     word = _word(contrast, difference, margin, p)
     if 0 < pairs < contrast.seeds and contrast.criterion != "any":
         word = PARTIAL
     return Judged(contrast, treated, baseline, difference, diverged, margin, p, word)
+
+
+def _share(claim: Claim, contrast: Contrast, of: Mapping[str, Any], runs: Summaries) -> float | None:
+    """A share of another mean difference; None where that is not on record."""
+    if "cell" in of:
+        other = next(one for one in claim.contrast if one.cell == of["cell"])
+    else:
+        other = replace(contrast, treated=of["treated"], baseline=of["baseline"], criterion="any", around=0.0,
+                        margin=None, margin_of={}, around_of={}, baseline_settings={})  # fmt: skip
+    known = _paired(claim, other, runs)[0]
+    return None if known is None else known.mean * of["share"]
 
 
 def _paired(claim: Claim, contrast: Contrast, runs: Summaries) -> tuple[Difference | None, float, float, int, int]:

@@ -41,6 +41,8 @@ def test_contrasts_share_runs(tmp_path):
         ({"criterion": "equal"}, "with margin or margin_of"),
         ({"criterion": "lower", "more": "margin = 0.1"}, "with no other criterion"),
         ({"criterion": "equal", "more": 'margin_of = { treated = "global" }'}, "treated, baseline, share"),
+        ({"criterion": "equal", "more": 'margin_of = { cell = "bse", share = 0.1 }'}, "did you mean 'base'"),
+        ({"criterion": "lower", "more": "around = 0.1"}, 'around with criterion = "equal"'),
         ({"seeds": 0}, "seeds of 1 or more"),
         ({"family": "first"}, "family"),
         ({"more": 'settings = { "train.step" = 3 }'}, r"train\.step"),

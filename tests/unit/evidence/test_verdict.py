@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,6 +64,29 @@ def test_equal_to_what_was_predicted(tmp_path):
     assert judged(predicted, runs_of(predicted, [0.0004, -0.0003, 0.0001, 0.0002])).verdict == "refuted"
 
 
+def test_a_prediction_may_be_a_share_of_another_cell(tmp_path):
+    """Half of what the first cell shows, within a tenth of it."""
+    more = """[[contrast]]
+cell = "half"
+treated = "global"
+baseline = "micro"
+criterion = "equal"
+around_of = { cell = "base", share = 0.5 }
+margin_of = { cell = "base", share = 0.1 }
+settings = { "model.experts" = 4 }
+seeds = 4"""
+    claim = claim_in(tmp_path, more=more)
+    half = replace(claim, contrast=(replace(claim.contrast[1], criterion="any", around_of={}, margin_of={}),))
+    first = runs_of(claim, [-0.021, -0.019, -0.0205, -0.0195])
+    for differences, word in (
+        ([-0.0101, -0.0099, -0.0102, -0.0098], "confirmed"),
+        ([-0.021, -0.019, -0.02, -0.02], "refuted"),
+    ):
+        second = judged(claim, [*first, *runs_of(half, differences)]).judged[1]
+        assert (second.contrast.around, second.margin) == (pytest.approx(-0.01), pytest.approx(0.002))
+        assert second.verdict == word
+
+
 def test_p_values_are_those_of_scipy(tmp_path):
     differences = [-0.01, 0.002, -0.009, -0.004]
     claim = claim_in(tmp_path / "lower")
@@ -80,8 +104,6 @@ def test_a_margin_may_be_a_share_of_another_gap(tmp_path):
     claim = claim_in(tmp_path, criterion="equal", more=more, seeds=2)
     runs = runs_of(claim, [0.001, 0.002])
     none = claim_in(tmp_path / "none", seeds=2)
-    from dataclasses import replace
-
     gap = replace(none, contrast=(replace(none.contrast[0], baseline="none"),))
     runs += [run_of(gap, "baseline", seed, 3.0 + 0.1 * seed + 0.4) for seed in range(2)]
     assert judged(claim, runs).judged[0].margin == pytest.approx((0.4 - 0.0015) / 4)
