@@ -76,11 +76,15 @@ def judge_all(claims: Sequence[Claim], runs: Iterable[RunSummary]) -> list[Claim
         (at, place)
         for at, one in enumerate(found)
         for place, judged in enumerate(one.judged)
-        if one.claim.family == "primary" and math.isfinite(judged.p)
+        if one.claim.family == "primary" and judged.contrast.criterion != "any"
     ]
-    adjusted = holm([found[at].judged[place].p for at, place in tested])
-    for (at, place), p in zip(tested, adjusted, strict=True):
+    # what is still to be run counts as well: the correction is that of the whole family from the first verdict on
+    raw = [found[at].judged[place].p for at, place in tested]
+    adjusted = holm([p if math.isfinite(p) else 1.0 for p in raw])
+    for (at, place), p, before in zip(tested, adjusted, raw, strict=True):
         old = found[at].judged[place]
+        if not math.isfinite(before):
+            continue
         word = old.verdict if old.verdict == PARTIAL else _word(old.contrast, old.difference, old.margin, p)
         found[at].judged[place] = replace(old, p=p, verdict=word)
     return found

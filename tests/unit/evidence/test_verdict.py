@@ -139,6 +139,8 @@ def test_primary_claims_share_an_error_rate(tmp_path):
     alone = judge_all(claims[:1], runs)[0].judged[0].p
     together = [one.judged[0].p for one in judge_all(claims, runs)]
     assert together == pytest.approx([3 * alone] * 3)
+    first = runs_of(claims[0], [-0.01, 0.002, -0.009, -0.008])  # the others count also before they are run
+    assert judge_all(claims, first)[0].judged[0].p == pytest.approx(3 * alone)
 
 
 @pytest.mark.parametrize("truth", [0.0, -0.01])
