@@ -29,7 +29,8 @@ from equipoise.adapters.hf import BalanceCallback
 from equipoise.cli import main as command
 from equipoise.lab.config.schema import DataConfig, ModelConfig, RunConfig
 from equipoise.lab.data.packing import BatchSampler, PackedData, prepare
-from equipoise.lab.models.pretrained import Pretrained, adopt, tokenizer_of
+from equipoise.lab.data.tokenizer import given_tokenizer
+from equipoise.lab.models.pretrained import Pretrained, adopt
 from equipoise.lab.training.evaluation import evaluate
 from equipoise.storage.run_record import End, Header, Load, RecordWriter, Step, read_run
 
@@ -158,7 +159,7 @@ def main() -> None:
     text = DataConfig(data=said["data"]["data"], sequence_length=said["data"]["sequence_length"])
     config = adopt(RunConfig(model=ModelConfig(folder=str(folder), through="transformers"), data=text))
     data = prepare(text.data, sequence_length=text.sequence_length, domains=arguments.domains.split(","),
-                   tokenizer=tokenizer_of(config.model))  # fmt: skip
+                   tokenizer=given_tokenizer(folder))  # fmt: skip
     runs = [finetune(name, folder, data, config, arguments) for name in LABELS]
     print()
     command(["report", *map(str, runs), "--baseline", "own loss", "--out", str(arguments.out / "report.html")])
