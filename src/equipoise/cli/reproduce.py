@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import unknown_name
+from ..errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from ..evidence.claim import Claim
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
+PAGE = Path("docs/evidence.md")
 HELP = "train the runs behind published claims about balancing, and say which of them hold"
 EPILOG = """\
 A claim is a file under evidence/: a question, its source, what is compared, and a criterion that was written down
@@ -23,16 +24,18 @@ A run counts as on record for the text it was trained on. The text of an install
 another, so elsewhere all runs of a claim are trained; --records keeps them apart from those of the repository.
 
 examples:
-  equipoise reproduce                              what there is, how much of it is on record, and the verdicts
-  equipoise reproduce E1                           train what is missing of one claim, and judge it
+  equipoise reproduce list                         what there is, how much of it is on record, and the verdicts
+  equipoise reproduce E01                          train what is missing of one claim, and judge it
   equipoise reproduce --all
   equipoise reproduce --all --from-records         train nothing; write docs/evidence.md again (`make evidence`)
-  equipoise reproduce E8 --records mine --again    from nothing, beside what the repository has on record
+  equipoise reproduce E08 --records mine --again   from nothing, beside what the repository has on record
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("claims", nargs="*", metavar="NAME", help="claims to train and judge; none: list all")
+    parser.add_argument(
+        "claims", nargs="*", metavar="NAME", help="claims to train and judge; list, or none: all that there are"
+    )
     parser.add_argument("--all", action="store_true", help="every claim, in the order of the list")
     parser.add_argument("--from-records", action="store_true", help="train nothing, judge what is on record")
     parser.add_argument("--again", action="store_true",
@@ -41,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--records", type=Path, metavar="FOLDER", help="default: evidence/records")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"), metavar="FOLDER",
                         help="where runs are until they end (default: runs/evidence)")  # fmt: skip
-    parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"), metavar="FILE",
-                        help="written with --all (default: docs/evidence.md)")  # fmt: skip
+    parser.add_argument("--page", type=Path, metavar="FILE",
+                        help="written with --all (default: docs/evidence.md, and none with --records)")  # fmt: skip
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes at a time (default: one per core)"
     )
@@ -56,9 +59,15 @@ def run(arguments: argparse.Namespace) -> int:
     from ..evidence.text import render_again, render_list, render_verdict
     from ..evidence.verdict import judge_all
 
+    if arguments.again and arguments.records is None:
+        raise ConfigError(
+            expected="--again with --records FOLDER",
+            got="no folder: the repository's records would be compared with themselves",
+            do="name a folder for the new runs, e.g. --records mine",
+        )
     claims = read_claims(arguments.evidence)
     records = arguments.records or arguments.evidence / RECORDS
-    chosen = claims if arguments.all else _chosen(claims, arguments.claims)
+    chosen = claims if arguments.all else _chosen(claims, [name for name in arguments.claims if name != "list"])
     code = 0
     if chosen and not arguments.from_records:
         code = _train(chosen, records, arguments.runs, arguments.workers)
@@ -71,9 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.again:
         before = judge_all(claims, read_summaries(arguments.evidence / RECORDS))
         print("\n" + render_again([one for one in judged if one.claim.name in names], before))
-    if arguments.all:
-        write_page(judged, arguments.page)
-        print(f"page: {arguments.page}")
+    page = arguments.page or (None if arguments.records else PAGE)
+    if arguments.all and page:
+        write_page(judged, page)
+        print(f"page: {page}")
     return code
 
 

@@ -4,4 +4,5 @@ claim.py      a claim as its file says it                run_summary.py  one run
 reproduce.py  trains the runs that are not on record     verdict.py      intervals, tests, confirmed or refuted
 text.py       verdicts in a terminal                     power.py        how many seeds a difference needs
 page.py       docs/evidence.md                           figure.py       its picture
+diversity.py  how unlike all text a balance batch is
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import stdev
 
 from scipy import stats
 
@@ -32,8 +33,7 @@ def render_verdict(one: ClaimVerdict) -> str:
     ]  # fmt: skip
     head = [wrap(f"{claim.name}: {claim.title}"), wrap(f"published: {claim.published} ({claim.source})"),
             f"verdict: {one.verdict or 'shown, not judged'}"]  # fmt: skip
-    width = 22
-    lines = [f"{cell}, {pair}\n" + f"  {measure:<{width}} {text:>32} {n:>6}  {word}"
+    lines = [wrap(f"{cell}, {pair}", "  ") + f"\n  {measure:<24} {text:>32} {n:>6}  {word}"
              for cell, pair, measure, text, n, word in rows]  # fmt: skip
     return "\n".join([*head, "", *lines])
 
@@ -77,5 +77,4 @@ def _prediction(old: Judged, pairs: int) -> float:
     """Half the interval in which 95 % of means over so many new pairs lie."""
     assert old.difference is not None
     values = list(old.difference.by_seed.values())
-    sd = math.sqrt(math.fsum((value - old.difference.mean) ** 2 for value in values) / (len(values) - 1))
-    return float(stats.t.ppf(0.975, len(values) - 1)) * sd * math.sqrt(1 / len(values) + 1 / pairs)
+    return float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) * math.sqrt(1 / len(values) + 1 / pairs)

@@ -115,7 +115,9 @@ def _judge(claim: Claim, contrast: Contrast, runs: Summaries) -> Judged:
     margin = contrast.margin if not contrast.margin_of else _share(claim, contrast, contrast.margin_of, runs)
     margin = None if margin is None else abs(margin)
     if contrast.around_of:
-        contrast = replace(contrast, around=_share(claim, contrast, contrast.around_of, runs) or 0.0)
+        predicted = _share(claim, contrast, contrast.around_of, runs)
+        margin = None if predicted is None else margin  # nothing to be equal to yet
+        contrast = replace(contrast, around=predicted or 0.0)
     p = _p(contrast, difference, margin)
     word = _word(contrast, difference, margin, p)
     if 0 < pairs < contrast.seeds and contrast.criterion != "any":

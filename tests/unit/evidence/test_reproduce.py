@@ -52,8 +52,9 @@ def folders(tmp_path: Path, corpus_file: Path, *, steps=6, seeds=2) -> list[str]
 
 def test_a_claim_from_nothing_to_the_page(tmp_path, corpus_file, capsys):
     where = folders(tmp_path, corpus_file)
-    assert main(["reproduce", *where]) == 0
-    assert "not run" in capsys.readouterr().out
+    for nothing in ([], ["list"]):
+        assert main(["reproduce", *nothing, *where]) == 0
+        assert "not run" in capsys.readouterr().out
     assert main(["reproduce", "--all", *where]) == 0
     said = capsys.readouterr()
     assert "4 runs to train" in said.err and "global - micro" in said.out
@@ -125,6 +126,7 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_not(tmp_path, cor
     [
         (["T2"], 2, "claim"),
         (["T1", "--evidence", "nowhere"], 4, "inside a clone"),
+        (["T1", "--again"], 2, "--records mine"),
     ],
 )
 def test_what_is_refused(tmp_path, corpus_file, capsys, arguments, code, said):
