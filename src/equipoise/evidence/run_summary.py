@@ -23,6 +23,9 @@ __all__ = ["MEASURES", "RunSummary", "read_summaries", "run_key", "summarize_run
 # Of a run's configuration, what does not change its numbers, and the seed, which tells runs of one key apart.
 APART = {"train.seed", "train.eval_every", "train.checkpoint_every", "train.load_every", "train.log",
          "train.tensorboard"}  # fmt: skip
+# Settings that came after runs were recorded, with the value that leaves those runs as they were: a new setting must
+# not rename them.
+LATER: dict[str, Any] = {}
 TRAIL = 20  # steps between two stored points of a training curve
 SCOPES = ("global", "micro_batch", "sequence")  # of MaxVio
 RULES = Rules(null_is_nan=True)
@@ -77,6 +80,7 @@ def run_key(config: RunConfig) -> str:
     Two configurations with one key train the same model from the same weights, whatever they log or when they save.
     """
     flat = {name: value for name, value in flatten(encode(config)).items() if name not in APART}
+    flat = {name: value for name, value in flat.items() if name not in LATER or value != LATER[name]}
     flat["data.data"] = flat["data.data"] is not None  # not where it lies: its digest is in the run
     text = json.dumps({"numerics": NUMERICS, **flat}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-__all__ = ["FAMILIES", "FIRST", "NATIVE", "NOT_BUILT", "NO_BIAS", "OWN", "REFUSED", "SERVED", "TOO_OLD", "build"]
+__all__ = ["FAMILIES", "FIRST", "NATIVE", "NOT_BUILT", "NO_BIAS", "OWN", "REFUSED", "SERVED", "SINCE", "TOO_OLD",
+           "build"]  # fmt: skip
 
 # Names that mean the same in most configurations; a family takes those that its class knows.
 TINY: dict[str, Any] = {

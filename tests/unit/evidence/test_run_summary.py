@@ -27,6 +27,20 @@ def test_a_key_is_of_what_decides_the_numbers(monkeypatch):
     assert run_key(one) != before
 
 
+def test_a_new_setting_does_not_rename_the_runs_on_record():
+    config = RunConfig(strategy="micro", train=TrainConfig(precision="fp32"))
+    assert run_key(config) == "fffec64f9c", "put a new setting into LATER, with the value that changes nothing"
+
+
+def test_a_setting_that_came_later_counts_where_it_is_used(monkeypatch):
+    before = run_key(RunConfig())
+    monkeypatch.setattr(run_summary, "LATER", {"model.zero_attention": False})
+    without = run_key(RunConfig())
+    assert without != before  # as if the setting had never been
+    model = replace(RunConfig().model, zero_attention=True)
+    assert run_key(replace(RunConfig(), model=model)) not in (before, without)
+
+
 def test_records_come_back_and_stay(tmp_path):
     claim = claim_in(tmp_path / "claims")
     runs = runs_of(claim, [-0.01, -0.02])
