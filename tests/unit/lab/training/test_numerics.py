@@ -9,8 +9,7 @@ from equipoise.lab.training.trainer import train
 from equipoise.storage.run_record import read_run
 
 # Losses of steps 1 to 12 of version 1. Rounding (another processor, order of sums, fused operators) moves them by
-# less than BOUND: see the second test. Another initialisation, order of data, schedule, optimizer or policy moves them
-# further.
+# less than the bound of the test; another initialisation, order of data, schedule, optimizer or policy by more.
 GOLDEN = {
     1: {
         "micro": [5.7199, 5.68993, 5.62285, 5.53897, 5.45156, 5.39552, 5.31122,
@@ -21,22 +20,18 @@ GOLDEN = {
             5.2645, 5.23712, 5.19718, 5.1561, 5.20264],
     },
 }  # fmt: skip
-BOUND = 1e-4
+DIGITS = 1e-5  # of the curves above
 
 
 @pytest.mark.parametrize("strategy", ["micro", "global", "loss-free"])
 def test_the_loss_curve_is_the_one_on_record(tiny_run, tmp_path, strategy):
-    config = tiny_run(strategy, steps=12, precision="fp32")
-    losses = [step.loss for step in read_run(train(config, tmp_path / "run")).steps]
-    assert losses == pytest.approx(GOLDEN[NUMERICS][strategy], abs=BOUND), (
+    """Within 20 times what another order of sums moves it by on this machine: micro-batches one by one, or together."""
+    curves = []
+    for size in (0, 1, 4):
+        config = tiny_run(strategy, steps=12, precision="fp32", micro_batches_per_pass=size, fidelity_every=0)
+        curves.append([step.loss for step in read_run(train(config, tmp_path / str(size))).steps])
+    rounding = max(abs(one - other) for one, other in zip(curves[1], curves[2], strict=True))
+    assert curves[0] == pytest.approx(GOLDEN[NUMERICS][strategy], abs=DIGITS + 20 * rounding), (
         "if the change is meant: raise NUMERICS, and put the new curve beside the old one"
     )
-
-
-def test_the_bound_is_above_rounding(tiny_run, tmp_path):
-    """Rounding alone: micro-batches one by one, and all in one pass."""
-    curves = []
-    for size in (1, 4):
-        config = tiny_run("global", steps=12, precision="fp32", micro_batches_per_pass=size, fidelity_every=0)
-        curves.append([step.loss for step in read_run(train(config, tmp_path / str(size))).steps])
-    assert curves[0] == pytest.approx(curves[1], abs=BOUND / 2)
+    assert rounding < 1e-5  # or the bound would let through what it is there for
