@@ -7,6 +7,8 @@ BIN      = $(VENV)/bin
 EXTRAS   = lab,hf,lightning,report,dev
 TORCH   ?= 2.13.0
 ARGS    ?=
+NAME    ?=
+ENGINES  = $(patsubst tests/engines/%/requirements.lock,%,$(wildcard tests/engines/*/requirements.lock))
 
 # One thread a process: the tests run in as many processes as there are cores.
 # All tests with several ranks go to one process, which owns the pool of ranks (loadgroup).
@@ -15,11 +17,11 @@ TEST_ENV = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PIP      = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help env compare reproduce evidence test test-all test-oldest invariance mutations faults check house format dist bench \
-        bench-grid lock clean
+.PHONY: help engine-names env compare reproduce evidence test test-all test-oldest engine-env test-engines invariance mutations faults \
+        check house format dist bench bench-grid lock clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 	@echo
 	@echo '  ARGS="..." goes to the command, e.g.  make compare ARGS="--quick"   make test ARGS="-k config"'
 	@echo '  PYTHON=python3.12 chooses the Python that .venv is made with'
@@ -39,10 +41,19 @@ test: env  ## all tests, the examples in the docstrings among them
 	$(TEST_ENV) $(BIN)/python -m pytest $(XDIST) $(ARGS)
 
 test-all: env  ## the same and what takes long, the full matrix among it
-	$(TEST_ENV) $(BIN)/python -m pytest $(XDIST) -m "" $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest $(XDIST) -m "not engine" $(ARGS)
 
 test-oldest: $(OLDEST)/.installed  ## all tests with the oldest packages that pyproject.toml allows, in .venv-oldest
 	$(TEST_ENV) $(OLDEST)/bin/python -m pytest $(XDIST) $(ARGS)
+
+# Engines cannot share an environment: each pins another transformers. Its lock lies beside its tests.
+engine-env: $(if $(filter $(NAME),$(ENGINES)),.venv-$(NAME)/.installed,engine-names)  ## make .venv-NAME for the tests with one engine: NAME=...
+
+test-engines: $(if $(filter $(NAME),$(ENGINES)),.venv-$(NAME)/.installed,engine-names)  ## tests with a released engine in a real run: NAME=...
+	$(TEST_ENV) .venv-$(NAME)/bin/python -m pytest -m engine tests/engines/$(NAME) $(ARGS)
+
+engine-names:
+	@echo "make: expected NAME=, one of: $(ENGINES)"; exit 2
 
 # In parts: ARGS='-k "ddp and reentrant"'. Without the Tie every case has to fail: ARGS="--without-tie".
 invariance: env  ## every way to cut a batch: the full product of the matrix, many hours
@@ -90,8 +101,15 @@ lock:  ## choose all versions again and write requirements.lock
 	mv build/requirements.lock requirements.lock
 	rm -rf build/lock
 
-clean:  ## remove both environments and every cache; runs/ stays
-	rm -rf $(VENV) $(OLDEST) build dist .pytest_cache .ruff_cache .hypothesis
+# The locks are whole: nothing is resolved, so that no other torch comes along.
+.venv-%/.installed: tests/engines/%/requirements.lock pyproject.toml
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:  ## remove all environments and every cache; runs/ stays
+	rm -rf $(VENV) $(OLDEST) .venv-* build dist .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made once, from nothing, and made again when the lock changes.
