@@ -71,6 +71,10 @@ MEASURES: dict[str, tuple[str, Callable[[RunSummary], float]]] = {
     ),
     "information": ("nats between expert and domain", lambda run: run.information),
     "topk_score": ("sum of the K gate probabilities", lambda run: run.topk_score),
+    "gradient_ratio": (
+        "balance gradient over that of the language model, at the router",
+        lambda run: math.fsum(value for name, value in run.training.items() if name.endswith("/gradient_ratio")),
+    ),
 }  # fmt: skip
 
 
