@@ -9,6 +9,7 @@ from .autograd.token_layout import TokenLayout
 from .balancer.balancer import Balancer
 from .distributed import Ranks
 from .errors import ConfigError, DataError, EquipoiseError, InputError, OutputError, StateError
+from .external.carrier import RouterCarrier
 from .external.registry import register_router
 from .functional.convert import convert_coef
 from .functional.routing import Routing
@@ -30,6 +31,7 @@ __all__ = [
     "OutputError",
     "Ranks",
     "Router",
+    "RouterCarrier",
     "Routing",
     "Sequences",
     "StateError",

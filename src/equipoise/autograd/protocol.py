@@ -54,7 +54,7 @@ class BalancedRouter(Protocol):
 
     A module of your own that has all of these (see `is_balanced_router`), and that passes its weights through
     `attach_balance_gradient` while ``balance_state`` is set, is found by `Balancer` without registration.
-    docs/own-router.md has one.
+    `equipoise.RouterCarrier` has them for you.
     """
 
     num_experts: int
@@ -126,6 +126,6 @@ def is_balanced_router(module: nn.Module) -> TypeGuard[BalancedRouter]:
         raise ConfigError(
             expected="a router with all that equipoise.autograd.protocol.BalancedRouter names",
             got=f"a {type(module).__name__} with balance_state and without {', '.join(lacks)}",
-            do=f"give it {lacks[0]}, as docs/own-router.md does; without balance_state it is found by its output",
+            do=f"give it {lacks[0]}, or an equipoise.RouterCarrier; without balance_state it is found by its output",
         )
     return True
