@@ -43,12 +43,13 @@ def test_a_domain_that_one_side_lacks_and_a_run_that_diverged_are_left_out(tmp_p
     claim = claim_in(tmp_path)
     one = judged_with(claim)
     treated = {seed: replace(run, loss={"docs": run.loss["docs"]}) for seed, run in one.runs["treated"].items()}
-    treated[2] = replace(treated[2], status="diverged", loss={})
+    treated[2] = replace(treated[2], status="diverged", loss={}, evaluations=[], trail=[[2.0, 5.0, 9.0]])
     one = replace(one, runs={**one.runs, "treated": treated})
     found = by_domain(one)
     assert list(found) == ["docs"] and list(found["docs"].by_seed) == [0, 1]
     steps = over_steps(one)
     assert steps.difference is not None and steps.difference.mean[-1] == pytest.approx(fmean([-0.1, -0.05]))
+    assert steps.maxvio["treated"] is not None and steps.maxvio["treated"].mean == pytest.approx([1.5, 0.25])
     assert by_domain(replace(one, runs={"treated": {}, "baseline": {}})) == {}
 
 
