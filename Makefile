@@ -34,8 +34,8 @@ compare: env  ## train the strategies side by side on the text of this machine, 
 reproduce: env  ## train what is missing of the claims under evidence/ and judge them; ARGS="E01" for some of them
 	$(BIN)/equipoise reproduce $(or $(ARGS),--all)
 
-evidence: env  ## write docs/evidence.md again from the runs on record, in seconds
-	$(BIN)/equipoise reproduce --all --from-records
+evidence: env  ## write docs/evidence.md and runs/evidence.html again from the runs on record, in seconds
+	$(BIN)/equipoise reproduce --all --from-records --html runs/evidence.html
 
 test: env  ## all tests, the examples in the docstrings among them
 	$(TEST_ENV) $(BIN)/python -m pytest $(XDIST) $(ARGS)

@@ -28,6 +28,7 @@ examples:
   equipoise reproduce E01                          train what is missing of one claim, and judge it
   equipoise reproduce --all
   equipoise reproduce --all --from-records         train nothing; write docs/evidence.md again (`make evidence`)
+  equipoise reproduce list --html claims.html      all claims as one HTML file: intervals, curves, domains
   equipoise reproduce E08 --records mine --again   from nothing, beside what the repository has on record
 """
 
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="where runs are until they end (default: runs/evidence)")  # fmt: skip
     parser.add_argument("--page", type=Path, metavar="FILE",
                         help="written with --all (default: docs/evidence.md, and none with --records)")  # fmt: skip
+    parser.add_argument("--html", type=Path, metavar="FILE", help="the claims that are named, or all, as one HTML file")
     parser.add_argument(
         "--workers", type=int, default=0, metavar="N", help="processes at a time (default: one per core)"
     )
@@ -53,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..evidence.claim import read_claims
+    from ..evidence.html_page import write_html
     from ..evidence.page import write_page
     from ..evidence.reproduce import RECORDS
     from ..evidence.run_summary import read_summaries
@@ -72,10 +75,13 @@ def run(arguments: argparse.Namespace) -> int:
     if chosen and not arguments.from_records:
         code = _train(chosen, records, arguments.runs, arguments.workers)
     judged = judge_all(claims, read_summaries(records) if records.is_dir() else [])
+    names = {claim.name for claim in chosen or claims}
+    if arguments.html:
+        write_html([one for one in judged if one.claim.name in names], arguments.html)
+        print(f"html: {arguments.html}")
     if not chosen:
         print(render_list(judged))
         return 0
-    names = {claim.name for claim in chosen}
     print("\n\n".join(render_verdict(one) for one in judged if one.claim.name in names))
     if arguments.again:
         before = judge_all(claims, read_summaries(arguments.evidence / RECORDS))

@@ -4,5 +4,7 @@ claim.py      a claim as its file says it                run_summary.py  one run
 reproduce.py  trains the runs that are not on record     verdict.py      intervals, tests, confirmed or refuted
 text.py       verdicts in a terminal                     power.py        how many seeds a difference needs
 page.py       docs/evidence.md                           figure.py       its picture
+html_page.py  the same as one HTML file                  html_claim.py   each claim in it
+pictures.py   its small pictures                         breakdown.py    behind a difference: steps, domains, noise
 diversity.py  how unlike all text a balance batch is
 """

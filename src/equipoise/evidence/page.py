@@ -6,26 +6,28 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import stdev
 
 from ..report.data.formatting import number
-from ..storage.files import write_whole
+from ..report.data.statistics import Difference
+from ..storage.files import atomic_write
+from .breakdown import by_domain, core_hours, noise
 from .figure import render_figure
-from .power import detectable
 from .run_summary import MEASURES
-from .text import interval, pairs
+from .text import criterion, interval, pairs
 from .verdict import ClaimVerdict, Judged
 
 __all__ = ["FIGURE", "render_page", "write_page"]
 
 FIGURE = "evidence.svg"  # beside the page
+ELSEWHERE = "free disk space, or name another file with --page"
 
 HEAD = """\
 # Evidence
 
 Written by `make evidence` from the runs on record in [evidence/records](../evidence/records); do not edit. Each claim
 is a file in [evidence](../evidence) whose criterion was written down before its runs. `equipoise reproduce NAME` trains
-the runs of a claim again.
+the runs of a claim again. `make evidence` also writes `runs/evidence.html`: the same with a picture of every
+difference, its way over the steps and each domain.
 
 How to read it: two strategies start from the same weights and see the same data in the same order; their difference is
 taken seed by seed, with a 95 % interval (Student's t). *lower*, *higher*: confirmed or refuted by a paired two-sided
@@ -33,13 +35,13 @@ t-test at 5 %; *equal*: confirmed by two one-sided tests within a margin, refute
 The primary claims share one error rate (Holm). Whatever is neither is undecided. Losses are nats per token of held-out
 text: -0.01 is 1 % of perplexity.
 """
+INSTRUMENT = """\
+How much the difference in held-out loss varies from seed to seed (sd), and the smallest mean difference that
+a paired test at 5 % tells from zero four times in five, with 3, 5 and 8 seeds; nats per token."""
 NOT_TESTED = """\
-## What was not tested here
-
 Models of billions of parameters, hundreds of billions of tokens, benchmarks of knowledge and reasoning, published
 checkpoints. What a model of a hundred thousand parameters shows in two million tokens is the direction of an effect,
-and its order of magnitude *there*.
-"""
+and its order of magnitude at that size."""
 
 
 def render_page(judged: Sequence[ClaimVerdict]) -> str:
@@ -47,52 +49,40 @@ def render_page(judged: Sequence[ClaimVerdict]) -> str:
     rows = ["| claim | what it says | published | here | verdict |", "|---|---|---|---|---|"]
     for one in judged:
         claim = one.claim
-        first = next((j for j in one.judged if j.contrast.criterion != "any"), one.judged[0])
         cells = [
             f"[{claim.name}](#{claim.name.lower()})",
             claim.title,
             claim.published,
-            _short(first),
+            _short(one),
             one.verdict or "shown",
         ]
         rows.append("| " + " | ".join(cells) + " |")
     words = Counter(one.verdict or "shown" for one in judged)
-    hours = math.fsum(one.seconds for one in judged) / 3600
     counted = ", ".join(f"{count} {word}" for word, count in sorted(words.items()))
-    head = f"{HEAD}\n{len(judged)} claims: {counted}. {hours:.1f} core-hours, runs that claims share counted in each.\n"
+    head = f"{HEAD}\n{len(judged)} claims: {counted}. {core_hours(judged):.1f} core-hours on record.\n"
     picture = f"![Differences in held-out loss with their intervals, claim by claim]({FIGURE})"
-    return "\n".join([head, *rows, "", picture, "", _instrument(judged), *(_claim(one) for one in judged), NOT_TESTED])
+    return "\n".join([head, *rows, "", picture, "", _instrument(judged), *(_claim(one) for one in judged),
+                      "## What was not tested here", "", NOT_TESTED, ""])  # fmt: skip
 
 
 def write_page(judged: Sequence[ClaimVerdict], path: Path) -> None:
     """The page, and its figure beside it. Raises OutputError where they cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, render_page(judged).encode())
-    write_whole(path.with_name(FIGURE), render_figure(judged).encode())
+    atomic_write(path, render_page(judged).encode(), do=ELSEWHERE)
+    atomic_write(path.with_name(FIGURE), render_figure(judged).encode(), do=ELSEWHERE)
 
 
 def _instrument(judged: Sequence[ClaimVerdict]) -> str:
-    """How much the difference in loss of two strategies varies between seeds, and what so many seeds can see."""
     lines = [
         "## The instrument",
         "",
-        "How much the difference in held-out loss varies from seed to seed (sd), and the smallest mean difference that",
-        "a paired test at 5 % tells from zero four times in five, with 3, 5 and 8 seeds; nats per token.",
+        INSTRUMENT,
         "",
         "| where | treated - baseline | pairs | sd | seen with 3 | 5 | 8 |",
         "|---|---|---|---|---|---|---|",
     ]
-    seen = set()
-    for one in (j for of_claim in judged for j in of_claim.judged):
-        contrast, difference = one.contrast, one.difference
-        at = contrast.cell, contrast.treated, contrast.baseline
-        if contrast.measure != "loss" or difference is None or difference.n < 3 or at in seen:
-            continue
-        seen.add(at)
-        sd = stdev(difference.by_seed.values())
-        sees = [f"{detectable(sd, pairs):.4f}" if sd > 0 else "" for pairs in (3, 5, 8)]
-        cells = [contrast.cell, f"{contrast.treated} - {contrast.baseline}", str(difference.n), f"{sd:.4f}", *sees]
-        lines.append("| " + " | ".join(cells) + " |")
+    for one in noise(judged):
+        sees = [f"{value:.4f}" if math.isfinite(value) else "" for value in one.sees]
+        lines.append("| " + " | ".join([one.where, one.pair, str(one.pairs), f"{one.sd:.4f}", *sees]) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -115,26 +105,51 @@ def _claim(one: ClaimVerdict) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
         *(_row(judged) for judged in one.judged),
         "",
+        *_domains(one),
     ]
     return "\n".join(lines)
 
 
+def _domains(one: ClaimVerdict) -> list[str]:
+    """Where the difference in loss lies, of a claim that is about loss."""
+    of_loss = [judged for judged in one.judged if judged.contrast.measure == "loss"]
+    found = [(judged.contrast, domains) for judged in of_loss if len(domains := by_domain(judged)) > 1]
+    if not found or one.judged[0].contrast.measure != "loss":
+        return []
+    names = list(dict.fromkeys(name for _, domains in found for name in domains))
+    lines = [
+        "By domain, the difference in held-out loss and half its 95 % interval; shown, not judged:",
+        "",
+        "| where | treated - baseline | " + " | ".join(names) + " |",
+        "|---" * (2 + len(names)) + "|",
+    ]
+    for contrast, domains in found:
+        cells = [_half_width(domains[name]) if name in domains else "" for name in names]
+        lines.append("| " + " | ".join([contrast.cell, f"{contrast.treated} - {contrast.baseline}", *cells]) + " |")
+    return [*lines, ""]
+
+
+def _half_width(difference: Difference) -> str:
+    half = "" if difference.high is None else f" ± {difference.high - difference.mean:.3f}"
+    return f"{difference.mean:+.3f}{half}"
+
+
 def _row(judged: Judged) -> str:
     contrast = judged.contrast
-    criterion = contrast.criterion
-    if criterion == "equal":
-        criterion += (f" to {contrast.around:+.4g}" if contrast.around else "") + f" within {number(judged.margin)}"
     count = str(judged.difference.n if judged.difference else 0)
     count += f", {judged.diverged} diverged" if judged.diverged else ""
     p = f"{judged.p:.2g}" if math.isfinite(judged.p) else ""
     sides = [number(side, 4) if math.isfinite(side) else "" for side in (judged.treated, judged.baseline)]
     unit = MEASURES[contrast.measure][0]
     pair = f"{contrast.treated} - {contrast.baseline}"
-    cells = [contrast.cell, pair, f"{contrast.measure} ({unit})", criterion, *sides, interval(judged), count, p]
+    cells = [contrast.cell, pair, f"{contrast.measure} ({unit})", criterion(judged), *sides, interval(judged), count, p]
     cells.append(judged.verdict)
     return "| " + " | ".join(cells) + " |"
 
 
-def _short(judged: Judged) -> str:
-    text = interval(judged)
-    return f"{text} {judged.contrast.measure}, n = {judged.difference.n}" if judged.difference else ""
+def _short(one: ClaimVerdict) -> str:
+    leading = one.leading
+    if leading is None or leading.difference is None:
+        return ""
+    where = f" ({leading.contrast.cell})" if len(one.judged) > 1 else ""
+    return f"{interval(leading)} {leading.contrast.measure}, n = {leading.difference.n}{where}"

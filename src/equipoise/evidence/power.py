@@ -6,7 +6,9 @@ import math
 
 from scipy import optimize, stats
 
-__all__ = ["detectable", "pairs_needed", "power"]
+__all__ = ["PAIRS", "detectable", "pairs_needed", "power"]
+
+PAIRS = (3, 5, 8)  # how many are told what they see
 
 
 def power(effect: float, sd: float, pairs: int, *, level: float = 0.05) -> float:

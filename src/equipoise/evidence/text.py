@@ -8,11 +8,13 @@ from statistics import stdev
 
 from scipy import stats
 
+from ..report.data.formatting import number
 from ..report.text.table import table, wrap
+from .claim import Contrast
 from .run_summary import MEASURES
 from .verdict import ClaimVerdict, Judged
 
-__all__ = ["interval", "render_again", "render_list", "render_verdict"]
+__all__ = ["criterion", "interval", "pairs", "render_again", "render_list", "render_verdict", "signed_of"]
 
 
 def render_list(judged: Sequence[ClaimVerdict]) -> str:
@@ -66,10 +68,21 @@ def interval(judged: Judged) -> str:
     difference = judged.difference
     if difference is None:
         return ""
-    places = 4 if MEASURES[judged.contrast.measure][0].startswith("nats per token") else 3
-    text = f"{difference.mean:+.{places}f}"
-    if difference.low is not None and difference.high is not None:
-        text += f" ({difference.low:+.{places}f} to {difference.high:+.{places}f})"
+    mean, *ends = (signed_of(judged.contrast, value) for value in (difference.mean, difference.low, difference.high)
+                   if value is not None)  # fmt: skip
+    return f"{mean} ({' to '.join(ends)})" if ends else mean
+
+
+def signed_of(contrast: Contrast, value: float) -> str:
+    """A difference in what a contrast measures, with as many decimals as seeds leave of it."""
+    return f"{value:+.{4 if MEASURES[contrast.measure][0] == 'nats per token' else 3}f}"
+
+
+def criterion(judged: Judged) -> str:
+    """What confirms a contrast, in words."""
+    contrast, text = judged.contrast, judged.contrast.criterion
+    if text == "equal":
+        text += (f" to {contrast.around:+.4g}" if contrast.around else "") + f" within {number(judged.margin)}"
     return text
 
 

@@ -31,16 +31,33 @@ Summaries = Mapping[tuple[str, int], Mapping[str, RunSummary]]  # key and seed -
 
 @dataclass(frozen=True)
 class Judged:
-    """One contrast: the means of both sides, the difference, its p-value and the word."""
+    """One contrast: the runs of both sides, the difference, its p-value and the word."""
 
     contrast: Contrast
-    treated: float  # mean over the seeds that both sides have
-    baseline: float
+    runs: Mapping[str, Mapping[int, RunSummary]]  # "treated", "baseline" -> seed -> run, all of one text
     difference: Difference | None
-    diverged: int  # runs of either side whose loss became NaN; they are in no mean
     margin: float | None
     p: float  # of the test; Holm's in the primary family; NaN where there is none
     verdict: str
+
+    @property
+    def treated(self) -> float:
+        """Mean over the seeds that both sides have; NaN where there are none."""
+        return self._mean("treated")
+
+    @property
+    def baseline(self) -> float:
+        return self._mean("baseline")
+
+    @property
+    def diverged(self) -> int:
+        """Runs of either side whose loss became NaN; they are in no mean."""
+        return sum(run.status == "diverged" for of_side in self.runs.values() for run in of_side.values())
+
+    def _mean(self, side: str) -> float:
+        read = MEASURES[self.contrast.measure][1]
+        seeds = self.difference.by_seed if self.difference else {}
+        return fmean(read(self.runs[side][seed]) for seed in seeds) if seeds else math.nan
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,12 @@ class ClaimVerdict:
             if word in words:
                 return word
         return SHOWN
+
+    @property
+    def leading(self) -> Judged | None:
+        """The contrast that stands for the claim in a row: the first that has a criterion and runs."""
+        known = [one for one in self.judged if one.difference]
+        return next((one for one in known if one.contrast.criterion != "any"), known[0] if known else None)
 
 
 def judge_all(claims: Sequence[Claim], runs: Iterable[RunSummary]) -> list[ClaimVerdict]:
@@ -111,7 +134,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def _judge(claim: Claim, contrast: Contrast, runs: Summaries) -> Judged:
-    difference, treated, baseline, diverged, pairs = _paired(claim, contrast, runs)
+    difference, of_sides = _paired(claim, contrast, runs)
     margin = contrast.margin if not contrast.margin_of else _share(claim, contrast, contrast.margin_of, runs)
     margin = None if margin is None else abs(margin)
     if contrast.around_of:
@@ -120,9 +143,10 @@ def _judge(claim: Claim, contrast: Contrast, runs: Summaries) -> Judged:
         contrast = replace(contrast, around=predicted or 0.0)
     p = _p(contrast, difference, margin)
     word = _word(contrast, difference, margin, p)
+    pairs = len(of_sides["treated"].keys() & of_sides["baseline"].keys())
     if 0 < pairs < contrast.seeds and contrast.criterion != "any":
         word = PARTIAL
-    return Judged(contrast, treated, baseline, difference, diverged, margin, p, word)
+    return Judged(contrast, of_sides, difference, margin, p, word)
 
 
 def _share(claim: Claim, contrast: Contrast, of: Mapping[str, Any], runs: Summaries) -> float | None:
@@ -136,8 +160,10 @@ def _share(claim: Claim, contrast: Contrast, of: Mapping[str, Any], runs: Summar
     return None if known is None else known.mean * of["share"]
 
 
-def _paired(claim: Claim, contrast: Contrast, runs: Summaries) -> tuple[Difference | None, float, float, int, int]:
-    """(treated - baseline, means of both, diverged runs, pairs) over the seeds that both sides have on record."""
+def _paired(
+    claim: Claim, contrast: Contrast, runs: Summaries
+) -> tuple[Difference | None, dict[str, dict[int, RunSummary]]]:
+    """Treated - baseline over the seeds that both sides have on record, and all their runs of that text."""
     read = MEASURES[contrast.measure][1]
     sides = {
         side: [runs.get((run_key(claim.run(contrast, side, seed)), seed), {}) for seed in range(contrast.seeds)]
@@ -150,13 +176,7 @@ def _paired(claim: Claim, contrast: Contrast, runs: Summaries) -> tuple[Differen
         side: {seed: one[text] for seed, one in enumerate(of_seeds) if text in one} for side, of_seeds in sides.items()
     }
     values = {side: {seed: read(run) for seed, run in of_side.items()} for side, of_side in found.items()}
-    diverged = sum(run.status == "diverged" for of_side in found.values() for run in of_side.values())
-    difference = paired_difference(values["treated"], values["baseline"])
-    seeds = difference.by_seed if difference else {}
-    treated, baseline = (
-        fmean(values[side][seed] for seed in seeds) if seeds else math.nan for side in ("treated", "baseline")
-    )
-    return difference, treated, baseline, diverged, counted[text]
+    return paired_difference(values["treated"], values["baseline"]), found
 
 
 def _p(contrast: Contrast, difference: Difference | None, margin: float | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,6 +33,20 @@ def test_the_figure_has_a_row_for_every_difference_in_loss(tmp_path):
     assert min(places) <= mean <= max(places)
     assert "confirmed" in "".join(picture.itertext())
     assert ElementTree.fromstring(render_figure(judge_all([claim], []))) is not None
+
+
+def test_a_claim_about_loss_says_where_the_difference_lies(tmp_path):
+    other = '[[contrast]]\ncell = "else"\ntreated = "shuffle"\nbaseline = "micro"\n'
+    claim = claim_in(tmp_path, more=other)
+    runs = [replace(run, loss={"docs": run.loss["a"] + 0.25, "code": run.loss["a"] - 0.25})
+            for run in runs_of(claim, [-0.01, -0.03, -0.02, -0.02])]  # fmt: skip
+    page = render_page(judge_all([claim], runs))
+    rows = [line for line in page.splitlines() if line.startswith("| base |")]
+    assert "| base | global - micro | -0.020 ± 0.013 | -0.020 ± 0.013 |" in rows  # of both domains
+    assert "| else | shuffle - micro |" in page and "shown, not judged" in page
+    alone = [replace(run, loss={"code": run.loss["code"]}) for run in runs]
+    for claims, of in (([claim], alone), ([claim], [])):  # one domain is the difference itself
+        assert "By domain" not in render_page(judge_all(claims, of))
 
 
 def test_every_record_belongs_to_a_claim():

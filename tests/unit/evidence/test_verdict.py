@@ -28,6 +28,16 @@ def test_a_claim_is_judged_when_all_of_it_was_run(tmp_path):
     assert judged(claim, runs_of(claim, [-0.01, -0.012, -0.009, -0.011])).verdict == "in part"
 
 
+def test_a_row_shows_the_first_contrast_that_has_a_criterion_and_runs(tmp_path):
+    more = '[[contrast]]\ncell = "else"\ntreated = "none"\nbaseline = "micro"\ncriterion = "lower"\nseeds = 4'
+    claim = claim_in(tmp_path, criterion="any", more=more)
+    assert judged(claim, []).leading is None
+    found = judged(claim, runs_of(claim, [-0.01, -0.012]))
+    assert found.leading is found.judged[0]  # the other has no runs
+    found = judged(claim, [*runs_of(claim, [-0.01]), *runs_of(replace(claim, contrast=claim.contrast[1:]), [0.02])])
+    assert found.leading is found.judged[1]
+
+
 @pytest.mark.parametrize(
     ("criterion", "differences", "word"),
     [

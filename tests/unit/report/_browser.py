@@ -24,7 +24,15 @@ def launched() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(browser: Any, path: Path, *, wide: int = 1200, scheme: str = "light", **options: Any) -> Iterator[Any]:
+def opened(
+    browser: Any,
+    path: Path,
+    *,
+    wide: int = 1200,
+    scheme: str = "light",
+    ready: str = "html[data-drawn=yes]",
+    **options: Any,
+) -> Iterator[Any]:
     """A drawn page; in the end it must not have asked for anything, nor have said anything on the console."""
     context = browser.new_context(viewport={"width": wide, "height": 900}, color_scheme=scheme, **options)
     page = context.new_page()
@@ -34,7 +42,7 @@ def opened(browser: Any, path: Path, *, wide: int = 1200, scheme: str = "light",
     page.on("dialog", lambda dialog: complaints.append(dialog.message))
     page.on("request", lambda request: complaints.append(request.url) if request.url != path.as_uri() else None)
     page.goto(path.as_uri())
-    page.wait_for_selector("html[data-drawn=yes]")
+    page.wait_for_selector(ready)
     yield page
     assert complaints == []
     context.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +12,7 @@ from ...storage.run_record import Run, Step
 from .run_view import RunView, is_number, mean, usable
 from .statistics import paired_difference
 
-__all__ = ["Charts", "Curve", "LoadMap", "charts", "thin", "training_metrics"]
+__all__ = ["Charts", "Curve", "LoadMap", "charts", "join", "paired_series", "thin", "training_metrics"]
 
 MOST_POINTS = 120  # of a curve: one in three pixels of a phone
 MOST_LOADS = 60  # steps of a run whose expert loads are on the page
@@ -129,16 +129,34 @@ def paired(runs: Sequence[Run], baseline: Sequence[Run]) -> Curve | None:
     """Difference in perplexity at each evaluation, paired by seed, in percent, with the 95 % interval."""
     own, base = ({run.header.seed: {one.step: one.perplexity for one in usable(run)[0]} for run in group}
                  for group in (runs, baseline))  # fmt: skip
+    curve = paired_series(own, base, ratio=True)
+    if curve is None or curve.low is None or curve.high is None:
+        return None
+    mean, low, high = ([100 * value for value in part] for part in (curve.mean, curve.low, curve.high))
+    return Curve(curve.steps, mean, low, high)
+
+
+def paired_series(
+    treated: Mapping[int, Mapping[int, float]], baseline: Mapping[int, Mapping[int, float]], *, ratio: bool = False
+) -> Curve | None:
+    """Treated - baseline at each step, paired by seed, with its 95 % interval; None where no step has two pairs.
+
+    Args:
+        treated, baseline: seed -> step -> value. ratio: differences are relative.
+
+    >>> paired_series({0: {5: 3.0}, 1: {5: 3.5}}, {0: {5: 3.25}, 1: {5: 3.75}})
+    Curve(steps=[5], mean=[-0.25], low=[-0.25], high=[-0.25])
+    """
     found = {}
-    for step in sorted({step for series in own.values() for step in series}):
-        at, base_at = ({seed: one[step] for seed, one in group.items() if step in one} for group in (own, base))
-        difference = paired_difference(at, base_at, ratio=True)
+    for step in sorted({step for series in treated.values() for step in series}):
+        at, base_at = ({seed: one[step] for seed, one in group.items() if step in one} for group in (treated, baseline))
+        difference = paired_difference(at, base_at, ratio=ratio)
         if difference is not None and difference.low is not None and difference.high is not None:
             found[step] = (difference.mean, difference.low, difference.high)
     if not found:
         return None
     steps = thin(sorted(found))
-    mean, low, high = ([100 * found[step][part] for step in steps] for part in range(3))
+    mean, low, high = ([found[step][part] for step in steps] for part in range(3))
     return Curve(steps, mean, low, high)
 
 

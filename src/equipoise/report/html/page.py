@@ -20,9 +20,9 @@ from ..data.formatting import clean
 from ..data.inspections import NamedInspection, headline_of, name_inspections
 from .inspection_sections import inspection_cards, inspection_origin, inspection_sections
 from .run_sections import run_cards, run_facts, run_origin, run_sections
-from .widgets import Widgets, safe, section
+from .widgets import Widgets, minus, safe, section
 
-__all__ = ["render_html", "write_file", "write_html"]
+__all__ = ["contents", "document", "render_html", "stylesheet", "write_file", "write_html"]
 
 # The page loads nothing; this makes browsers refuse a link even if a name should inject one.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
@@ -69,7 +69,7 @@ def render_html(
     origin = (run_origin(comparison) if comparison else "") + (inspection_origin(found) if found else "")
     second = ""
     if comparison and found:  # the headline and cards at the top are those of the runs
-        second = f'<p class="headline2">{_minus(escape(headline_of(found)))}</p>\n{inspection_cards(found)}'
+        second = f'<p class="headline2">{minus(escape(headline_of(found)))}</p>\n{inspection_cards(found)}'
         second = f'<div role="group" aria-label="Inspections" class="second">{second}</div>'
     body = "".join([*runs, second, *inspected, section("Where this comes from", "", origin)])
     names = [one.name for one in comparison.strategies] if comparison else []
@@ -80,6 +80,20 @@ def render_html(
     title = " · ".join(map(clean, [*names, *(one.name for one in found)][:4]))
     version = next(iter([c.versions.get("equipoise", "") for c in [comparison] if c]
                         + [one.inspection.facts.versions.get("equipoise", "") for one in found]), "")  # fmt: skip
+    content = f"{_head(comparison, found, problems, body, live)}\n{body}"
+    foot = f"""Made by equipoise {safe(version)}. This file holds everything it shows and
+loads nothing; without scripts the tables remain."""
+    scripts = f"""<div id="spoken" class="unseen" role="status" aria-live="polite"></div>
+<script type="application/gzip" id="report-data">{_packed(_json(data))}</script>
+{f'<script type="application/gzip" id="report-plotly">{_plotly()}</script>' if widgets.figures else ""}
+<script type="module">
+{"".join(_asset(f"{name}.js") for name in SCRIPTS)}</script>
+"""
+    return document(title, content, foot, stylesheet(*STYLES), scripts)
+
+
+def document(title: str, content: str, foot: str, styles: str, scripts: str = "") -> str:
+    """The frame of every page: title as text, all else as HTML and CSS. It forbids itself to load anything."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -88,23 +102,28 @@ def render_html(
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>equipoise: {escape(title)}</title>
 <style>
-{"".join(_asset(f"{name}.css") for name in STYLES)}</style>
+{styles}</style>
 </head>
 <body>
 <a class="skip" href="#content">To the content</a>
 <main id="content" tabindex="-1">
-{_head(comparison, found, problems, body, live)}
-{body}</main>
-<footer><p>Made by equipoise {safe(version)}. This file holds everything it shows and
-loads nothing; without scripts the tables remain.</p></footer>
-<div id="spoken" class="unseen" role="status" aria-live="polite"></div>
-<script type="application/gzip" id="report-data">{_packed(_json(data))}</script>
-{f'<script type="application/gzip" id="report-plotly">{_plotly()}</script>' if widgets.figures else ""}
-<script type="module">
-{"".join(_asset(f"{name}.js") for name in SCRIPTS)}</script>
-</body>
+{content}</main>
+<footer><p>{foot}</p></footer>
+{scripts}</body>
 </html>
 """
+
+
+def stylesheet(*names: str) -> str:
+    """The rules of these parts of the look: base, figures, tables, text, print."""
+    return "".join(_asset(f"{name}.css") for name in names)
+
+
+def contents(body: str) -> str:
+    """Links to the headings (h2) of a page's sections."""
+    links = re.findall(r'<h2 id="([a-z0-9-]+)"[^>]*>(.*?)</h2>', body)
+    items = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in links)
+    return f'<nav aria-label="Sections"><ul>{items}</ul></nav>'
 
 
 def _head(
@@ -119,28 +138,22 @@ def _head(
     facts = run_facts(comparison) if comparison else []
     cards = run_cards(comparison) if comparison else inspection_cards(found) if found else ""
     quality = comparison.quality if comparison else ""
-    links = re.findall(r'<h2 id="([a-z0-9-]+)"[^>]*>(.*?)</h2>', body)
-    contents = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in links)
     refresh = (
         f'<p class="live" id="live" data-seconds="{live:g}"><i aria-hidden="true"></i> The run goes on: this page '
         f'refreshes every {live:g} s. <button class="quiet" type="button">Pause</button></p>'
     )
     return f"""<header>
 <p class="mark"><b>equipoise</b> &nbsp;load balancing of mixture-of-experts training</p>
-<h1>{_minus(escape(headline))}</h1>
-{f'<p class="quality">{_minus(escape(quality))}</p>' if quality else ""}
+<h1>{minus(escape(headline))}</h1>
+{f'<p class="quality">{minus(escape(quality))}</p>' if quality else ""}
 <p class="facts">{" · ".join(facts)}</p>
 {refresh if live else ""}
 {aside}
 <p class="notes" id="too-old" hidden>This browser is too old to unpack the figures of this page: only its text and
 tables are shown. Any browser from 2023 on draws them.</p>
-<nav aria-label="Sections"><ul>{contents}</ul></nav>
+{contents(body)}
 </header>
 {cards}"""
-
-
-def _minus(text: str) -> str:
-    return re.sub(r"(?<!\w)-(?=\d)", "−", text)  # a number's sign, not a name's hyphen
 
 
 def _json(data: object) -> str:

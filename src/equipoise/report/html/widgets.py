@@ -11,7 +11,7 @@ from ..data.formatting import clean
 from .figures import Figure
 from .heatmaps import Map
 
-__all__ = ["Widgets", "breakable", "cell", "dot", "safe", "section", "table"]
+__all__ = ["Widgets", "breakable", "cell", "dot", "minus", "safe", "section", "table"]
 
 HELP = "Arrow keys tell its cells."
 
@@ -19,6 +19,15 @@ HELP = "Arrow keys tell its cells."
 def safe(text: object) -> str:
     """Escapes text for any place in the page."""
     return escape(clean(str(text)))
+
+
+def minus(text: str) -> str:
+    """The sign of numbers as a minus; a hyphen within a name stays one.
+
+    >>> minus("loss-free: -0.8 %")
+    'loss-free: −0.8 %'
+    """
+    return re.sub(r"(?<!\w)-(?=\d)", "−", text)
 
 
 def dot(index: int) -> str:
