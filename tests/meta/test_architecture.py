@@ -28,9 +28,9 @@ from meta.house import (
 )
 
 PYTHON = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
-OPTIONAL = {"accelerate", "datasets", "lightning", "mlflow", "pandas", "peft", "plotly", "pyarrow",
-            "rich", "safetensors", "tensorboard", "tokenizers", "torchtitan", "transformers", "triton", "trl",
-            "wandb", "zstandard"}  # fmt: skip
+OPTIONAL = {"accelerate", "axolotl", "datasets", "lightning", "llamafactory", "mlflow", "omegaconf", "pandas",
+            "peft", "plotly", "pyarrow", "pydantic", "rich", "safetensors", "swift", "tensorboard", "tokenizers",
+            "torchtitan", "transformers", "triton", "trl", "wandb", "yaml", "zstandard"}  # fmt: skip
 EDGE = {"adapters", "cli", "inspection", "lab", "report"}  # the only rooms that may use them
 EXCEPTIONS = {"kernels": {"triton"}, "storage": {"safetensors"}}
 DISTRIBUTED = {"distributed.py", "lab/training/distributed.py"}  # the only files that may name torch.distributed

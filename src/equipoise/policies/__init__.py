@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .estimators import ESTIMATORS
 from .expert_bias import RULES, ExpertBias
+from .from_data import policies_from
 from .losses import AuxLoss, ZLoss
 from .schedule import Schedule
 from .scopes import SCOPES, Sequences
@@ -20,4 +21,5 @@ __all__ = [
     "Sequences",
     "Switch",
     "ZLoss",
+    "policies_from",
 ]

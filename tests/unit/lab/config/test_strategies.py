@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import typing
 
 import pytest
 
@@ -13,18 +12,8 @@ from equipoise import policies as library
 from equipoise.errors import ConfigError, EquipoiseError
 from equipoise.functional import routing
 from equipoise.lab.config.schema import GATES, ModelConfig, RunConfig
-from equipoise.lab.config.strategies import (
-    ESTIMATORS,
-    KINDS,
-    NAMES,
-    RULES,
-    Schedule,
-    Strategy,
-    describe_names,
-    parse_strategy,
-    slug,
-    strategy_of,
-)
+from equipoise.lab.config.strategies import NAMES, Strategy, describe_names, parse_strategy, slug, strategy_of
+from equipoise.policies.from_data import RateSchedule
 
 STEPS = 300
 
@@ -207,24 +196,13 @@ def test_a_rule_that_the_gate_breaks_is_refused_before_training():
         strategy_of(config).check(config)
 
 
-def test_the_details_that_a_name_may_have_are_those_of_the_library():
-    assert set(ESTIMATORS) == set(library.ESTIMATORS)
-    assert set(RULES) == set(library.RULES)
+def test_the_gates_that_a_name_may_have_are_those_of_the_library():
     assert set(GATES) - {"auto"} == set(routing.GATES)
-    assert set(KINDS) == {cls.__name__ for cls in typing.get_args(library.Policy)}
 
 
 def test_every_name_in_the_list_can_be_built():
     for name in NAMES:
         parse_strategy("sequences:2" if name == "sequences" else name).build(STEPS)
-
-
-@pytest.mark.parametrize(("kind", "middle"), [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
-def test_schedules(kind, middle):
-    schedule = Schedule(kind, 10)
-    assert schedule(0) == 1
-    assert schedule(5) == pytest.approx(middle)
-    assert schedule(20) == pytest.approx(1.0 if kind == "constant" else 0.0)
 
 
 def test_folder_names_are_safe_and_differ():
@@ -246,7 +224,7 @@ def test_the_list_in_the_help_is_what_is_built_and_fits_a_terminal():
     assert list(shown) == ["sequences:N" if name == "sequences" else name for name in NAMES]
     assert shown.pop("none") == ["no policy"]
     for name, texts in shown.items():
-        cosine = Schedule("cosine", STEPS)
+        cosine = RateSchedule("cosine", STEPS)
         plain = [text.replace("'sequences:N'", "Sequences(8)").replace("'cosine'", "cosine") for text in texts]
         policies = [eval(text, vars(library) | {"cosine": cosine}) for text in plain]
         assert policies == built(name.replace(":N", ":8"))
