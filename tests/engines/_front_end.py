@@ -23,7 +23,14 @@ class FrontEnd:
 
     @classmethod
     def train(cls, folder: Path, policies: list[Any] | None, resume: Path | None = None, **more: Any) -> dict[str, Any]:
-        """A training below ``folder``, recorded. ``policies`` None: without equipoise; more: of its configuration."""
+        """A training below ``folder``, recorded.
+
+        Args:
+            policies: None: without equipoise.
+            resume: a checkpoint, which is the base model too: transformers' Trainer alone does not bring the experts
+                of most families back (huggingface/transformers#48805).
+            more: of the engine's configuration.
+        """
         raise AssertionError("each engine has its own")
 
     def checkpoint(self, folder: Path, step: int) -> Path:

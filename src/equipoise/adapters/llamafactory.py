@@ -6,11 +6,14 @@ It has no slot for a plugin; so this reads its configuration as it does, takes `
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from yaml import YAMLError
 
 from ..errors import ConfigError, EquipoiseError
 from .engine import Engine
@@ -40,9 +43,8 @@ def train(config: Mapping[str, Any], callbacks: Sequence[Any] = ()) -> None:
     """
     LLAMA_FACTORY.require()
     theirs, settings = _split(config)
-    from llamafactory.train.tuner import run_exp
-
-    run_exp(theirs, callbacks=[*callbacks, EngineCallback(LLAMA_FACTORY, settings)])
+    tuner = importlib.import_module("llamafactory.train.tuner")
+    tuner.run_exp(theirs, callbacks=[*callbacks, EngineCallback(LLAMA_FACTORY, settings)])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,16 +62,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _read(arguments: Sequence[str]) -> dict[str, Any]:
     """The file and what is said over it, in the words that LLaMA-Factory's own command takes."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
+    omegaconf = importlib.import_module("omegaconf")
+    conf, errors = omegaconf.OmegaConf, (OSError, YAMLError, omegaconf.errors.OmegaConfBaseException)
     if not arguments or not arguments[0].endswith((".yaml", ".yml", ".json")):
         raise ConfigError(expected="a configuration of LLaMA-Factory", got=" ".join(arguments) or "nothing", do=USAGE)
     try:
-        whole = OmegaConf.merge(OmegaConf.load(Path(arguments[0])), OmegaConf.from_cli([*arguments[1:]]))
-        plain = OmegaConf.to_container(whole)
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        plain = conf.to_container(conf.merge(conf.load(Path(arguments[0])), conf.from_cli([*arguments[1:]])))
+    except errors as error:
         raise ConfigError(
             expected=f"YAML in {arguments[0]}", got=" ".join(str(error).split()), do="begin from one of its examples"
         ) from None

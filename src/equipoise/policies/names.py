@@ -78,7 +78,7 @@ class Numbers:
         match spec["kind"]:
             case "AuxLoss":
                 known = {"estimator": self.estimator} if spec["scope"] == "global_batch" else {}
-                return {"kind": "AuxLoss", "coef": self.coef} | spec | known
+                return {"kind": "AuxLoss", "coef": self.coef, **spec, **known}
             case "ExpertBias":
                 return {**spec, "rate": self.rate, "schedule": self.schedule}
         return dict(spec)

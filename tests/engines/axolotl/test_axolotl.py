@@ -45,7 +45,7 @@ class TestAxolotl(_front_end.FrontEnd):
         }
         whole = {"base_model": str(model), "datasets": [data]} | steps | rate | types | files | rest | more
         ours = {} if policies is None else {"equipoise": {"policies": policies}}
-        again = {} if resume is None else {"resume_from_checkpoint": str(resume)}
+        again = {} if resume is None else {"resume_from_checkpoint": str(resume), "base_model": str(resume)}
         whole |= ours | again | {"plugins": [OURS, RECORD] if ours else [RECORD]}
         (folder / "config.yml").write_text(yaml.safe_dump(whole))
         return _training.run(["-m", "axolotl.cli.train", "config.yml"], folder, AXOLOTL_DO_NOT_TRACK="1")

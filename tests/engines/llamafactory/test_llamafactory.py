@@ -44,7 +44,7 @@ class TestLlamaFactory(_front_end.FrontEnd):
         whole |= {} if policies is None else {"equipoise": {"policies": policies}}
         (folder / "train.yaml").write_text(yaml.safe_dump(whole))
         command = [str(Path(__file__).parent / "record.py"), *(["--plain"] if policies is None else []), "train.yaml"]
-        command += [] if resume is None else [f"resume_from_checkpoint={resume}"]
+        command += [] if resume is None else [f"resume_from_checkpoint={resume}", f"model_name_or_path={resume}"]
         return _training.run(command, folder, paths=[STUB])
 
 

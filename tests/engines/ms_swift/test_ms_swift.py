@@ -46,7 +46,7 @@ class TestMsSwift(_front_end.FrontEnd):
             plugins = {"external_plugins": [str(PLUGIN), record], "callbacks": ["equipoise", "record"]}
             whole["ENV"] = {VARIABLE: json.dumps(policies)}
         if resume is not None:
-            whole["resume_from_checkpoint"] = str(resume)
+            whole |= {"resume_from_checkpoint": str(resume), "model": str(resume)}
         (folder / "config.yaml").write_text(yaml.safe_dump(whole | plugins))
         return _training.run(
             ["-m", "swift.cli.main", "sft", "config.yaml"], folder, MODELSCOPE_CACHE=str(folder / "ms")

@@ -6,6 +6,7 @@ folder that holds nothing else. ``python -m equipoise.adapters.ms_swift`` prints
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,7 +78,5 @@ def callback(args: Any, trainer: Any) -> EngineCallback:
 def register() -> None:
     """Makes ``--callbacks equipoise`` known. Raises ConfigError without ms-swift."""
     MS_SWIFT.require()
-    from swift.callbacks import callbacks_map
-
-    callbacks_map["equipoise"] = callback
+    importlib.import_module("swift.callbacks").callbacks_map["equipoise"] = callback
     print("equipoise is loaded: --callbacks equipoise puts it to work", flush=True)
