@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .estimators import ESTIMATORS
-from .expert_bias import RULES, ExpertBias
+from .expert_bias import BIAS_SCOPES, RULES, ExpertBias
 from .from_data import policies_from
 from .losses import AuxLoss, ZLoss
 from .schedule import Schedule
@@ -11,6 +11,7 @@ from .scopes import SCOPES, Sequences
 from .switch import Policy, Switch
 
 __all__ = [
+    "BIAS_SCOPES",
     "ESTIMATORS",
     "RULES",
     "SCOPES",

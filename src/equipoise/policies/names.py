@@ -12,9 +12,10 @@
     z                     the z-loss on the router's logits; useful beside another one
 
 Details follow a name, in any order: ``@`` a coefficient or a rate (``global@0.02``, ``loss-free@1e-3``), ``:`` an
-estimator (``global:prefix``), a rule or a schedule (``loss-free:proportional``) or, where a model is made for the
-strategy, a gate (``micro:sigmoid``). ``+`` combines, and ``micro->global:100`` switches from one to the other after
-100 steps.
+estimator (``global:prefix``), of a bias a rule or a schedule (``loss-free:proportional``), where it acts
+(``loss-free:multiply``, ``loss-free:logits``) and whose load moves it (``loss-free:micro_batch``, a control, known
+to be worse), or, where a model is made for the strategy, a gate (``micro:sigmoid``). ``+`` combines, and
+``micro->global:100`` switches from one to the other after 100 steps.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from itertools import zip_longest
 from typing import Any
 
 from ..errors import ConfigError, unknown_name
-from ..functional.routing import GATES
+from ..functional.routing import GATES, PLACES
 from .estimators import ESTIMATORS
-from .expert_bias import RULES
+from .expert_bias import BIAS_SCOPES, RULES
 
 __all__ = ["LIBRARY", "NAMES", "SCHEDULES", "Named", "Numbers", "flat", "read_name", "usual_gate"]
 
@@ -224,7 +225,7 @@ def _detail(name: str, word: str, spec: Mapping[str, Any], gates: Sequence[str])
     if spec.get("scope") == "global_batch":
         choices["estimator"] = tuple(ESTIMATORS)
     elif spec["kind"] == "ExpertBias":
-        choices |= {"rule": tuple(RULES), "schedule": SCHEDULES}
+        choices |= {"rule": tuple(RULES), "schedule": SCHEDULES, "place": PLACES, "scope": BIAS_SCOPES}
     known = [one for group in choices.values() for one in group]
     if (key := next((key for key, group in choices.items() if word in group), None)) is not None:
         return key

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import ConfigError, unknown_name
+from ...functional.routing import PLACES
 from ...policies import Policy
 from ...policies.from_data import KINDS, build
 from ...policies.names import NAMES, Numbers, flat, read_name, usual_gate
@@ -41,6 +42,12 @@ class Strategy:
     def selection_bias(self) -> bool:
         """Whether routers need a bias: a policy, or a side of a switch, is ExpertBias."""
         return any(spec["kind"] == "ExpertBias" for spec in flat(self.policies))
+
+    @property
+    def bias_place(self) -> str:
+        """Where that bias acts: all of a strategy's policies say the same, or building them is an error."""
+        found = [spec["place"] for spec in flat(self.policies) if spec["kind"] == "ExpertBias" and "place" in spec]
+        return found[0] if found else PLACES[0]
 
     def apply(self, model: ModelConfig) -> ModelConfig:
         """The model with this strategy's gate and bias; a gate that the configuration names itself stays.
@@ -118,7 +125,8 @@ def _for_given(strategy: Strategy, model: ModelConfig) -> Strategy:
     policies = list(strategy.policies)
     if model.gate == "softmax":
         slow = {"rule": "proportional", "rate": SOFTMAX_RATE / model.experts}
-        policies = [spec | slow if spec == LOSS_FREE else spec for spec in policies]
+        plain = [{key: value for key, value in spec.items() if key != "scope"} == LOSS_FREE for spec in policies]
+        policies = [spec | slow if is_plain else spec for spec, is_plain in zip(policies, plain, strict=True)]
     if model.selection_bias and not strategy.selection_bias:
         policies += [{"kind": "ExpertBias", "rate": 0.0}]
     return replace(strategy, policies=tuple(policies), gate=model.gate)
