@@ -6,5 +6,7 @@ import sys
 
 from equipoise.adapters.ms_swift import register
 
+__all__ = []
+
 if "swift" in sys.modules:  # who else imports it has nothing to register with
     register()
