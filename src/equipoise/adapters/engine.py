@@ -1,4 +1,4 @@
-"""A training engine of others: whether it is installed, and as the release that our tests train with."""
+"""A training engine of others: whether it is here, and whether it is the release that our tests train with."""
 
 from __future__ import annotations
 
