@@ -87,6 +87,7 @@ def choose_and_count(
     expert with the lower id is chosen. Nothing carries a gradient: see `router_gradient`.
 
     Args:
+        bias_place: as `functional.route` has it.
         measure: sum the probabilities as well.  plain: count the choices without bias.  lse: sum logsumexp^2.
 
     >>> if fits(torch.zeros(1, 4), 2):  # a GPU, or the interpreter

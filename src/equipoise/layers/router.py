@@ -197,7 +197,7 @@ class Router(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if (bias_E := destination.pop(f"{prefix}expert_bias", None)) is not None:
+        if self.bias_place != PLACES[0] and (bias_E := destination.pop(f"{prefix}expert_bias", None)) is not None:
             destination[prefix + bias_name(self.bias_place)] = bias_E
 
     def _load_from_state_dict(
@@ -205,17 +205,18 @@ class Router(nn.Module):
     ) -> None:
         """A bias in the file is taken, also before a balancer asks for one: without it other experts would answer.
 
-        It acts where it acted, or is an error where a balancer lets it act elsewhere. ``load_state_dict(assign=True)``
-        keeps the file's dtype; the bias stays fp32 all the same.
+        It acts where it acted; an error where the router has a balancer and a bias that acts elsewhere.
+        ``load_state_dict(assign=True)`` keeps the file's dtype; the bias stays fp32 all the same.
         """
         state_dict = dict(state_dict)
         for place in PLACES:
             if (bias_E := state_dict.pop(key := prefix + bias_name(place), None)) is None:
                 continue
-            if self.balance_state is not None and place != self.bias_place:
+            if self.balance_state is not None and self.expert_bias is not None and place != self.bias_place:
                 error_msgs.append(
-                    f"expected the bias of ExpertBias(place={self.bias_place!r}), which balances this router; got "
-                    f"{key!r}, which is of place={place!r}; make the balancer with that, after the weights are loaded"
+                    f"expected a bias of place={self.bias_place!r}, as this router has it under its balancer; got "
+                    f"{key!r}, of place={place!r}; load the weights first, then make the balancer with "
+                    f"ExpertBias(place={place!r})"
                 )
                 continue
             self.enable_selection_bias(place)

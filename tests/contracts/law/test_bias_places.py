@@ -367,3 +367,13 @@ def test_the_loss_alone_is_not_asked_for_a_place():
     assert balancer.schedule.bias_place == "scores"
     loss_of(model, make_step(0)[0]).backward()
     assert model.blocks[0].gate.expert_bias is None
+
+
+def test_who_only_looks_takes_the_bias_of_a_file_wherever_it_acts():
+    model, balancer, optimizer = setup(ExpertBias(rate=0.05, place="logits"))
+    train_step(model, balancer, optimizer, make_step(0))
+    other = net(1, experts=(5,), top_k=(2,), gate="sigmoid")
+    Balancer(other, [])
+    other.load_state_dict(model.state_dict())
+    assert other.blocks[0].gate.bias_place == "logits"
+    assert torch.equal(other.blocks[0].gate.expert_bias, model.blocks[0].gate.expert_bias)

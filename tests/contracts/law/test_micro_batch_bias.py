@@ -145,9 +145,10 @@ def test_at_another_library_s_router():
     policy = ExpertBias("proportional", RATE, scope="micro_batch")
     balancer = Balancer(model, [policy], example={"x": batches[0]})
     (router,) = balancer.routers.values()
+    weight: Any = dict(model.named_parameters())["blocks.0.router.linear.weight"]
     parts = []
     for x in batches:
-        ids = (x @ model.blocks[0].router.linear.weight.T).topk(2, dim=-1).indices
+        ids = (x @ weight.T).topk(2, dim=-1).indices
         parts.append(torch.bincount(ids.flatten(), minlength=4).tolist())
         (balancer.tap(model(x).square().mean()) / 3).backward()
     torch.optim.SGD(model.parameters(), lr=0.0).step()
