@@ -129,13 +129,43 @@ MUTATIONS = {
         "        self._micro_steps[part] += 1\n"
         "        for group, one in zip(groups, taken, strict=True):\n"
         "            with torch.no_grad():\n"
-        "                group.move_biases(self._schedule, group.counts(one.statistics_LS), self._step)\n",
+        "                group.move_biases(self._schedule, one.statistics_LS, self._step)\n",
         "contracts/law/test_lifetimes.py bias_rules and sign",
+    ),
+    "a bias on the logits added to the scores": Mutation(
+        "external/router.py",
+        "                bias_place=self._bias_place,\n                num_groups=1,\n",
+        "                num_groups=1,\n",
+        "contracts/law/test_bias_places.py another_library and logits",
+    ),
+    "the place of a bias not in the name that it is saved under": Mutation(
+        "layers/router.py",
+        "            destination[prefix + bias_name(self.bias_place)] = bias_E\n",
+        '            destination[f"{prefix}expert_bias"] = bias_E\n',
+        "contracts/law/test_bias_places.py a_file_says and logits",
+    ),
+    "the control asked of the whole step, as if it were no control": Mutation(
+        "balancer/layer_group.py",
+        'rule_LE = None if policy.scope == "global_batch" else self._mean_rule(summed_LS, policy.rule)',
+        "rule_LE = None",
+        "contracts/law/test_micro_batch_bias.py averaged_over and sign",
+    ),
+    "the control divided by all micro-batches, empty ones too": Mutation(
+        "balancer/layer_group.py",
+        'spec.scalar(summed_LS, "nonempty_micro_batches")',
+        'spec.scalar(summed_LS, "calls")',
+        "contracts/law/test_micro_batch_bias.py averaged_over and rms-2",
+    ),
+    "the control asked of one shard's part of a micro-batch": Mutation(
+        "autograd/sequence_shards.py",
+        "rule_sums(spec, counts_BE), strict=True)",
+        "rule_sums(spec, mine.counts_CBE[0]), strict=True)",
+        "contracts/invariance/test_matrix.py every_cut and 2shards and micro_rms",
     ),
     "bias not centred (B45, B52)": Mutation(
         "policies/expert_bias.py",
-        "        return center(bias_E.double() + rate * delta_E).to(bias_E.dtype), momentum_E\n",
-        "        return (bias_E.double() + rate * delta_E).to(bias_E.dtype), momentum_E\n",
+        "        return centered(bias_E.double() + rate * rule_E).to(bias_E.dtype), momentum_E\n",
+        "        return (bias_E.double() + rate * rule_E).to(bias_E.dtype), momentum_E\n",
         "contracts/law/test_lifetimes.py bias_rules and sign",
     ),
     "bias cast with the model (B38, B39)": Mutation(

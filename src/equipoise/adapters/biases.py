@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,16 @@ from ..policies import ExpertBias
 from ..storage.balancer_file import FILE, read_state, state_file
 from ..torch_internals import WRAPPED
 
-__all__ = ["biases_beside", "check_biases", "load_biases", "plain_name", "put_back", "put_biases"]
+__all__ = [
+    "SavedBiases",
+    "biases_beside",
+    "check_biases",
+    "load_biases",
+    "plain_name",
+    "put_back",
+    "put_biases",
+    "saved_place",
+]
 
 AROUND = "|".join(WRAPPED)
 FIRST = re.compile(rf"^((module|{AROUND}|base_model\.model)\.)+")
@@ -60,23 +69,37 @@ def load_biases(
     put_back(model, *found, example=example, part=part)
 
 
-def biases_beside(folder: str | Path) -> tuple[Path, dict[str, Tensor]] | None:
-    """(the file, the biases (E,) in it by plain router name), or None where a folder has none. Raises DataError."""
+class SavedBiases(NamedTuple):
+    """The biases (E,) in a file by plain router name, and where they act."""
+
+    file: Path
+    biases: dict[str, Tensor]
+    place: str
+
+
+def biases_beside(folder: str | Path) -> SavedBiases | None:
+    """None where a folder has none. Raises DataError."""
     if (file := state_file(folder)) is None:
         return None
-    found = read_state(file).get("biases", {})
-    biases = {plain_name(name): bias_E for name, bias_E in found.items() if bias_E is not None}
-    return (file, biases) if biases else None
+    state = read_state(file)
+    biases = {plain_name(name): bias_E for name, bias_E in state.get("biases", {}).items() if bias_E is not None}
+    return SavedBiases(file, biases, saved_place(state)) if biases else None
 
 
-def put_back(model: nn.Module, file: Path, biases: Mapping[str, Tensor], **options: Any) -> None:
+def saved_place(state: Mapping[str, Any]) -> str:
+    """Where the biases of a balancer's state act."""
+    layers = state.get("layers", {}).values()
+    return next((one["bias_place"] for one in layers if "bias_place" in one), ExpertBias.place)
+
+
+def put_back(model: nn.Module, file: Path, biases: Mapping[str, Tensor], place: str, **options: Any) -> None:
     """Into the model that they belong to. Raises DataError, with no bias changed, where that is another one.
 
     ``options``: further keywords of ``Balancer``.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"(every router of this model is )?frozen")
-        balancer = Balancer(model, [ExpertBias(rate=0.0)], **options)
+        balancer = Balancer(model, [ExpertBias(rate=0.0, place=place)], **options)
     try:
         check_biases({plain_name(one.name): one.router.num_experts for one in balancer._layers}, file, biases)
         put_biases(balancer, biases)

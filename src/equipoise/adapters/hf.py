@@ -24,7 +24,7 @@ from ..errors import ConfigError, DataError, EquipoiseError, StateError
 from ..policies import Policy, Sequences
 from ..policies.schedule import Schedule
 from ..storage.balancer_file import FILE, read_state, remove_state, state_file, write_state
-from .biases import load_biases, plain_name, put_biases
+from .biases import load_biases, plain_name, put_biases, saved_place
 from .logs import worth_logging
 from .tokens import StepTokens
 from .trainers import (
@@ -334,7 +334,8 @@ class BalanceCallback(TrainerCallback):
     def _load_file(self, file: Path, *, strict: bool) -> None:
         """Raises ConfigError where it is of other policies, or of another model, and ``strict`` is set."""
         balancer, state = self._balancer(), read_state(file)
-        if self._moves_biases:  # first: a LoRA adapter's files do not bring those of its model
+        if self._moves_biases and saved_place(state) == balancer.schedule.bias_place:
+            # first: a LoRA adapter's files do not bring those of its model
             put_biases(balancer, {plain_name(name): bias_E for name, bias_E in state.get("biases", {}).items()})
         try:
             unfit = balancer.load_state_dict(state, strict=strict)

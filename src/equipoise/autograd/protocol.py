@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..functional.routing import PLACES
 from .router_state import RouterState
 
 __all__ = ["BalancedRouter", "RouterTraits", "is_balanced_router"]
@@ -42,6 +43,8 @@ class RouterTraits(NamedTuple):
     returns_logits: bool = True  # False: probabilities, of which a z-loss knows nothing
     records_logit_grad: bool = True  # False: the LM's gradient at the logits is computed from that at the weights
     measures_norms: bool = True  # False: neither is possible
+    bias_place: str = PLACES[0]  # where its selection bias acts: see `functional.route`
+    bias_places: tuple[str, ...] = PLACES[:1]  # and may act: what `enable_selection_bias` takes
 
     @property
     def weights_form(self) -> tuple[bool, float] | None:
@@ -82,7 +85,7 @@ class BalancedRouter(Protocol):
 
     @property
     def expert_bias(self) -> Tensor | None:
-        """(E,) fp32, added to the scores for selection only; None: there is none."""
+        """(E,) fp32, for selection only, at ``traits.bias_place``; None: there is none."""
         ...
 
     @property
@@ -100,8 +103,12 @@ class BalancedRouter(Protocol):
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
-    def enable_selection_bias(self) -> None:
-        """Adds a bias of zeros if there is none yet. Raises ConfigError where none can be added."""
+    def enable_selection_bias(self, place: str = ...) -> None:
+        """Adds a bias of zeros if there is none yet, which acts there. Raises ConfigError where none can be added.
+
+        ``place``: one of ``traits.bias_places``; passed where it is not "scores", so a router that knows no other may
+        leave the argument out.
+        """
         ...
 
     def disable_selection_bias(self) -> None:

@@ -17,7 +17,7 @@ from ..distributed import Group
 from ..functional.losses import load_fractions
 from .router_state import RouterState, ShardCounts, stack_on
 from .spec import StatsSpec
-from .statistics import group_counts, micro_batches, shared_counts, violations
+from .statistics import group_counts, micro_batches, rule_sums, shared_counts, violations
 
 __all__ = ["ShardedFractions", "correct_for_shards", "record_shard_counts", "sharded_fractions", "sum_shards"]
 
@@ -114,11 +114,12 @@ def correct_for_shards(
     """(statistics as of whole sequences (forward_size,), counts of this rank's sequences (E,), f for backward).
 
     Only what depends on a sequence's load changes: values of the local terms, MaxVio, how many sequences and
-    micro-batches are not empty.
+    micro-batches are not empty, rules of a micro-batch's load.
     """
     statistics = statistics.clone()
     names = ("nonempty_sequences", "maxvio_sequence", "nonempty_micro_batches", "maxvio_micro_batch")
     spec.values(statistics).zero_()
+    spec.rule_sums(statistics).zero_()
     for name in names:
         spec.scalar(statistics, name).zero_()
     counts_E, found = torch.zeros_like(spec.counts(statistics)), []
@@ -130,6 +131,8 @@ def correct_for_shards(
             seen += [(counts.sum(dim=-1) > 0).sum(), violations(load_fractions(counts)).sum()]
         for name, value in zip(names, seen, strict=True):
             spec.scalar(statistics, name).add_(value)
+        for total_E, sum_E in zip(spec.rule_sums(statistics), rule_sums(spec, counts_BE), strict=True):
+            total_E.add_(sum_E)
         fractions = _fractions(spec, mine, shard_counts)
         found.append(fractions)
         spec.values(statistics).add_(spec.num_experts * _values(spec, mine, fractions))

@@ -41,8 +41,9 @@ class LossTerm(NamedTuple):
 class StatsSpec(NamedTuple):
     """What one router measures; constant while a balancer is attached, so that a compiled graph may rely on it.
 
-    Statistics, (..., size): counts E, probabilities E, [unbiased counts E], SCALARS, N loss values; then what backward
-    alone knows: squared gradient norms of the language model, of the N terms and of the z-loss.
+    Statistics, (..., size): counts E, probabilities E, [unbiased counts E], E for each micro-batch rule, SCALARS, N
+    loss values; then what backward alone knows: squared gradient norms of the language model, of the N terms and of the
+    z-loss.
     Coefficients, (coefs_size,): a row of E for each term, a factor for each term, the z-loss factor, the count flag.
     A row of the step, (..., step_size): the statistics, N deferred loss values, STEP_COLUMNS.
 
@@ -63,12 +64,13 @@ class StatsSpec(NamedTuple):
     weights_form: tuple[bool, float] | None = None  # (normalize, scale), where the logit gradient is not recorded
     idle_experts: int = 0  # expert ids from num_experts on that may be chosen and do no work: they are no load
     observe_only: bool = False  # no policy: forward's statistics are all there is, and backward is left as it was
+    micro_rules: tuple[str, ...] = ()  # rules of `functional.updates`, each summed over micro-batches of their counts
 
     @property
     def observing(self) -> StatsSpec:
         """Of the same router, without what only a policy asks for."""
         few = {"terms": (), "z_loss": False, "norms": False, "gram": False, "shards": 1, "observe_only": True}
-        return self._replace(**few)
+        return self._replace(**few, micro_rules=())
 
     @property
     def unbiased(self) -> bool:
@@ -91,6 +93,10 @@ class StatsSpec(NamedTuple):
 
     @property
     def _scalars_at(self) -> int:
+        return self._rules_at + len(self.micro_rules) * self.num_experts
+
+    @property
+    def _rules_at(self) -> int:
         return (3 if self.unbiased else 2) * self.num_experts
 
     @property
@@ -117,6 +123,10 @@ class StatsSpec(NamedTuple):
     def probs(self, statistics: Tensor) -> Tensor:
         """(..., E) sums of the gate probabilities."""
         return statistics[..., self.num_experts : 2 * self.num_experts]
+
+    def rule_sums(self, statistics: Tensor) -> Tensor:
+        """(..., R, E) sums over micro-batches of the R micro-batch rules, each of that micro-batch's counts."""
+        return statistics[..., self._rules_at : self._scalars_at].unflatten(-1, (-1, self.num_experts))
 
     def scalar(self, statistics: Tensor, name: str) -> Tensor:
         """(...) one of SCALARS, a view."""

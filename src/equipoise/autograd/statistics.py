@@ -14,11 +14,12 @@ from torch import Tensor
 from ..errors import InputError
 from ..functional.losses import load_fractions
 from ..functional.routing import count_choices, gate_probs, gate_slope, without_autocast
+from ..functional.updates import RULES
 from .router_state import ShardCounts
 from .spec import SCALARS, LossTerm, StatsSpec
 from .token_layout import TokenLayout
 
-__all__ = ["Measured", "group_counts", "measure", "micro_batches", "shared_counts", "violations"]
+__all__ = ["Measured", "group_counts", "measure", "micro_batches", "rule_sums", "shared_counts", "violations"]
 
 SEQUENCE = LossTerm("sequences", 1)
 
@@ -75,6 +76,7 @@ def measure(
 
     counts_E = counts_BE.sum(dim=0)
     parts = [counts_E, probs_BE.sum(dim=0)] + ([] if unbiased_BE is None else [unbiased_BE.sum(dim=0)])
+    parts += rule_sums(spec, counts_BE)
     scalars = _scalars(spec, logits_TE, valid_TE, ids_TK, counts_BE, counts_E, batch)
     scalars["maxvio_sequence"], scalars["maxvio_micro_batch"] = loads
     if batch.num_sequences is None:  # which tokens are one sequence is not known, so nothing is said of sequences
@@ -97,6 +99,14 @@ def measure(
 def micro_batches(spec: StatsSpec) -> LossTerm:
     """The sequences that are one micro-batch: all of a pass, or groups of them."""
     return LossTerm("micro_batch") if spec.micro_sequences is None else LossTerm("sequences", spec.micro_sequences)
+
+
+def rule_sums(spec: StatsSpec, counts_BE: Tensor) -> list[Tensor]:
+    """For each micro-batch rule its sum over the micro-batches of these sequences, (E,); an empty one adds 0."""
+    if not spec.micro_rules:
+        return []
+    counts_GE = group_counts(counts_BE, micro_batches(spec))
+    return [RULES[rule](counts_GE).sum(dim=0) for rule in spec.micro_rules]
 
 
 def violations(fraction_BE: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from ..errors import ConfigError, StateError
 from ..external.discovery import find_external_routers
 from ..external.no_router import accelerate_wraps, no_router
 from ..external.own_loss import OwnLoss
+from ..functional.routing import PLACES
 from ..policies.losses import AuxLoss
 from ..policies.schedule import Schedule
 from .degenerate import FoundRouter, check_degenerate
@@ -64,7 +65,7 @@ def attach(
         raise no_router(parts, example)
     _check_free(routers)
     own_loss = OwnLoss()
-    layers = [Layer(name, r, part=part, makes_bias=r.expert_bias is None) for part, name, r in routers]
+    layers = [_layer(*found) for found in routers]
     try:
         _check_routers(routers, schedule)
         check_degenerate(routers, schedule)
@@ -83,12 +84,13 @@ def attach(
                 weights_form=traits.weights_form,
                 idle_experts=traits.idle_experts,
                 observe_only=not schedule,
+                micro_rules=schedule.micro_rules,
             )
             layer.balance_state = RouterState(spec, _device(router), layer.name)
         if schedule.biases:
             # a bias that was there is taken over last: what is refused before has changed nothing
             for layer in sorted(layers, key=lambda layer: not layer.makes_bias):
-                layer.router.enable_selection_bias()
+                _enable_bias(layer.router, schedule.bias_place)
         for part in {part for part, _, router in routers if schedule and router.batch_context is not None}:
             own_loss.switch_off(parts[part])
         if schedule:
@@ -100,6 +102,12 @@ def attach(
         _unhook(router for _, _, router in routers)
         raise
     return layers, own_loss
+
+
+def _layer(part: int, name: str, router: BalancedRouter) -> Layer:
+    """With what `undo` has to know of its bias."""
+    none, place = router.expert_bias is None, router.traits.bias_place
+    return Layer(name, router, part=part, makes_bias=none, bias_place_before=place)
 
 
 def unbalanced_routers(parts: Sequence[nn.Module], layers: Sequence[Layer]) -> list[str]:
@@ -151,6 +159,8 @@ def undo(layers: Sequence[Layer], own_loss: OwnLoss) -> None:
     for layer in layers:
         if layer.makes_bias:
             layer.router.disable_selection_bias()
+        elif layer.router.traits.bias_place != layer.bias_place_before:
+            _enable_bias(layer.router, layer.bias_place_before)
     detach(layers, own_loss)
 
 
@@ -187,6 +197,8 @@ def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule) -> None:
     for _, name, router in routers:
         for _, policy in schedule.biases:
             policy.check_gate(router.gate, router.num_experts)
+        if schedule.biases:
+            _check_place(name, router, schedule.bias_place)
         if schedule.z_losses and not router.traits.returns_logits:
             raise ConfigError(
                 expected="router logits for ZLoss",
@@ -204,6 +216,31 @@ def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule) -> None:
                 got=f"a bias in router {name!r} that nobody moves while the router learns",
                 do="add ExpertBias(), or ExpertBias(rate=0.0) to keep it as it is; Balancer(model, []) only looks",
             )
+
+
+def _check_place(name: str, router: BalancedRouter, place: str) -> None:
+    traits, bias_E = router.traits, router.expert_bias
+    if place not in traits.bias_places:
+        whose = f", whose bias is {router.bias_owner}" if bias_E is not None else ""
+        raise ConfigError(
+            expected=f"a place where the bias of router {name!r} can act: {', '.join(traits.bias_places)}",
+            got=f"ExpertBias(place={place!r}){whose}",
+            do="leave place out: the code of such a model or router adds the bias where it always does",
+        )
+    if bias_E is not None and traits.bias_place != place and not bias_E.is_meta and bool(bias_E.any()):
+        raise ConfigError(
+            expected=f"ExpertBias(place={traits.bias_place!r}), where the bias of router {name!r} acts",
+            got=f"place={place!r} for a bias that is not zero: other experts would answer",
+            do=f"pass place={traits.bias_place!r}, with rate=0.0 to keep the bias as it is; or set it to zero first",
+        )
+
+
+def _enable_bias(router: BalancedRouter, place: str) -> None:
+    """Routers that know one place alone take no argument."""
+    if place == PLACES[0]:
+        router.enable_selection_bias()
+    else:
+        router.enable_selection_bias(place)
 
 
 def _check_options(micro_sequences: int | None) -> None:

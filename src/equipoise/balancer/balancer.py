@@ -356,7 +356,8 @@ class Balancer(StepCycle):
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            other = Balancer(to, [ExpertBias(rate=0.0)], ranks=Ranks(), example=self._example)
+            place = next(one.router.traits.bias_place for one in self._layers if biases[one.name] is not None)
+            other = Balancer(to, [ExpertBias(rate=0.0, place=place)], ranks=Ranks(), example=self._example)
         try:
             put_biases(other._layers, biases)
         finally:

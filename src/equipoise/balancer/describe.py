@@ -87,7 +87,9 @@ def _policy(scheduled: ScheduledPolicy) -> str:
             how = f", {policy.estimator}" if policy.scope == "global_batch" else ""
             return f"AuxLoss {policy.scope}, coef {coef}{how}{window}"
         case ExpertBias():
-            return f"ExpertBias {policy.rule}, rate {policy.rate:g}{window}"
+            where = "" if policy.place == ExpertBias.place else f", place {policy.place}"
+            scope = "" if policy.scope == ExpertBias.scope else f", scope {policy.scope}"
+            return f"ExpertBias {policy.rule}, rate {policy.rate:g}{where}{scope}{window}"
     return f"ZLoss{window}"
 
 

@@ -15,6 +15,7 @@ from ..autograd.sequence_shards import ShardedFractions
 from ..autograd.spec import StatsSpec
 from ..autograd.token_layout import TokenPlacement
 from ..devices import to_device
+from ..functional.routing import PLACES
 from ..policies.estimators import LoadHistory
 from ..policies.schedule import Schedule
 
@@ -38,6 +39,7 @@ class Layer:
     balance_state: RouterState = field(init=False)
     part: int = 0  # of the model, where it comes in parts (pipeline stages of one rank)
     makes_bias: bool = False  # it had no bias before
+    bias_place_before: str = PLACES[0]
 
     @property
     def bias(self) -> Tensor:
@@ -123,17 +125,20 @@ class LayerGroup:
         for state in self.states:
             state.sharded_fractions, state.recompute_placements = [], []
 
-    def move_biases(self, schedule: Schedule, counts_LE: Tensor, step: int, keep: Tensor | None = None) -> None:
+    def move_biases(self, schedule: Schedule, summed_LS: Tensor, step: int, keep: Tensor | None = None) -> None:
         """The expert biases after a step, in place; of a frozen router it stays: other experts would answer (B48).
 
-        ``keep``: a scalar that is False where the step turns out to be bad; None: it is known to be good.
+        ``summed_LS``: the rows of the step, all ranks. ``keep``: a scalar that is False where the step turns out to be
+        bad; None: it is known to be good.
         """
         rows = [i for i, layer in enumerate(self.layers) if layer.trainable]
+        counts_LE = self.counts(summed_LS)
         for scheduled, policy in schedule.biases:
             if rows and scheduled.active(step):
                 bias_LE = stack_on([layer.bias for layer in self.layers], counts_LE.device)
                 old_LE = self.momentum.get(scheduled.name, torch.zeros_like(counts_LE))
-                new_LE, momentum_LE = policy.step(bias_LE, counts_LE, old_LE, step)
+                rule_LE = None if policy.scope == "global_batch" else self._mean_rule(summed_LS, policy.rule)
+                new_LE, momentum_LE = policy.step(bias_LE, counts_LE, old_LE, step, rule_LE)
                 if len(rows) < len(self.layers):
                     own = to_device([layer.trainable for layer in self.layers], old_LE.device).unsqueeze(1) > 0
                     momentum_LE = torch.where(own, momentum_LE, old_LE)
@@ -143,6 +148,12 @@ class LayerGroup:
                     self.momentum[scheduled.name] = momentum_LE
                 new = new_LE.unbind()
                 write_all([self.layers[i].bias for i in rows], [new[i] for i in rows])
+
+    def _mean_rule(self, summed_LS: Tensor, rule: str) -> Tensor:
+        """(L, E) a bias rule's step, mean over the micro-batches of all ranks that are not empty."""
+        spec = self.spec
+        micro_batches_L1 = spec.scalar(summed_LS, "nonempty_micro_batches").unsqueeze(1)
+        return spec.rule_sums(summed_LS)[:, spec.micro_rules.index(rule)] / micro_batches_L1.clamp(min=1)
 
     def biases(self) -> Tensor | None:
         """(L, E), NaN for a layer without; None where no layer has one."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..functional.routing import PLACES
 from ..policies.schedule import Schedule
 from ..torch_internals import WRAPPED
 from .layer_group import Layer, LayerGroup
@@ -68,6 +69,7 @@ def states_of(groups: Sequence[LayerGroup], schedule: Schedule) -> dict[str, dic
                 "ema_E": [(decay, ema_LE[i].clone()) for decay, ema_LE in history.ema_E.items()],
                 "momentum_E": [(names[at], momentum_LE[i].clone()) for at, momentum_LE in group.momentum.items()],
                 "expert_bias_E": None if bias_E is None else bias_E.detach().clone(),
+                "bias_place": layer.router.traits.bias_place,
             }
     return states
 
@@ -113,6 +115,9 @@ def _unfit_layer(layer: Layer, state: Mapping[str, Any]) -> list[str]:
     if bias_E is None:
         lost = "a bias in the state, and no policy that would keep it: add ExpertBias(rate=0.0)"
         return [lost] if bool(saved_E.any()) else []
+    saved, now = state.get("bias_place", PLACES[0]), layer.router.traits.bias_place
+    if saved != now and bool(saved_E.any()):
+        return [f"a bias that acts with place={saved!r} in the state, and ExpertBias with place={now!r}"]
     if layer.router.bias_owner == "the balancer's":
         return []  # beside another library's router: it is in no weights, so this state alone has it
     if not _may_be_overwritten(bias_E.detach().cpu(), saved_E.cpu()):

@@ -364,7 +364,7 @@ class StepCycle:
         with torch.no_grad():
             for group, summed in mine:
                 good = None if keep is None else keep.to(group.device)
-                group.move_biases(self._schedule, group.counts(summed), self._step, good)
+                group.move_biases(self._schedule, summed, self._step, good)
                 group.history.commit(group.counts(summed), decays, good)
         if keep is not None:  # of a bad step, which is said one step later, nothing is to be seen
             before = [None] * len(tables) if self._committed is None else [one.sums for one in self._committed]

@@ -15,7 +15,7 @@ from ..autograd.protocol import RouterTraits
 from ..autograd.router_state import RouterState
 from ..autograd.token_layout import TokenPlacement
 from ..errors import ConfigError, InputError, StateError
-from ..functional.routing import choose, count_choices
+from ..functional.routing import PLACES, choose, count_choices
 from ..torch_internals import current_backward
 from .batch_context import BatchContext
 from .bias_support import why_no_bias
@@ -62,6 +62,7 @@ class ExternalRouter:
         self.num_experts, self.top_k, self.gate = spec.num_experts, spec.top_k, spec.gate
         self.idle = spec.idle + spec.may_drop
         self.own_bias: Tensor | None = None
+        self._bias_place = PLACES[0]  # of a bias of ours
         self._correction_bias, self._call = correction_bias, call
         self._balance_state: RouterState | None = None
         self._hook: Any = None
@@ -85,6 +86,8 @@ class ExternalRouter:
             returns_logits=not spec.probabilities,
             records_logit_grad=False,  # no hook sees the language model's gradient at the logits
             measures_norms=spec.exact,
+            bias_place=self._bias_place,
+            bias_places=PLACES if self._correction_bias is None else PLACES[:1],
         )
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -119,10 +122,10 @@ class ExternalRouter:
 
     def disable_selection_bias(self) -> None:
         """Removes a bias of ours; one of the model stays."""
-        self.own_bias = None
+        self.own_bias, self._bias_place = None, PLACES[0]
 
-    def enable_selection_bias(self) -> None:
-        """Takes over the model's bias, in fp32, or adds one.
+    def enable_selection_bias(self, place: str = PLACES[0]) -> None:
+        """Takes over the model's bias, in fp32, or adds one, which acts at ``place``.
 
         Raises ConfigError where the router's choice cannot be repeated with a bias added.
         """
@@ -131,6 +134,7 @@ class ExternalRouter:
             self.batch_context.before_forward.append(self._correction_bias.keep_exact)
             return
         if self.own_bias is not None:
+            self._bias_place = place
             return
         why = self.spec.no_bias or ("" if self._call is None else why_no_bias(self.module, self._call, self.spec))
         if why:
@@ -145,6 +149,7 @@ class ExternalRouter:
             )
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         self.own_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
+        self._bias_place = place
 
     def _hooked(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         parsed = parse_output(module, args, kwargs, output, swapped=self.spec.swapped)
@@ -168,6 +173,7 @@ class ExternalRouter:
                 self.top_k,
                 gate=self.gate,
                 selection_bias_E=self.own_bias,
+                bias_place=self._bias_place,
                 num_groups=1,
                 top_groups=1,
                 normalize=self.spec.normalize,
@@ -208,6 +214,7 @@ class ExternalRouter:
         if placed.unread and (trains or state.evaluation is not None):
             raise padding_unknown(self.name, placed.tokens, placed.unread)
         inside = [term.kind for term in state.spec.terms if term.kind != "deferred"]
+        inside += ["micro_batch"] * bool(state.spec.micro_rules)
         if placed.piece and inside and trains:
             raise InputError(
                 expected="all tokens of a forward in one call of a router, for a scope inside a micro-batch",

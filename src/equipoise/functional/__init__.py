@@ -15,15 +15,17 @@ from .metrics import (
     mutual_information,
     normalized_entropy,
 )
-from .routing import GATES, Routing, gate_probs, gate_scores, route
-from .updates import center, momentum_step, proportional_step, rms_step, sign_step, violation
+from .routing import GATES, PLACES, Routing, gate_probs, gate_scores, route
+from .updates import center, center_factors, momentum_step, proportional_step, rms_step, sign_step, violation
 
 __all__ = [
     "CONVENTIONS",
     "GATES",
+    "PLACES",
     "Routing",
     "balance_loss",
     "center",
+    "center_factors",
     "convert_coef",
     "cv",
     "dead_experts",

@@ -18,6 +18,7 @@ from ..errors import ConfigError, InputError, unknown_name
 
 __all__ = [
     "GATES",
+    "PLACES",
     "Routing",
     "check_finite",
     "check_mask_dtype",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 GATES = ("softmax", "sigmoid", "sqrt_softplus")
+PLACES = ("scores", "multiply", "logits")  # where a selection bias acts: see `route`
 
 FAR_BELOW_ZERO = -40.0  # softplus(z) differs from exp(z) by less than fp64 can hold
 
@@ -171,6 +173,7 @@ def route(
     *,
     gate: str = "softmax",
     selection_bias_E: Tensor | None = None,
+    bias_place: str = "scores",
     num_groups: int = 1,
     top_groups: int = 1,
     normalize: bool = True,
@@ -182,12 +185,14 @@ def route(
     Args:
         logits_TE: router logits, any float dtype; scores are computed in fp32 or wider. -inf says that this token may
             not choose that expert: no bias changes it, and where fewer than K others are left its weight is 0.
-        selection_bias_E: added to the scores for the selection only; gets no gradient.
+        selection_bias_E: of the selection only; gets no gradient.
+        bias_place: "scores": score + bias. "multiply": score * (1 + bias), that paper's multiplicative bias (Table 4).
+            "logits": the gate's score of (logit + bias); with softmax the same choice as a multiplier of exp(bias).
         normalize: weights of a token sum to 1 (before ``scale``); otherwise they are the scores themselves.
         token_mask_T: True = a real token. Masked tokens are routed but not counted.
 
     Raises:
-        ConfigError: K > E, E not divisible by the groups, or an unknown gate.
+        ConfigError: K > E, E not divisible by the groups, an unknown gate or place.
         InputError: a shape that does not fit; logits that are NaN or +inf, or -inf for every expert of a token (found
             on CPU; a GPU is not made to wait for it).
 
@@ -197,12 +202,15 @@ def route(
     """
     _check_shapes(logits_TE, selection_bias_E, token_mask_T)
     check_routing(logits_TE.shape[-1], top_k, gate, num_groups, top_groups)
+    if bias_place not in PLACES:
+        raise unknown_name("place of a bias", bias_place, PLACES)
     check_finite(logits_TE, masked=True)
     weights_TK, ids_TK, _ = choose(
         logits_TE,
         top_k,
         gate=gate,
         selection_bias_E=selection_bias_E,
+        bias_place=bias_place,
         num_groups=num_groups,
         top_groups=top_groups,
         normalize=normalize,
@@ -222,6 +230,7 @@ def choose(
     top_groups: int,
     normalize: bool,
     scale: float,
+    bias_place: str = "scores",
     masked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``route`` without its checks and without counting.
@@ -233,14 +242,27 @@ def choose(
     if selection_bias_E is None and num_groups == 1:
         ids_TK = select_experts(logits_TE.detach(), top_k)  # every gate grows with its logit: no score needed to choose
     else:
-        chosen_by_TE = gate_scores(logits_TE.detach(), gate)
-        if selection_bias_E is not None:
-            chosen_by_TE = chosen_by_TE + selection_bias_E
+        chosen_by_TE = _chosen_by(logits_TE.detach(), gate, selection_bias_E, bias_place, grouped=num_groups > 1)
         if masked:
             chosen_by_TE = chosen_by_TE.masked_fill(logits_TE == float("-inf"), float("-inf"))
         ids_TK = select_experts(chosen_by_TE, top_k, num_groups, top_groups, masked=masked)
     weights_TK, probs_TE = _weights(logits_TE, ids_TK, gate, normalize)
     return (weights_TK * scale if scale != 1.0 else weights_TK), ids_TK, probs_TE
+
+
+def _chosen_by(z_TE: Tensor, gate: str, bias_E: Tensor | None, place: str, *, grouped: bool) -> Tensor:
+    """What the choice is made by, (T, E): scores, or logits where nothing but their order matters."""
+    if bias_E is None:
+        return gate_scores(z_TE, gate)
+    match place:
+        case "scores":
+            return gate_scores(z_TE, gate) + bias_E
+        case "multiply":
+            return gate_scores(z_TE, gate) * (1 + bias_E)
+        case "logits":
+            biased_TE = _wide(z_TE) + bias_E
+            return gate_scores(biased_TE, gate) if grouped else biased_TE  # groups add up scores
+    raise unknown_name("place of a bias", place, PLACES)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:

@@ -2,15 +2,26 @@
 
 Each returns the step for one layer, (E,) fp64, positive for an expert that got too little. The violation is
 v = (mean - counts) / mean, so every rule is blind to the size of the batch.
-A rule gets its name in ``RULES`` of `policies.expert_bias`.
+A rule gets its name in ``RULES``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-__all__ = ["center", "momentum_step", "proportional_step", "rms_step", "sign_step", "violation"]
+__all__ = [
+    "RULES",
+    "center",
+    "center_factors",
+    "momentum_step",
+    "proportional_step",
+    "rms_step",
+    "sign_step",
+    "violation",
+]
 
 
 def violation(counts_E: Tensor) -> Tensor:
@@ -68,3 +79,21 @@ def center(bias_E: Tensor) -> Tensor:
     tensor([-1.,  1.])
     """
     return bias_E - bias_E.mean(dim=-1, keepdim=True)
+
+
+def center_factors(bias_E: Tensor) -> Tensor:
+    """The same for a bias that multiplies scores by 1 + b: divides these factors by their mean, so that b has mean 0.
+
+    >>> center_factors(torch.tensor([1.0, 5.0]))
+    tensor([-0.5000,  0.5000])
+    """
+    factor_E = 1 + bias_E
+    return factor_E / factor_E.mean(dim=-1, keepdim=True) - 1
+
+
+RULES: dict[str, Callable[..., Tensor]] = {
+    "sign": sign_step,
+    "proportional": proportional_step,
+    "rms": rms_step,
+    "momentum": momentum_step,
+}

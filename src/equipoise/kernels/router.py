@@ -75,6 +75,7 @@ def choose_and_count(
     *,
     num_sequences: int = 1,
     selection_bias_E: Tensor | None = None,
+    bias_place: str = "scores",
     token_mask_T: Tensor | None = None,
     measure: bool = True,
     plain: bool = False,
@@ -86,14 +87,14 @@ def choose_and_count(
     expert with the lower id is chosen. Nothing carries a gradient: see `router_gradient`.
 
     Args:
+        bias_place: as `functional.route` has it.
         measure: sum the probabilities as well.  plain: count the choices without bias.  lse: sum logsumexp^2.
 
     >>> if fits(torch.zeros(1, 4), 2):  # a GPU, or the interpreter
     ...     choose_and_count(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), RouterForm(2, "softmax", True, 1.0)).ids_TK
     """
-    return Chosen(
-        *_forward(logits_TE.contiguous(), selection_bias_E, token_mask_T, num_sequences, *form, [measure, plain, lse])
-    )
+    biased, wanted = (selection_bias_E, bias_place), [measure, plain, lse]
+    return Chosen(*_forward(logits_TE.contiguous(), *biased, token_mask_T, num_sequences, *form, wanted))
 
 
 def router_gradient(
@@ -161,6 +162,7 @@ def _power(n: int) -> int:
 def _forward(
     logits_TE: torch.Tensor,
     bias_E: torch.Tensor | None,
+    bias_place: str,
     mask_T: torch.Tensor | None,
     num_sequences: int,
     top_k: int,
@@ -180,7 +182,7 @@ def _forward(
     load("triton_router").forward[(num_sequences, tiles)](
         logits_TE, bias_E, _bytes(mask_T), weights_TK, ids_TK, integers, integers[table:], floats, floats[table:],
         length, float(scale), WIDTH=width, TOP=top_k, TOP_WIDTH=_power(top_k), TOKENS=rows, GATE=gate,
-        NORMALIZE=normalize, BIASED=bias_E is not None, MASKED=mask_T is not None, LSE=lse, **flags,
+        NORMALIZE=normalize, BIASED=bias_E is not None, PLACE=bias_place, MASKED=mask_T is not None, LSE=lse, **flags,
     )  # fmt: skip
     lanes = min(width, 16)
     load("triton_router").sum_tiles[(num_sequences, -(-num_experts // lanes))](
@@ -207,7 +209,7 @@ def _empty(
 
 
 @_forward.register_fake
-def _(logits_TE, _bias, _mask, num_sequences, top_k, _gate, _normalize, _scale, wanted):
+def _(logits_TE, _bias, _place, _mask, num_sequences, top_k, _gate, _normalize, _scale, wanted):
     return _empty(logits_TE, num_sequences, top_k, wanted[0], wanted[1])
 
 

@@ -66,12 +66,19 @@ def _chosen(key, TOP: tl.constexpr):
 
 
 @triton.jit
-def _scores(z_TE, p_TE, bias_ptr, lane_E, NUM: tl.constexpr, GATE: tl.constexpr, BIASED: tl.constexpr):
-    """What the choice is made by: without a bias the logits, with which every gate grows."""
+def _scores(
+    z_TE, p_TE, bias_ptr, lane_E, NUM: tl.constexpr, GATE: tl.constexpr, BIASED: tl.constexpr, PLACE: tl.constexpr
+):
+    """What the choice is made by: without a bias on the scores the logits, with which every gate grows."""
     score_TE = z_TE
     if BIASED:
-        score_TE = p_TE if GATE == "softmax" else score(z_TE, GATE)
-        score_TE += tl.load(bias_ptr + lane_E, mask=lane_E < NUM, other=0.0)[None, :]
+        bias_E = tl.load(bias_ptr + lane_E, mask=lane_E < NUM, other=0.0)
+        if PLACE != "logits":
+            score_TE = p_TE if GATE == "softmax" else score(z_TE, GATE)
+        if PLACE == "multiply":
+            score_TE *= (1.0 + bias_E)[None, :]
+        else:
+            score_TE += bias_E[None, :]
     return score_TE
 
 
@@ -87,12 +94,12 @@ def forward(
     z_ptr, bias_ptr, mask_ptr, weights_ptr, ids_ptr, counts_ptr, plain_ptr, probs_ptr, scalars_ptr,
     LENGTH, SCALE,
     NUM: tl.constexpr, WIDTH: tl.constexpr, TOP: tl.constexpr, TOP_WIDTH: tl.constexpr, TOKENS: tl.constexpr,
-    GATE: tl.constexpr, NORMALIZE: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr,
+    GATE: tl.constexpr, NORMALIZE: tl.constexpr, BIASED: tl.constexpr, PLACE: tl.constexpr, MASKED: tl.constexpr,
     MEASURE: tl.constexpr, PLAIN: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     first, token_T, exists, real, lane_E, z_TE = _tile(z_ptr, mask_ptr, LENGTH, NUM, WIDTH, TOKENS, MASKED)
     p_TE, top_T, sum_T = _softmax(log_score(z_TE, GATE), lane_E, NUM)
-    key = _keys(_scores(z_TE, p_TE, bias_ptr, lane_E, NUM, GATE, BIASED), lane_E, NUM, WIDTH)
+    key = _keys(_scores(z_TE, p_TE, bias_ptr, lane_E, NUM, GATE, BIASED, PLACE), lane_E, NUM, WIDTH)
 
     choice_K = tl.arange(0, TOP_WIDTH)
     ids_TK = tl.zeros([TOKENS, TOP_WIDTH], tl.int32)

@@ -21,8 +21,8 @@ __all__ = ["fused_route", "fuses"]
 def fuses(logits_TE: Tensor, top_k: int, num_groups: int, state: RouterState | None, batch: TokenLayout) -> bool:
     """Whether `fused_route` gives what the router needs; if not, plain PyTorch does.
 
-    It does not where selection is limited to groups, and where a policy measures f per document, sequences are sharded,
-    estimators are compared, or the router is another library's.
+    It does not where selection is limited to groups, and where a policy measures f per document, a bias moves by each
+    micro-batch's load, sequences are sharded, estimators are compared, or the router is another library's.
     """
     if not fits(logits_TE, top_k, num_groups) or batch.valid_T is not None:
         return False
@@ -30,27 +30,27 @@ def fuses(logits_TE: Tensor, top_k: int, num_groups: int, state: RouterState | N
         return True
     spec = state.spec
     special = spec.gram or spec.shards > 1 or spec.idle_experts or spec.weights_form is not None
-    return not special and not spec.has_documents
+    return not special and not spec.has_documents and not spec.micro_rules
 
 
 def fused_route(
     logits_TE: Tensor,
     form: RouterForm,
     selection_bias_E: Tensor | None,
+    bias_place: str,
     state: RouterState | None,
     batch: TokenLayout,
     *,
     training: bool,
 ) -> Routing:
     """Routes, and attaches the balance gradient while training. ``state`` None: no balancer."""
-    spec = None
-    if state is not None and state.measures(training=training):
-        spec = state.spec if training else state.spec.observing
+    spec = _measured(state, training=training)
     chosen = choose_and_count(
         logits_TE.detach(),
         form,
         num_sequences=batch.rows,
         selection_bias_E=selection_bias_E,
+        bias_place=bias_place,
         token_mask_T=batch.token_mask_T,
         measure=spec is not None,
         plain=spec is not None and spec.unbiased and selection_bias_E is not None,
@@ -92,6 +92,13 @@ def fused_route(
             None if state is None else state.key,
         )
     return Routing(weights_TK, chosen.ids_TK, logits_TE, counts_E)
+
+
+def _measured(state: RouterState | None, *, training: bool) -> StatsSpec | None:
+    """What this forward measures, if anything."""
+    if state is None or not state.measures(training=training):
+        return None
+    return state.spec if training else state.spec.observing
 
 
 def _span(term: LossTerm, num_sequences: int) -> int:

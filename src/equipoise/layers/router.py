@@ -14,11 +14,33 @@ from ..autograd.protocol import RouterTraits
 from ..autograd.router_state import RouterState
 from ..autograd.token_layout import TokenLayout
 from ..errors import InputError
-from ..functional.routing import Routing, check_mask_dtype, check_routing, choose, count_choices, without_autocast
+from ..functional.routing import (
+    PLACES,
+    Routing,
+    check_mask_dtype,
+    check_routing,
+    choose,
+    count_choices,
+    without_autocast,
+)
 from ..kernels import RouterForm, gate_fits, gate_logits
 from .fused_router import fused_route, fuses
 
-__all__ = ["Router"]
+__all__ = ["Router", "bias_name"]
+
+
+def bias_name(place: str) -> str:
+    """What a checkpoint calls the bias of a router: by where it acts.
+
+    >>> bias_name("scores"), bias_name("logits")
+    ('expert_bias', 'expert_bias_logits')
+    """
+    return "expert_bias" if place == PLACES[0] else f"expert_bias_{place}"
+
+
+def _named_after(place: str) -> property:
+    """The bias under its name in checkpoints, for tools that look such names up (DCP)."""
+    return property(lambda router: router.expert_bias if router.bias_place == place else None)
 
 
 class Router(nn.Module):
@@ -29,7 +51,9 @@ class Router(nn.Module):
             the gradient of that at the logits 0: with ``top_k=1`` a weight is the probability, as in Switch
             Transformers (arXiv 2101.03961, eq. 2), through which the model's loss teaches the router.
         selection_bias: keep an ``expert_bias`` (E,) that is added before top-k only. It is fp32 whatever the model is
-            cast to (in bf16 a step of 1e-3 is lost from 0.5 on), persistent in checkpoints, moved by ``ExpertBias``.
+            cast to (in bf16 a step of 1e-3 is lost from 0.5 on), persistent in checkpoints, moved by ``ExpertBias``,
+            which may let it act elsewhere: ``bias_place``, one of the places of ``functional.route``. Checkpoints name
+            it ``expert_bias_multiply`` or ``expert_bias_logits`` then, so that nobody takes it for another.
 
     ``balance_state`` is None until a ``Balancer`` attaches one.
 
@@ -42,6 +66,7 @@ class Router(nn.Module):
     """
 
     expert_bias: Tensor | None
+    bias_place = PLACES[0]
 
     def __init__(
         self,
@@ -79,7 +104,7 @@ class Router(nn.Module):
 
     @property
     def traits(self) -> RouterTraits:
-        return RouterTraits(self.normalize, self.scale)
+        return RouterTraits(self.normalize, self.scale, bias_place=self.bias_place, bias_places=PLACES)
 
     @property
     def bias_owner(self) -> str:
@@ -92,10 +117,11 @@ class Router(nn.Module):
 
     def disable_selection_bias(self) -> None:
         """Takes the bias away."""
-        self.expert_bias = None
+        self.expert_bias, self.bias_place = None, PLACES[0]
 
-    def enable_selection_bias(self) -> None:
-        """Adds the bias, zero, if there is none yet."""
+    def enable_selection_bias(self, place: str = PLACES[0]) -> None:
+        """Adds the bias, zero, if there is none yet; it acts there from now on."""
+        self.bias_place = place
         if self.expert_bias is None:
             self.expert_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=self.weight.device)
 
@@ -114,7 +140,8 @@ class Router(nn.Module):
         state = self.balance_state
         if fuses(raw_TE, self.top_k, self.num_groups, state, batch):
             form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
-            return fused_route(raw_TE, form, self.expert_bias, state, batch, training=self.training)
+            biased = self.expert_bias, self.bias_place
+            return fused_route(raw_TE, form, *biased, state, batch, training=self.training)
         if state is None or state.raises_immediately:
             check_logits(raw_TE, name="" if state is None else state.name)
         logits_TE = raw_TE if state is None else record_logit_grad(state, raw_TE, training=self.training)
@@ -123,6 +150,7 @@ class Router(nn.Module):
             self.top_k,
             gate=self.gate,
             selection_bias_E=self.expert_bias,
+            bias_place=self.bias_place,
             num_groups=self.num_groups,
             top_groups=self.top_groups,
             normalize=self.normalize,
@@ -165,14 +193,36 @@ class Router(nn.Module):
             None if document_T is None else document_T.to(x_TD.device, torch.long),
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+    expert_bias_multiply, expert_bias_logits = _named_after("multiply"), _named_after("logits")
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bias_place != PLACES[0] and (bias_E := destination.pop(f"{prefix}expert_bias", None)) is not None:
+            destination[prefix + bias_name(self.bias_place)] = bias_E
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
         """A bias in the file is taken, also before a balancer asks for one: without it other experts would answer.
 
+        It acts where it acted; an error where the router has a balancer and a bias that acts elsewhere.
         ``load_state_dict(assign=True)`` keeps the file's dtype; the bias stays fp32 all the same.
         """
-        if f"{prefix}expert_bias" in state_dict:
-            self.enable_selection_bias()
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        state_dict = dict(state_dict)
+        for place in PLACES:
+            if (bias_E := state_dict.pop(key := prefix + bias_name(place), None)) is None:
+                continue
+            if self.balance_state is not None and self.expert_bias is not None and place != self.bias_place:
+                error_msgs.append(
+                    f"expected a bias of place={self.bias_place!r}, as this router has it under its balancer; got "
+                    f"{key!r}, of place={place!r}; load the weights first, then make the balancer with "
+                    f"ExpertBias(place={place!r})"
+                )
+                continue
+            self.enable_selection_bias(place)
+            state_dict[f"{prefix}expert_bias"] = bias_E
+        names = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *names)
         if self.expert_bias is not None and self.expert_bias.dtype != torch.float32:
             self.expert_bias = self.expert_bias.float()
 

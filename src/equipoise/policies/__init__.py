@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from .estimators import ESTIMATORS
-from .expert_bias import RULES, ExpertBias
+from .expert_bias import BIAS_SCOPES, RULES, ExpertBias
 from .losses import AuxLoss, ZLoss
 from .schedule import Schedule
 from .scopes import SCOPES, Sequences
 from .switch import Policy, Switch
 
 __all__ = [
+    "BIAS_SCOPES",
     "ESTIMATORS",
     "RULES",
     "SCOPES",

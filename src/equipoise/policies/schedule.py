@@ -39,7 +39,8 @@ class ScheduledPolicy:
 class Schedule:
     """The policies of a balancer without switches, in order.
 
-    Raises ConfigError for what is no policy, and for a name that two policies share.
+    Raises ConfigError for what is no policy, for a name that two policies share, and for biases that are to act at
+    different places: a router has one bias.
 
     >>> from equipoise.policies import AuxLoss, Switch, ZLoss
     >>> schedule = Schedule([Switch(at=5, to=AuxLoss("global_batch"), first=AuxLoss("micro_batch")), ZLoss()])
@@ -59,6 +60,7 @@ class Schedule:
         self.losses = tuple((one, one.policy) for one in self._all if isinstance(one.policy, AuxLoss))
         self.z_losses = tuple((one, one.policy) for one in self._all if isinstance(one.policy, ZLoss))
         self.biases = tuple((one, one.policy) for one in self._all if isinstance(one.policy, ExpertBias))
+        self.bias_place = _one_place([bias for _, bias in self.biases])
 
     def __iter__(self) -> Iterator[ScheduledPolicy]:
         return iter(self._all)
@@ -75,6 +77,11 @@ class Schedule:
     def balances_load(self) -> bool:
         """Whether a policy pushes loads: one with a coefficient or rate of 0 only measures."""
         return any(loss.coef != 0 for _, loss in self.losses) or any(bias.rate != 0 for _, bias in self.biases)
+
+    @property
+    def micro_rules(self) -> tuple[str, ...]:
+        """The bias rules that are asked of each micro-batch's counts."""
+        return tuple(dict.fromkeys(bias.rule for _, bias in self.biases if bias.scope == "micro_batch"))
 
     @property
     def shuffles(self) -> bool:
@@ -120,6 +127,18 @@ def _flatten(policy: Policy | None, index: int, start: int, end: int | None) -> 
         got=repr(policy),
         do='for example [AuxLoss(scope="global_batch", coef=1e-2)]',
     )
+
+
+def _one_place(biases: Sequence[ExpertBias]) -> str:
+    """Where the biases act; the default without one."""
+    places = list(dict.fromkeys(bias.place for bias in biases)) or [ExpertBias.place]
+    if len(places) > 1:
+        raise ConfigError(
+            expected="one place for the bias of a router, whichever policy moves it",
+            got=f"ExpertBias with place={places[0]!r} and with place={places[1]!r}",
+            do="give all of them the same place",
+        )
+    return places[0]
 
 
 def _names(policies: Sequence[AuxLoss | ZLoss | ExpertBias]) -> list[str]:

@@ -69,6 +69,7 @@ SINGLE: dict[str, dict] = {
     "z": {"kind": "z", "coef": 0.5},
     "sign": {"kind": "bias", "rule": "sign", "rate": 0.008},
     "proportional": {"kind": "bias", "rule": "proportional", "rate": 0.02},
+    "micro_rms": {"kind": "bias", "rule": "rms", "rate": 0.008, "scope": "micro_batch"},
 }
 BY_THE_CUT = ("sequences_2", "sequences_5", "micro_batch", "data_parallel", "prefix", "filled")
 CURRENT = ("data_parallel", "prefix", "filled", "exact")  # need this micro-step's counts of all ranks

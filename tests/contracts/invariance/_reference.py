@@ -19,6 +19,7 @@ from contracts.law._reference import (
     fraction,
     naive_bias_step,
     naive_maxvio,
+    naive_micro_batch_bias_step,
     naive_probs,
     naive_scores,
     naive_select,
@@ -105,7 +106,8 @@ def reference(
         losses[f"balance/policy_{number}/loss"] = sum(per_layer) / layers
     counts = [_counts([c for c in calls if c.layer == layer], tokens, lambda _: True) for layer in range(layers)]
     biases = [
-        _moved(policies, leaves.get(f"blocks.{layer}.gate.expert_bias"), counts[layer]) for layer in range(layers)
+        _moved(policies, leaves.get(f"blocks.{layer}.gate.expert_bias"), [c for c in calls if c.layer == layer], tokens)
+        for layer in range(layers)
     ]
     history.steps.append([fraction(c) for c in counts])
     history.counts.append(counts)
@@ -255,12 +257,22 @@ def _estimated(policy: dict, calls: list[Call], tokens: Sequence[Token], micro: 
     raise AssertionError(policy)
 
 
-def _moved(policies: list[dict], bias_E: Tensor | None, counts: list[int]) -> list[float] | None:
+def _moved(
+    policies: list[dict], bias_E: Tensor | None, calls: list[Call], tokens: Sequence[Token]
+) -> list[float] | None:
+    """By the load of the step, or by that of each micro-batch: each call of the layer in it, over all its shards."""
     if bias_E is None:
         return None
     bias = bias_E.tolist()
     for policy in policies:
-        if policy["kind"] == "bias":
+        if policy["kind"] == "bias" and policy.get("scope") == "micro_batch":
+            where = sorted({(t.rank, t.micro) for t in tokens})
+            parts = [
+                _counts([call], tokens, lambda t, at=at: (t.rank, t.micro) == at) for call in calls for at in where
+            ]
+            bias = naive_micro_batch_bias_step(bias, parts, policy["rule"], policy["rate"])
+        elif policy["kind"] == "bias":
+            counts = _counts(calls, tokens, lambda _: True)
             bias, _ = naive_bias_step(bias, counts, policy["rule"], policy["rate"], [])
     return bias
 

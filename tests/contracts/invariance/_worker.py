@@ -139,7 +139,7 @@ class Engine:
 
 def _policy(description: dict, coef: float | None) -> Any:
     if description["kind"] == "bias":
-        return ExpertBias(description["rule"], description["rate"])
+        return ExpertBias(**{key: value for key, value in description.items() if key != "kind"})
     return policy(description if coef is None else description | {"coef": coef})
 
 

@@ -33,6 +33,15 @@ def naive_probs(logits_TE: Tensor, gate: str) -> Tensor:
     return s / s.sum(dim=1, keepdim=True)
 
 
+def naive_chosen_by(logits_TE: Tensor, gate: str, bias_E: list[float], place: str) -> list[list[float]]:
+    """What a selection bias makes of the scores that a choice is made by."""
+    bias = torch.tensor(bias_E, dtype=torch.float64)
+    if place == "logits":
+        return naive_scores(logits_TE.double() + bias, gate).tolist()
+    scores_TE = naive_scores(logits_TE, gate)
+    return (scores_TE * (1 + bias) if place == "multiply" else scores_TE + bias).tolist()
+
+
 def naive_select(score: list[float], top_k: int, groups: int = 1, top_groups: int = 1) -> set[int]:
     """The K best of the E scores of one token, only inside the best groups (a group: the sum of its two best)."""
     num_experts = len(score)
@@ -63,11 +72,12 @@ class Seen:
     top_groups: int
     ids: list[set[int]] = field(default_factory=list)
     plain_ids: list[set[int]] = field(default_factory=list)
+    place: str = "scores"  # where the bias acts
 
     def __post_init__(self) -> None:
         scores = naive_scores(self.logits_TE.detach(), self.gate).tolist()
-        for row in scores:
-            biased = [s + b for s, b in zip(row, self.bias_E, strict=True)]
+        chosen_by = naive_chosen_by(self.logits_TE.detach(), self.gate, self.bias_E, self.place)
+        for row, biased in zip(scores, chosen_by, strict=True):
             self.ids.append(naive_select(biased, self.top_k, self.groups, self.top_groups))
             self.plain_ids.append(naive_select(row, self.top_k))
 
@@ -232,7 +242,7 @@ def watch_routers(model: nn.Module, seen: list[list[Seen]]) -> list[Any]:
         number = 1 if batch is None else batch.num_sequences
         one = Seen(
             routing.logits_TE, router.gate, router.top_k, number, mask, documents, bias,
-            router.num_groups, router.top_groups,
+            router.num_groups, router.top_groups, place=router.bias_place,
         )  # fmt: skip
         for t, chosen in enumerate(routing.expert_ids_TK.tolist()):
             assert set(chosen) == one.ids[t], "the router chose other experts than the loops"
@@ -305,24 +315,45 @@ def naive_maxvio(counts: list) -> float:
     return max(counts) / (sum(counts) / len(counts)) - 1 if sum(counts) else 0.0
 
 
+def naive_violation(counts: list[int]) -> list[float]:
+    mean = sum(counts) / len(counts)
+    return [(mean - c) / mean if mean else 0.0 for c in counts]
+
+
+def naive_rule(counts: list[int], rule: str) -> list[float]:
+    """The step of a rule without memory, for a rate of 1."""
+    v = naive_violation(counts)
+    if rule == "sign":
+        return [float((x > 0) - (x < 0)) for x in v]
+    if rule == "rms":
+        rms = math.sqrt(sum(x * x for x in v) / len(v))
+        return [x / rms if rms else 0.0 for x in v]
+    assert rule == "proportional", rule
+    return v
+
+
+def naive_micro_batch_bias_step(
+    bias: list[float], micro_batches: list[list[int]], rule: str, rate: float
+) -> list[float]:
+    """The control: the rule asked of the counts of each micro-batch that has any, and averaged."""
+    moves = [naive_rule(counts, rule) for counts in micro_batches if sum(counts)]
+    moved = [b + rate * sum(move[e] for move in moves) / max(len(moves), 1) for e, b in enumerate(bias)]
+    middle = sum(moved) / len(moved)
+    return [b - middle for b in moved]
+
+
 def naive_bias_step(
     bias: list[float], counts: list[int], rule: str, rate: float, momentum: list[float], kappa: float = 2.0, beta=0.5
 ) -> tuple[list[float], list[float]]:
     """Loss-free update by loops: returns (bias, momentum)."""
-    size, mean = len(counts), sum(counts) / len(counts)
-    v = [(mean - c) / mean if mean else 0.0 for c in counts]
-    if rule == "sign":
-        move = [float((x > 0) - (x < 0)) for x in v]
-    elif rule == "proportional":
-        move = v
-    elif rule == "rms":
-        rms = math.sqrt(sum(x * x for x in v) / size)
-        move = [x / rms if rms else 0.0 for x in v]
-    else:
-        bent = [math.tanh(kappa * x) for x in v]
+    size = len(counts)
+    if rule == "momentum":
+        bent = [math.tanh(kappa * x) for x in naive_violation(counts)]
         middle = sum(bent) / size
         momentum = [beta * m + (1 - beta) * (b - middle) for m, b in zip(momentum, bent, strict=True)]
         move = momentum
+    else:
+        move = naive_rule(counts, rule)
     moved = [b + rate * d for b, d in zip(bias, move, strict=True)]
     middle = sum(moved) / size
     return [b - middle for b in moved], momentum

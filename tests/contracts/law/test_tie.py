@@ -44,17 +44,18 @@ EVERY_POLICY = [
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("norms", [True, False])
-def test_every_policy_at_once_equals_autograd(gate, norms):
+@pytest.mark.parametrize(
+    ("norms", "place"), [(True, "scores"), (False, "scores"), (True, "multiply"), (True, "logits")]
+)
+def test_every_policy_at_once_equals_autograd(gate, norms, place):
     """B66: f is what was dispatched (bias and groups included) unless the policy asks for the plain top-k."""
-    model = net(
-        dtype=torch.float64, experts=(6, 8), top_k=(2, 3), gate=gate, selection_bias=True, num_groups=2, top_groups=2
-    )
+    model = net(dtype=torch.float64, experts=(6, 8), top_k=(2, 3), gate=gate, num_groups=2, top_groups=2)
     for block in model.blocks:
+        block.gate.enable_selection_bias(place)
         block.gate.expert_bias.copy_(0.3 * torch.randn(block.gate.num_experts))
     other = twin(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    frozen = ExpertBias(rate=0.0)
+    frozen = ExpertBias(rate=0.0, place=place)
     balancer = Balancer(model, named([*(policy(d) for d in EVERY_POLICY), frozen]), gradient_norms=norms)
     step = make_step(1, micro_batches=2, masked=True, documents=True, dtype=torch.float64)
     expected = reference_step(other, step, loss_of, EVERY_POLICY, new_history())

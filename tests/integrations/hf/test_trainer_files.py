@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 pytest.importorskip("accelerate", reason="the hf extra is not installed")
 
-from equipoise import DataError, OutputError
+from equipoise import ConfigError, DataError, OutputError
 from integrations.hf._trainer import as_rank, checkpoint, make, train
 from integrations.hf.families import build
 
@@ -203,13 +203,14 @@ def test_the_best_model_has_the_biases_of_its_step(tmp_path, family):
     assert balancer.step_count == best
 
 
-def test_biases_of_ours_go_with_the_model(tmp_path):
+@pytest.mark.parametrize("place", ["scores", "logits"])
+def test_biases_of_ours_go_with_the_model(tmp_path, place):
     """A family without a bias of its own: the saved model alone chooses otherwise; load_biases makes it whole again."""
     from transformers import AutoModelForCausalLM
 
     from equipoise.adapters.hf import load_biases
 
-    bias = {"kind": "bias", "rule": "proportional", "rate": 0.5}
+    bias = {"kind": "bias", "rule": "proportional", "rate": 0.5, "place": place}
     trainer, recorder = make([bias], 4, 2, 2, str(tmp_path), family="mixtral")
     with pytest.warns(UserWarning, match="load_biases"):
         trainer.train()
@@ -230,6 +231,21 @@ def test_biases_of_ours_go_with_the_model(tmp_path):
     ]:
         with pytest.raises(DataError, match=rf"biases of this model, .*{said}.*in .*{FILE}"):
             load_biases(other, tmp_path / "model")
+
+
+@pytest.mark.parametrize(("trained", "now"), [("logits", "scores"), ("scores", "multiply")])
+def test_a_checkpoint_whose_bias_acts_elsewhere(tmp_path, trained, now):
+    """Refused with nothing put back; where it was said, the bias begins at zero and a warning names each router."""
+    bias = {"kind": "bias", "rule": "proportional", "rate": 0.5, "place": trained}
+    train([bias], 4, 2, 2, str(tmp_path), family="mixtral", **SAVES)
+    other = [bias | {"place": now, "rate": 0.0}]
+    options = {"family": "mixtral", "resume": checkpoint(tmp_path, 2)}
+    with pytest.raises(ConfigError, match=rf"(?s)place='{trained}' in the state.*BalanceCallback\(..., strict=False\)"):
+        train(other, 4, 2, 3, str(tmp_path / "other"), **options)
+    with pytest.warns(UserWarning, match=r"not restored .*model\.layers\.0\.mlp\.gate: a bias that acts with"):
+        got = train(other, 4, 2, 3, str(tmp_path / "other"), **options, balance={"strict": False})
+    (last,) = [entry for entry in got["logs"] if "loss" in entry and entry["step"] == 3]
+    assert last["balance/bias_max"] == 0
 
 
 def test_a_folder_without_biases_is_refused(tmp_path):

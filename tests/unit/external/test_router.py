@@ -13,6 +13,7 @@ from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias
 from equipoise.autograd.protocol import MEMBERS
 from equipoise.external.discovery import find_external_routers
 from equipoise.external.router import ExternalRouter, attached_routers
+from equipoise.functional import PLACES
 
 X = torch.randn(2, 16, D, generator=torch.Generator().manual_seed(0))
 
@@ -33,7 +34,8 @@ def test_it_has_what_a_balancer_asks_of_a_router_of_ours() -> None:
     assert (router.num_experts, router.top_k, router.gate) == (E, 2, "sigmoid")
     assert router.training and list(router.parameters()) == [model.blocks[0].router.linear.weight]
     normalize, scale, *rest = router.traits
-    assert (normalize, scale) == (True, pytest.approx(1.0, abs=1e-5)) and rest == [1, True, False, True]
+    assert (normalize, scale) == (True, pytest.approx(1.0, abs=1e-5))
+    assert rest == [1, True, False, True, "scores", PLACES]
     assert all(hasattr(router, name) for name in MEMBERS) and router.bias_owner == "none"
     assert router.expert_bias is None and router.balance_state is None and attached_routers(model) == []
 

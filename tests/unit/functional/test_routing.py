@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from equipoise.errors import ConfigError, InputError
 from equipoise.functional.routing import (
     GATES,
+    PLACES,
     choose,
     count_choices,
     gate_log_scores,
@@ -47,12 +48,21 @@ def scores_of(row: list[float], gate: str) -> list[float]:
     return [math.exp(log_score(z, gate)) for z in row]
 
 
-def naive_route(rows, top_k, gate, bias, num_groups, top_groups, normalize, scale):
+def chosen_by(row: list[float], gate: str, bias: list[float] | None, place: str) -> list[float]:
+    if not bias:
+        return scores_of(row, gate)
+    if place == "logits":
+        return scores_of([z + b for z, b in zip(row, bias, strict=True)], gate)
+    pairs = zip(scores_of(row, gate), bias, strict=True)
+    return [s * (1 + b) if place == "multiply" else s + b for s, b in pairs]
+
+
+def naive_route(rows, top_k, gate, bias, place, num_groups, top_groups, normalize, scale):
     """DeepSeek-V3's router as its paper says it, one token at a time: (ids, weights)."""
     ids, weights = [], []
     for row in rows:
         score = scores_of(row, gate)
-        by = [s + b for s, b in zip(score, bias, strict=True)] if bias else score
+        by = chosen_by(row, gate, bias, place)
         size = len(row) // num_groups
         if num_groups > 1:
             worth = [sum(sorted(by[g * size : (g + 1) * size])[-2:]) for g in range(num_groups)]
@@ -86,6 +96,7 @@ def problems(draw):
         "normalize": draw(st.booleans()),
         "scale": draw(st.sampled_from([1.0, 2.5])),
         "biased": draw(st.booleans()),
+        "bias_place": draw(st.sampled_from(PLACES)),
         "seed": draw(st.integers(0, 2**31)),
     }
 
@@ -96,7 +107,7 @@ def bias_of(p) -> torch.Tensor | None:
 
 
 def routed(p, logits=None, bias=None, **more):
-    names = ("gate", "num_groups", "top_groups", "normalize", "scale")
+    names = ("gate", "num_groups", "top_groups", "normalize", "scale", "bias_place")
     logits = p["logits"] if logits is None else logits
     return route(logits, p["top_k"], selection_bias_E=bias, **{name: p[name] for name in names}, **more)
 
@@ -107,7 +118,7 @@ def test_route_is_the_loop_over_tokens(p):
     bias = bias_of(p)
     ids, weights = naive_route(
         p["logits"].tolist(), p["top_k"], p["gate"], None if bias is None else bias.tolist(),
-        p["num_groups"], p["top_groups"], p["normalize"], p["scale"],
+        p["bias_place"], p["num_groups"], p["top_groups"], p["normalize"], p["scale"],
     )  # fmt: skip
     got = routed(p, bias=bias)
     shape = (p["logits"].shape[0], p["top_k"])

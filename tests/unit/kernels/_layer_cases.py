@@ -44,14 +44,15 @@ def to_device(step: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("gate", ["softmax", "sigmoid", "sqrt_softplus"])
-@pytest.mark.parametrize(("biased", "norms"), [(False, True), (True, False)])
+@pytest.mark.parametrize(("biased", "norms"), [("", True), ("scores", False), ("multiply", False), ("logits", False)])
 def test_a_step_is_the_reference_step(routed, gate, biased, norms):
-    model = net(experts=(6, 9), top_k=(2, 3), gate=gate, selection_bias=biased, normalize=norms, scale=1.5).to(DEVICE)
+    model = net(experts=(6, 9), top_k=(2, 3), gate=gate, normalize=norms, scale=1.5).to(DEVICE)
     for block in model.blocks if biased else ():
+        block.gate.enable_selection_bias(biased)
         block.gate.expert_bias.copy_(0.3 * torch.randn(block.gate.num_experts))
     other = twin(model).to("cpu", torch.float64)
     described = POLICIES if biased else [d for d in POLICIES if d.get("counts") != "unbiased"]
-    policies = [*map(policy, described), *([ExpertBias(rate=0.0)] if biased else [])]
+    policies = [*map(policy, described), *([ExpertBias(rate=0.0, place=biased)] if biased else [])]
     balancer = Balancer(model, named(policies), gradient_norms=norms)
     step = make_step(1, micro_batches=2, masked=True)
     wide = make_step(1, micro_batches=2, masked=True, dtype=torch.float64)
@@ -78,6 +79,19 @@ def test_metrics_are_those_of_plain_pytorch(routed, monkeypatch):
     assert len(routed) == 1
     assert found[0].keys() == found[1].keys()
     assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-9)
+
+
+def test_a_bias_of_each_micro_batch_is_left_to_plain_pytorch(routed, monkeypatch):
+    found = []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(router_module, "fuses", lambda *a: False)
+        model = net(experts=(6,), top_k=(2,), gate="sigmoid").to(DEVICE)
+        balancer = Balancer(model, [ExpertBias("proportional", 0.01, scope="micro_batch"), AuxLoss("micro_batch")])
+        train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.0), to_device(make_step(3, 2)))
+        found.append(model.blocks[0].gate.expert_bias)
+    assert found[0].any() and torch.equal(*found)
+    assert not routed
 
 
 @pytest.mark.parametrize("mode", ["reentrant", "non_reentrant", "selective"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,15 @@ from torch import Tensor
 from equipoise.autograd.spec import LossTerm, StatsSpec
 from equipoise.autograd.statistics import measure
 from equipoise.autograd.token_layout import TokenLayout
-from equipoise.functional.routing import GATES, choose, count_choices, gate_log_scores, gate_probs, gate_scores
+from equipoise.functional.routing import (
+    GATES,
+    PLACES,
+    choose,
+    count_choices,
+    gate_log_scores,
+    gate_probs,
+    gate_scores,
+)
 from equipoise.kernels import (
     INTERPRETED,
     STATISTICS,
@@ -48,7 +58,7 @@ def cases(draw) -> dict:
     form = RouterForm(top_k, gate, normalize, draw(st.sampled_from([1.0, 2.5])))
     mask_T = None if mask_T is None else mask_T.to(DEVICE)
     found = {"z": z_TE.to(DEVICE), "form": form, "sequences": sequences, "mask": mask_T, "bias": bias_E}
-    return found | {"generator": generator}
+    return found | {"generator": generator, "place": draw(st.sampled_from(PLACES))}
 
 
 def run(case: dict, **wanted: bool) -> Chosen:
@@ -57,6 +67,7 @@ def run(case: dict, **wanted: bool) -> Chosen:
         case["form"],
         num_sequences=case["sequences"],
         selection_bias_E=case["bias"],
+        bias_place=case["place"],
         token_mask_T=case["mask"],
         **wanted,
     )
@@ -64,7 +75,10 @@ def run(case: dict, **wanted: bool) -> Chosen:
 
 def selected_by(case: dict) -> Tensor:
     """What the choice is made by, in fp32 as the kernel reckons: without a bias every gate grows with its logit."""
-    return case["z"] if case["bias"] is None else gate_scores(case["z"], case["form"].gate) + case["bias"]
+    if case["bias"] is None or case["place"] == "logits":
+        return case["z"] + (0.0 if case["bias"] is None else case["bias"])
+    scores_TE = gate_scores(case["z"], case["form"].gate)
+    return scores_TE * (1 + case["bias"]) if case["place"] == "multiply" else scores_TE + case["bias"]
 
 
 @given(cases())
@@ -255,9 +269,12 @@ def test_the_gate_in_bf16_parts_is_as_exact_as_in_fp32(dtype):
 
 def test_the_parts_of_plain_pytorch_agree():
     """`choose` is what the kernels replace: the same ids and weights where nothing ties."""
-    z_TE = torch.randn(50, 12, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-    options = {"num_groups": 1, "top_groups": 1, "selection_bias_E": None}
-    weights_TK, ids_TK, *_ = choose(z_TE, 4, gate="sigmoid", normalize=True, scale=2.5, **options)
-    found = choose_and_count(z_TE, RouterForm(4, "sigmoid", True, 2.5))
-    assert torch.equal(found.ids_TK, ids_TK)
-    torch.testing.assert_close(found.weights_TK, weights_TK)
+    generator = torch.Generator().manual_seed(3)
+    z_TE, bias_E = (torch.randn(size, generator=generator).to(DEVICE) for size in ((50, 12), (12,)))
+    for gate, place, biased in itertools.product(GATES, PLACES, (False, True)):
+        bias = {"selection_bias_E": bias_E if biased else None, "bias_place": place}
+        options = {"num_groups": 1, "top_groups": 1, **bias}
+        weights_TK, ids_TK, *_ = choose(z_TE, 4, gate=gate, normalize=True, scale=2.5, **options)
+        found = choose_and_count(z_TE, RouterForm(4, gate, True, 2.5), **bias)
+        assert torch.equal(found.ids_TK, ids_TK)
+        torch.testing.assert_close(found.weights_TK, weights_TK)

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from equipoise.errors import ConfigError
-from equipoise.functional import GATES, maxvio, momentum_step, proportional_step, rms_step, route, sign_step
+from equipoise.functional import GATES, PLACES, maxvio, momentum_step, proportional_step, rms_step, route, sign_step
 from equipoise.policies import RULES, ExpertBias
+from equipoise.policies.expert_bias import LARGEST_STEP
 
 STEPS = {"sign": sign_step, "proportional": proportional_step, "rms": rms_step}
 NO_MOMENTUM = torch.zeros(4, dtype=torch.float64)
@@ -26,7 +27,7 @@ def simulate(policy: ExpertBias, gate: str, num_experts: int, top_k: int, steps:
     bias, momentum = torch.zeros(num_experts), torch.zeros(num_experts, dtype=torch.float64)
     seen = []
     for step in range(steps):
-        counts = route(logits, top_k, gate=gate, selection_bias_E=bias).counts_E
+        counts = route(logits, top_k, gate=gate, selection_bias_E=bias, bias_place=policy.place).counts_E
         seen.append(float(maxvio(counts)))
         bias, momentum = policy.step(bias, counts, momentum, step)
     return seen
@@ -39,11 +40,15 @@ RATES = {  # per gate: what a full-size step (sign, rms) and a proportional one 
 }
 
 
+FACTORS = {"multiply": (5e-3, 5e-2), "logits": (1e-2, 1e-1)}  # the same for every gate
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("gate", GATES)
-def test_every_valid_pair_balances_a_router_with_fixed_scores(gate, rule):
-    full, proportional = RATES[gate]
-    policy = ExpertBias(rule=rule, rate=full if rule in ("sign", "rms") else proportional)
+def test_every_valid_pair_balances_a_router_with_fixed_scores(gate, rule, place):
+    full, proportional = FACTORS.get(place, RATES[gate])
+    policy = ExpertBias(rule=rule, rate=full if rule in ("sign", "rms") else proportional, place=place)
     policy.check_gate(gate, 16)
     seen = simulate(policy, gate, 16, 2)
     assert seen[0] > 0.8
@@ -65,6 +70,30 @@ def test_the_refused_pair_swings_and_the_named_remedies_settle(rule):
         remedy.check_gate(gate, 64)
         settled = simulate(remedy, gate, 64, 4, steps=300, spread=0.7)[-50:]
         assert sum(settled) / 50 < 0.1
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_at_the_largest_step_of_a_place_selection_swings_alike(place):
+    """A step on the scores is measured against 1/E; a factor or a logit changes any score by about the rate.
+
+    A factor that has fallen takes it harder, so the same rate swings more there.
+    """
+    experts = 64
+    largest = LARGEST_STEP[place] / (experts if place == "scores" else 1)
+    policy = ExpertBias("sign", largest, place=place)
+    policy.check_gate("softmax", experts)
+    tail = simulate(policy, "softmax", experts, 4, steps=500, spread=0.7)[-50:]
+    assert 0.1 < sum(tail) / 50 < 0.25
+    refused = replace(policy, rate=5 * largest)
+    with pytest.raises(ConfigError, match="sigmoid") as caught:
+        refused.check_gate("softmax", experts)
+    assert "rule='proportional'" in caught.value.do
+    tail = simulate(refused, "softmax", experts, 4, steps=500, spread=0.7)[-50:]
+    assert sum(tail) / 50 > 0.4
+    remedy = ExpertBias("proportional", 0.1 / (experts if place == "scores" else 1), place=place)
+    remedy.check_gate("softmax", experts)
+    tail = simulate(remedy, "softmax", experts, 4, steps=500, spread=0.7)[-50:]
+    assert sum(tail) / 50 < 0.1
 
 
 def test_a_sign_step_keeps_moving_in_balance_and_a_proportional_one_comes_to_rest():
@@ -90,19 +119,40 @@ def test_step_is_rate_times_rule_centred(rule, dtype):
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_factors_are_centred_by_their_mean_and_logits_by_a_sum(rule):
+    bias, momentum = torch.tensor([0.3, -0.1, 0.0, -0.2], dtype=torch.float64), NO_MOMENTUM
+    delta = momentum_step(COUNTS, momentum) if rule == "momentum" else STEPS[rule](COUNTS)
+    factors, _ = ExpertBias(rule, 0.5, place="multiply").step(bias, COUNTS, momentum, 0)
+    moved = 1 + bias + 0.5 * delta
+    torch.testing.assert_close((1 + factors) / (1 + factors[0]), moved / moved[0], rtol=1e-12, atol=0)
+    assert abs(float(factors.mean())) < 1e-15
+    logits, _ = ExpertBias(rule, 0.5, place="logits").step(bias, COUNTS, momentum, 0)
+    assert torch.equal(logits, ExpertBias(rule, 0.5).step(bias, COUNTS, momentum, 0)[0])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_step_of_the_rule_may_come_from_elsewhere(place):
+    """For scope "micro_batch": the counts are not asked then."""
+    policy, bias = ExpertBias("sign", 0.1, place=place), torch.zeros(4)
+    got, _ = policy.step(bias, COUNTS.flip(0), NO_MOMENTUM, 0, sign_step(COUNTS))
+    assert torch.equal(got, policy.step(bias, COUNTS, NO_MOMENTUM, 0)[0])
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_a_frozen_rate_keeps_every_bit(rule):
     bias = torch.randn(4, generator=torch.Generator().manual_seed(0)) + 5  # not centred: a loaded bias stays as it is
     for frozen in (ExpertBias(rule, rate=0.0), ExpertBias(rule, schedule=lambda _: 0)):
         assert torch.equal(frozen.step(bias, COUNTS, NO_MOMENTUM, 7)[0], bias)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("rule", RULES)
-def test_the_bias_does_not_drift(rule):
+def test_the_bias_does_not_drift(rule, place):
     bias, momentum = torch.zeros(8), torch.zeros(8, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1)
     for step in range(300):
         counts = torch.randint(0, 100, (8,), generator=generator) ** 2  # lop-sided: more experts below the mean
-        bias, momentum = ExpertBias(rule, 1e-2).step(bias, counts, momentum, step)
+        bias, momentum = ExpertBias(rule, 1e-2, place=place).step(bias, counts, momentum, step)
         assert abs(float(bias.double().mean())) < 1e-7
 
 
@@ -133,6 +183,21 @@ def test_only_full_size_steps_on_small_softmax_scores_are_refused(gate, rule, ra
         policy.check_gate(gate, num_experts)
 
 
+@pytest.mark.parametrize("place", ["multiply", "logits"])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_number_of_experts_does_not_matter_to_factors_and_logits(gate, rule, place):
+    for rate in (1e-3, 1e-2):
+        for num_experts in (8, 2048):
+            ExpertBias(rule, rate, place=place).check_gate(gate, num_experts)
+    fast = ExpertBias(rule, 0.2, place=place)
+    if gate == "softmax" and rule in ("sign", "rms"):
+        with pytest.raises(ConfigError, match=f"rate of at most {LARGEST_STEP[place]}"):
+            fast.check_gate(gate, 8)
+    else:
+        fast.check_gate(gate, 8)
+
+
 @pytest.mark.parametrize(
     ("word", "arguments"),
     [
@@ -144,6 +209,12 @@ def test_only_full_size_steps_on_small_softmax_scores_are_refused(gate, rule, ra
         ("rate", {"rate": "1e-3"}),
         ("kappa", {"rule": "momentum", "kappa": 0.0}),
         ("beta", {"rule": "momentum", "beta": 1.0}),
+        ("did you mean 'logits'", {"place": "logit"}),
+        ("place", {"place": ("logits",)}),
+        ("did you mean 'micro_batch'", {"scope": "microbatch"}),
+        ("scope of a bias", {"scope": "sequence"}),
+        ("below 1", {"place": "multiply", "rate": 1.0}),
+        ("memory", {"rule": "momentum", "scope": "micro_batch"}),
     ],
 )
 def test_numbers_that_cannot_work_are_refused(word, arguments):
@@ -158,3 +229,10 @@ def test_a_schedule_that_would_poison_the_bias_is_refused(factor):
     policy.step(torch.zeros(4), COUNTS, NO_MOMENTUM, 2)
     with pytest.raises(ConfigError, match="step 3"):
         policy.step(torch.zeros(4), COUNTS, NO_MOMENTUM, 3)
+
+
+def test_a_schedule_that_would_take_a_factor_below_zero_is_refused():
+    policy = ExpertBias(rate=0.5, place="multiply", schedule=lambda step: 1.0 + step)
+    policy.step(torch.zeros(4), COUNTS, NO_MOMENTUM, 0)
+    with pytest.raises(ConfigError, match=r"rate \* factor < 1"):
+        policy.step(torch.zeros(4), COUNTS, NO_MOMENTUM, 1)
