@@ -16,8 +16,10 @@ estimator "filled". `describe_names` prints them all. On a pretrained model the 
     z                     the z-loss on the router's logits; useful beside another one
 
 Details follow a name, in any order: ``@`` a coefficient or a rate (``global@0.02``, ``loss-free@1e-3``), ``:`` an
-estimator (``global:prefix``), a rule or a schedule (``loss-free:proportional``) or a gate (``micro:sigmoid``). ``+``
-combines, and ``micro->global:100`` switches from one to the other after 100 steps.
+estimator (``global:prefix``), a gate (``micro:sigmoid``), or of a bias a rule or a schedule
+(``loss-free:proportional``), where it acts (``loss-free:multiply``, ``loss-free:logits``) and whose load moves it: with
+``loss-free:micro_batch``, a control that is known to be worse, each micro-batch's own. ``+`` combines, and
+``micro->global:100`` switches from one to the other after 100 steps.
 """
 
 from __future__ import annotations
@@ -68,6 +70,8 @@ NAMES: dict[str, list[dict[str, Any]]] = {
 KINDS = ("AuxLoss", "ExpertBias", "Switch", "ZLoss")
 ESTIMATORS = ("prefix", "previous", "ema", "filled", "exact")
 RULES = ("sign", "proportional", "rms", "momentum")
+PLACES = ("scores", "multiply", "logits")
+BIAS_SCOPES = ("global_batch", "micro_batch")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -104,6 +108,12 @@ class Strategy:
     def selection_bias(self) -> bool:
         """Whether routers need a bias: a policy, or a side of a switch, is ExpertBias."""
         return any(spec["kind"] == "ExpertBias" for spec in _flat(self.policies))
+
+    @property
+    def bias_place(self) -> str:
+        """Where that bias acts: all of a strategy's policies say the same, or building them is an error."""
+        found = [spec["place"] for spec in _flat(self.policies) if spec["kind"] == "ExpertBias" and "place" in spec]
+        return found[0] if found else PLACES[0]
 
     def apply(self, model: ModelConfig) -> ModelConfig:
         """The model with this strategy's gate and bias; a gate that the configuration names itself stays.
@@ -207,7 +217,8 @@ def _for_given(strategy: Strategy, model: ModelConfig) -> Strategy:
     policies = list(strategy.policies)
     if model.gate == "softmax":
         slow = {"rule": "proportional", "rate": SOFTMAX_RATE / model.experts}
-        policies = [spec | slow if spec == BIAS else spec for spec in policies]
+        plain = [{key: value for key, value in spec.items() if key != "scope"} == BIAS for spec in policies]
+        policies = [spec | slow if is_plain else spec for spec, is_plain in zip(policies, plain, strict=True)]
     if model.selection_bias and not strategy.selection_bias:
         policies += [{"kind": "ExpertBias", "rate": 0.0}]
     return replace(strategy, policies=tuple(policies), gate=model.gate)
@@ -273,7 +284,7 @@ def _term(name: str, values: list[float], words: list[str], text: str) -> tuple[
     if specs and specs[0].get("scope") == "global_batch":
         choices["estimator"] = ESTIMATORS
     elif specs and specs[0]["kind"] == "ExpertBias":
-        choices |= {"rule": RULES, "schedule": SCHEDULES}
+        choices |= {"rule": RULES, "schedule": SCHEDULES, "place": PLACES, "scope": BIAS_SCOPES}
     for word in words:
         key = next((key for key, known in choices.items() if word in known), None)
         if key is None:

@@ -15,7 +15,7 @@ from ...storage import checkpoint
 from ...storage.files import atomic_folder
 from ...storage.run_record import Run, read_run
 from ..config.schema import ModelConfig, RunConfig, from_dict
-from ..config.strategies import strategy_of
+from ..config.strategies import Strategy, strategy_of
 from ..data.tokenizer import END_ID, END_OF_TEXT, load_tokenizer, tokenizer_file
 from .hf_files import BESIDE, TOKENIZER, WRITTEN, read_settings, safetensors_errors, write_json, write_weights
 from .hf_weights import architecture, hugging_face_config
@@ -50,7 +50,9 @@ def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, for
     seen = read_run(folder)
     config = from_dict(RunConfig, seen.header.config)
     _check_free(out, force)
-    model = strategy_of(config).apply(config.model)
+    strategy = strategy_of(config)
+    _check_place(strategy)
+    model = strategy.apply(config.model)
     through_transformers = config.model.through == "transformers"
     # refuses a model that no class holds before anything is read
     name = "" if through_transformers else architecture(model)
@@ -72,6 +74,16 @@ def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, for
         for file in building.iterdir():  # safetensors makes files for their owner alone
             file.chmod(out.parent.stat().st_mode & 0o666)
     return Exported(out, step, name)
+
+
+def _check_place(strategy: Strategy) -> None:
+    if strategy.bias_place != "scores":
+        raise ConfigError(
+            expected="a bias that is added to the scores, as the classes with a bias in transformers add it",
+            got=f"strategy {strategy.name!r}, whose bias acts with place={strategy.bias_place!r}",
+            do="train with place='scores' (loss-free without that detail) to export; `equipoise inspect RUN` chooses "
+            "with this run's bias",
+        )
 
 
 def save_pretrained(config: RunConfig, state: dict[str, Any], folder: Path) -> str:

@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...adapters.biases import biases_beside, check_biases, put_back
+from ...adapters.biases import SavedBiases, biases_beside, check_biases, put_back
 from ...errors import ConfigError, DataError
 from ...external.discovery import find_external_routers
 from ...external.observe import capture, observed
 from ...external.router import ExternalRouter
+from ...layers.router import bias_name
 from ...storage.balancer_file import FILE
 from ..config.schema import CompareConfig, DataConfig, ModelConfig, RunConfig
 from ..config.strategies import strategy_of
@@ -164,7 +165,8 @@ def build(config: RunConfig, *, compute_dtype: torch.dtype = torch.float32) -> T
             do="bring back the files that belong to its config.json",
         )
     if model.biases is not None:
-        state |= {f"{name}.expert_bias": bias_E for name, bias_E in _biases(model.folder, model.biases).items()}
+        _, biases, place = _biases(model.folder, model.biases)
+        state |= {f"{name}.{bias_name(place)}": bias_E for name, bias_E in biases.items()}
     own.load_state_dict(state, strict=False)  # a bias that the strategy adds starts at zero
     return own
 
@@ -206,7 +208,8 @@ def _adopted(model: ModelConfig, settings: dict[str, Any]) -> tuple[ModelConfig,
         try:
             own = replace(model_config(settings, folder), checkpointing=model.checkpointing, biases=file)
             if found is not None:
-                check_biases({f"model.layers.{i}.mlp.gate": own.experts for i in range(own.layers)}, *found)
+                named = {f"model.layers.{i}.mlp.gate": own.experts for i in range(own.layers)}
+                check_biases(named, found.file, found.biases)
                 own = replace(own, selection_bias=True)
             return own, settings.get("max_position_embeddings")
         except ConfigError:
@@ -218,7 +221,7 @@ def _adopted(model: ModelConfig, settings: dict[str, Any]) -> tuple[ModelConfig,
     return Pretrained(network, named).sizes, getattr(text, "max_position_embeddings", None)
 
 
-def _biases(folder: str | None, file: str) -> dict[str, Tensor]:
+def _biases(folder: str | None, file: str) -> SavedBiases:
     """The expert biases that a run begins with. Raises DataError where they are missing."""
     if (found := biases_beside(str(folder))) is None:
         raise DataError(
@@ -226,7 +229,7 @@ def _biases(folder: str | None, file: str) -> dict[str, Tensor]:
             got="none",
             do="bring the file back, or begin a new run",
         )
-    return found[1]
+    return found
 
 
 def load_network(folder: str, biases: str | None = None) -> nn.Module:
@@ -268,7 +271,7 @@ def load_network(folder: str, biases: str | None = None) -> nn.Module:
             do="bring back the files that belong to its config.json: random weights would take their place",
         )
     if biases is not None:
-        put_back(network, Path(biases), _biases(folder, biases))
+        put_back(network, *_biases(folder, biases))
     return network
 
 

@@ -14,9 +14,11 @@ from equipoise.errors import ConfigError, EquipoiseError
 from equipoise.functional import routing
 from equipoise.lab.config.schema import GATES, ModelConfig, RunConfig
 from equipoise.lab.config.strategies import (
+    BIAS_SCOPES,
     ESTIMATORS,
     KINDS,
     NAMES,
+    PLACES,
     RULES,
     Schedule,
     Strategy,
@@ -49,6 +51,10 @@ def built(name):
         ("sequences:8@0.1", [AuxLoss(Sequences(8), 0.1)]),
         ("micro+z@1e-2", [AuxLoss("micro_batch", 0.02), ZLoss(1e-2)]),
         ("loss-free:constant@1e-3", [ExpertBias("sign", 1e-3)]),
+        ("loss-free:multiply:constant", [ExpertBias("sign", 1e-2, place="multiply")]),
+        ("loss-free:constant:logits@0.02", [ExpertBias("sign", 0.02, place="logits")]),
+        ("loss-free:scores:constant", [ExpertBias("sign", 1e-2)]),
+        ("loss-free:micro_batch:rms:constant", [ExpertBias("rms", 1e-2, scope="micro_batch")]),
         (
             "micro->global:100",
             [Switch(at=100, first=AuxLoss("micro_batch", 0.02), to=AuxLoss("global_batch", 0.02, "exact"))],
@@ -111,6 +117,16 @@ def test_deepseek_v3_counts_what_the_bias_did_not_choose():
 def test_a_strategy_sets_gate_and_bias_of_the_model(name, gate, biased):
     model = parse_strategy(name).apply(ModelConfig())
     assert (model.gate, model.selection_bias) == (gate, biased)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("loss-free:logits", "logits"), ("global+loss-free:multiply", "multiply"), ("loss-free", "scores"),
+     ("micro->loss-free:multiply:5", "multiply"), ("micro", "scores"), ("deepseek-v3:logits", "logits")],
+)  # fmt: skip
+def test_a_strategy_says_where_its_bias_acts(name, place):
+    strategy = parse_strategy(name)
+    assert strategy.bias_place == library.Schedule(strategy.build(STEPS)).bias_place == place
 
 
 def test_a_gate_that_the_configuration_names_stays():
@@ -205,11 +221,18 @@ def test_a_rule_that_the_gate_breaks_is_refused_before_training():
     config = RunConfig(strategy="loss-free:softmax")
     with pytest.raises(ConfigError, match="proportional"):
         strategy_of(config).check(config)
+    factors = RunConfig(strategy="loss-free:multiply:softmax")
+    strategy_of(factors).check(factors)
+    two = RunConfig(strategy="loss-free->loss-free:logits:100")
+    with pytest.raises(ConfigError, match="one place"):
+        strategy_of(two).check(two)
 
 
 def test_the_details_that_a_name_may_have_are_those_of_the_library():
     assert set(ESTIMATORS) == set(library.ESTIMATORS)
     assert set(RULES) == set(library.RULES)
+    assert PLACES == routing.PLACES
+    assert BIAS_SCOPES == library.BIAS_SCOPES
     assert set(GATES) - {"auto"} == set(routing.GATES)
     assert set(KINDS) == {cls.__name__ for cls in typing.get_args(library.Policy)}
 

@@ -152,6 +152,8 @@ def test_strategies_on_a_given_model(folders, corpus_file):
     assert policies("loss-free", softmax)[0] | {"kind": 0} == {
         "kind": 0, "rule": "proportional", "rate": 0.1 / 8, "schedule": "cosine"}  # fmt: skip
     assert policies("loss-free@1e-4", softmax)[0]["rule"] == "sign"  # what was said holds, or is refused
+    control = policies("loss-free:micro_batch", softmax)[0]
+    assert control == policies("loss-free", softmax)[0] | {"scope": "micro_batch"}  # which is in its scope alone
     loud = RunConfig(model=softmax, strategy="loss-free@1e-1")
     with pytest.raises(ConfigError, match="proportional"):
         strategy_of(loud).check(loud)
@@ -196,6 +198,27 @@ def test_a_run_begins_with_the_biases_beside_the_weights(biased, corpus_file, tm
     ] == [True] * 2
     with pytest.raises(ConfigError, match="bias"):
         export_run(run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("through", ["lab", "transformers"])
+def test_biases_beside_the_weights_act_where_they_acted(biased, corpus_file, tmp_path, through):
+    """Of a strategy whose bias acts there too; any other is refused, with the policy that would keep them."""
+    given, biases = biased
+    shutil.copytree(given, folder := tmp_path / "model")
+    layers = {name: {"bias_place": "logits"} for name in biases}
+    write_state({"biases": {name: 4 * bias_E for name, bias_E in biases.items()}, "layers": layers}, folder / FILE)
+    config = run_of(folder, corpus_file, "loss-free:logits", through, steps=2)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    load_biases(theirs, folder)
+    tokens = torch.arange(60).view(2, 30)
+    with torch.no_grad():
+        assert torch.allclose(build(config)(tokens), theirs(tokens).logits, atol=1e-5)
+        write_state({"biases": {name: 4 * bias_E for name, bias_E in biases.items()}}, folder / FILE)
+        assert not torch.allclose(build(config)(tokens), theirs(tokens).logits, atol=1e-2)
+        write_state({"biases": biases, "layers": layers}, folder / FILE)
+    train(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"(?s)place='logits'.*other experts would answer"):
+        train(run_of(folder, corpus_file, "micro", through, steps=2), tmp_path / "other")
 
 
 def test_biases_that_are_gone_or_of_another_model(biased, corpus_file, tmp_path):
