@@ -29,7 +29,7 @@ from meta.house import (
 
 PYTHON = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 OPTIONAL = {"accelerate", "datasets", "lightning", "mlflow", "pandas", "peft", "plotly", "pyarrow",
-            "rich", "safetensors", "tensorboard", "tokenizers", "torchtitan", "transformers", "triton", "trl",
+            "ray", "rich", "safetensors", "tensorboard", "tokenizers", "torchtitan", "transformers", "triton", "trl",
             "wandb", "zstandard"}  # fmt: skip
 EDGE = {"adapters", "cli", "inspection", "lab", "report"}  # the only rooms that may use them
 EXCEPTIONS = {"kernels": {"triton"}, "storage": {"safetensors"}}
