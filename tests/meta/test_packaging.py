@@ -17,6 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 HOME, VERSION = PROJECT["urls"]["Repository"], PROJECT["version"]
+# Extras that are tested in an environment of their own.
+APART = sorted(set(PROJECT["optional-dependencies"]) & {path.name for path in (ROOT / "tests" / "engines").iterdir()})
 YAML = [
     *sorted((ROOT / ".github").rglob("*.yml")),
     ROOT / ".pre-commit-config.yaml",
@@ -33,13 +35,12 @@ def parsed(path: Path) -> dict:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def requirements() -> dict[str, str]:
-    """name -> lower bound of everything that pyproject.toml names; one package has one bound."""
+def requirements(extra: str | None = None) -> dict[str, str]:
+    """name -> lower bound of all that pyproject.toml names for an extra, or without those that APART has; each once."""
+    extras = PROJECT["optional-dependencies"]
+    lines = [line for name, lines in extras.items() if name not in APART for line in lines]
     found: dict[str, str] = {}
-    for line in [
-        *PROJECT["dependencies"],
-        *(one for extra in PROJECT["optional-dependencies"].values() for one in extra),
-    ]:
+    for line in extras[extra] if extra else [*PROJECT["dependencies"], *lines]:
         if not line.startswith("equipoise["):
             parts = re.fullmatch(r"([\w-]+)>=([\w.]+)(?:;.*)?", line.replace(" ", ""))
             assert parts is not None, f"one lower bound and nothing else: {line}"
@@ -140,11 +141,23 @@ def test_the_oldest_packages_are_the_lower_bounds():
 
 
 def test_the_lock_is_not_below_the_lower_bounds():
-    def numbers(version: str) -> list[int]:
-        return [int(part) for part in re.findall(r"\d+", version)]
-
-    lock = dict(line.lower().split("==") for line in text_of("requirements.lock").splitlines() if "==" in line)
+    lock = pins("requirements.lock")
     assert not {name for name, bound in requirements().items() if numbers(lock[name]) < numbers(bound)}
+
+
+@pytest.mark.parametrize("extra", APART)
+def test_an_environment_of_its_own_is_the_lock_and_what_an_extra_adds(extra):
+    own, lock = pins(f"tests/engines/{extra}/requirements.lock"), pins("requirements.lock")
+    assert lock.items() <= own.items()
+    assert all(numbers(own[name]) >= numbers(bound) for name, bound in requirements(extra).items())
+
+
+def pins(name: str) -> dict[str, str]:
+    return dict(line.lower().split("==") for line in text_of(name).splitlines() if "==" in line)
+
+
+def numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)]
 
 
 @pytest.mark.parametrize("path", YAML, ids=lambda path: path.name)

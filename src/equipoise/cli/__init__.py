@@ -105,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 EXTRAS = {
     "plotly": "report",
     "pyarrow": "lab",
+    "ray": "ray",
     "rich": "lab",
     "safetensors": "lab",
     "scipy": "lab",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,11 @@ evidence/records is not trained again; one that was stopped goes on where it was
 A run counts as on record for the text it was trained on. The text of an installation differs from one machine to
 another, so elsewhere all runs of a claim are trained; --records keeps them apart from those of the repository.
 
+--on ray trains the same runs on the nodes of a Ray cluster, one core each. Every node has this equipoise installed,
+with the extra lab, and the same Ray and Python. It is sent this machine's text and sends back its records; no disk is
+shared. A run whose node dies begins again on another, from its first step, and so does one that was stopped. Processors
+round differently: where two nodes differ, so do their runs, in the last digits at first.
+
 examples:
   equipoise reproduce list                         what there is, how much of it is on record, and the verdicts
   equipoise reproduce E01                          train what is missing of one claim, and judge it
@@ -30,6 +37,8 @@ examples:
   equipoise reproduce --all --from-records         train nothing; write docs/evidence.md again (`make evidence`)
   equipoise reproduce list --html claims.html      all claims as one HTML file: intervals, curves, domains
   equipoise reproduce E08 --records mine --again   from nothing, beside what the repository has on record
+  equipoise reproduce --all --on ray               on the cluster that this machine is part of, or $RAY_ADDRESS
+  equipoise reproduce E01 --on ray --ray-address ray://head:10001 --workers 64
 """
 
 
@@ -48,9 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page", type=Path, metavar="FILE",
                         help="written with --all (default: docs/evidence.md, and none with --records)")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="the claims that are named, or all, as one HTML file")
-    parser.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes at a time (default: one per core)"
-    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="runs at a time (default: one per core)")
+    parser.add_argument("--on", choices=("local", "ray"), default="local", help="where runs are trained")
+    parser.add_argument("--ray-address", metavar="ADDRESS",
+                        help="with --on ray: HOST:6379, or ray://HOST:10001 from outside (default: $RAY_ADDRESS, or "
+                             "the cluster of this machine)")  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,12 +79,18 @@ def run(arguments: argparse.Namespace) -> int:
             got="no folder: the repository's records would be compared with themselves",
             do="name a folder for the new runs, e.g. --records mine",
         )
+    if arguments.ray_address and arguments.on != "ray":
+        raise ConfigError(
+            expected="--ray-address with --on ray",
+            got=f"--ray-address {arguments.ray_address}",
+            do="add --on ray, or leave it out to train on this machine",
+        )
     claims = read_claims(arguments.evidence)
     records = arguments.records or arguments.evidence / RECORDS
     chosen = claims if arguments.all else _chosen(claims, [name for name in arguments.claims if name != "list"])
     code = 0
     if chosen and not arguments.from_records:
-        code = _train(chosen, records, arguments.runs, arguments.workers)
+        code = _train(chosen, records, arguments)
     judged = judge_all(claims, read_summaries(records) if records.is_dir() else [])
     names = {claim.name for claim in chosen or claims}
     if arguments.html:
@@ -101,22 +118,30 @@ def _chosen(claims: list[Claim], names: list[str]) -> list[Claim]:
     return [known[name] for name in dict.fromkeys(names)]
 
 
-def _train(claims: list[Claim], records: Path, runs: Path, workers: int) -> int:
+def _train(claims: list[Claim], records: Path, arguments: argparse.Namespace) -> int:
     """Trains what is missing, with progress on stderr; 0, or 1 where a run failed."""
     from ..evidence.reproduce import jobs_for, missing_runs, train_runs
     from ..lab.comparison.progress import Preparation, RunTable, open_console
+    from ..lab.comparison.ray_cluster import RayPool, open_cluster
+    from ..lab.comparison.workers import Pool, slots
 
-    console = open_console()
-    with Preparation(console) as shown:
-        missing = missing_runs(claims, records, shown)
-    console.print(f"{len(missing)} runs to train, kept in {records}", markup=False, soft_wrap=True)
-    if not missing:
-        return 0
-    jobs = jobs_for(missing, runs)
-    try:
-        with RunTable(jobs, console) as table:
-            train_runs(jobs, records, runs, table, workers=workers)
-    except KeyboardInterrupt:
-        console.print("every run is saved; the same command goes on", markup=False, soft_wrap=True)
-        raise
-    return int(any(job.status == "failed" for job in jobs))
+    console, runs = open_console(), arguments.runs
+    say = partial(console.print, markup=False, soft_wrap=True)
+    with open_cluster(arguments.ray_address, say) if arguments.on == "ray" else nullcontext() as ray:
+        with Preparation(console) as shown:
+            missing = missing_runs(claims, records, shown)
+        say(f"{len(missing)} runs to train, kept in {records}")
+        if not missing:
+            return 0
+        if ray:
+            pool = RayPool(jobs_for(missing, runs / "ray"), ray, arguments.workers)
+        else:
+            threads = max(config.train.threads for config in missing)
+            pool = Pool(jobs_for(missing, runs), slots(threads, arguments.workers))
+        try:
+            with RunTable(pool.jobs, console) as table:
+                train_runs(pool, records, runs, table)
+        except KeyboardInterrupt:
+            say(("what has ended is on record" if ray else "every run is saved") + "; the same command goes on")
+            raise
+        return int(any(job.status == "failed" for job in pool.jobs))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import DataError
-from ..lab.comparison.workers import Job, View, run_jobs, slots
+from ..lab.comparison.workers import Job, Runner, View, run_jobs
 from ..lab.config.schema import RunConfig
 from ..lab.config.strategies import slug, strategy_of
 from ..lab.models.pretrained import prepare_text
@@ -48,10 +48,10 @@ def jobs_for(missing: Sequence[RunConfig], folder: Path) -> list[Job]:
     return [Job(name, folder / name, config) for name, config in zip(names, missing, strict=True)]
 
 
-def train_runs(jobs: list[Job], records: Path, folder: Path, view: View, *, workers: int = 0) -> None:
-    """Trains runs in worker processes.
+def train_runs(pool: Runner, records: Path, folder: Path, view: View) -> None:
+    """Trains the runs of ``pool``.
 
-    A run that ended is one line in ``records``, and its folder under ``folder`` is removed; a stopped one goes on
+    A run that ended is one line in ``records``, and its own folder is removed; a stopped one of this machine goes on
     from there with the next call. Raises OutputError when another process works in ``folder``, KeyboardInterrupt after
     everything has been saved.
     """
@@ -62,7 +62,7 @@ def train_runs(jobs: list[Job], records: Path, folder: Path, view: View, *, work
                 _keep(job, records)
 
     with locked(folder):
-        run_jobs(jobs, slots(max(job.config.train.threads for job in jobs), workers), view, keep)
+        run_jobs(pool, view, keep)
 
 
 def _keep(job: Job, records: Path) -> None:

@@ -127,11 +127,18 @@ def test_a_run_that_diverges_is_a_result_and_one_that_fails_is_not(tmp_path, cor
         (["T2"], 2, "claim"),
         (["T1", "--evidence", "nowhere"], 4, "inside a clone"),
         (["T1", "--again"], 2, "--records mine"),
+        (["T1", "--ray-address", "head:6379"], 2, "add --on ray"),
     ],
 )
 def test_what_is_refused(tmp_path, corpus_file, capsys, arguments, code, said):
     assert main(["reproduce", *folders(tmp_path, corpus_file), *arguments]) == code
     assert said in capsys.readouterr().err
+
+
+def test_on_ray_without_ray(tmp_path, corpus_file, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(["reproduce", "T1", *folders(tmp_path, corpus_file), "--on", "ray"]) == 2
+    assert "pip install 'equipoise[ray]'" in capsys.readouterr().err
 
 
 def _workers(runs: Path) -> list[int]:

@@ -27,7 +27,7 @@ from ...storage.locks import LOCK_NAME, locked
 from ...storage.run_record import RECORD_NAME, read_run
 from ..config.schema import CompareConfig, RunConfig, from_dict
 from ..config.strategies import NAMES, slug, strategy_of
-from .workers import CONFIG_NAME, Job, View, run_jobs, slots
+from .workers import CONFIG_NAME, Job, Pool, View, run_jobs, slots
 
 __all__ = ["MANIFEST_NAME", "REPORT_NAME", "Comparison", "find_unfinished", "new_folder",
             "open_comparison", "plan", "prepare_all", "read_manifest", "run_all"]  # fmt: skip
@@ -189,7 +189,7 @@ def run_all(comparison: Comparison, view: View) -> None:
     with locked(comparison.folder):
         comparison.save()
         threads, workers = comparison.config.train.threads, comparison.config.workers
-        run_jobs(comparison.jobs, slots(threads, workers), view, lambda _: comparison.save())
+        run_jobs(Pool(comparison.jobs, slots(threads, workers)), view, lambda _: comparison.save())
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -68,9 +68,12 @@ class RunTable:
 
     def line(self, job: Job) -> str:
         """One run in one line of plain text."""
-        seen = [job.status, f"step {job.tail.step}/{job.steps}"]
+        if job.status == "waiting" and job.error:
+            return f"{job.name}: waiting again, {job.error}"
+        status = job.status + (f" on {job.node}" if job.node else "")
         if job.status == "running" and job.tail.step == 0:
-            return f"{job.name}: running, no step yet"
+            return f"{job.name}: {status}, no step yet"
+        seen = [status, f"step {job.tail.step}/{job.steps}"]
         loss, vio, speed, left = _numbers(job)
         seen += [f"loss {loss}"] * bool(loss) + [f"MaxVio {vio}"] * bool(vio) + [f"{speed} tokens/s"] * bool(speed)
         seen += [f"{left} left"] * bool(left)
@@ -90,13 +93,15 @@ class RunTable:
         caption = f"{done} of {len(self.jobs)} runs, {duration(self._clock() - self._began)}"
         left = self.seconds_left()
         table = Table(caption=caption + (f", about {duration(left)} left" if left else ""), box=None, pad_edge=False)
-        for name in ("run", "step", "loss", "MaxVio", "tokens/s", "left"):
+        nodes = any(job.node for job in self.jobs)
+        for name in ("run", *["node"] * nodes, "step", "loss", "MaxVio", "tokens/s", "left"):
             table.add_column(name, justify="left" if name == "run" else "right", no_wrap=True)
         for job in jobs:
             loss, vio, speed, left = _numbers(job)
             step = f"{job.tail.step}/{job.steps}" if job.status != "waiting" else ""
             state = left if job.status == "running" else job.status
-            table.add_row(Text(job.name), step, loss, vio, speed, state, style=COLORS.get(job.status))
+            where = [Text(job.node)] * nodes
+            table.add_row(Text(job.name), *where, step, loss, vio, speed, state, style=COLORS.get(job.status))
         return table
 
     def seconds_left(self) -> float | None:

@@ -22,7 +22,8 @@ from ...storage.run_record import RECORD_NAME
 from ..config.schema import RunConfig, to_toml
 from .record_tail import RecordTail
 
-__all__ = ["CONFIG_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "View", "cores", "orphaned", "run_jobs", "slots"]
+__all__ = ["CONFIG_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "Runner", "View", "cores", "orphaned", "run_jobs",
+           "slots"]  # fmt: skip
 
 CONFIG_NAME = "run.toml"
 LOG_NAME = "worker.log"
@@ -44,6 +45,7 @@ class Job:
     exit_code: int = 0
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
     slot: int = -1
+    node: str = ""  # of a cluster, where it runs
     tail: RecordTail = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -152,13 +154,24 @@ class Pool:
         return True
 
 
+class Runner(Protocol):
+    """What trains jobs: a `Pool` of processes here, or a `ray_cluster.RayPool`."""
+
+    jobs: list[Job]
+
+    @property
+    def running(self) -> list[Job]: ...
+    def poll(self) -> list[Job]: ...
+    def stop(self) -> None: ...
+
+
 class View(Protocol):
     """Displays the jobs; updated after each poll with those whose status changed."""
 
     def update(self, changed: list[Job]) -> None: ...
 
 
-def run_jobs(jobs: list[Job], slots: list[set[int]], view: View, saved: Callable[[list[Job]], None]) -> None:
+def run_jobs(pool: Runner, view: View, saved: Callable[[list[Job]], None]) -> None:
     """Trains what is not finished. A failed run does not stop the others; Ctrl-C stops all of them, saved.
 
     Args:
@@ -166,9 +179,8 @@ def run_jobs(jobs: list[Job], slots: list[set[int]], view: View, saved: Callable
 
     Raises KeyboardInterrupt after everything has been saved.
     """
-    pool = Pool(jobs, slots)
     try:
-        while any(job.status in ("waiting", "running") for job in jobs):
+        while any(job.status in ("waiting", "running") for job in pool.jobs):
             if changed := pool.poll():
                 saved(changed)
             view.update(changed)

@@ -33,12 +33,14 @@ from .tokenizer import (
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["MIXES", "BatchSampler", "MicroBatch", "PackedData", "describe", "pack", "prepare"]
+__all__ = ["MIXES", "BatchSampler", "MicroBatch", "PackedData", "describe", "pack", "prepare", "receive", "send"]
 
 FORMAT = 1  # raise it when the packing changes: old caches are then left alone
 MAX_HELDOUT_TOKENS = 65_536  # per domain: the mean loss of paired runs is then stable to about 0.01 nats
 MIXES = ("micro_batch", "sequence")
 SPLITS = ("train", "heldout")
+META, TOKENIZER = "meta.json", "tokenizer.json"
+PACKED = ".packed"  # ends the name of a folder that holds packed text with its tokenizer
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class PackedData:
     heldout_bytes: dict[str, int]
     tokenizer_path: Path
     name: str = ""
+    folder: Path = Path()  # that holds the files
 
     @property
     def sequence_length(self) -> int:
@@ -86,10 +89,11 @@ def prepare(
 ) -> PackedData:
     """Text, ready to train on: read, tokenized, packed, and kept in the cache folder for the next time.
 
-    ``data`` is None for the text of this installation, else what ``load_corpus`` reads (then at most ``max_bytes`` of
-    training text per domain). ``max_train_tokens`` and ``max_heldout_tokens`` are per domain; None is all.
-    ``domains`` empty or None is all. ``tokenizer`` is a given one, instead of one of ``vocab_size`` trained on this
-    text. A cached result is checked against its checksums and built again if it is damaged.
+    ``data`` is None for the text of this installation, a folder that ``receive`` made, or what ``load_corpus`` reads
+    (then at most ``max_bytes`` of training text per domain). ``max_train_tokens`` and ``max_heldout_tokens`` are per
+    domain; None is all. ``domains`` empty or None is all. ``tokenizer`` is a given one, instead of one of
+    ``vocab_size`` trained on this text. A cached result is checked against its checksums and built again if it is
+    damaged.
     Raises ConfigError for sizes that cannot work, DataError for text that cannot be read or a domain with less than one
     window, OutputError when the cache folder cannot be written.
     """
@@ -103,6 +107,9 @@ def prepare(
     domains = list(domains) if domains and not isinstance(domains, str) else domains or None
     sizes = [vocab_size, sequence_length, max_train_tokens, max_heldout_tokens]
     sizes = sizes if tokenizer is None else [tokenizer.size, *sizes[1:], tokenizer.sha256, tokenizer.end]
+
+    if data is not None and Path(data).suffix == PACKED:
+        return _received(Path(data), sizes, domains)
 
     def tokenizer_path(corpus_sha256: str) -> Path:
         return tokenizer_file(corpus_sha256, vocab_size, folder) if tokenizer is None else tokenizer.path
@@ -123,6 +130,41 @@ def prepare(
     target = _packed_folder(folder, corpus.sha256, sizes)
     packed = _packed(target, corpus, tokenizer_path(corpus.sha256), sizes, progress, tokenizer)
     atomic_write(note, json.dumps({"corpus_sha256": corpus.sha256}).encode(), do=OTHER_CACHE)
+    return packed
+
+
+def send(data: PackedData) -> dict[str, bytes]:
+    """The files of packed text and its tokenizer, by name: what another machine needs to train on this very text."""
+    return {path.name: path.read_bytes() for path in data.folder.iterdir()} | {
+        TOKENIZER: data.tokenizer_path.read_bytes()
+    }
+
+
+def receive(files: dict[str, bytes], *, cache: Path | None = None) -> Path:
+    """Puts what ``send`` gave into this machine's cache, once, and returns the folder: ``prepare`` takes it as data.
+
+    Raises OutputError when the cache folder cannot be written.
+    """
+    target = (cache or cache_folder()) / "received" / (hashlib.sha256(files[META]).hexdigest()[:32] + PACKED)
+    with one_builder(target):
+        if _open(target, target / TOKENIZER) is None:
+            with atomic_folder(target, do=OTHER_CACHE) as folder:
+                for name, content in files.items():
+                    (folder / name).write_bytes(content)
+    return target
+
+
+def _received(folder: Path, sizes: list, domains: Sequence[str] | None) -> PackedData:
+    """Raises DataError for files that are damaged, or are not what was asked for."""
+    packed = _open(folder, folder / TOKENIZER)
+    if packed is None:
+        raise DataError(expected=f"packed text in {folder}, as it was sent", got="files that are missing or changed",
+                        do="remove the folder; it is sent again")  # fmt: skip
+    there = [packed.vocab_size, packed.sequence_length, packed.domains]
+    wanted = [sizes[0], sizes[1], domains or packed.domains]
+    if there != wanted:
+        raise DataError(expected=f"vocabulary, sequence length and domains {wanted}", got=f"{there} in {folder}",
+                        do="pass the text itself: packed text has one size")  # fmt: skip
     return packed
 
 
@@ -240,7 +282,7 @@ def _write(
         meta = {"format": FORMAT, "name": corpus.name, "domains": corpus.domains, "corpus_sha256": corpus.sha256,
                 "sizes": sizes, "heldout_bytes": heldout_bytes, "files": files,
                 "tokenizer": sha256(tokenizer_path)}  # fmt: skip
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     if progress:
         progress("packing", 1.0)
 
@@ -248,7 +290,7 @@ def _write(
 def _open(folder: Path, tokenizer_path: Path) -> PackedData | None:
     """A packed corpus whose files are all there with the right checksums, else None."""
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
+        meta = json.loads((folder / META).read_bytes())
         files = {folder / name: value for name, value in meta["files"].items()} | {tokenizer_path: meta["tokenizer"]}
         if any(sha256(path) != value for path, value in files.items()):
             return None
@@ -258,7 +300,7 @@ def _open(folder: Path, tokenizer_path: Path) -> PackedData | None:
             for split in SPLITS
         )
         return PackedData(domains, meta["corpus_sha256"], meta["sizes"][0], train, heldout, meta["heldout_bytes"],
-                          tokenizer_path, meta["name"])  # fmt: skip
+                          tokenizer_path, meta["name"], folder)  # fmt: skip
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):  # missing, cut off or not ours
         return None
 

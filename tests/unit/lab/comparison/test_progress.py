@@ -98,6 +98,21 @@ def test_without_a_terminal_lines_come_when_something_changes_and_now_and_then(j
     assert len(lines) == 3
 
 
+def test_on_a_cluster_the_node_is_named_and_a_lost_run_waits_again(job):
+    plain, shown = console(terminal=False), console(terminal=True)
+    job.status, job.node = "running", "10.0.0.7"
+    RunTable([job], plain).update([job])
+    with RunTable([job], shown) as table:
+        table.update([job])
+    job.status, job.node, job.error = "waiting", "", "lost with 10.0.0.7 (it died)"
+    RunTable([job], plain).update([job])
+    assert text(plain).splitlines() == [
+        "glob[red]al-seed0: running on 10.0.0.7, no step yet",
+        "glob[red]al-seed0: waiting again, lost with 10.0.0.7 (it died)",
+    ]
+    assert any("node" in line and "step" in line for line in text(shown).splitlines()) and "10.0.0.7" in text(shown)
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_failure_is_shown_with_its_error(job, terminal):
     shown = console(terminal)

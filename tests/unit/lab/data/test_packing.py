@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from equipoise.errors import ConfigError, DataError, OutputError
 from equipoise.lab.data import packing as data_module
-from equipoise.lab.data.packing import MIXES, BatchSampler, PackedData, describe, pack, prepare
+from equipoise.lab.data.packing import MIXES, BatchSampler, PackedData, describe, pack, prepare, receive, send
 from equipoise.lab.data.tokenizer import END_OF_TEXT, load_tokenizer
 
 pytest.importorskip("tokenizers")
@@ -218,6 +218,25 @@ def test_a_domain_with_too_little_text(source, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match="EQUIPOISE_CACHE"):
         prepare(source, cache=tmp_path / "file" / "cache", **SMALL)
+
+
+def test_packed_text_on_another_machine(packed, tmp_path):
+    folder = receive(send(packed), cache=tmp_path)
+    there = prepare(folder, cache=tmp_path / "untouched", **SMALL)
+    assert same(there, packed) and there.corpus_sha256 == packed.corpus_sha256
+    assert there.tokenizer_path.read_bytes() == packed.tokenizer_path.read_bytes()
+    assert not (tmp_path / "untouched").exists()
+    with pytest.raises(DataError, match="sequence length"):
+        prepare(folder, cache=tmp_path, vocab_size=300, sequence_length=24)
+    with pytest.raises(DataError, match="domains"):
+        prepare(folder, cache=tmp_path, domains=("prose",), **SMALL)
+    for name in ("train-0.npy", "tokenizer.json", "meta.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1])
+        with pytest.raises(DataError, match="as it was sent"):
+            prepare(folder, cache=tmp_path, **SMALL)
+        assert receive(send(packed), cache=tmp_path) == folder  # puts it right
+        assert (folder / name).read_bytes() == content
 
 
 def test_the_table_fits_a_terminal(packed):
