@@ -56,6 +56,7 @@ class RouterCarrier(nn.Module):
     16.0
     """
 
+    module: nn.Module  # the router
     batch_context = None  # it is told with each call how the tokens lie
 
     def __init__(
