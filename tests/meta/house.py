@@ -21,7 +21,7 @@ FLOORS = (
     ("errors", "devices", "torch_internals"),
     ("functional", "kernels", "distributed", "storage"),
     ("autograd", "report"),
-    ("policies", "layers", "external", "plan", "plot"),
+    ("policies", "layers", "external", "plan", "plot", "doctor"),
     ("balancer",),
     ("adapters",),
     ("lab",),

@@ -31,10 +31,10 @@ PYTHON = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benc
 OPTIONAL = {"accelerate", "axolotl", "datasets", "lightning", "llamafactory", "mlflow", "omegaconf", "pandas",
             "peft", "plotly", "pyarrow", "pydantic", "ray", "rich", "safetensors", "swift", "tensorboard", "tokenizers",
             "torchtitan", "transformers", "triton", "trl", "wandb", "yaml", "zstandard"}  # fmt: skip
-EDGE = {"adapters", "cli", "inspection", "lab", "report"}  # the only rooms that may use them
+EDGE = {"adapters", "cli", "doctor", "inspection", "lab", "report"}  # the only rooms that may use them
 EXCEPTIONS = {"kernels": {"triton"}, "storage": {"safetensors"}}
 DISTRIBUTED = {"distributed.py", "lab/training/distributed.py"}  # the only files that may name torch.distributed
-WITHOUT_TORCH = {"plan", "plot", "report", *(f"storage/{one}.py" for one in (
+WITHOUT_TORCH = {"doctor", "functional/convert.py", "plan", "plot", "report", *(f"storage/{one}.py" for one in (
     "cache", "codec", "files", "inspection_record", "locks", "run_record"))}  # fmt: skip
 LONGEST_FILE, LONGEST_FUNCTION, MOST_FLOORS, MOST_FLAT = 400, 60, 9, 7
 LONGER = {"train": 120}  # the train loop is read from top to bottom
@@ -102,7 +102,11 @@ def test_reports_and_plans_need_no_torch():
         if {room_of(path), name_of(path)} & WITHOUT_TORCH
         for module in imports(path, for_checkers=False)
         if module.partition(".")[0] == "torch"
-        or (module.startswith("equipoise.") and module.split(".")[1] not in ("errors", "plan", "report", "storage"))
+        or (
+            module.startswith("equipoise.")
+            and module.split(".")[1] not in ("doctor", "errors", "plan", "report", "storage")
+            and not module.startswith("equipoise.functional.convert")
+        )
     ]
     assert not wrong
 

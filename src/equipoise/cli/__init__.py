@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from ..errors import EquipoiseError
-from . import compare, export, inspect, plan, report, reproduce, resume, train
+from . import compare, doctor, export, inspect, plan, report, reproduce, resume, train
 
 __all__ = ["COMMANDS", "INTERRUPTED", "build_parser", "main"]
 
@@ -25,6 +25,7 @@ COMMANDS = {
     "report": report,
     "export": export,
     "plan": plan,
+    "doctor": doctor,
     "reproduce": reproduce,
 }
 INTERRUPTED = 130
@@ -33,7 +34,7 @@ DESCRIPTION = """\
 Keeps the experts of a mixture-of-experts model evenly loaded, and shows what each way of doing so costs.
 
 The lab trains small language models on real text with different balancing strategies and compares them; `inspect`,
-`report` and `plan` take any model or run apart.
+`report` and `plan` take any model or run apart, `doctor` any training configuration.
 The library itself is two lines in a training loop of yours: see `python -c "import equipoise; help(equipoise)"`.
 """
 EPILOG = """\
@@ -45,6 +46,7 @@ begin with:
   equipoise train run.toml                        one run; Ctrl-C saves it, `equipoise resume RUN` goes on
   equipoise inspect MODEL --data val.jsonl        which expert reads what, of any MoE model of transformers
   equipoise plan                                  what imbalance costs on your cluster
+  equipoise doctor CONFIG                         what balancing your training configuration will really do
 
 exit codes:
   0  done                                         3  calls in an order that would train something else
