@@ -73,7 +73,11 @@ MEASURES: dict[str, tuple[str, Callable[[RunSummary], float]]] = {
     "topk_score": ("sum of the K gate probabilities", lambda run: run.topk_score),
     "gradient_ratio": (
         "balance gradient over that of the language model, at the router",
-        lambda run: math.fsum(value for name, value in run.training.items() if name.endswith("/gradient_ratio")),
+        lambda run: (
+            math.fsum(value for name, value in run.training.items() if name.endswith("/gradient_ratio"))
+            if run.status == "finished"
+            else math.nan
+        ),
     ),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from equipoise import AuxLoss, Balancer, ExpertBias, MoE, ZLoss, kernels
 from equipoise.autograd.spec import SCALARS
+from equipoise.functional.routing import PLACES
 from equipoise.kernels import RouterForm, availability
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
@@ -130,7 +131,7 @@ TABLES = meta(3, 5, dtype=torch.int64), meta(3, 5, dtype=torch.int64), meta(3, 5
 SIZE = 3 * 5 + len(SCALARS) + 3
 PRESSURE, FRACTION, MASK = meta(14, dtype=FP64), meta(2, 3, 5, dtype=FP64), meta(6, dtype=torch.bool)
 OPERATORS = {
-    "router._forward": [meta(6, 5), meta(5), MASK, 3, *FORM, [True, True, True]],
+    "router._forward": [meta(6, 5), meta(5), "scores", MASK, 3, *FORM, [True, True, True]],
     "router._backward": [meta(6, 5), IDS, meta(6, 2), None, PRESSURE, FRACTION, MASK, *FORM, [False, True]],
     "router._summarize": [*TABLES, 2, SIZE, list(range(15, 15 + len(SCALARS))), [1, 0, 3], [True, False, False], 2],
     "experts._sort": [IDS, 5],
@@ -159,6 +160,7 @@ import os, re, subprocess, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from equipoise.functional.routing import PLACES
 from equipoise.kernels import STATISTICS
 from equipoise.kernels import triton_experts as _experts, triton_split as _gate, triton_router as _router
 from equipoise.kernels import triton_statistics as _statistics
@@ -169,7 +171,9 @@ AT = {name.upper(): 384 + i for i, name in enumerate(STATISTICS)}
 AT["SEQUENCES_AT"] = AT.pop("SEQUENCES")
 KERNELS = [
     (_router.forward, [P, P, "*u8", P, I, "*i32", "*i32", P, P, "i32", "fp32"],
-     FORM | {"TOP_WIDTH": 8, "BIASED": True, "MEASURE": True, "PLAIN": True, "LSE": True}),
+     FORM | {"TOP_WIDTH": 8, "BIASED": True, "PLACE": place, "MEASURE": True, "PLAIN": True, "LSE": True})
+    for place in PLACES
+] + [
     (_router.backward, [P, I, "*u8", P, P, D, D, P, P, "i32", "fp32"],
      FORM | {"TERMS": 2, "HAS_WEIGHTS": True, "HAS_LOGITS": True, "Z_LOSS": True, "NORMS": True}),
     (_router.sum_tiles, ["*i32", "*i32", P, P, I, I, D, D, "i32"],
@@ -219,7 +223,7 @@ def test_every_kernel_compiles_for_an_h200_and_keeps_in_its_registers(tmp_path: 
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = re.findall(r"(\w+) registers=(\d+) spilled=(\d+)", done.stdout)
-    assert len(found) == 12
+    assert len(found) == 11 + len(PLACES)
     assert [name for name, registers, spilled in found if int(spilled) or int(registers) > 128] == []
 
 

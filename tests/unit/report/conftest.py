@@ -1,15 +1,13 @@
-"""What all tests of the report share: a made-up comparison of 4 strategies × 2 seeds, two inspections, a browser."""
+"""What all tests of the report share: a made-up comparison of 4 strategies × 2 seeds, two inspections."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from equipoise.report import Comparison, load_runs, summarize, write_html
 from equipoise.storage.inspection_record import Inspection
-from unit.report._browser import CHROMIUM, launched
 from unit.report.synthetic import write_comparison
 from unit.report.synthetic_inspection import synthetic_inspection
 
@@ -36,12 +34,3 @@ def inspections() -> list[Inspection]:
 @pytest.fixture(scope="session")
 def page_of_all(comparison, inspections, tmp_path_factory) -> Path:
     return write_html(comparison, tmp_path_factory.mktemp("page") / "report.html", inspections)
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator:
-    pytest.importorskip("playwright", reason="needs playwright")
-    if CHROMIUM is None:
-        pytest.skip("needs chromium")
-    with launched() as found:
-        yield found
