@@ -35,7 +35,9 @@ class Contrast:
             baseline, share}, or of the same ones in another contrast of this claim, {cell, share}.
         settings: of both, over those of the base file, by dotted name.
         baseline_settings: of the baseline alone, where not the strategy but a setting is compared.
-        seeds: pairs.
+        gaps: `diversity_gap` of the baseline's balance batch and of the treated's; a claim that states them for its
+            cells is about a law (`law`).
+        seeds: pairs, of ``first_seed`` and those after it. What was tuned on some seeds is judged on others.
     """
 
     cell: str
@@ -49,15 +51,25 @@ class Contrast:
     around_of: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     baseline_settings: dict[str, Any] = field(default_factory=dict)
+    gaps: tuple[float, ...] = ()
     seeds: int = 8
+    first_seed: int = 0
 
     def __post_init__(self) -> None:
         for kind, name, known in (("criterion", self.criterion, CRITERIA), ("measure", self.measure, tuple(MEASURES))):
             if name not in known:
                 raise unknown_name(kind, name, known)
-        if self.seeds < 1:
+        if self.seeds < 1 or self.first_seed < 0:
             raise ConfigError(
-                expected="seeds of 1 or more", got=f"{self.seeds}", do="two give an interval, eight a good one"
+                expected="seeds of 1 or more, from first_seed of 0 or more",
+                got=f"seeds = {self.seeds}, first_seed = {self.first_seed}",
+                do="two give an interval, eight a good one",
+            )
+        if self.gaps and (len(self.gaps) != 2 or min(self.gaps) <= 0):
+            raise ConfigError(
+                expected="gaps = [of the baseline's balance batch, of the treated's], above 0",
+                got=f"gaps = {list(self.gaps)}",
+                do="measure both with equipoise.evidence.diversity.diversity_gap",
             )
         if (self.criterion == "equal") != (self.margin is not None or bool(self.margin_of)):
             raise ConfigError(
@@ -78,6 +90,11 @@ class Contrast:
                     got=", ".join(other),
                     do=f'e.g. {name} = {{ treated = "global", baseline = "micro", share = 0.25 }}',
                 )
+
+    @property
+    def which(self) -> range:
+        """The seeds of its pairs."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +146,9 @@ class Claim:
     def runs(self) -> list[RunConfig]:
         """Every run the claim needs, once, seed by seed so that a stopped claim has whole pairs."""
         found: dict[str, RunConfig] = {}
-        for seed in range(max(contrast.seeds for contrast in self.contrast)):
+        for seed in sorted({seed for contrast in self.contrast for seed in contrast.which}):
             for contrast in self.contrast:
-                if seed < contrast.seeds:
+                if seed in contrast.which:
                     for side in ("baseline", "treated"):
                         config = self.run(contrast, side, seed)
                         found.setdefault(repr(config), config)

@@ -11,6 +11,7 @@ from ..report.data.formatting import number
 from ..report.html.widgets import breakable, minus, safe
 from .breakdown import by_domain, over_steps
 from .claim import Contrast
+from .law import HEADS, cells_of, fit_laws, law_rows, law_words
 from .pictures import curves_picture, domains_picture, extent, interval_picture, round_up, slug_of
 from .run_summary import MEASURES
 from .text import criterion, interval, pairs
@@ -38,7 +39,7 @@ def render_claim(one: ClaimVerdict, identity: str, drawn: Drawn) -> str:
 <p class="question">{prose(claim.question)}</p>
 <dl class="told">{facts}</dl>
 {_contrasts(one)}
-{_behind(one, identity, drawn)}<p class="back"><a href="#{TABLE}">To the table of all claims</a></p>
+{_law(one)}{_behind(one, identity, drawn)}<p class="back"><a href="#{TABLE}">To the table of all claims</a></p>
 </article>
 """
 
@@ -92,6 +93,19 @@ def _contrasts(one: ClaimVerdict) -> str:
     reach = {name: _reach(one, name) for name in {judged.contrast.measure for judged in one.judged}}
     rows = [_row(judged, reach[judged.contrast.measure]) for judged in one.judged]
     return rows_table("contrasts", f"Contrasts of {one.claim.name}", heads, rows)
+
+
+def _law(one: ClaimVerdict) -> str:
+    """What laws are worth, of a claim that states the diversity of its cells."""
+    cells = cells_of(one)
+    if not (fits := fit_laws(cells)):
+        return ""
+    rows = [
+        named_row(safe(name), [(head, minus(safe(cell)), "half") for head, cell in zip(HEADS[1:], others, strict=True)])
+        for name, *others in law_rows(fits)
+    ]
+    table = rows_table("laws", f"Laws of {one.claim.name}", [f"<{HEADS[0]}", *HEADS[1:]], rows)
+    return f"<p>{minus(safe(law_words(cells, fits)))}</p>\n{table}\n"
 
 
 def _reach(one: ClaimVerdict, measure: str) -> float:

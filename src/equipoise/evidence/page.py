@@ -12,6 +12,7 @@ from ..report.data.statistics import Difference
 from ..storage.files import atomic_write
 from .breakdown import by_domain, core_hours, noise
 from .figure import render_figure
+from .law import HEADS, cells_of, fit_laws, law_rows, law_words
 from .run_summary import MEASURES
 from .text import criterion, interval, pairs
 from .verdict import ClaimVerdict, Judged
@@ -105,9 +106,19 @@ def _claim(one: ClaimVerdict) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
         *(_row(judged) for judged in one.judged),
         "",
+        *_law(one),
         *_domains(one),
     ]
     return "\n".join(lines)
+
+
+def _law(one: ClaimVerdict) -> list[str]:
+    """What laws are worth, of a claim that states the diversity of its cells."""
+    cells = cells_of(one)
+    if not (fits := fit_laws(cells)):
+        return []
+    rows = ["| " + " | ".join(row) + " |" for row in [list(HEADS), ["---"] * len(HEADS), *law_rows(fits)]]
+    return [law_words(cells, fits), "", *rows, ""]
 
 
 def _domains(one: ClaimVerdict) -> list[str]:

@@ -11,6 +11,7 @@ from scipy import stats
 from ..report.data.formatting import number
 from ..report.text.table import table, wrap
 from .claim import Contrast
+from .law import cells_of, fit_laws, law_words
 from .run_summary import MEASURES
 from .verdict import ClaimVerdict, Judged
 
@@ -37,7 +38,9 @@ def render_verdict(one: ClaimVerdict) -> str:
             f"verdict: {one.verdict or 'shown, not judged'}"]  # fmt: skip
     lines = [wrap(f"{cell}, {pair}", "  ") + f"\n  {measure:<24} {text:>32} {n:>6}  {word}"
              for cell, pair, measure, text, n, word in rows]  # fmt: skip
-    return "\n".join([*head, "", *lines])
+    cells = cells_of(one)
+    laws = [wrap(law_words(cells, fits))] if (fits := fit_laws(cells)) else []
+    return "\n".join([*head, *laws, "", *lines])
 
 
 def render_again(now: Sequence[ClaimVerdict], before: Sequence[ClaimVerdict]) -> str:

@@ -166,14 +166,14 @@ def _paired(
     """Treated - baseline over the seeds that both sides have on record, and all their runs of that text."""
     read = MEASURES[contrast.measure][1]
     sides = {
-        side: [runs.get((run_key(claim.run(contrast, side, seed)), seed), {}) for seed in range(contrast.seeds)]
+        side: {seed: runs.get((run_key(claim.run(contrast, side, seed)), seed), {}) for seed in contrast.which}
         for side in ("treated", "baseline")
     }
-    both = [one.keys() & other.keys() for one, other in zip(sides["treated"], sides["baseline"], strict=True)]
+    both = [sides["treated"][seed].keys() & sides["baseline"][seed].keys() for seed in contrast.which]
     counted = Counter(text for texts in both for text in texts)
     text = max(sorted(counted), key=counted.__getitem__, default="")
     found = {
-        side: {seed: one[text] for seed, one in enumerate(of_seeds) if text in one} for side, of_seeds in sides.items()
+        side: {seed: one[text] for seed, one in of_seeds.items() if text in one} for side, of_seeds in sides.items()
     }
     values = {side: {seed: read(run) for seed, run in of_side.items()} for side, of_side in found.items()}
     return paired_difference(values["treated"], values["baseline"]), found
