@@ -21,11 +21,11 @@ __all__ = ["HEADS", "LAWS", "Cell", "Fit", "cells_of", "fit_laws", "holding", "l
 LAWS: dict[str, tuple[str, Callable[[float, float], float]]] = {
     "proportional": ("c (gap before - gap after)", lambda before, after: before - after),
     "logarithmic": ("c ln(gap before / gap after)", lambda before, after: math.log(before / after)),
-    "constant": ("c", lambda before, after: 1.0),
-    "nothing": ("0", lambda before, after: 0.0),
+    "constant": ("c", lambda _before, _after: 1.0),
+    "nothing": ("0", lambda _before, _after: 0.0),
 }
 HEADS = ("law", "difference", "c (standard error)", "lack of fit, p", "error at unseen cells")
-SIGMAS = 2.0  # a coefficient's distance from zero, in its standard errors; without it noise alone passes one time in five
+SIGMAS = 2.0  # how far from zero a coefficient is, in standard errors; without it noise alone passes one time in five
 TRIVIAL = ("constant", "nothing")  # what a law of diversity has to beat
 
 
@@ -44,8 +44,8 @@ class Fit(NamedTuple):
     """A law after its fit to all cells.
 
     ``lack`` is the p-value of its lack of fit: each cell's residual in standard errors, read in Student's t of that
-    cell's pairs as a normal deviate, and the sum of their squares in chi-square. ``left_out`` is the root mean square of
-    the residuals of cells that the fit was made without, in the unit of the differences.
+    cell's pairs as a normal deviate, and the sum of their squares in chi-square. ``left_out`` is the root mean square
+    of the residuals of cells that the fit was made without, in the unit of the differences.
     """
 
     law: str
@@ -103,9 +103,9 @@ def law_words(cells: Sequence[Cell], fits: Sequence[Fit]) -> str:
         said = f"No law of diversity holds in these {len(cells)} cells."
     noise = math.sqrt(math.fsum(cell.error**2 for cell in cells) / len(cells))
     return (
-        f"{said} A law holds where its lack of fit is above {LEVEL}, its coefficient {SIGMAS:.0f} standard errors from "
-        f"zero, and its error at unseen cells (root mean square, each cell predicted from the others) below those of one "
-        f"number for all cells and of none. The means themselves are known to {noise:.4f}."
+        f"{said} A law holds where its lack of fit is above {LEVEL}, its coefficient {SIGMAS:.0f} standard errors "
+        "from zero, and its error at unseen cells (root mean square, each cell predicted from the others) below those "
+        f"of one number for all cells and of none. The means themselves are known to {noise:.4f}."
     )
 
 
