@@ -23,7 +23,7 @@ FLOORS = (
     ("autograd", "report"),
     ("policies", "layers", "external", "plan", "plot", "doctor"),
     ("balancer",),
-    ("adapters",),
+    ("adapters", "conformance"),
     ("lab",),
     ("inspection", "evidence"),
     ("cli",),

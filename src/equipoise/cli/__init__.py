@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from ..errors import EquipoiseError
-from . import compare, doctor, export, inspect, plan, report, reproduce, resume, train
+from . import compare, conformance, doctor, export, inspect, plan, report, reproduce, resume, train
 
 __all__ = ["COMMANDS", "INTERRUPTED", "build_parser", "main"]
 
@@ -26,6 +26,7 @@ COMMANDS = {
     "export": export,
     "plan": plan,
     "doctor": doctor,
+    "conformance": conformance,
     "reproduce": reproduce,
 }
 INTERRUPTED = 130
@@ -34,7 +35,7 @@ DESCRIPTION = """\
 Keeps the experts of a mixture-of-experts model evenly loaded, and shows what each way of doing so costs.
 
 The lab trains small language models on real text with different balancing strategies and compares them; `inspect`,
-`report` and `plan` take any model or run apart, `doctor` any training configuration.
+`report` and `plan` take any model or run apart, `doctor` any training configuration, `conformance` any router.
 The library itself is two lines in a training loop of yours: see `python -c "import equipoise; help(equipoise)"`.
 """
 EPILOG = """\
@@ -47,6 +48,7 @@ begin with:
   equipoise inspect MODEL --data val.jsonl        which expert reads what, of any MoE model of transformers
   equipoise plan                                  what imbalance costs on your cluster
   equipoise doctor CONFIG                         what balancing your training configuration will really do
+  equipoise conformance ROUTER                    does a router of yours balance the same however a batch is cut
 
 exit codes:
   0  done                                         3  calls in an order that would train something else
