@@ -174,7 +174,7 @@ def test_ci_tests_the_pythons_that_are_promised():
     assert {one["packages"]: one["target"] for one in matrix["include"]} == {"newest": "test", "oldest": "test-oldest"}
 
 
-@pytest.mark.parametrize("name", ["ci", "release"])
+@pytest.mark.parametrize("name", ["ci", "engines", "release"])
 def test_workflows_name_what_there_is(name):
     """Their make targets and paths exist, and actions are pinned to a major version."""
     workflow, text = parsed(ROOT / f".github/workflows/{name}.yml"), text_of(f".github/workflows/{name}.yml")
@@ -187,6 +187,11 @@ def test_workflows_name_what_there_is(name):
     assert all((ROOT / path).exists() for path in re.findall(r"\btests/[\w/]+", text))
     extras = re.findall(r"\[([a-z,]+)\]\"", text)
     assert all(set(one.split(",")) <= set(PROJECT["optional-dependencies"]) for one in extras)
+
+
+def test_every_engine_with_a_lock_is_tried_at_night():
+    matrix = parsed(ROOT / ".github/workflows/engines.yml")["jobs"]["engine"]["strategy"]["matrix"]
+    assert matrix["engine"] == sorted(path.parent.name for path in (ROOT / "tests/engines").glob("*/requirements.lock"))
 
 
 def test_only_the_step_that_publishes_may_sign_in():
