@@ -131,7 +131,7 @@ def test_ranks_that_differ_are_found():
     check = BY_NAME["ranks"]
     tasks = cut_for(check, 1e-3)
     one, other = Answer(*(torch.ones(1, 8, 16), torch.ones(1, 8), torch.ones(1, 8))), None
-    other = one._replace(gradient_LED=one.gradient_LED + 1e-6, bias_LE=one.bias_LE + 1e-9)
+    other = one._replace(gradient_LED=one.gradient_LED + 1e-6, bias_LE=one.bias_LE + 1e-3)
     found = judge(check, routers.Right, tasks, [one, one, other])
     assert found.words["gradient"] == found.words["bias"] == "differs between ranks"
 
@@ -151,17 +151,19 @@ def test_every_cut_is_of_the_same_tokens():
 # ---------------------------------------------------------------- in processes
 
 
-@pytest.mark.parametrize("name", ["GlobalBatch", "LossFree"])
-def test_our_router_passes(name):
+def test_our_router_passes():
     """In the matrix of its own it goes through far more; here by the adapter that users copy."""
-    found = list(run_checks(f"equipoise.conformance.ours:{name}"))
+    found = list(run_checks("equipoise.conformance.ours:GlobalBatch"))
     assert wrong(found) == {}
     assert len(found) == len(CHECKS) and not any(one.skipped for one in found)
+    of_bias = [BY_NAME[name] for name in ("recompute", "padding", "padding, ranks", "bfloat16")]
+    assert wrong(list(run_checks("equipoise.conformance.ours:LossFree", of_bias))) == {}
 
 
 def test_the_loss_of_transformers_is_k_times_the_law_and_pools_its_layers():
     pytest.importorskip("transformers", reason="needs transformers")
-    found = wrong(list(run_checks("equipoise.conformance.transformers:LoadBalancingLoss")))
+    checks = [BY_NAME[name] for name in ("one micro-batch", "padding", "padding alone", "layers that lean apart")]
+    found = wrong(list(run_checks("equipoise.conformance.transformers:LoadBalancingLoss", checks)))
     assert found.pop("one micro-batch") == {"gradient": "x 2 = K"}
     assert found.pop("padding alone") == {"gradient": "not finite"}
     assert found.pop("layers that lean apart")["gradient"].startswith("off by 9")

@@ -1,0 +1,220 @@
+"""Megatron-core: ``MegatronBalancer(model, optimizer, [...])`` after both are built, around your ``forward_step``."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..balancer.balancer import Balancer
+from ..distributed import Group, Ranks
+from ..errors import ConfigError, DataError
+from ..policies import Policy
+from ..policies.from_data import policies_from
+from ..policies.schedule import Schedule
+from ..storage.balancer_file import FILE, read_state, state_file, write_state
+from .engine import Engine
+from .logs import worth_logging
+from .megatron_routers import balance_router, hidden_carriers, own_balancing_off, routers_of
+
+__all__ = ["MegatronBalancer"]
+
+MEGATRON = Engine("Megatron-core", "megatron-core", "0.16.1")
+MEASURE_ONLY = 'policies=[] measures and changes nothing; ["global+micro"] balances'
+POLICIES = get_args(Policy)
+NO_END = 2**62
+
+
+class MegatronBalancer:
+    """Balances a model of Megatron-core as its own schedule, data parallelism and optimizer train it.
+
+    Args:
+        model: the model, or its list of chunks, inside Megatron's DistributedDataParallel.
+        optimizer: what ``get_megatron_optimizer`` returned; its ``step`` ends a step.
+        policies: policies, or what ``policies_from`` takes: names and tables. [] measures and changes nothing,
+            Megatron's own balancing included; with policies its losses and its bias updates are off, and
+            ``describe()`` says so.
+        steps: of the whole run, for policies that change during it.
+        layers: log the numbers of each layer too.
+        on_fault: see ``Balancer``.
+
+    Raises ConfigError without policies, for a configuration that no test of ours has run, and for a router that is not
+    Megatron's own. docs/megatron.md has a whole loop.
+
+    ``forward_step`` is wrapped once; the numbers of the step before stand among what the loss function reports, and so
+    in Megatron's log. ``balancer`` is the ``Balancer``.
+
+    >>> MegatronBalancer(nn.Linear(2, 2), None, None)
+    Traceback (most recent call last):
+    equipoise.errors.ConfigError: expected policies of the balance
+      got: none
+      do:  policies=[] measures and changes nothing; ["global+micro"] balances
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        optimizer: Any,
+        policies: str | Mapping[str, Any] | Policy | Sequence[str | Mapping[str, Any] | Policy] | None,
+        *,
+        steps: int = NO_END,
+        layers: bool = False,
+        on_fault: str = "raise",
+    ) -> None:
+        if policies is None:
+            raise ConfigError(expected="policies of the balance", got="none", do=MEASURE_ONLY)
+        MEGATRON.require()
+        self._chunks = [model] if isinstance(model, nn.Module) else list(model)
+        self._asked = [policies] if isinstance(policies, (str, Mapping, *POLICIES)) else list(policies)
+        chosen = [
+            policy
+            for one in self._asked
+            for policy in ([one] if isinstance(one, POLICIES) else policies_from([one], steps=steps))
+        ]
+        schedule = Schedule(chosen)
+        self._routers = routers_of(self._chunks)
+        self.config = next(iter(self._routers.values())).config
+        _check_limits(self.config)
+        _check_policies(schedule)
+        self._own = own_balancing_off(self._routers, schedule)
+        for router in self._routers.values():
+            balance_router(router, takes_bias=bool(schedule.biases))
+        inner = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
+        self.balancer = Balancer(
+            self._chunks,
+            chosen,
+            inner[-1],  # of several, the last to step
+            ranks=Ranks(_data_parallel()),
+            on_fault=on_fault,
+        )
+        self._layers, self._knows = layers, False  # the second: a step of this process is committed
+        self._optimizer, self._step = optimizer, optimizer.step
+        optimizer.step = self._stepped
+        self._finalized = self.config.finalize_model_grads_func
+        self.config.finalize_model_grads_func = None if self._finalized is None else self._finalize
+
+    def forward_step(self, forward_step: Callable[..., Any]) -> Callable[..., Any]:
+        """Your forward step, its loss function tapped: what ``get_forward_backward_func()`` gets."""
+
+        @functools.wraps(forward_step)
+        def balanced(*args: Any, **named: Any) -> Any:
+            if self._finalized is None and self.config.finalize_model_grads_func not in (None, self._finalize):
+                self._finalized = self.config.finalize_model_grads_func  # set after this was made
+                self.config.finalize_model_grads_func = self._finalize
+            output, loss_function, *rest = forward_step(*args, **named)
+            return (output, self._tapped(loss_function), *rest)
+
+        return balanced
+
+    def _tapped(self, loss_function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(loss_function)
+        def tapped(*args: Any, **named: Any) -> Any:
+            outputs = loss_function(*args, **named)
+            if named.get("non_loss_data") or not torch.is_grad_enabled():
+                return outputs
+            loss, *tokens, report = outputs
+            loss = self.balancer.tap(loss, tokens=tokens[0] if tokens else None)
+            return (loss, *tokens, {**report, **self._report(loss)})
+
+        return tapped
+
+    def _report(self, loss: Tensor) -> dict[str, Tensor]:
+        """Of the step before: the numbers of this one are known when all its micro-batches are."""
+        if not self._knows:
+            return {}
+        numbers = worth_logging(self.balancer.metrics(), layers=self._layers)
+        return {name: torch.tensor([value], device=loss.device) for name, value in numbers.items()}
+
+    def _stepped(self, *args: Any, **named: Any) -> Any:
+        outcome = self._step(*args, **named)
+        if isinstance(outcome, tuple) and outcome and outcome[0] is False:
+            self.balancer.skip()  # infinite gradients: Megatron left the weights as they were
+        else:
+            self._knows = True
+        return outcome
+
+    def _finalize(self, *args: Any, **named: Any) -> Any:
+        assert self._finalized is not None
+        with hidden_carriers(self._routers):
+            return self._finalized(*args, **named)
+
+    def describe(self) -> str:
+        """``Balancer.describe``, what was asked for, and what became of Megatron's own balancing."""
+        asked = ", ".join(map(str, self._asked)) or "nothing: []"
+        return f"asked for      {asked}\nits balancing  {self._own}\n{self.balancer.describe()}"
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the balancer's state beside a checkpoint; rank 0 alone, all ranks have the same."""
+        path = Path(folder) / FILE
+        if Group.world().rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_state(self.balancer.state_dict(), path)
+        return path
+
+    def load(self, folder: str | Path, *, strict: bool = True) -> list[str]:
+        """Goes on from ``save``, after Megatron has loaded its model; what was left out, with ``strict=False``.
+
+        Raises DataError where there is none, or one of another training.
+        """
+        path = state_file(folder)
+        if path is None:
+            raise DataError(
+                expected=f"the balancer's state in {folder}",
+                got="none",
+                do="save it beside each checkpoint: balance.save(folder); without loads of the past and biases, begin anew",
+            )
+        return self.balancer.load_state_dict(read_state(path), strict=strict)
+
+    def remove(self) -> None:
+        """Lets go of the model and the optimizer. Megatron's own balancing stays as it is."""
+        self.balancer.remove()
+        self._optimizer.step = self._step
+        self.config.finalize_model_grads_func = self._finalized
+        for router in self._routers.values():
+            router.__dict__.pop("routing", None)
+            router._modules.pop("equipoise", None)
+
+
+def _check_limits(config: Any) -> None:
+    for name, why in _refused(config):
+        raise ConfigError(expected="a configuration of Megatron-core that equipoise was run with", got=name, do=why)
+
+
+def _refused(config: Any) -> Iterator[tuple[str, str]]:
+    for name in ("tensor", "context", "pipeline"):
+        degree = getattr(config, f"{name}_model_parallel_size" if name != "context" else "context_parallel_size")
+        if degree != 1:
+            yield f"{name} parallelism of {degree}", "train with data and expert parallelism: no test has run it"
+    if config.moe_router_fusion:
+        yield "moe_router_fusion=True", "set it to False: the fused router shows nobody its logits"
+    if config.moe_router_force_load_balancing:
+        yield "moe_router_force_load_balancing=True", "leave it out: the routers then choose nothing"
+    if getattr(config, "moe_enable_routing_replay", False):
+        yield "moe_enable_routing_replay=True", "leave it out: replayed choices are not balanced yet"
+    if config.moe_pad_expert_input_to_capacity:
+        yield "moe_pad_expert_input_to_capacity=True", "leave it out: all counts would look equal (B67)"
+    if config.enable_cuda_graph or getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
+        yield "CUDA graphs", "switch them off: a graph that is replayed passes the balancer by"
+    if config.fp8:
+        yield f"fp8={config.fp8!r}", "train in bf16 or fp32: no test has run it"
+    if config.overlap_moe_expert_parallel_comm:
+        yield "overlap_moe_expert_parallel_comm=True", "leave it out: no test has run it"
+
+
+def _check_policies(schedule: Schedule) -> None:
+    if any(loss.needs_counting for _, loss in schedule.losses):
+        raise ConfigError(
+            expected="policies that need no counting pass over a step's micro-batches",
+            got="scope 'shuffle' or estimator 'exact'",
+            do="take estimator 'filled': Megatron's schedule has no pass before the step",
+        )
+
+
+def _data_parallel() -> Group:
+    state = importlib.import_module("megatron.core.parallel_state")
+    return Group(state.get_data_parallel_group(with_context_parallel=True))

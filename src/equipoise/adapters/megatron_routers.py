@@ -1,0 +1,129 @@
+"""Megatron-core's routers: a carrier beside each, and its `routing` through it; its own balancing off."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..autograd.token_layout import TokenLayout
+from ..errors import ConfigError
+from ..external.carrier import RouterCarrier
+from ..policies.schedule import Schedule
+
+__all__ = ["BIAS", "balance_router", "hidden_carriers", "own_balancing_off", "routers_of"]
+
+BIAS = "expert_bias"
+CHILD = "equipoise"
+AUX_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+TOUCHED = ("routing", "gating", "forward")  # of the engine's class: where the logits pass
+
+
+def routers_of(chunks: Sequence[nn.Module]) -> dict[str, Any]:
+    """Every router by name. Raises ConfigError for one whose code is not Megatron-core's own."""
+    theirs = importlib.import_module("megatron.core.transformer.moe.router")
+    found: dict[str, Any] = {}
+    for chunk in chunks:
+        for name, module in chunk.named_modules():
+            if not isinstance(module, theirs.Router):
+                continue
+            other = [one for one in TOUCHED if getattr(type(module), one, None) is not getattr(theirs.TopKRouter, one)]
+            if other:
+                raise ConfigError(
+                    expected="Megatron-core's own TopKRouter",
+                    got=f"{name}: a {type(module).__module__}.{type(module).__qualname__} with its own {other[0]}()",
+                    do="put a RouterCarrier into that router (docs/own-router.md) and make the Balancer yourself",
+                )
+            found[name] = module
+    if not found:
+        raise ConfigError(
+            expected="a model with Megatron-core's MoE layers",
+            got=", ".join(type(chunk).__name__ for chunk in chunks) or "no model chunk",
+            do="pass what get_model or your own construction returned, with num_moe_experts in its configuration",
+        )
+    return found
+
+
+def balance_router(router: Any, *, takes_bias: bool) -> RouterCarrier:
+    """Puts a carrier beside a router and leads what it decides through it. Without a balancer nothing changes."""
+    config = router.config
+    carrier = RouterCarrier(
+        router,
+        num_experts=config.num_moe_experts,
+        top_k=config.moe_router_topk,
+        gate=router.score_function,
+        bias=BIAS if takes_bias and router.expert_bias is not None else None,
+        without_bias="build the model with moe_router_enable_expert_bias=True and moe_router_score_function='sigmoid': "
+        f"Megatron then makes {BIAS}, which its checkpoints hold",
+        sequence_first=True,
+        drops=config.moe_expert_capacity_factor is not None,
+    )
+    router.add_module(CHILD, carrier)
+    routing = router.routing
+
+    @functools.wraps(routing)
+    def balanced(logits_SBE: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        probs, chosen = routing(carrier.record(logits_SBE), padding_mask=padding_mask)
+        mask_T = None if padding_mask is None else ~padding_mask.T.flatten()  # theirs is True where there is no token
+        layout = TokenLayout(num_sequences=logits_SBE.shape[1], token_mask_T=mask_T)
+        chosen_SBE = chosen.view(logits_SBE.shape)
+        return carrier.attach(probs, logits_SBE, chosen_SBE, layout), chosen
+
+    router.routing = balanced
+    return carrier
+
+
+def own_balancing_off(routers: dict[str, Any], schedule: Schedule) -> str:
+    """Switches Megatron's own balancing off where policies balance; what was done, in words.
+
+    Raises ConfigError for one that cannot be, or whose bias would stand still while the routers learn.
+    """
+    any_router = next(iter(routers.values()))
+    config, kinds = any_router.config, any_router.routing_type
+    names = [kinds] if isinstance(kinds, str) else list(kinds)
+    losses = [name for name in AUX_LOSSES if any_router.get_aux_loss_coeff(name) > 0]
+    if "sinkhorn" in names:
+        raise ConfigError(
+            expected="moe_router_load_balancing_type 'none', or one of its losses",
+            got="'sinkhorn', which chooses experts by other numbers than the logits",
+            do="train with 'none': equipoise balances",
+        )
+    told = [f"{name} {any_router.get_aux_loss_coeff(name):g}" for name in losses]
+    if config.moe_router_enable_expert_bias:
+        told.append(f"{BIAS} moved by {config.moe_router_bias_update_rate:g}")
+    if not schedule:
+        return f"on, as it was ({', '.join(told)})" if told else "none"
+    if config.moe_z_loss_coeff and schedule.z_losses:
+        raise ConfigError(
+            expected="one z-loss",
+            got=f"ZLoss among the policies, and moe_z_loss_coeff={config.moe_z_loss_coeff:g}",
+            do="leave one of them out",
+        )
+    for name, router in routers.items():
+        if router.expert_bias is not None and not schedule.biases and bool(router.expert_bias.any()):
+            raise ConfigError(
+                expected=f"a policy that moves {BIAS}, which the routers choose with",
+                got=f"{name}.{BIAS} that is not zero, and Megatron's own updates switched off",
+                do='add ExpertBias() ("loss-free"), or ExpertBias(rate=0.0) to keep it as it is',
+            )
+    for router in routers.values():
+        router.routing_type = "none"  # read at every call; the configuration stays as it was written
+        router.enable_expert_bias = False  # it would go on counting
+        router.config.moe_router_enable_expert_bias = False  # what finalize_model_grads asks before it moves the bias
+    return f"off (it was {', '.join(told)})" if told else "none"
+
+
+@contextmanager
+def hidden_carriers(routers: dict[str, Any]) -> Iterator[None]:
+    """While Megatron moves its own biases: it takes every module with the attribute ``expert_bias`` for a router."""
+    carriers = [router._modules.pop(CHILD, None) for router in routers.values()]
+    try:
+        yield
+    finally:
+        for router, carrier in zip(routers.values(), carriers, strict=True):
+            if carrier is not None:
+                router._modules[CHILD] = carrier

@@ -1,0 +1,165 @@
+"""Megatron-core's own model, data parallelism, optimizer and schedule on CPUs, in float64: the law, loads, bias, resume.
+
+Every case is trained twice: balanced by equipoise, and with the law added to the loss by plain autograd.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engines._law import COEF
+
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).parents[3]
+RECORD = Path(__file__).with_name("record_megatron.py")
+TOKENS, TOP_K, LAYERS = 32, 2, 2  # of a micro-batch
+GLOBAL = [{"kind": "AuxLoss", "scope": "global_batch", "coef": COEF}]
+SCOPES = ("sequence", "micro_batch", "data_parallel", "global_batch")
+LAW: dict[str, dict[str, Any]] = {
+    **{scope: {"policies": [{"kind": "AuxLoss", "scope": scope, "coef": COEF}]} for scope in SCOPES},
+    "accumulation": {"policies": GLOBAL, "accumulation": 2},
+    "full recompute": {"policies": GLOBAL, "accumulation": 2, "recompute": "full"},
+    "recompute of the MoE layer": {"policies": GLOBAL, "accumulation": 2, "recompute": "moe"},
+    "sum and tokens": {"policies": GLOBAL, "accumulation": 2, "loss": "sum"},
+    "per token": {"policies": GLOBAL, "accumulation": 2, "loss": "per token", "recompute": "full"},
+    "sigmoid": {"policies": GLOBAL, "accumulation": 2, "config": {"moe_router_score_function": "sigmoid"}},
+    "two losses": {"policies": [*GLOBAL, {"kind": "AuxLoss", "scope": "sequence", "coef": COEF}], "accumulation": 2},
+}
+THEIR_BIAS = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
+              "moe_router_bias_update_rate": 1e-3}  # fmt: skip
+THEIR_LOSS = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.3}
+LOSS_FREE = [{"kind": "ExpertBias", "rule": "sign", "rate": 1e-3}]
+
+
+def train(folder: Path, cases: dict[str, dict[str, Any]], ranks: int = 1) -> list[dict[str, Any]]:
+    """What each rank saw, by case."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(RECORD), "cases.json", str(rank), str(ranks), str(folder / "store"), f"{rank}.pt"],
+            cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    told = [process.communicate(timeout=600)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * ranks, told[0][-3000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def with_law(degree: int) -> dict[str, dict[str, Any]]:
+    cases = {}
+    for name, case in LAW.items():
+        law = [{"scope": one["scope"], "coef": one["coef"]} for one in case["policies"]]
+        cases[name] = {**case, "expert_parallel": degree}
+        cases[f"law of {name}"] = {
+            **{key: value for key, value in case.items() if key not in ("policies", "recompute")},
+            "law": law,
+            "expert_parallel": degree,
+        }
+    return cases
+
+
+@pytest.fixture(scope="module", params=[(1, 1), (2, 1), (2, 2)], ids=["one rank", "two ranks", "experts over ranks"])
+def of_law(request, tmp_path_factory):
+    ranks, degree = request.param
+    return train(tmp_path_factory.mktemp("law"), with_law(degree), ranks)
+
+
+@pytest.mark.parametrize("name", LAW)
+def test_gradients_and_loads_are_those_of_the_law(of_law, name):
+    """All gradients of the model: balance reaches the layers below a router as well."""
+    for of_rank in of_law:
+        got, right = of_rank[name], of_rank[f"law of {name}"]
+        off = {k: got["gradients"][0][k] - right["gradients"][0][k] for k in got["gradients"][0]}
+        routers = [k for k in off if k.endswith("router.weight")]
+        assert len(routers) == LAYERS
+        for keys in (routers, list(off)):
+            size = sum(float(right["gradients"][0][k].square().sum()) for k in keys) ** 0.5
+            assert sum(float(off[k].square().sum()) for k in keys) ** 0.5 < 1e-12 * size
+        tokens = TOKENS * LAW[name].get("accumulation", 1) * len(of_law)
+        assert [int(counts.sum()) for counts in got["load"]] == [tokens * TOP_K] * LAYERS
+
+
+def test_counts_are_those_of_the_logits(of_law):
+    """Of all ranks and micro-batches, whatever was recomputed."""
+    for name in ("accumulation", "full recompute", "per token"):
+        for layer in range(LAYERS):
+            logits = torch.cat([one[layer].flatten(0, 1) for of_rank in of_law for one in of_rank[name]["logits"]])
+            counts_E = torch.bincount(logits.topk(TOP_K).indices.flatten(), minlength=8)
+            assert torch.equal(of_law[0][name]["load"][layer], counts_E)
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("others")
+    (folder / "saved").mkdir()
+    steps = {"steps": 3, "accumulation": 2}
+    both = {"policies": [*LOSS_FREE, *GLOBAL], "accumulation": 2, "config": THEIR_BIAS}
+    saved = str(folder / "saved" / "model.pt")
+    cases = {
+        "plain": {**steps, "config": THEIR_BIAS | THEIR_LOSS},
+        "look": {**steps, "config": THEIR_BIAS | THEIR_LOSS, "policies": [], "recompute": "full"},
+        "bias": {**steps, "config": THEIR_BIAS | THEIR_LOSS, "policies": LOSS_FREE},
+        "without": {"accumulation": 2, "config": THEIR_BIAS},
+        "whole": {**both, "steps": 4},
+        "first half": {**both, "steps": 2, "save": saved},
+        "second half": {**both, "steps": 2, "first_step": 2, "load": saved},
+    }
+    return train(folder, cases, 2)
+
+
+def test_looking_changes_no_bit_and_leaves_megatrons_own_balancing_on(others):
+    for of_rank in others:
+        plain, look = of_rank["plain"], of_rank["look"]
+        assert all(torch.equal(plain["weights"][k], look["weights"][k]) for k in plain["weights"])
+        assert all(torch.equal(a, b) for a, b in zip(plain["bias"], look["bias"], strict=True))
+        assert any(bool(bias.any()) for bias in plain["bias"])
+    assert "its balancing  on, as it was (aux_loss 0.3, expert_bias moved by 0.001)" in others[0]["look"]["described"]
+
+
+def test_the_bias_moves_by_the_load_of_all_and_megatrons_updates_and_losses_are_off(others):
+    told = others[0]["bias"]["described"]
+    assert "its balancing  off (it was aux_loss 0.3, expert_bias moved by 0.001)" in told
+    for layer in range(LAYERS):
+        expected_E = torch.zeros(8, dtype=torch.float64)
+        for step in range(3):
+            seen = [one[layer].flatten(0, 1) for of_rank in others
+                    for one in of_rank["bias"]["logits"][2 * step : 2 * step + 2]]  # fmt: skip
+            chosen = (torch.cat(seen).double().sigmoid() + expected_E).topk(TOP_K).indices
+            counts_E = torch.bincount(chosen.flatten(), minlength=8).double()
+            moved_E = 1e-3 * (counts_E.mean() - counts_E).sign()
+            expected_E += moved_E - moved_E.mean()
+        for of_rank in others:
+            got_E = of_rank["bias"]["bias"][layer]
+            assert got_E.dtype == torch.float32
+            torch.testing.assert_close(got_E.double(), expected_E, rtol=0, atol=1e-7)
+    for name, gradient in others[0]["without"]["gradients"][0].items():  # no loss of theirs pushes any more
+        torch.testing.assert_close(others[0]["bias"]["gradients"][0][name], gradient, rtol=0, atol=0)
+
+
+def test_checkpoints_are_megatrons_own(others):
+    """No name of ours is among the model's; a resumed run ends with the bits of one that was not stopped."""
+    for of_rank in others:
+        assert of_rank["whole"]["state"] == of_rank["plain"]["state"]
+        whole, second = of_rank["whole"], of_rank["second half"]
+        assert all(torch.equal(whole["weights"][k], second["weights"][k]) for k in whole["weights"])
+        assert all(torch.equal(a, b) for a, b in zip(whole["bias"], second["bias"], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(whole["load"], second["load"], strict=True))
+
+
+def test_the_loss_function_reports_the_step_before(others):
+    first, second, _ = others[0]["bias"]["reports"]
+    assert set(first) == {"lm loss"}
+    assert {"lm loss", "balance/maxvio_global", "balance/dead_experts", "balance/tokens"} <= set(second)
+    assert second["balance/tokens"] == TOKENS * 2 * 2
