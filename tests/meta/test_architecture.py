@@ -28,11 +28,11 @@ from meta.house import (
 )
 
 PYTHON = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
-OPTIONAL = {"accelerate", "axolotl", "datasets", "lightning", "llamafactory", "mlflow", "omegaconf", "pandas",
-            "peft", "plotly", "pyarrow", "pydantic", "ray", "rich", "safetensors", "swift", "tensorboard", "tokenizers",
-            "torchtitan", "transformers", "triton", "trl", "wandb", "yaml", "zstandard"}  # fmt: skip
+OPTIONAL = {"accelerate", "axolotl", "datasets", "lightning", "llamafactory", "lm_eval", "mlflow", "omegaconf",
+            "pandas", "peft", "plotly", "pyarrow", "pydantic", "ray", "rich", "safetensors", "swift", "tensorboard",
+            "tokenizers", "torchtitan", "transformers", "triton", "trl", "wandb", "yaml", "zstandard"}  # fmt: skip
 EDGE = {"adapters", "cli", "doctor", "inspection", "lab", "report"}  # the only rooms that may use them
-EXCEPTIONS = {"kernels": {"triton"}, "storage": {"safetensors"}}
+EXCEPTIONS = {"evidence": {"lm_eval"}, "kernels": {"triton"}, "storage": {"safetensors"}}
 DISTRIBUTED = {"distributed.py", "lab/training/distributed.py"}  # the only files that may name torch.distributed
 WITHOUT_TORCH = {"doctor", "functional/convert.py", "plan", "plot", "report", *(f"storage/{one}.py" for one in (
     "cache", "codec", "files", "inspection_record", "locks", "run_record"))}  # fmt: skip
