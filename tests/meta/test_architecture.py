@@ -28,16 +28,14 @@ from meta.house import (
 )
 
 PYTHON = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
-OPTIONAL = {"accelerate", "axolotl", "datasets", "lightning", "llamafactory", "mlflow", "omegaconf", "pandas",
-            "peft", "plotly", "pyarrow", "pydantic", "ray", "rich", "safetensors", "swift", "tensorboard", "tokenizers",
-            "torchtitan", "transformers", "triton", "trl", "wandb", "yaml", "zstandard"}  # fmt: skip
+OPTIONAL = {"accelerate", "axolotl", "datasets", "lightning", "llamafactory", "lm_eval", "megatron", "mlflow",
+            "omegaconf", "pandas", "peft", "plotly", "pyarrow", "pydantic", "ray", "rich", "safetensors", "swift",
+            "tensorboard", "tokenizers", "torchtitan", "transformers", "triton", "trl", "wandb", "yaml",
+            "zstandard"}  # fmt: skip
 EDGE = {"adapters", "cli", "conformance", "doctor", "inspection", "lab", "report"}  # the only rooms that may use them
-EXCEPTIONS = {"kernels": {"triton"}, "storage": {"safetensors"}}
-DISTRIBUTED = {
-    "conformance/processes.py",
-    "distributed.py",
-    "lab/training/distributed.py",
-}  # the only files that may name torch.distributed
+EXCEPTIONS = {"evidence": {"lm_eval"}, "kernels": {"triton"}, "storage": {"safetensors"}}
+# the only files that may name torch.distributed
+DISTRIBUTED = {"conformance/processes.py", "distributed.py", "lab/training/distributed.py"}
 WITHOUT_TORCH = {"doctor", "functional/convert.py", "plan", "plot", "report", *(f"storage/{one}.py" for one in (
     "cache", "codec", "files", "inspection_record", "locks", "run_record"))}  # fmt: skip
 LONGEST_FILE, LONGEST_FUNCTION, MOST_FLOORS, MOST_FLAT = 400, 60, 9, 7

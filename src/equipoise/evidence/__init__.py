@@ -7,4 +7,8 @@ page.py       docs/evidence.md                           figure.py       its pic
 html_page.py  the same as one HTML file                  html_claim.py   each claim in it
 pictures.py   its small pictures                         breakdown.py    behind a difference: steps, domains, noise
 diversity.py  how unlike all text a balance batch is
+
+downstream.py       exported runs answer questions         downstream_tasks.py  questions from held-out text
+harness.py          the door to EleutherAI's lm-eval       downstream_results.py  accuracies and differences
+answers_bar.py      progress
 """
