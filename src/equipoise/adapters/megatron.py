@@ -166,7 +166,7 @@ class MegatronBalancer:
             raise DataError(
                 expected=f"the balancer's state in {folder}",
                 got="none",
-                do="save it beside each checkpoint: balance.save(folder); without loads of the past and biases, begin anew",
+                do="write it beside each checkpoint with save(folder)",
             )
         return self.balancer.load_state_dict(read_state(path), strict=strict)
 

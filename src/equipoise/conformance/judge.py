@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from . import reference
 from .battery import LAYERS, MICRO_BATCHES, RANKS, TOP_K, Check
+from .reference import Cut, bias_after, counts_of, gradient_of
 from .task import Adapter, Answer, Task
 
 __all__ = ["AGAIN", "COLUMNS", "RIGHT", "Finding", "judge"]
@@ -58,7 +58,7 @@ def judge(
     """All ranks have answered. ``factor``: of the first check, which the others are not blamed for as well."""
     cut = [task.micro_batches for task in tasks]
     first = tasks[0]
-    counts = [reference.counts_of(weight_ED, cut, first.top_k) for weight_ED in first.weights_LED]
+    counts = [counts_of(weight_ED, cut, first.top_k) for weight_ED in first.weights_LED]
     judged = check.text != "large"  # a score of 1 has no next one in floating point: choices may tie there
     gradient, found = _gradient(check, adapter, first, cut, answers, factor)
     words = {
@@ -70,7 +70,7 @@ def judge(
 
 
 def _gradient(
-    check: Check, adapter: type[Adapter], task: Task, cut: reference.Cut, answers: Sequence[Answer], factor: float
+    check: Check, adapter: type[Adapter], task: Task, cut: Cut, answers: Sequence[Answer], factor: float
 ) -> tuple[str, float]:
     got_LED = answers[0].gradient_LED.double()
     if got_LED.shape != task.weights_LED.shape:
@@ -85,7 +85,7 @@ def _gradient(
     for by_tokens in (True, False) if check.padding and adapter.scope != "global_batch" else (True,):
         right_LED = got_LED.new_zeros(got_LED.shape)
         for layer, weight_ED in enumerate(task.weights_LED):
-            right_LED[layer] = reference.gradient_of(
+            right_LED[layer] = gradient_of(
                 weight_ED, cut, task.top_k, task.coef, adapter.scope, gate=adapter.gate, by_tokens=by_tokens
             )
         found.append(_off(got_LED, right_LED, factor))
@@ -138,7 +138,7 @@ def _bias(counts: Sequence[Sequence[int]], rate: float, answers: Sequence[Answer
         if not _same(answer.bias_LE.double(), answers[0].bias_LE.double()):  # type: ignore[union-attr]
             return "differs between ranks"
     got_LE = answers[0].bias_LE.double().reshape(len(counts), -1)  # type: ignore[union-attr]
-    right_LE = got_LE.new_tensor([reference.bias_after(layer, rate) for layer in counts])
+    right_LE = got_LE.new_tensor([bias_after(layer, rate) for layer in counts])
     apart = (got_LE - got_LE.mean(1, keepdim=True)) - (right_LE - right_LE.mean(1, keepdim=True))
     if float(apart.abs().max()) <= 1e-2 * rate:
         return RIGHT

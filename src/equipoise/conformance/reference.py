@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["bias_after", "chosen", "counts_of", "gradient_of"]
+__all__ = ["Cut", "bias_after", "chosen", "counts_of", "gradient_of"]
 
 Cut = Sequence[Sequence[Any]]  # rank -> micro-batch -> (hidden_BSD, mask_BS or None)
 

@@ -172,6 +172,6 @@ class RouterCarrier(nn.Module):
         return logits_TE, ids_TK, counts_BE
 
     def _rows(self, x: Tensor, sequences: int) -> Tensor:
-        """(T, ...) sequence after sequence. Flat first: what comes back at (S, B, E) then lies as an engine's own does."""
-        x = x.flatten(0, -2)
+        """(T, ...) sequence after sequence."""
+        x = x.flatten(0, -2)  # first: the gradient at (S, B, E) then lies as an engine's own does
         return x.unflatten(0, (-1, sequences)).transpose(0, 1).flatten(0, 1) if self.sequence_first else x

@@ -1,7 +1,7 @@
 """What megatron-core 0.16.1 needs on a machine without CUDA; its own code is not changed but for one name it forgot.
 
-Its constructors ask `torch.cuda.current_device`, a few calls say device="cuda", and its checkpoints save the CUDA random
-state. Public settings do the rest: see `record_megatron.config_of`.
+Its constructors ask `torch.cuda.current_device`, a few calls say device="cuda", and recomputation saves the random
+state of CUDA. Public settings do the rest: see `record_megatron.config_of`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class CpuForCuda(TorchFunctionMode):
 
 def install() -> None:
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
-    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()  # noqa: ARG005
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
     CpuForCuda().__enter__()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Megatron-core's own model, data parallelism, optimizer and schedule on CPUs, in float64: the law, loads, bias, resume.
+"""Megatron-core's own model, data parallelism, optimizer and schedule on CPUs, in float64: law, loads, bias, resume.
 
 Every case is trained twice: balanced by equipoise, and with the law added to the loss by plain autograd.
 """
