@@ -50,7 +50,7 @@ begin with:
   equipoise downstream RUN                        which of four continuations is true? asked by the lm-eval harness
   equipoise plan                                  what imbalance costs on your cluster
   equipoise doctor CONFIG                         what balancing your training configuration will really do
-  equipoise conformance ROUTER                    does a router of yours balance the same however a batch is cut
+  equipoise conformance ROUTER                    whether a router of yours balances alike in every cut
 
 exit codes:
   0  done                                         3  calls in an order that would train something else

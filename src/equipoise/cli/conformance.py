@@ -1,4 +1,4 @@
-"""``equipoise conformance``: does a router balance the same however a batch is cut?"""
+"""``equipoise conformance``: whether a router balances the same however a batch is cut."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import ConfigError, unknown_name
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
-HELP = "does a router balance the same however a batch is cut"
+HELP = "whether a router balances the same however a batch is cut"
 BUILT_IN = {
     "equipoise": ("ours:GlobalBatch", "ours:MicroBatch", "ours:Sequence", "ours:LossFree"),
     "transformers": ("transformers:LoadBalancingLoss",),

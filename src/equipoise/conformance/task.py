@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -99,7 +100,7 @@ class Task:
         return self.average(tensor) * self.world
 
 
-class Adapter:
+class Adapter(ABC):
     """Runs one optimizer step of the router under test; a subclass says what it offers and implements `step`.
 
     Attributes:
@@ -128,9 +129,9 @@ class Adapter:
     layers: ClassVar[bool] = False
     ranks: ClassVar[int] = 8
 
+    @abstractmethod
     def step(self, task: Task) -> Answer:
         """Builds the routers, runs forward and backward of ``task.micro_batches``, and says what came out."""
-        raise NotImplementedError
 
     @classmethod
     def title(cls) -> str:
