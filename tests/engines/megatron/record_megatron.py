@@ -33,6 +33,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel.random import initialize_rng_tracker  # noqa: E402
+from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 EXPERTS, TOP_K, LAYERS, LENGTH, BATCH, LETTERS = 8, 2, 2, 16, 2, 128
@@ -54,7 +55,8 @@ def config_of(case: dict[str, Any]) -> TransformerConfig:
     parts = {"expert_model_parallel_size": case.get("expert_parallel", 1),
              "calculate_per_token_loss": case.get("loss") == "per token"}  # fmt: skip
     recompute = RECOMPUTE.get(case.get("recompute", ""), {})
-    return TransformerConfig(**sizes | experts | on_cpu | exact | parts | recompute | case.get("config", {}))
+    bf16 = {"bf16": True, "params_dtype": torch.bfloat16, "moe_router_dtype": "fp32"} if case.get("bf16") else {}
+    return TransformerConfig(**sizes | experts | on_cpu | exact | parts | recompute | bf16 | case.get("config", {}))
 
 
 class Training:
@@ -64,15 +66,19 @@ class Training:
         self.case, self.config = case, config_of(case)
         torch.manual_seed(7)
         spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
-        model = GPTModel(self.config, spec, LETTERS, 64, position_embedding_type="learned_absolute").double()
+        model = GPTModel(self.config, spec, LETTERS, 64, position_embedding_type="learned_absolute")
+        model = model.to(self.config.params_dtype)
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if name.endswith("router.weight"):
                     weight.mul_(20)
-        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False)
-        self.model = DistributedDataParallel(self.config, ddp, model)
+        sharded = case.get("distributed_optimizer", False)
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=sharded)
+        inside = Float16Module(self.config, model) if self.config.bf16 else model
+        self.model = DistributedDataParallel(self.config, ddp, inside)
         self.config.finalize_model_grads_func = finalize_model_grads
-        settings = OptimizerConfig(optimizer="adam", lr=1e-2, clip_grad=0.0, params_dtype=torch.float64)
+        dtype, kind = self.config.params_dtype, {"bf16": self.config.bf16, "use_distributed_optimizer": sharded}
+        settings = OptimizerConfig(optimizer="adam", lr=1e-2, clip_grad=0.0, params_dtype=dtype, **kind)
         self.optimizer = get_megatron_optimizer(settings, [self.model])
         self.balance: Any = None
         self.logits: list[list[torch.Tensor]] = []  # micro-batch -> layer
