@@ -14,7 +14,7 @@ from torch import Tensor
 from ..balancer.balancer import Balancer
 from ..distributed import Group
 from ..errors import ConfigError, DataError
-from ..policies import AuxLoss, Policy
+from ..policies import Policy
 from ..policies.from_data import policies_from
 from ..policies.schedule import Schedule
 from ..storage.balancer_file import pack_state, unpack_state
@@ -28,6 +28,7 @@ __all__ = ["BalancedTrainer", "Settings", "balanced"]
 TORCHTITAN = Engine("torchtitan", "torchtitan", "0.3.0")
 MEASURE_ONLY = 'balanced(config, []) measures and changes nothing; balanced(config, ["global+micro"]) balances'
 NO_END = 2**62  # steps: policies are checked before anybody knows how many there will be
+POLICIES = get_args(Policy)
 KEY = "equipoise"  # among the states of a checkpoint
 SHOWN = {"maxvio": "maxvio_global", "worst layer": "maxvio_global_worst", "dead experts": "dead_experts"}
 
@@ -58,7 +59,7 @@ class Settings:
         """Raises ConfigError, also without policies: what nobody asked for is not done in silence."""
         if policies is None:
             raise ConfigError(expected="policies of the balance", got="none", do=MEASURE_ONLY)
-        if isinstance(policies, str | Mapping | *get_args(Policy)):
+        if isinstance(policies, (str, Mapping, *POLICIES)):
             policies = (policies,)
         settings = cls(policies=tuple(policies), **rest)
         settings.policies_of(NO_END)
@@ -69,7 +70,7 @@ class Settings:
         return [
             policy
             for one in self.policies
-            for policy in ([one] if isinstance(one, get_args(Policy)) else policies_from([one], steps=steps))
+            for policy in ([one] if isinstance(one, POLICIES) else policies_from([one], steps=steps))
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,8 +117,8 @@ class BalancedTrainer(Trainer):
         self._sequences = config.training.local_batch_size * self._ranks * self.gradient_accumulation_steps
         self._untapped, self.loss_fn = self.loss_fn, self._tapped
         self._log, self.metrics_processor.log = self.metrics_processor.log, self._logged
-        if self._policies:
-            self.checkpointer.states[KEY] = self._state = _SavedState(self.balancer, strict=self.settings.strict)
+        if self._policies and config.checkpoint.enable:
+            self.checkpointer.states[KEY] = _SavedState(self.balancer, strict=self.settings.strict)
         self._began = False
 
     @property

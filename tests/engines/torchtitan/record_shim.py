@@ -26,6 +26,9 @@ class Cpu(types.ModuleType):
 
     def set_device(self, device: Any) -> None: ...
 
+    def current_device(self) -> int:
+        return 0
+
     def get_device_name(self, device: Any = None) -> str:
         return "CPU"
 
