@@ -73,6 +73,7 @@ class Case:
     steps: int = 1
     saves: int = 0
     folder: str = ""
+    begins: int = -1  # the checkpoint's step
     spmd: str = "partial_dtensor"
     experts: int = 1  # expert_parallel_degree
     replicas: int = 1  # data_parallel_replicate_degree
@@ -275,7 +276,8 @@ def configuration(case: Case, folder: Path) -> Any:
             spmd_backend=case.spmd, expert_parallel_degree=case.experts, data_parallel_replicate_degree=case.replicas
         ),
         checkpoint=CheckpointManager.Config(
-            enable=bool(case.saves), interval=max(case.saves, 1), last_save_model_only=False, keep_latest_k=0
+            enable=bool(case.saves), interval=max(case.saves, 1), last_save_model_only=False, keep_latest_k=0,
+            load_step=case.begins,
         ),
         activation_checkpoint=recompute,
         compile=CompileConfig(enable=False),
