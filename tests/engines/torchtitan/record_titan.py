@@ -22,6 +22,7 @@ from engines.torchtitan import record_shim
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntropyLoss
@@ -79,6 +80,7 @@ class Case:
     replicas: int = 1  # data_parallel_replicate_degree
     chunks: int = 0  # ChunkedLossWrapper
     precision: str = "float32"
+    compiled: str = ""  # the backend that compiles the model's blocks
     strict: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -230,6 +232,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """The same weights however they are sharded, in routers that prefer something.
+
+    On a CPU torchtitan 0.3.0 draws every rank's shard from the same numbers: experts in pairs of twins, between which a
+    router learns nothing.
+    """
+    draw = torch.Generator().manual_seed(7)
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            full = torch.randn(p.shape, generator=draw) * (0.4 if name.endswith("router.gate.weight") else 0.1)
+            p.copy_(distribute_tensor(full, p.device_mesh, p.placements) if isinstance(p, DTensor) else full)
+
+
 def configuration(case: Case, folder: Path) -> Any:
     dim, ranks = 32, dist_size()
     layers = qwen3._build_qwen3_moe_layers(
@@ -280,7 +296,7 @@ def configuration(case: Case, folder: Path) -> Any:
             load_step=case.begins,
         ),
         activation_checkpoint=recompute,
-        compile=CompileConfig(enable=False),
+        compile=CompileConfig(enable=bool(case.compiled), components=["model"], backend=case.compiled or "inductor"),
         debug=DebugConfig(seed=7, enable_structured_logging=False),
     )  # fmt: skip
     if case.policies is None or case.reference:
@@ -303,13 +319,8 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             trainer = configuration(case, folder).build()
-            draw = torch.Generator().manual_seed(1)
-            for part in trainer.model_parts:  # routers that prefer something
-                for name, p in part.named_parameters():
-                    if name.endswith("router.gate.weight"):
-                        with torch.no_grad():
-                            p.mul_(20)
-            del draw
+            for part in trainer.model_parts:
+                fill(part)
             recorder.watch(trainer)
             step = trainer.train_step
 
