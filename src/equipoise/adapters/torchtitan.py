@@ -1,4 +1,4 @@
-"""torchtitan: ``balanced(config, [...])`` around any of its configurations, whose Trainer then balances what it trains."""
+"""torchtitan: ``balanced(config, [...])`` around a configuration of its, whose Trainer then balances what it trains."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..policies.schedule import Schedule
 from ..storage.balancer_file import pack_state, unpack_state
 from .engine import Engine
 from .logs import worth_logging
-from .torchtitan_limits import check_limits, check_policies, own_balancing_off
+from .torchtitan_limits import check_limits, check_policies, own_balancing_off, warn_of_untried
 from .torchtitan_routers import BIAS, hook_routers, moe_layers, plain_name
 
 __all__ = ["BalancedTrainer", "Settings", "balanced"]
@@ -102,7 +102,8 @@ class BalancedTrainer(Trainer):
         check_limits(config)
         self._own = own_balancing_off(config, self._policies)
         super().__init__(config)
-        check_policies(config, self._policies, self.gradient_accumulation_steps)
+        warn_of_untried(config, self.parallel_dims.world_size)
+        check_policies(self._policies, self.gradient_accumulation_steps)
         schedule = Schedule(self._policies)
         inside = any(loss.scope == "document" for _, loss in schedule.losses)
         hook_routers(self.model_parts, takes_bias=bool(schedule.biases), documents=inside)
@@ -173,7 +174,7 @@ class BalancedTrainer(Trainer):
 
 
 class _SavedState:
-    """The balancer's state as torchtitan's checkpointer asks for it: bytes, whose size may be another after each step."""
+    """The balancer's state as torchtitan's checkpointer asks for it: bytes, since its sizes grow with the first steps."""
 
     def __init__(self, balancer: Balancer, *, strict: bool) -> None:
         self._balancer, self._strict = balancer, strict
@@ -219,9 +220,11 @@ def balanced(
     Raises ConfigError without torchtitan, without policies, for a configuration that is balanced already, and for one
     of another Trainer.
 
-    >>> balanced(None, ["globl"])
+    >>> balanced(None)
     Traceback (most recent call last):
-    equipoise.errors.ConfigError: ...
+    equipoise.errors.ConfigError: expected policies of the balance
+      got: none
+      do:  balanced(config, []) measures and changes nothing; balanced(config, ["global+micro"]) balances
     """
     settings = Settings.read(policies, layers=layers, strict=strict, on_fault=on_fault)
     TORCHTITAN.require()
@@ -235,7 +238,7 @@ def balanced(
         raise ConfigError(
             expected="a torchtitan.trainer.Trainer.Config",
             got=f"a {type(config).__module__}.{type(config).__qualname__}",
-            do="balance a configuration of torchtitan's own Trainer; of another one subclass it as BalancedTrainer does",
+            do="balance a configuration of torchtitan's own Trainer; for another one write what BalancedTrainer does",
         )
     given = {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
     return BalancedTrainer.Config(**given, equipoise=settings)

@@ -11,28 +11,30 @@ from ..errors import ConfigError
 from ..policies import Policy
 from ..policies.schedule import Schedule
 
-__all__ = ["check_limits", "check_policies", "own_balancing_off"]
+__all__ = ["check_limits", "check_policies", "own_balancing_off", "warn_of_untried"]
 
 TRIED_DISPATCHERS = ("LocalTokenDispatcher", "AllToAllTokenDispatcher")
 TRIED_RECOMPUTE = ("FullAC", "SelectiveAC")
+TRIED_COMPILERS = ("aot_eager", "inductor")
+QUANTISED = ("float8", "fp8", "mxfp", "nvfp")
 OWN_HOOK = "register_moe_load_balancing_hook"
 
 
 def check_limits(config: Any) -> None:
-    """Raises ConfigError for what cannot work, or was never tried and would fail in silence; warns of the rest.
+    """Raises ConfigError for what cannot work, or was never tried and would fail in silence.
 
     Args:
         config: a ``Trainer.Config``.
     """
-    for got, why in _refused(config):
-        raise ConfigError(
-            expected="a configuration of torchtitan that equipoise was tried with",
-            got=got,
-            do=why,
-        )
-    if found := list(_never_ran(config)):
+    for got, do in _refused(config):
+        raise ConfigError(expected="a configuration of torchtitan that equipoise can balance", got=got, do=do)
+
+
+def warn_of_untried(config: Any, ranks: int) -> None:
+    """Names in one warning all that would work, as far as anybody can tell by reading, and that no test has run."""
+    if found := list(_never_ran(config, ranks)):
         warnings.warn(
-            f"equipoise never ran with {'; '.join(found)}: look at its first logs (balance/tokens, "
+            f"equipoise never ran in torchtitan with {', '.join(found)}: look at its first logs (balance/tokens, "
             "balance/maxvio_global) before you trust it",
             stacklevel=3,
         )
@@ -41,9 +43,8 @@ def check_limits(config: Any) -> None:
 def _refused(config: Any) -> Iterator[tuple[str, str]]:
     parallel, training = config.parallelism, config.training
     if not training.disable_cuda_graphs:
-        yield "training.disable_cuda_graphs = False", (
-            "set it to True: a graph that is replayed passes the balancer by, which works between forward and backward"
-        )
+        why = "a graph that is replayed passes the balancer by, which works between forward and backward"
+        yield "training.disable_cuda_graphs = False", f"set it to True: {why}"
     if (mode := config.comm.mode) != "default":
         yield f"comm.mode = {mode!r}", "train with mode 'default'"
     if config.debug.moe_force_load_balance:
@@ -61,14 +62,16 @@ def _refused(config: Any) -> Iterator[tuple[str, str]]:
         yield "debug.spmd_typechecking = True", "leave it out: equipoise's tensors carry no types"
 
 
-def _never_ran(config: Any) -> Iterator[str]:
+def _never_ran(config: Any, ranks: int) -> Iterator[str]:
     for kind in _kinds(config):
         if kind.endswith("Dispatcher") and kind not in TRIED_DISPATCHERS:
             yield f"the dispatcher {kind}"
-        if any(word in kind.lower() for word in ("float8", "mxfp8", "nvfp4", "fp8")):
-            yield f"{kind}"
-    if config.compile.enable:
-        yield f"compile.components = {list(config.compile.components)}"
+        if any(word in kind.lower() for word in QUANTISED):
+            yield kind
+    if config.compile.enable and config.compile.backend not in TRIED_COMPILERS:
+        yield f"compile.backend = {config.compile.backend!r}"
+    if (backend := config.parallelism.spmd_backend) != "partial_dtensor" and ranks > 1:
+        yield f"parallelism.spmd_backend = {backend!r} on several ranks"
     if config.training.enable_cpu_offload:
         yield "training.enable_cpu_offload"
     if config.training.dtype != "float32":
@@ -80,7 +83,7 @@ def _never_ran(config: Any) -> Iterator[str]:
         yield f"activation_checkpoint {name}"
 
 
-def check_policies(config: Any, policies: Sequence[Policy], micro_batches: int) -> None:
+def check_policies(policies: Sequence[Policy], micro_batches: int) -> None:
     """Raises ConfigError for what needs a pass over the step's micro-batches before the step; torchtitan has none."""
     if micro_batches > 1 and any(loss.needs_counting for _, loss in Schedule(policies).losses):
         raise ConfigError(

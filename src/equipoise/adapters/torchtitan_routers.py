@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..autograd.token_layout import TokenLayout
@@ -67,6 +66,7 @@ class RouterHooks:
 class PackedDocuments:
     """Where documents end in the micro-batch under way: torchtitan's positions begin again at 0 with each.
 
+    >>> import torch
     >>> documents = PackedDocuments()
     >>> documents.read(None, (), {"positions": torch.tensor([[0, 1, 0], [0, 1, 2]])})
     >>> documents.number_T

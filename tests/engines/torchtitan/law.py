@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+COEF = 0.5  # of the global loss: its gradient stands above the rounding of the language model's
+
 
 class Law:
     """coef * E * <f, sum of p_t> / T for each layer and policy, f held constant.

@@ -1,23 +1,17 @@
-"""torchtitan's own Trainer on a tiny Qwen3-MoE, one training after the other, each recorded; run as a script.
-
-``python -m engines.torchtitan.record_titan FOLDER CASES``: CASES is a JSON file with a list of keywords of `Case`; every
-process of a job runs it with the environment that torchrun gives.
-"""
+"""torchtitan's own Trainer on a tiny Qwen3-MoE, each training recorded: see `engines.torchtitan.record`."""
 
 from __future__ import annotations
 
 import gc
+import importlib.util
 import io
-import json
 import logging
-import sys
+import os
 import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from engines.torchtitan import record_shim
 
 import torch
 import torch.distributed as dist
@@ -43,11 +37,11 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.rope import CosSinRoPE
 from torchtitan.models.qwen3.model import Qwen3Model
-from torchtitan.tools.logging import init_logger, logger
+from torchtitan.tools.logging import logger
 from torchtitan.trainer import Trainer
 
+from engines.torchtitan import law, record_shim
 from equipoise.adapters.torchtitan import balanced
-from engines.torchtitan import law
 
 EXPERTS, TOP_K, LENGTH, ROWS, LETTERS, LAYERS = 8, 2, 16, 2, 128, 2
 
@@ -59,6 +53,7 @@ class Case:
     Args:
         policies: as a file has them; None: torchtitan alone.
         reference: torchtitan alone, with the balance losses of ``policies`` written out in float64.
+        upstream: a file with ``register_global_batch_loss``, which torchtitan is then given.
         own: MoE.Config.load_balance_coeff.
         saves: a checkpoint after each so many steps; 0: none.
         folder: where checkpoints lie; default: a folder of its own, so that nothing is resumed.
@@ -67,6 +62,7 @@ class Case:
     name: str
     policies: list[Any] | None = None
     reference: bool = False
+    upstream: str = ""
     own: float | None = None
     gate: str = "softmax"
     accumulate: int = 1
@@ -170,7 +166,7 @@ class Recorder:
         trainer.model_parts[0].register_forward_pre_hook(self.begin, with_kwargs=True)
         moes = [m for part in trainer.model_parts for m in part.modules() if isinstance(m, MoE)]
         assert len(moes) == LAYERS
-        for layer, moe in enumerate(moes):
+        for layer, moe in enumerate(moes if not self.case.compiled else ()):  # a hook of ours would be compiled too
             moe.router.register_forward_hook(lambda router, _, out, layer=layer: self.count(router, layer, out[1]))
             if self.law is not None:
                 moe.router.gate.register_forward_hook(lambda gate, _, out: self.capture(out))
@@ -247,7 +243,7 @@ def fill(model: nn.Module) -> None:
 
 
 def configuration(case: Case, folder: Path) -> Any:
-    dim, ranks = 32, dist_size()
+    dim, ranks = 32, int(os.environ.get("WORLD_SIZE", "1"))
     layers = qwen3._build_qwen3_moe_layers(
         n_layers=LAYERS, dim=dim, n_heads=2, n_kv_heads=1, head_dim=16, moe_hidden_dim=32, num_experts=EXPERTS,
         top_k=TOP_K, attn_backend="flex", moe_comm_backend="standard",
@@ -269,6 +265,13 @@ def configuration(case: Case, folder: Path) -> Any:
     theirs = spec.parallelize_fn
     spec.model, spec.state_dict_adapter = model, None
     spec.parallelize_fn = lambda model, **rest: record_shim.sums_on_gloo(theirs(model, **rest))
+    if case.upstream:
+        found = importlib.util.spec_from_file_location("upstream", case.upstream)
+        assert found is not None and found.loader is not None
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        more = {"coef": law.COEF, "tokens": ROWS * case.accumulate * ranks * LENGTH}
+        spec.post_optimizer_build_fn = lambda *built: module.register_global_batch_loss(*built, **more)
     loss: Any = CrossEntropyLoss.Config()
     if case.chunks:
         loss = ChunkedLossWrapper.Config(num_chunks=case.chunks)
@@ -304,12 +307,6 @@ def configuration(case: Case, folder: Path) -> Any:
     return balanced(config, case.policies, strict=case.strict, **case.options)
 
 
-def dist_size() -> int:
-    import os
-
-    return int(os.environ["WORLD_SIZE"])
-
-
 def train(case: Case, folder: Path) -> dict[str, Any]:
     said = io.StringIO()
     handler = logging.StreamHandler(said)
@@ -339,8 +336,6 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
         }  # fmt: skip
     except Exception as error:  # what is refused is part of the record
         result = {"error": f"{type(error).__name__}: {error}", "steps": recorder.steps}
-        if case.name.startswith("good"):
-            raise
     finally:
         logger.removeHandler(handler)
         if trainer is not None:
@@ -349,20 +344,3 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
             dist.destroy_process_group()
         gc.collect()
     return result | {"said": said.getvalue(), "seconds": time.perf_counter() - began}
-
-
-def main(folder: Path, cases: list[dict[str, Any]]) -> None:
-    init_logger()
-    import os
-
-    rank = int(os.environ["RANK"])
-    port = int(os.environ["MASTER_PORT"])
-    for i, one in enumerate(cases):
-        os.environ["MASTER_PORT"] = str(port + i)  # the port of a training that just ended may still be taken
-        result = train(case := Case(**one), folder)
-        print(f"{case.name}: {result['seconds']:.1f} s, {result['error'] or 'ok'}", flush=True)
-        torch.save(result, folder / f"{case.name}.{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
