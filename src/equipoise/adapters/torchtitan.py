@@ -174,7 +174,7 @@ class BalancedTrainer(Trainer):
 
 
 class _SavedState:
-    """The balancer's state as torchtitan's checkpointer asks for it: bytes, since its sizes grow with the first steps."""
+    """The balancer's state as torchtitan's checkpointer asks for it: bytes, since sizes grow with the first steps."""
 
     def __init__(self, balancer: Balancer, *, strict: bool) -> None:
         self._balancer, self._strict = balancer, strict

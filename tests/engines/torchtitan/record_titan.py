@@ -71,6 +71,7 @@ class Case:
     saves: int = 0
     folder: str = ""
     begins: int = -1  # the checkpoint's step
+    skips: bool = False  # what the checkpoint has not of ours
     spmd: str = "partial_dtensor"
     experts: int = 1  # expert_parallel_degree
     replicas: int = 1  # data_parallel_replicate_degree
@@ -296,7 +297,7 @@ def configuration(case: Case, folder: Path) -> Any:
         ),
         checkpoint=CheckpointManager.Config(
             enable=bool(case.saves), interval=max(case.saves, 1), last_save_model_only=False, keep_latest_k=0,
-            load_step=case.begins,
+            load_step=case.begins, exclude_from_loading=["equipoise"] if case.skips else [],
         ),
         activation_checkpoint=recompute,
         compile=CompileConfig(enable=bool(case.compiled), components=["model"], backend=case.compiled or "inductor"),
