@@ -33,10 +33,10 @@ KEY = "equipoise"  # among the states of a checkpoint
 SHOWN = {"maxvio": "maxvio_global", "worst layer": "maxvio_global_worst", "dead experts": "dead_experts"}
 
 Trainer: Any = object
-if FOUND := importlib.util.find_spec("torchtitan") is not None:
-    import tyro
-
+FOUND = importlib.util.find_spec("torchtitan") is not None
+if FOUND:
     Trainer = importlib.import_module("torchtitan.trainer").Trainer
+    NO_FLAG = importlib.import_module("tyro").conf.Suppress  # policies stand in Python
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class BalancedTrainer(Trainer):
 
         @dataclass(kw_only=True, slots=True)
         class Config(Trainer.Config):
-            equipoise: Annotated[Settings | None, tyro.conf.Suppress] = None
+            equipoise: Annotated[Settings | None, NO_FLAG] = None
 
     def __init__(self, config: Any) -> None:
         TORCHTITAN.require()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -119,16 +120,14 @@ def own_balancing_off(config: Any, policies: Sequence[Policy]) -> str:
 
 
 def _moes(config: Any) -> list[Any]:
-    from torchtitan.models.common.moe import MoE
-
-    return [moe for _, moe, _, _ in config.model_spec.traverse(MoE.Config)]
+    kind = importlib.import_module("torchtitan.models.common.moe").MoE.Config
+    return [moe for _, moe, _, _ in config.model_spec.traverse(kind)]
 
 
 def _kinds(config: Any) -> list[str]:
     """Names of the classes that the model is built of, each once."""
-    from torchtitan.config import Configurable
-
-    found = config.model_spec.traverse(Configurable.Config, recurse=True)
+    every = importlib.import_module("torchtitan.config").Configurable.Config
+    found = config.model_spec.traverse(every, recurse=True)
     return list(dict.fromkeys(_owner(one) for _, one, _, _ in found))
 
 

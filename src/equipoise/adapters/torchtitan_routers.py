@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -107,15 +108,14 @@ def moe_layers(model_parts: Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
     Raises ConfigError for a layer whose forward is not torchtitan's, and for a router that is of another kind or in
     another place.
     """
-    from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
-
+    theirs = importlib.import_module("torchtitan.models.common.moe")
     known: set[int] = set()
-    found = [(plain_name(n), m) for part in model_parts for n, m in part.named_modules() if isinstance(m, MoE)]
+    found = [(plain_name(n), m) for part in model_parts for n, m in part.named_modules() if isinstance(m, theirs.MoE)]
     for name, moe in found:
         router = moe.router
-        if type(moe).forward is not MoE.forward:
+        if type(moe).forward is not theirs.MoE.forward:
             raise _unknown(name, moe, "MoE")
-        if getattr(type(router), "forward", None) is not TokenChoiceTopKRouter.forward:
+        if getattr(type(router), "forward", None) is not theirs.TokenChoiceTopKRouter.forward:
             raise _unknown(f"{name}.router", router, "TokenChoiceTopKRouter")
         known.add(id(router))
     for part in model_parts:
@@ -136,7 +136,7 @@ def plain_name(name: str) -> str:
     return name.removesuffix(f".{CHILD}")
 
 
-def _unknown(name: str, module: nn.Module, known: str) -> ConfigError:
+def _unknown(name: str, module: Any, known: str) -> ConfigError:
     kind = next(cls for cls in type(module).__mro__ if not cls.__name__.startswith("FSDP"))
     return ConfigError(
         expected=f"torchtitan's own {known}",

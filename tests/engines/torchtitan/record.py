@@ -20,7 +20,7 @@ assert record_shim.engine_utils.device_type == "cpu"
 
 
 def main(folder: Path, cases: list[dict[str, Any]]) -> None:
-    record_titan.init_logger()
+    record_titan.begin_log()
     rank, port = os.environ["RANK"], int(os.environ["MASTER_PORT"])
     for i, one in enumerate(cases):
         os.environ["MASTER_PORT"] = str(port + i)  # that of a training that just ended may still be taken

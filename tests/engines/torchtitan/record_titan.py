@@ -37,7 +37,7 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.moe import MoE
 from torchtitan.models.common.rope import CosSinRoPE
 from torchtitan.models.qwen3.model import Qwen3Model
-from torchtitan.tools.logging import logger
+from torchtitan.tools.logging import init_logger, logger
 from torchtitan.trainer import Trainer
 
 from engines.torchtitan import law, record_shim
@@ -219,6 +219,10 @@ class Recorder:
         step["bias"] = [
             moe.expert_bias_E.detach().clone().tolist() if moe.expert_bias_E is not None else None for moe in self.moes
         ]
+
+
+def begin_log() -> None:
+    init_logger()
 
 
 def plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""torchtitan's own Trainer on a tiny Qwen3-MoE: loads, the balance gradient, its log, its checkpoints, what is refused."""
+"""torchtitan's own Trainer on a tiny Qwen3-MoE: loads, the balance gradient, its log, its checkpoints, a bias."""
 
 from __future__ import annotations
 
@@ -148,7 +148,9 @@ class TestLoads:
             for name, ranks in records.items():
                 if ranks[0]["error"] is None and ranks[0]["steps"][0]["loads"] is not None:
                     assert all(step["loads"] == step["counts"] for rank in ranks for step in rank["steps"]), name
-                    assert sum(ranks[0]["steps"][0]["loads"][0]) == ranks[0]["steps"][0]["metrics"]["balance/tokens"] * 2
+                    assert (
+                        sum(ranks[0]["steps"][0]["loads"][0]) == ranks[0]["steps"][0]["metrics"]["balance/tokens"] * 2
+                    )
 
     def test_experts_differ_or_a_router_would_learn_nothing(self, together):
         w_EFD = of(together, "plain")["end"]["layers.0.moe.routed_experts.inner_experts.w1_EFD"]
