@@ -12,7 +12,7 @@ from ..autograd.token_layout import TokenLayout
 from ..errors import ConfigError, InputError
 from ..external.carrier import RouterCarrier
 
-__all__ = ["RouterHooks", "hook_routers", "moe_layers", "plain_name"]
+__all__ = ["PackedDocuments", "RouterHooks", "hook_routers", "moe_layers", "plain_name"]
 
 BIAS = "expert_bias_E"  # of the MoE layer; its checkpoints have it
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
