@@ -9,13 +9,15 @@ import logging
 import os
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtitan.components.checkpointer import CheckpointManager
 from torchtitan.components.dataloader import BaseDataLoader
@@ -34,7 +36,7 @@ from torchtitan.models import qwen3
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.embedding import Embedding
 from torchtitan.models.common.linear import Linear
-from torchtitan.models.common.moe import MoE
+from torchtitan.models.common.moe import GroupedExperts, MoE
 from torchtitan.models.common.rope import CosSinRoPE
 from torchtitan.models.qwen3.model import Qwen3Model
 from torchtitan.tools.logging import init_logger, logger
@@ -54,6 +56,7 @@ class Case:
         policies: as a file has them; None: torchtitan alone.
         reference: torchtitan alone, with the balance losses of ``policies`` written out in float64.
         upstream: a file with ``register_global_batch_loss``, which torchtitan is then given.
+        whole: experts in float32, not in torchtitan's bfloat16.
         own: MoE.Config.load_balance_coeff.
         saves: a checkpoint after each so many steps; 0: none.
         folder: where checkpoints lie; default: a folder of its own, so that nothing is resumed.
@@ -63,6 +66,7 @@ class Case:
     policies: list[Any] | None = None
     reference: bool = False
     upstream: str = ""
+    whole: bool = False
     own: float | None = None
     gate: str = "softmax"
     accumulate: int = 1
@@ -144,6 +148,27 @@ class ReferenceLoss(BaseLoss):
     def __call__(self, pred: Tensor, labels: Tensor, tokens: Tensor | None = None, **rest: Any) -> Any:
         loss, metrics = self.inner(pred, labels, tokens, **rest)
         return loss + self.recorder.balance_loss().to(loss.dtype), metrics
+
+
+class WholeExperts(GroupedExperts):
+    """torchtitan's experts in the precision of their weights.
+
+    Its own multiply in bfloat16: a gradient that differs in its last bit may round to another number, 0.4 % away.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(GroupedExperts.Config):
+        pass
+
+    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        weights = (self.w1_EFD, self.w2_EDF, self.w3_EFD)
+        w1_EFD, w2_EDF, w3_EFD = (w.to_local() if isinstance(w, DTensor) else w for w in weights)
+        sizes = num_tokens_per_expert_E.long().tolist()
+        out = [
+            (F.silu(x @ w1_EFD[e].T) * (x @ w3_EFD[e].T)) @ w2_EDF[e].T
+            for e, x in enumerate(x_RD[: sum(sizes)].split(sizes))
+        ]
+        return torch.cat([*out, torch.zeros_like(x_RD[sum(sizes) :])])
 
 
 class Recorder:
@@ -258,6 +283,10 @@ def configuration(case: Case, folder: Path) -> Any:
         layer.attention.inner_attention = ScaledDotProductAttention.Config()  # flex has no backward on a CPU
         layer.moe.load_balance_coeff = case.own
         layer.moe.router.score_func = case.gate
+        if case.whole:
+            experts = layer.moe.routed_experts
+            given = {one.name: getattr(experts.inner_experts, one.name) for one in fields(experts.inner_experts)}
+            experts.inner_experts = WholeExperts.Config(**given)
     model = Qwen3Model.Config(
         vocab_size=LETTERS,
         dim=dim,
@@ -339,7 +368,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
             "steps": recorder.steps, "gradients": recorder.gradients, "end": end, "describe": describe, "keys": keys,
             "warned": [str(one.message) for one in warned if "equipoise" in str(one.message)], "error": None,
         }  # fmt: skip
-    except Exception as error:  # what is refused is part of the record
+    except (Exception, CheckpointException) as error:  # what is refused is part of the record
         result = {"error": f"{type(error).__name__}: {error}", "steps": recorder.steps}
     finally:
         logger.removeHandler(handler)

@@ -88,7 +88,7 @@ class TestRefused:
             class Config(Trainer.Config):
                 pass
 
-        with pytest.raises(ConfigError, match="ImageTrainer.Config"):
+        with pytest.raises(ConfigError, match=r"ImageTrainer\.Config"):
             balanced(ImageTrainer.Config(), [])
 
     def test_its_own_balancing_that_cannot_be_taken_out(self, tiny):

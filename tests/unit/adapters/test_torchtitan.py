@@ -1,4 +1,4 @@
-"""The torchtitan adapter without torchtitan: its import, what stands in a configuration, what is refused and warned of."""
+"""The torchtitan adapter without torchtitan: its import, its policies, what is refused and warned of."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_policies_as_they_are_and_as_a_file_has_them():
     assert settings.policies_of(steps=10)[2].scope == Sequences(4)
     assert settings.to_dict()["policies"][1] == "loss-free"
     for one in ("global", table, ExpertBias()):
-        assert len(Settings.read(one, layers=False, strict=True, on_fault="raise").policies_of(steps=10)) == 1
+        assert len(Settings.read(one, **rest).policies_of(steps=10)) == 1
 
 
 @pytest.mark.parametrize(
