@@ -24,6 +24,10 @@ ALL = [{"kind": "AuxLoss", "scope": scope, "coef": coef} for scope, coef in SCOP
 GLOBAL = [{"kind": "AuxLoss", "scope": "global_batch", "coef": law.COEF}]
 MIXED = ["global@0.5", "loss-free@1e-3"]
 RATE, STEPS, SAVED = 1e-3, 5, 3
+CUTS: dict[str, dict[str, Any]] = {
+    "-fsdp": {"recompute": "full"},
+    "-experts": {"experts": 2, "recompute": "selective"},
+}
 Records = dict[str, list[dict[str, Any]]]
 
 

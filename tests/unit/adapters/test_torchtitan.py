@@ -69,9 +69,8 @@ def test_policies_that_are_none(policies, words):
 
 def test_policies_as_they_are_and_as_a_file_has_them():
     table = {"kind": "AuxLoss", "scope": "sequences:4", "coef": "1e-3"}
-    settings = Settings.read(
-        [AuxLoss("sequence", coef=1e-4), "loss-free", table], layers=True, strict=True, on_fault="warn"
-    )
+    rest = {"layers": True, "strict": True, "on_fault": "warn"}
+    settings = Settings.read([AuxLoss("sequence", coef=1e-4), "loss-free", table], **rest)
     kinds = [type(one) for one in settings.policies_of(steps=10)]
     assert kinds == [AuxLoss, ExpertBias, AuxLoss]
     assert settings.policies_of(steps=10)[2].scope == Sequences(4)
