@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args
 from torch import Tensor
 
 from ..balancer.balancer import Balancer
-from ..distributed import Group
+from ..distributed import Group, Ranks
 from ..errors import ConfigError, DataError
 from ..policies import Policy
 from ..policies.from_data import policies_from
@@ -111,6 +111,7 @@ class BalancedTrainer(Trainer):
             self.model_parts,
             self._policies,
             self.optimizers,
+            ranks=Ranks(Group.world()),  # of the axes that are not refused, all see other sequences
             reduction="sum",  # each rank's loss is a sum over the tokens of all
             on_fault=self.settings.on_fault,
         )

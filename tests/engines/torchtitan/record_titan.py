@@ -25,6 +25,7 @@ from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper, CrossEntrop
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.components.validate import Validator
 from torchtitan.config.configs import (
     CompileConfig,
     DebugConfig,
@@ -83,6 +84,7 @@ class Case:
     precision: str = "float32"
     compiled: str = ""  # the backend that compiles the model's blocks
     strict: bool = True
+    validates: bool = False  # after each step
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,7 +93,7 @@ class Data(BaseDataLoader):
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
-        pass
+        infinite: bool = True  # torchtitan's validator says so
 
     def __init__(self, config: Any, *, dp_world_size: int, dp_rank: int, local_batch_size: int, **_: Any) -> None:
         self.ranks, self.rank, self.rows, self.at = dp_world_size, dp_rank, local_batch_size, 0
@@ -334,6 +336,7 @@ def configuration(case: Case, folder: Path) -> Any:
         ),
         activation_checkpoint=recompute,
         compile=CompileConfig(enable=bool(case.compiled), components=["model"], backend=case.compiled or "inductor"),
+        validator=Validator.Config(enable=case.validates, freq=1, steps=2, dataloader=Data.Config()),
         debug=DebugConfig(seed=7, enable_structured_logging=False),
     )  # fmt: skip
     if case.policies is None or case.reference:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from equipoise import Balancer, ConfigError, StateError, ZLoss
+from equipoise import Balancer, ConfigError, ExpertBias, StateError, ZLoss
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("default")]  # its imports warn of much
 
@@ -138,6 +138,14 @@ class TestRouters:
         model.layers["0"].extra = TinyRouter(4, 4)
         with pytest.raises(ConfigError, match=r"layers.0.extra: a .*TinyRouter"):
             hook_routers([model], takes_bias=False, documents=False)
+
+    def test_a_bias_where_torchtitan_makes_none(self, tiny):
+        from equipoise.adapters.torchtitan_routers import hook_routers
+
+        model = tiny[0].configuration(tiny[0].Case(name="none"), Path("unused")).model_spec.model.build()
+        hook_routers([model], takes_bias=True, documents=False)
+        with pytest.raises(ConfigError, match=r"give its MoE\.Config a load_balance_coeff"):
+            Balancer(model, [ExpertBias()])
 
     def test_two_balancers(self, tiny):
         from equipoise.adapters.torchtitan_routers import hook_routers

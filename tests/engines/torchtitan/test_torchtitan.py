@@ -24,6 +24,8 @@ ALL = [{"kind": "AuxLoss", "scope": scope, "coef": coef} for scope, coef in SCOP
 GLOBAL = [{"kind": "AuxLoss", "scope": "global_batch", "coef": law.COEF}]
 MIXED = ["global@0.5", "loss-free@1e-3"]
 RATE, STEPS, SAVED = 1e-3, 5, 3
+WRITTEN = "self.micro_batch_LE[layer] = picked_BLE.detach().sum(dim=(0, 1))"
+ADDED = WRITTEN.replace(" = ", " = (self.micro_batch_LE[layer] if len(self.micro_batch_LE[layer]) else 0) + ")
 CUTS: dict[str, dict[str, Any]] = {
     "-fsdp": {"recompute": "full"},
     "-experts": {"experts": 2, "recompute": "selective"},
@@ -87,13 +89,16 @@ def alone(folder: Path, page: Path) -> Records:
     two = {"accumulate": 2}
     whole = {"whole": True, **two}
     sigmoid = {"gate": "sigmoid", **whole}
-    bias = {"own": RATE, "gate": "sigmoid", **two}
+    bias = {"own": RATE, "gate": "sigmoid", "validates": True, **two}
+    adds = folder / "adds.py"
+    adds.write_text(page.read_text().replace(WRITTEN, ADDED))
     cases = [
         {"name": "plain", **whole},
         {"name": "law", "reference": True, "policies": ALL, **whole},
         *({"name": f"all-{how}", "policies": ALL, "recompute": how, **whole} for how in ("none", "full", "selective")),
         {"name": "global", "reference": True, "policies": GLOBAL, **whole},
         *({"name": f"page-{how}", "upstream": str(page), "recompute": how, **whole} for how in ("full", "selective")),
+        {"name": "page-adds", "upstream": str(adds), "recompute": "full", **whole},
         {"name": "chunks", "policies": GLOBAL, "chunks": 4, **whole},
         {"name": "types", "policies": GLOBAL, "spmd": "spmd_types", **whole},
         {"name": "sigmoid-plain", **sigmoid},
@@ -228,6 +233,11 @@ class TestThePage:
     def test_the_same_on_two_ranks(self, together, cut):
         assert distance(together, f"page-{cut}", f"plain-{cut}", f"global-{cut}") < 1e-6
 
+    def test_counts_that_were_added_in_forward_would_be_another_loss(self, alone, page):
+        """What a recompute does to them, and what torchtitan#4772 had to forbid."""
+        assert WRITTEN in page.read_text()
+        assert distance(alone, "page-adds", "plain", "global") > 1e-2
+
     def test_it_is_short_and_stands_alone(self, page):
         code = page.read_text()
         assert len(code.splitlines()) <= 150
@@ -246,6 +256,7 @@ class TestBias:
                 bias_E += moved_E - moved_E.mean()
                 assert torch.allclose(torch.tensor(step["bias"][layer]).double(), bias_E, atol=1e-8)
         assert "layers.0.moe.expert_bias_E" in record["end"]
+        assert "validate step:  3" in record["said"], "and validation counts for nothing"
 
     def test_its_own_updates_are_off_and_that_is_said(self, alone):
         said = of(alone, "bias")["said"]
