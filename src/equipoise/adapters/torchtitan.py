@@ -145,7 +145,8 @@ class BalancedTrainer(Trainer):
         ours = worth_logging(self.balancer.metrics(), layers=self.settings.layers)
         self._log(step, *args, extra_metrics={**(extra_metrics or {}), **ours}, **named)
         shown = {word: ours[key] for word, name in SHOWN.items() if (key := f"balance/{name}") in ours}
-        shown |= {name.split("/", 1)[1]: x for name, x in ours.items() if name.endswith(("/loss", "/gradient_ratio"))}
+        pushes = {name: x for name, x in ours.items() if name.endswith(("/loss", "/gradient_ratio"))}
+        shown |= {name.partition("/")[2]: x for name, x in pushes.items() if "/layer_" not in name}
         _logger().info("balance: %2d  %s", step, "  ".join(f"{word}: {x:.4g}" for word, x in shown.items()))
 
     def _check_bias(self) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -122,3 +123,10 @@ def test_documents_end_where_positions_begin_again():
     assert documents.number_T.tolist() == [0, 0, 1, 1, 2, 2, 2, 2]
     documents.read(None, (), {})
     assert documents.number_T is None
+
+
+def test_its_page_and_its_lock_name_the_release_that_was_tried():
+    root, tried = Path(__file__).parents[3], torchtitan.TORCHTITAN.tried
+    assert f"torchtitan {tried}" in (root / "docs" / "torchtitan.md").read_text(encoding="utf-8")
+    lock = (root / "tests" / "engines" / "torchtitan" / "requirements.lock").read_text(encoding="utf-8")
+    assert f"\ntorchtitan=={tried}\n" in lock
