@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from ..distributed import Ranks
+from ..external.carrier import RouterCarrier
 from ..policies.expert_bias import ExpertBias
 from ..policies.losses import AuxLoss
 from ..policies.schedule import Schedule, ScheduledPolicy
@@ -57,9 +58,10 @@ def describe(
 def _row(layer: Layer) -> tuple[str, ...]:
     router, module = layer.router, layer.router.module
     top_k = str(router.top_k)
+    carried = isinstance(router, RouterCarrier)  # a child of the router, which it is named after
     return (
-        layer.name or "(the model itself)",
-        type(module).__name__ + ("" if module is router else ", by its output"),
+        (layer.name.rpartition(".")[0] if carried else layer.name) or "(the model itself)",
+        type(module).__name__ + ("" if module is router else ", by its carrier" if carried else ", by its output"),
         str(router.num_experts) + (f"+{idle}" if (idle := router.traits.idle_experts) else ""),
         top_k,
         router.gate,

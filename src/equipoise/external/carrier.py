@@ -30,11 +30,12 @@ class RouterCarrier(nn.Module):
         gate: "softmax", "sigmoid" or "sqrt_softplus": how probabilities follow from the logits.
         bias: name of the tensor (E,) of ``router`` that it adds to its scores to choose, and to nothing else. Only one
             that nobody else moves: switch the engine's own updates off.
+        bias_of: the module that holds it, where that is not the router but, say, the layer around it.
         without_bias: what to do for a bias where there is none, in words, for the error.
         sequence_first: tokens lie (S, B), not (B, S); logits then are (S, B, E).
         drops: choices may be left out (-1, or a row of the map with fewer than K): they are no load.
 
-    Raises ConfigError for a gate or sizes that cannot route, and for a ``bias`` that is no tensor of the router.
+    Raises ConfigError for a gate or sizes that cannot route, and for a ``bias`` that is no tensor there.
 
     >>> class Gate(nn.Module):
     ...     def __init__(self):
@@ -67,23 +68,25 @@ class RouterCarrier(nn.Module):
         top_k: int,
         gate: str,
         bias: str | None = None,
+        bias_of: nn.Module | None = None,
         without_bias: str = "balance this router with AuxLoss",
         sequence_first: bool = False,
         drops: bool = False,
     ) -> None:
         super().__init__()
         check_routing(num_experts, top_k, gate)
-        if bias is not None and not isinstance(getattr(router, bias, None), Tensor):
+        owner = router if bias_of is None else bias_of
+        if bias is not None and not isinstance(getattr(owner, bias, None), Tensor):
             raise ConfigError(
-                expected=f"a tensor {bias!r} of the {type(router).__name__} that it chooses with",
-                got=f"{getattr(router, bias, None)!r}",
+                expected=f"a tensor {bias!r} of the {type(owner).__name__} that it chooses with",
+                got=f"{getattr(owner, bias, None)!r}",
                 do="create it before the carrier, or leave bias= out",
             )
         object.__setattr__(self, "module", router)  # not a child: it is the parent
         self.num_experts, self.top_k, self.gate = num_experts, top_k, gate
         self.balance_state: RouterState | None = None
         self.sequence_first, self.drops, self._without_bias = sequence_first, drops, without_bias
-        self._bias = None if bias is None else CorrectionBias(router, bias, num_experts, [])
+        self._bias = None if bias is None else CorrectionBias(owner, bias, num_experts, [])
         self._recorded = False
 
     @property

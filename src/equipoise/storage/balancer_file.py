@@ -10,7 +10,7 @@ from ..errors import DataError
 from .files import output_errors, write_whole
 from .tensors import join_tensors, split_tensors
 
-__all__ = ["FILE", "NAMES", "read_state", "remove_state", "state_file", "write_state"]
+__all__ = ["FILE", "NAMES", "pack_state", "read_state", "remove_state", "state_file", "unpack_state", "write_state"]
 
 FILE = "balancer.equipoise"  # not *.safetensors, *.bin or *.pt: servers load every such file of a folder as weights
 NAMES = (FILE, "balancer.safetensors")  # its former name
@@ -29,25 +29,41 @@ def remove_state(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def write_state(state: dict[str, Any], path: Path) -> None:
-    """Writes ``state`` whole or not at all. Raises OutputError."""
+def pack_state(state: dict[str, Any]) -> bytes:
+    """The file's content, for an engine whose checkpoints are no folder of files."""
     from safetensors.torch import save
 
     plain, tensors = split_tensors(state)
+    return save(tensors, metadata={"state": json.dumps(plain)})
+
+
+def unpack_state(content: bytes) -> dict[str, Any]:
+    """The inverse of ``pack_state``. Raises ValueError for other bytes.
+
+    >>> unpack_state(pack_state({"step": 3, "loads": [1.5]}))
+    {'step': 3, 'loads': [1.5]}
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        head = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])  # as safetensors writes it
+        return join_tensors(json.loads(head["__metadata__"]["state"]), load(content))
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(str(error)) from error
+
+
+def write_state(state: dict[str, Any], path: Path) -> None:
+    """Writes ``state`` whole or not at all. Raises OutputError."""
     with output_errors(path, "make room, or choose a folder that can be written"):
-        write_whole(path, save(tensors, metadata={"state": json.dumps(plain)}))
+        write_whole(path, pack_state(state))
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """The state that ``write_state`` wrote. Raises DataError for any other file."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-            text = file.metadata()["state"]
-        return join_tensors(json.loads(text), tensors)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        return unpack_state(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise DataError(
             expected=f"the balancer's state in {path}",
             got=f"a file that is cut short or of another kind ({error})",

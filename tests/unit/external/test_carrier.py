@@ -120,6 +120,23 @@ def test_the_bias_stays_the_engines_own() -> None:
     assert router.expert_bias.dtype == torch.float32 and torch.equal(router.expert_bias, exact)
 
 
+def test_a_bias_that_the_layer_around_the_router_holds() -> None:
+    layer = nn.Module()
+    layer.register_buffer("expert_bias_E", torch.zeros(EXPERTS))
+    router = EngineRouter(sequence_first=False, as_map=False, gate="sigmoid")
+    sizes = {"num_experts": EXPERTS, "top_k": TOP_K, "gate": "sigmoid"}
+    router.balance = RouterCarrier(router, bias="expert_bias_E", bias_of=layer, **sizes)
+    balancer = Balancer(router, [ExpertBias("sign", rate=0.5)])
+    x, real = batch(0, 4)
+    balancer.tap(call(router, x, real, recompute=False)).backward()
+    balancer.step()
+    step = 0.5 * torch.sign(balancer.load()[0].double().mean() - balancer.load()[0])
+    assert torch.allclose(layer.expert_bias_E.double(), step - step.mean(), atol=1e-7)
+    assert "EngineRouter, by its carrier" in balancer.describe()
+    with pytest.raises(ConfigError, match="a tensor 'expert_bias' of the Module"):
+        RouterCarrier(router, bias="expert_bias", bias_of=layer, **sizes)
+
+
 def test_dropped_choices_are_no_load() -> None:
     gate = nn.Linear(WIDTH, EXPERTS)
     gate.balance = RouterCarrier(gate, num_experts=EXPERTS, top_k=TOP_K, gate="softmax", drops=True)
