@@ -22,7 +22,7 @@ from .engine import Engine
 from .logs import worth_logging
 from .megatron_routers import balance_router, hidden_carriers, own_balancing_off, routers_of
 
-__all__ = ["MegatronBalancer"]
+__all__ = ["MegatronBalancer", "check_limits"]
 
 MEGATRON = Engine("Megatron-core", "megatron-core", "0.16.1")
 MEASURE_ONLY = 'policies=[] measures and changes nothing; ["global+micro"] balances'
@@ -79,7 +79,7 @@ class MegatronBalancer:
         schedule = Schedule(chosen)
         self._routers = routers_of(self._chunks)
         self.config = next(iter(self._routers.values())).config
-        _check_limits(self.config)
+        check_limits(self.config)
         _check_policies(schedule)
         self._own = own_balancing_off(self._routers, schedule)
         for router in self._routers.values():
@@ -180,15 +180,17 @@ class MegatronBalancer:
             router._modules.pop("equipoise", None)
 
 
-def _check_limits(config: Any) -> None:
+def check_limits(config: Any) -> None:
+    """Raises ConfigError for what was never run, or cannot work; ``config``: a ``TransformerConfig``."""
     for name, why in _refused(config):
         raise ConfigError(expected="a configuration of Megatron-core that equipoise was run with", got=name, do=why)
 
 
 def _refused(config: Any) -> Iterator[tuple[str, str]]:
-    for name in ("tensor", "context", "pipeline"):
-        degree = getattr(config, f"{name}_model_parallel_size" if name != "context" else "context_parallel_size")
-        if degree != 1:
+    sizes = {"tensor": "tensor_model_parallel_size", "context": "context_parallel_size",
+             "pipeline": "pipeline_model_parallel_size"}  # fmt: skip
+    for name, attribute in sizes.items():
+        if (degree := getattr(config, attribute)) != 1:
             yield f"{name} parallelism of {degree}", "train with data and expert parallelism: no test has run it"
     if config.moe_router_fusion:
         yield "moe_router_fusion=True", "set it to False: the fused router shows nobody its logits"

@@ -55,8 +55,10 @@ def config_of(case: dict[str, Any]) -> TransformerConfig:
     parts = {"expert_model_parallel_size": case.get("expert_parallel", 1),
              "calculate_per_token_loss": case.get("loss") == "per token"}  # fmt: skip
     recompute = RECOMPUTE.get(case.get("recompute", ""), {})
-    bf16 = {"bf16": True, "params_dtype": torch.bfloat16, "moe_router_dtype": "fp32"} if case.get("bf16") else {}
-    return TransformerConfig(**sizes | experts | on_cpu | exact | parts | recompute | bf16 | case.get("config", {}))
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    half = {name: True for name in types if name == case.get("precision")}
+    half |= {"params_dtype": types[name], "moe_router_dtype": "fp32"} if (name := case.get("precision")) else {}
+    return TransformerConfig(**sizes | experts | on_cpu | exact | parts | recompute | half | case.get("config", {}))
 
 
 class Training:
@@ -74,12 +76,14 @@ class Training:
                     weight.mul_(20)
         sharded = case.get("distributed_optimizer", False)
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=sharded)
-        inside = Float16Module(self.config, model) if self.config.bf16 else model
+        inside = Float16Module(self.config, model) if self.config.bf16 or self.config.fp16 else model
         self.model = DistributedDataParallel(self.config, ddp, inside)
         self.config.finalize_model_grads_func = finalize_model_grads
-        dtype, kind = self.config.params_dtype, {"bf16": self.config.bf16, "use_distributed_optimizer": sharded}
+        dtype, kind = self.config.params_dtype, {"bf16": self.config.bf16, "fp16": self.config.fp16}
+        kind |= {"use_distributed_optimizer": sharded, "initial_loss_scale": case.get("loss_scale", 2.0**8)}
         settings = OptimizerConfig(optimizer="adam", lr=1e-2, clip_grad=0.0, params_dtype=dtype, **kind)
         self.optimizer = get_megatron_optimizer(settings, [self.model])
+        self.config.grad_scale_func = self.optimizer.scale_loss
         self.balance: Any = None
         self.logits: list[list[torch.Tensor]] = []  # micro-batch -> layer
         self.reports: list[dict[str, float]] = []
@@ -178,8 +182,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         "state": sorted(training.model.state_dict()),
     }  # fmt: skip
     if training.balance:
-        found["load"] = training.balance.balancer.load()
-        found["metrics"] = training.balance.balancer.metrics()
+        balancer = training.balance.balancer
+        found |= {"load": balancer.load(), "metrics": balancer.metrics()} if balancer.step_count else {"metrics": {}}
         found["described"] = training.balance.describe()
         training.balance.remove()
     return found

@@ -20,6 +20,8 @@ class CpuForCuda(TorchFunctionMode):
             kwargs["device"] = "cpu"
         if func is torch.Tensor.cuda:
             return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:  # its optimizers know CUDA's names alone
+            return func(*args).replace("torch.", "torch.cuda.")
         return func(*args, **kwargs)
 
 

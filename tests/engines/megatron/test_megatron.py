@@ -17,7 +17,7 @@ import torch
 
 from engines._law import COEF
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # its imports warn of torch's
 
 ROOT = Path(__file__).parents[3]
 RECORD = Path(__file__).with_name("record_megatron.py")
@@ -115,6 +115,9 @@ def others(tmp_path_factory):
         "whole": {**both, "steps": 4},
         "first half": {**both, "steps": 2, "save": saved},
         "second half": {**both, "steps": 2, "first_step": 2, "load": saved},
+        "bf16": {**both, "steps": 3, "precision": "bf16"},
+        "bf16, distributed": {**both, "steps": 3, "precision": "bf16", "distributed_optimizer": True},
+        "overflow": {**both, "steps": 3, "precision": "fp16", "loss_scale": 2.0**40},
     }
     return train(folder, cases, 2)
 
@@ -163,3 +166,72 @@ def test_the_loss_function_reports_the_step_before(others):
     assert set(first) == {"lm loss"}
     assert {"lm loss", "balance/maxvio_global", "balance/dead_experts", "balance/tokens"} <= set(second)
     assert second["balance/tokens"] == TOKENS * 2 * 2
+
+
+@pytest.mark.parametrize("name", ["bf16", "bf16, distributed"])
+def test_steps_are_seen_where_the_optimizer_holds_copies_of_the_weights(others, name):
+    """And the bias stays in fp32 inside Megatron's Float16Module."""
+    for of_rank in others:
+        got = of_rank[name]
+        assert [int(counts.sum()) for counts in got["load"]] == [TOKENS * TOP_K * 4] * LAYERS
+        assert got["metrics"]["balance/tokens"] == TOKENS * 4 and got["metrics"]["balance/skipped_steps"] == 0
+        for layer in range(LAYERS):
+            assert got["bias"][layer].dtype == torch.float32
+            assert 2e-3 < float(got["bias"][layer].abs().max()) < 4e-3  # three steps of 1e-3
+            last = torch.cat([one[layer].flatten(0, 1) for other in others for one in other[name]["logits"][4:]])
+            assert int(got["load"][layer].sum()) == len(last) * TOP_K
+
+
+def test_a_step_that_megatron_skips_moves_no_bias(others):
+    for of_rank in others:
+        got = of_rank["overflow"]
+        assert got["metrics"] == {} or got["metrics"]["balance/skipped_steps"] >= 1
+        assert not any(bool(bias.any()) for bias in got["bias"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tensor_model_parallel_size": 2}, "tensor parallelism of 2"),
+        ({"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}, "pipeline parallelism of 2"),
+        ({"context_parallel_size": 2}, "context parallelism of 2"),
+        ({"moe_router_force_load_balancing": True}, "moe_router_force_load_balancing=True"),
+        ({"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}, "B67"),
+    ],
+)
+def test_what_no_test_has_run_is_refused_by_name(settings, words):
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from equipoise.adapters.megatron import check_limits
+    from equipoise.errors import ConfigError
+
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_moe_experts": 8}
+    sizes |= {"ffn_hidden_size": 32, "add_bias_linear": False}
+    with pytest.raises(ConfigError, match=words):
+        check_limits(TransformerConfig(**sizes | {"moe_token_dispatcher_type": "alltoall"} | settings))
+    check_limits(TransformerConfig(**sizes))
+
+
+def test_a_dense_model_is_refused():
+    from equipoise.adapters.megatron_routers import routers_of
+    from equipoise.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="a model with Megatron-core's MoE layers"):
+        routers_of([torch.nn.Linear(2, 2)])
+
+
+def test_a_router_with_code_of_its_own_is_refused():
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from equipoise.adapters.megatron_routers import routers_of
+    from equipoise.errors import ConfigError
+
+    class Other(TopKRouter):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+
+        def routing(self, logits, padding_mask=None):
+            return logits, logits
+
+    with pytest.raises(ConfigError, match=r"Other with its own routing\(\)"):
+        routers_of([torch.nn.Sequential(Other())])
