@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ..balancer.balancer import Balancer
 from ..distributed import Group, Ranks
 from ..errors import ConfigError, DataError
-from ..policies import Policy
-from ..policies.from_data import policies_from
+from ..policies.from_data import OnePolicy, as_list, policies_from
 from ..policies.schedule import Schedule
 from ..storage.balancer_file import FILE, read_state, state_file, write_state
 from .engine import Engine
@@ -26,7 +25,6 @@ __all__ = ["MegatronBalancer", "check_limits"]
 
 MEGATRON = Engine("Megatron-core", "megatron-core", "0.16.1")
 MEASURE_ONLY = 'policies=[] measures and changes nothing; ["global+micro"] balances'
-POLICIES = get_args(Policy)
 NO_END = 2**62
 
 
@@ -60,7 +58,7 @@ class MegatronBalancer:
         self,
         model: nn.Module | Sequence[nn.Module],
         optimizer: Any,
-        policies: str | Mapping[str, Any] | Policy | Sequence[str | Mapping[str, Any] | Policy] | None,
+        policies: OnePolicy | Sequence[OnePolicy] | None,
         *,
         steps: int = NO_END,
         layers: bool = False,
@@ -70,12 +68,8 @@ class MegatronBalancer:
             raise ConfigError(expected="policies of the balance", got="none", do=MEASURE_ONLY)
         MEGATRON.require()
         self._chunks = [model] if isinstance(model, nn.Module) else list(model)
-        self._asked = [policies] if isinstance(policies, (str, Mapping, *POLICIES)) else list(policies)
-        chosen = [
-            policy
-            for one in self._asked
-            for policy in ([one] if isinstance(one, POLICIES) else policies_from([one], steps=steps))
-        ]
+        self._asked = as_list(policies)
+        chosen = policies_from(self._asked, steps=steps)
         schedule = Schedule(chosen)
         self._routers = routers_of(self._chunks)
         self.config = next(iter(self._routers.values())).config

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from ..balancer.balancer import Balancer
 from ..distributed import Group, Ranks
 from ..errors import ConfigError, DataError
 from ..policies import Policy
-from ..policies.from_data import policies_from
+from ..policies.from_data import OnePolicy, as_list, policies_from
 from ..policies.schedule import Schedule
 from ..storage.balancer_file import pack_state, unpack_state
 from .engine import Engine
@@ -28,7 +28,6 @@ __all__ = ["BalancedTrainer", "Settings", "balanced"]
 TORCHTITAN = Engine("torchtitan", "torchtitan", "0.3.0")
 MEASURE_ONLY = 'balanced(config, []) measures and changes nothing; balanced(config, ["global+micro"]) balances'
 NO_END = 2**62  # steps: policies are checked before anybody knows how many there will be
-POLICIES = get_args(Policy)
 KEY = "equipoise"  # among the states of a checkpoint
 SHOWN = {"maxvio": "maxvio_global", "worst layer": "maxvio_global_worst", "dead experts": "dead_experts"}
 
@@ -59,19 +58,13 @@ class Settings:
         """Raises ConfigError, also without policies: what nobody asked for is not done in silence."""
         if policies is None:
             raise ConfigError(expected="policies of the balance", got="none", do=MEASURE_ONLY)
-        if isinstance(policies, (str, Mapping, *POLICIES)):
-            policies = (policies,)
-        settings = cls(policies=tuple(policies), **rest)
+        settings = cls(policies=tuple(as_list(policies)), **rest)
         settings.policies_of(NO_END)
         return settings
 
     def policies_of(self, steps: int) -> list[Policy]:
         """Of a run of so many steps: names and tables as ``policies_from`` reads them, policies as they are."""
-        return [
-            policy
-            for one in self.policies
-            for policy in ([one] if isinstance(one, POLICIES) else policies_from([one], steps=steps))
-        ]
+        return policies_from(self.policies, steps=steps)
 
     def to_dict(self) -> dict[str, Any]:
         """For torchtitan's record of a configuration."""
@@ -203,7 +196,7 @@ class _SavedState:
 
 def balanced(
     config: Any,
-    policies: str | Mapping[str, Any] | Policy | Sequence[str | Mapping[str, Any] | Policy] | None = None,
+    policies: OnePolicy | Sequence[OnePolicy] | None = None,
     *,
     layers: bool = False,
     strict: bool = True,

@@ -23,5 +23,5 @@ class LoadBalancingLoss(Adapter):
             tokens_TD = hidden_BSD.flatten(0, 1)
             logits = tuple(task.forward(torch.nn.functional.linear, tokens_TD, weight_ED) for weight_ED in weights_LED)
             loss = load_balancing_loss_func(logits, task.num_experts, task.top_k, mask_BS)
-            (task.coef * loss / len(task.micro_batches)).backward()
+            torch.as_tensor(task.coef * loss / len(task.micro_batches)).backward()
         return Answer(task.average(weights_LED.grad))  # type: ignore[arg-type]

@@ -61,7 +61,8 @@ def cells_of(one: ClaimVerdict) -> list[Cell]:
     for judged in one.judged:
         known, gaps = judged.difference, judged.contrast.gaps
         if gaps and known and known.n > 1 and (spread := stdev(known.by_seed.values())) > 0:
-            found.append(Cell(judged.contrast.cell, *gaps, known.mean, spread / math.sqrt(known.n), known.n))
+            (before, after), error = gaps, spread / math.sqrt(known.n)
+            found.append(Cell(judged.contrast.cell, before, after, known.mean, error, known.n))
     return found
 
 

@@ -13,9 +13,10 @@ from .names import LIBRARY, SCHEDULES, Numbers, read_name
 from .scopes import Sequences
 from .switch import Policy
 
-__all__ = ["KINDS", "RateSchedule", "build", "policies_from"]
+__all__ = ["KINDS", "OnePolicy", "RateSchedule", "as_list", "build", "policies_from"]
 
 KINDS: dict[str, type] = {cls.__name__: cls for cls in get_args(Policy)}
+OnePolicy = str | Mapping[str, Any] | Policy  # a name, a table, or the policy itself
 NUMBERS = ("coef", "rate", "decay", "kappa", "beta")  # settings that are one
 
 
@@ -40,15 +41,32 @@ class RateSchedule:
         return 1.0
 
 
+def as_list(data: OnePolicy | Sequence[OnePolicy]) -> list[OnePolicy]:
+    """What ``policies_from`` takes as a list; one alone may stand without. Raises ConfigError for what is neither.
+
+    >>> as_list("global")
+    ['global']
+    """
+    if isinstance(data, (str, Mapping, *KINDS.values())):
+        return [data]  # type: ignore[list-item]
+    if isinstance(data, Sequence):
+        return list(data)
+    raise ConfigError(
+        expected="policies as a list of names and tables",
+        got=repr(data),
+        do='for example ["global+micro"], or [] to measure only',
+    )
+
+
 def policies_from(
-    data: str | Sequence[str | Mapping[str, Any]], *, steps: int | None = None, numbers: Numbers = LIBRARY
+    data: OnePolicy | Sequence[OnePolicy], *, steps: int | None = None, numbers: Numbers = LIBRARY
 ) -> list[Policy]:
-    """The policies of a list as a file holds it.
+    """The policies of a list as a file holds it, or as a program writes it.
 
     Args:
         data: names (``"global+micro"``, ``"loss-free:proportional@1e-3"``: see ``policies.names``) and tables, whose
             ``kind`` is a policy's class and whose other entries are its arguments; scope ``"sequences:8"`` is
-            ``Sequences(8)``. One name alone may stand without a list.
+            ``Sequences(8)``. Policies stand for themselves. One alone may stand without a list.
         steps: of the run, at whose end a schedule ("linear", "cosine") has brought a bias to rest.
         numbers: what names leave open; default: the policies' own defaults. A table has these always.
 
@@ -63,19 +81,14 @@ def policies_from(
       got: 'cof'
       do:  did you mean 'coef'?
     """
-    items = [data] if isinstance(data, str) else data
-    if not isinstance(items, Sequence):
-        raise ConfigError(
-            expected="policies as a list of names and tables",
-            got=repr(data),
-            do='for example ["global+micro"], or [] to measure only',
-        )
     built: list[Policy] = []
-    for item in items:
+    for item in as_list(data):
         if isinstance(item, str):
             built += [build(spec, steps) for spec in read_name(item, numbers).policies]
         elif isinstance(item, Mapping):
             built.append(build(item, steps))
+        elif isinstance(item, tuple(KINDS.values())):
+            built.append(item)
         else:
             raise ConfigError(
                 expected="a policy as a name or a table",

@@ -76,6 +76,13 @@ def test_yaml_reads_1e_3_as_text_and_it_is_a_number_all_the_same(written):
     assert policies_from(data["policies"]) == [AuxLoss("global_batch", coef=1e-3)]
 
 
+def test_policies_stand_for_themselves_and_one_needs_no_list():
+    table, policy = {"kind": "AuxLoss", "scope": "sequence"}, AuxLoss("global_batch", coef=0.5)
+    assert policies_from(["z", policy, table]) == [*policies_from("z"), policy, *policies_from([table])]
+    assert policies_from(policy) == [policy]
+    assert policies_from(table) == policies_from([table]) == [AuxLoss("sequence")]
+
+
 def test_what_stands_in_a_file_trains():
     balancer = Balancer(MoE(dim=8, hidden=8, num_experts=4, top_k=2), policies_from(["global@0.02", "z"]))
     assert "AuxLoss global_batch, coef 0.02, filled; ZLoss" in balancer.describe()
@@ -85,7 +92,7 @@ def test_what_stands_in_a_file_trains():
     ("data", "words"),
     [
         (None, "or \\[\\] to measure only"),
-        ({"kind": "AuxLoss"}, "list of names and tables"),
+        ({"scope": "global_batch"}, "kind of policy"),
         (3, "list of names and tables"),
         ([3], "a name or a table"),
         ([None], "a name or a table"),
