@@ -151,7 +151,8 @@ class Diagnosis:
         version: of the engine that is described, installed or not.
         read_from: the file, or "the command line".
         style: how the engine's own settings are written: "yaml", "json", "flags", "overrides" or "" (not at all).
-        host: what takes policies of ours there, where it is one call.
+        host: what takes policies of ours there, with a place for one (`remedies.Remedy.at`); "" where nothing does.
+        guide: the page that says how.
         loss_is_off: something that was said keeps the loss of the model from its gradient.
     """
 
@@ -160,6 +161,7 @@ class Diagnosis:
     read_from: str
     style: str = ""
     host: str = ""
+    guide: str = ""
     model: Model = field(default_factory=Model)
     batch: Batch = field(default_factory=Batch)
     losses: list[Loss] = field(default_factory=list)

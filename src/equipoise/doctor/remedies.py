@@ -13,12 +13,25 @@ __all__ = ["Remedy", "as_settings", "policies"]
 LARGEST_SHARE = 0.05  # of a softmax score, that a step of the sign rule may be (policies/expert_bias.py)
 
 
+SHORT = {"sequence": "sequence", "micro_batch": "micro", "global_batch": "global"}  # in names of policies
+
+
 @dataclass(frozen=True)
 class Remedy:
-    """A policy, and what it is for."""
+    """A policy in Python and by name, as files and engines take it, and what it is for. Both are "" for none."""
 
     line: str
+    name: str
     what_for: str
+
+    def at(self, host: str) -> str:
+        """Where it is written: ``host`` has a place for {line}, {name} or {quoted}.
+
+        >>> Remedy('AuxLoss("global_batch", coef=0.01)', "global@0.01", "").at("equipoise: {{policies: [{name}]}}")
+        'equipoise: {policies: [global@0.01]}'
+        """
+        quoted = f'"{self.name}"' if self.name else ""
+        return (host or "{line}").format(line=self.line or "[]"[bool(host) * 2 :], name=self.name, quoted=quoted)
 
 
 def policies(case: Diagnosis) -> list[Remedy]:
@@ -26,14 +39,18 @@ def policies(case: Diagnosis) -> list[Remedy]:
     found = [_same(loss, real) for loss in case.working if (real := loss.real(case.model)) is not None]
     if meant := _meant(case):
         why = "the coefficient that is written, over the whole step, whatever the ranks and micro-batches"
-        found.append(Remedy(f'AuxLoss("global_batch", coef={meant})', why))
+        name = f"global@{meant}" if "(" not in meant else "global@C"
+        why += f"; C is {meant}" if "(" in meant else ""
+        found.append(Remedy(f'AuxLoss("global_batch", coef={meant})', name, why))
     if case.bias is not None:
         found.append(_bias(case.bias, case.model.experts or 0))
-    return [*found, Remedy("[]", "look first: MaxVio, dead experts and the loss's share of the gradient, in your logs")]
+    look = "look first: MaxVio, dead experts and the loss's share of the gradient, in your logs"
+    return [*found, Remedy("", "", look)]
 
 
 def _same(loss: Loss, real: float) -> Remedy:
-    return Remedy(f'AuxLoss("{loss.scope}", coef={real:.3g})', "as strong as what happens now, each layer by itself")
+    why = "as strong as what happens now, each layer by itself"
+    return Remedy(f'AuxLoss("{loss.scope}", coef={real:.3g})', f"{SHORT[loss.scope]}@{real:.3g}", why)
 
 
 def _meant(case: Diagnosis) -> str:
@@ -50,9 +67,11 @@ def _bias(bias: Bias, experts: int) -> Remedy:
     """The sign rule, but where ``ExpertBias`` refuses it: on softmax scores of many experts."""
     rate = bias.rate or 1e-3
     if bias.gate == "softmax" and rate * experts > LARGEST_SHARE:
-        return Remedy(f'ExpertBias("proportional", rate={0.1 / experts:.1g})', "moves it by the load of the whole step")
+        small = f"{0.1 / experts:.1g}"
+        why = "moves it by the load of the whole step"
+        return Remedy(f'ExpertBias("proportional", rate={small})', f"loss-free:proportional@{small}", why)
     why = "moves the model's own bias by the load of the whole step; less for fine-tuning, e.g. 1e-5"
-    return Remedy(f'ExpertBias("sign", rate={rate:g})', why)
+    return Remedy(f'ExpertBias("sign", rate={rate:g})', f"loss-free@{rate:g}", why)
 
 
 def as_settings(fix: Mapping[str, object], style: str) -> list[str]:

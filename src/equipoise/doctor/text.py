@@ -63,7 +63,7 @@ def to_json(case: Diagnosis) -> dict[str, Any]:
         "balances": case.balances,
         "headline": list(headline(case)),
         "fix": case.fix,
-        "policies": [asdict(one) for one in policies(case)],
+        "policies": [asdict(one) | {"written": one.at(case.host)} for one in policies(case)],
         "asked": case.asked,
     }
 
@@ -121,6 +121,6 @@ def _advice(case: Diagnosis) -> Iterator[str]:
     if case.wider:
         settings = "\n".join(f"  {line}" for line in as_settings(case.wider, case.style))
         yield wrap(f"in {case.engine}, over the whole step (it pushes with 1/W of its coefficient):") + f"\n{settings}"
-    lines = [f"  {one.line}\n{wrap(f'      {one.what_for}', ' ' * 6)}" for one in policies(case)]
-    where = f", in {case.host}([...])" if case.host else ", as policies"
+    lines = [f"  {one.at(case.host)}\n{wrap(f'      {one.what_for}', ' ' * 6)}" for one in policies(case)]
+    where = f" ({case.guide})" if case.guide else "" if case.host else ", as policies"
     yield f"with equipoise{where}:\n" + "\n".join(lines)

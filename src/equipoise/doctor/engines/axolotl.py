@@ -26,7 +26,9 @@ TARGETS = ("lora_target_modules", "lora_target_parameters", "lora_modules_to_sav
 
 def examine(document: Document, options: Options) -> Diagnosis:
     data = document.data
-    case = Diagnosis(NAME, VERSION, document.name, style="yaml", host="BalanceCallback")
+    case = Diagnosis(
+        NAME, VERSION, document.name, style="yaml", host="equipoise: {{policies: [{name}]}}", guide="docs/axolotl.md"
+    )
     family = adopt_model(case, data.get("base_model"), document, options)
     shards = (integer(data, "tensor_parallel_size", 1) or 1) * (integer(data, "context_parallel_size", 1) or 1)
     case.batch = batch_of(data, document, options, ("micro_batch_size", "gradient_accumulation_steps"), (1, 1),

@@ -26,7 +26,14 @@ OWN_LOSSES = ("use_dft_loss", "use_asft_loss", "use_eaft_loss", "label_smoothing
 
 def examine(document: Document, options: Options) -> Diagnosis:
     data = document.data
-    case = Diagnosis(NAME, VERSION, document.name, style="yaml", host="BalanceCallback")
+    case = Diagnosis(
+        NAME,
+        VERSION,
+        document.name,
+        style="yaml",
+        host="equipoise: {{policies: [{name}]}}",
+        guide="docs/llama-factory.md",
+    )
     family = adopt_model(case, data.get("model_name_or_path"), document, options)
     case.batch = batch_of(data, document, options, ("per_device_train_batch_size", "gradient_accumulation_steps"),
                           (8, 1), packed=bool(data.get("packing") or data.get("neat_packing")))  # fmt: skip

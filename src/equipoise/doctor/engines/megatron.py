@@ -40,7 +40,8 @@ GROUPS = ("moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_lim
 def examine(document: Document, options: Options) -> Diagnosis:
     data = _arguments(document)
     version = ".".join(map(str, options.version)) if options.version else VERSION
-    case = Diagnosis(NAME, version, document.name, style="flags")
+    case = Diagnosis(NAME, version, document.name, style="flags",
+                     host="MegatronBalancer(model, optimizer, [{quoted}])", guide="docs/megatron.md")  # fmt: skip
     if not integer(data, "num_experts") and not integer(data, "num_moe_experts") and "num_experts" not in data:
         raise ConfigError(expected="--num-experts, for a mixture-of-experts model",
                           got="arguments of a dense model" if data else "no arguments",

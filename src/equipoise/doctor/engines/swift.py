@@ -37,7 +37,8 @@ def examine(document: Document, options: Options) -> Diagnosis:
     data = document.data
     if re.search(r"\bmegatron (sft|pt|rlhf)\b", document.words) or any(name in data for name in OF_MEGATRON):
         return _megatron(document, options)
-    case = Diagnosis(NAME, VERSION, document.name, style="yaml", host="BalanceCallback")
+    case = Diagnosis(NAME, VERSION, document.name, style="yaml",
+                     host='ENV: {{EQUIPOISE_POLICIES: "[{name}]"}}', guide="docs/ms-swift.md")  # fmt: skip
     if document.kind == "launch":
         case.style = "flags"
     family = adopt_model(case, data.get("model"), document, options)

@@ -38,7 +38,8 @@ def examine(document: Document, options: Options) -> Diagnosis:
     data = flat(document.data)
     named = data.get("module")  # 0.3.0: --module deepseek_v3 --config deepseek_v3_16b
     minor = 3 if named or (options.version is not None and options.version >= (0, 3)) else 2
-    case = Diagnosis(NAME, "0.3.0" if minor == 3 else VERSION, document.name)
+    case = Diagnosis(NAME, "0.3.0" if minor == 3 else VERSION, document.name,
+                     host="balanced(config, [{quoted}])", guide="docs/torchtitan.md")  # fmt: skip
     name = str(named or data.get("model.name") or "").rpartition(".")[2]
     flavor = str(data.get("config", name) if named else data.get("model.flavor", "debugmodel"))
     case.model, case.batch = _model(name, flavor, minor), _batch(data, document, options)

@@ -24,7 +24,9 @@ DOUBLE_SOFTMAX = ((5, 0), (5, 10))  # transformers#45120
 
 def examine(document: Document, options: Options) -> Diagnosis:
     family = family_of(document.data)
-    case = Diagnosis(NAME, _version(), document.name, style="json", host="Balancer", model=family.model)
+    case = Diagnosis(
+        NAME, _version(), document.name, style="json", host="Balancer(model, [{line}])", model=family.model
+    )
     case.batch = Batch(options.micro_batch, options.accumulation, options.world)
     case.known_from.append(family.source)
     if family.adds_loss is None:

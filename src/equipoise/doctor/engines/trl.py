@@ -30,7 +30,7 @@ IN_DPO = (((0, 9), (0, 29)), ((1, 8), (99,)))
 def examine(document: Document, options: Options) -> Diagnosis:
     data = document.data
     now = options.version or _installed()
-    case = Diagnosis(NAME, ".".join(map(str, now)), document.name, host="BalanceCallback",
+    case = Diagnosis(NAME, ".".join(map(str, now)), document.name, host="BalanceCallback([{line}])",
                      style="flags" if document.kind == "launch" else "yaml")  # fmt: skip
     family = adopt_model(case, data.get("model_name_or_path") or data.get("model"), document, options)
     packed = bool(data.get("packing") or data.get("padding_free"))
