@@ -19,7 +19,7 @@ from ..policies.schedule import Schedule
 from ..storage.balancer_file import FILE, read_state, state_file, write_state
 from .engine import Engine
 from .logs import worth_logging
-from .megatron_routers import balance_router, hidden_carriers, own_balancing_off, routers_of
+from .megatron_routers import balance_router, hidden_carriers, let_go, own_balancing, routers_of, switch_off
 
 __all__ = ["MegatronBalancer", "check_limits"]
 
@@ -75,17 +75,23 @@ class MegatronBalancer:
         self.config = next(iter(self._routers.values())).config
         check_limits(self.config)
         _check_policies(schedule)
-        self._own = own_balancing_off(self._routers, schedule)
+        self._own = own_balancing(self._routers, schedule)
+        inner = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
         for router in self._routers.values():
             balance_router(router, takes_bias=bool(schedule.biases))
-        inner = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
-        self.balancer = Balancer(
-            self._chunks,
-            chosen,
-            inner[-1],  # of several, the last to step
-            ranks=Ranks(_data_parallel()),
-            on_fault=on_fault,
-        )
+        try:
+            self.balancer = Balancer(
+                self._chunks,
+                chosen,
+                inner[-1],  # of several, the last to step
+                ranks=Ranks(_data_parallel()),
+                on_fault=on_fault,
+            )
+        except BaseException:
+            let_go(self._routers)
+            raise
+        if schedule:
+            switch_off(self._routers)
         self._layers, self._knows = layers, False  # the second: a step of this process is committed
         self._optimizer, self._step = optimizer, optimizer.step
         optimizer.step = self._stepped
@@ -169,9 +175,7 @@ class MegatronBalancer:
         self.balancer.remove()
         self._optimizer.step = self._step
         self.config.finalize_model_grads_func = self._finalized
-        for router in self._routers.values():
-            router.__dict__.pop("routing", None)
-            router._modules.pop("equipoise", None)
+        let_go(self._routers)
 
 
 def check_limits(config: Any) -> None:

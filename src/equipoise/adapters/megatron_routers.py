@@ -15,7 +15,7 @@ from ..errors import ConfigError
 from ..external.carrier import RouterCarrier
 from ..policies.schedule import Schedule
 
-__all__ = ["BIAS", "balance_router", "hidden_carriers", "own_balancing_off", "routers_of"]
+__all__ = ["BIAS", "balance_router", "hidden_carriers", "let_go", "own_balancing", "routers_of", "switch_off"]
 
 BIAS = "expert_bias"
 CHILD = "equipoise"
@@ -32,6 +32,12 @@ def routers_of(chunks: Sequence[nn.Module]) -> dict[str, Any]:
             if not isinstance(module, theirs.Router):
                 continue
             other = [one for one in TOUCHED if getattr(type(module), one, None) is not getattr(theirs.TopKRouter, one)]
+            if CHILD in module._modules:
+                raise ConfigError(
+                    expected="a model that nothing of equipoise balances yet",
+                    got=f"{name} with a carrier already",
+                    do="pass all policies to one MegatronBalancer, or remove() the first",
+                )
             if other:
                 raise ConfigError(
                     expected="Megatron-core's own TopKRouter",
@@ -77,8 +83,15 @@ def balance_router(router: Any, *, takes_bias: bool) -> RouterCarrier:
     return carrier
 
 
-def own_balancing_off(routers: dict[str, Any], schedule: Schedule) -> str:
-    """Switches Megatron's own balancing off where policies balance; what was done, in words.
+def let_go(routers: dict[str, Any]) -> None:
+    """Undoes `balance_router`."""
+    for router in routers.values():
+        router.__dict__.pop("routing", None)
+        router._modules.pop(CHILD, None)
+
+
+def own_balancing(routers: dict[str, Any], schedule: Schedule) -> str:
+    """What Megatron itself balances by, and what becomes of it beside policies, in words.
 
     Raises ConfigError for one that cannot be, or whose bias would stand still while the routers learn.
     """
@@ -110,11 +123,15 @@ def own_balancing_off(routers: dict[str, Any], schedule: Schedule) -> str:
                 got=f"{name}.{BIAS} that is not zero, and Megatron's own updates switched off",
                 do='add ExpertBias() ("loss-free"), or ExpertBias(rate=0.0) to keep it as it is',
             )
+    return f"off (it was {', '.join(told)})" if told else "none"
+
+
+def switch_off(routers: dict[str, Any]) -> None:
+    """Megatron's own losses and updates of its bias."""
     for router in routers.values():
         router.routing_type = "none"  # read at every call; the configuration stays as it was written
         router.enable_expert_bias = False  # it would go on counting
         router.config.moe_router_enable_expert_bias = False  # what finalize_model_grads asks before it moves the bias
-    return f"off (it was {', '.join(told)})" if told else "none"
 
 
 @contextmanager

@@ -105,6 +105,17 @@ class Training:
         for router in self.routers().values():
             router.register_forward_hook(lambda one, given, _: self._note(one.gating(given[0])))
 
+    def refusal(self, policies: Any) -> str:
+        """What another balancer for this model is answered."""
+        from equipoise.adapters.megatron import MegatronBalancer
+        from equipoise.errors import EquipoiseError
+
+        try:
+            MegatronBalancer(self.model, self.optimizer, policies)
+        except EquipoiseError as error:
+            return str(error)
+        return ""
+
     def _note(self, logits_SBE: torch.Tensor) -> None:
         if len(self.logits[-1]) < LAYERS:  # recompute comes again
             flat = logits_SBE.flatten(0, 1)  # whose gradient then lies as the engine wants it
@@ -181,6 +192,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         "bias": [getattr(one, "expert_bias", None) for one in routers.values()],
         "state": sorted(training.model.state_dict()),
     }  # fmt: skip
+    if case.get("tries"):
+        found["errors"] = [training.refusal(one) for one in case["tries"]]
     if training.balance:
         balancer = training.balance.balancer
         found |= {"load": balancer.load(), "metrics": balancer.metrics()} if balancer.step_count else {"metrics": {}}
