@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 ADAPTERS = Path(__file__).parents[2] / "contracts" / "peers" / "_conformance.py"
 EXPECTED = {
     "Megatron": {"padding alone": "not finite"},
-    "MegatronSequence": {"padding alone": "not finite"},
+    "MegatronSequence": {"padding": "off by 68%", "padding, ranks": "off by 69%", "padding alone": "not finite"},
     "MegatronGlobal": {
         "accumulation": "off by 33%",
         "ranks": "x 0.3333 = 1 / ranks",
