@@ -105,7 +105,7 @@ def _law(one: ClaimVerdict) -> str:
         for name, *others in law_rows(fits)
     ]
     table = rows_table("laws", f"Laws of {one.claim.name}", [f"<{HEADS[0]}", *HEADS[1:]], rows)
-    return f"<p>{minus(safe(law_words(cells, fits)))}</p>\n{table}\n"
+    return f"<p>{minus(safe(law_words(one, cells, fits)))}</p>\n{table}\n"
 
 
 def _reach(one: ClaimVerdict, measure: str) -> float:

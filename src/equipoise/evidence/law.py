@@ -95,10 +95,14 @@ def law_rows(fits: Sequence[Fit]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def law_words(cells: Sequence[Cell], fits: Sequence[Fit]) -> str:
-    """Which law holds, or that none does, in a sentence or two."""
+def law_words(one: ClaimVerdict, cells: Sequence[Cell], fits: Sequence[Fit]) -> str:
+    """Which law holds, or that none does, in a sentence or two; before all pairs of its cells are in, neither."""
+    stated = [judged for judged in one.judged if judged.contrast.gaps]
+    done = [judged for judged in stated if judged.difference and judged.difference.n == judged.contrast.seeds]
     found = holding(fits)
-    if found:
+    if len(done) < len(stated):
+        said = f"No law is judged yet: {len(done)} of {len(stated)} cells have all their pairs."
+    elif found:
         said = f"The {found.law} law holds in these {len(cells)} cells."
     else:
         said = f"No law of diversity holds in these {len(cells)} cells."

@@ -118,7 +118,7 @@ def _law(one: ClaimVerdict) -> list[str]:
     if not (fits := fit_laws(cells)):
         return []
     rows = ["| " + " | ".join(row) + " |" for row in [list(HEADS), ["---"] * len(HEADS), *law_rows(fits)]]
-    return [law_words(cells, fits), "", *rows, ""]
+    return [law_words(one, cells, fits), "", *rows, ""]
 
 
 def _domains(one: ClaimVerdict) -> list[str]:

@@ -39,7 +39,7 @@ def render_verdict(one: ClaimVerdict) -> str:
     lines = [wrap(f"{cell}, {pair}", "  ") + f"\n  {measure:<24} {text:>32} {n:>6}  {word}"
              for cell, pair, measure, text, n, word in rows]  # fmt: skip
     cells = cells_of(one)
-    laws = [wrap(law_words(cells, fits))] if (fits := fit_laws(cells)) else []
+    laws = [wrap(law_words(one, cells, fits))] if (fits := fit_laws(cells)) else []
     return "\n".join([*head, *laws, "", *lines])
 
 

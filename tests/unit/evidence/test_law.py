@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from equipoise.errors import ConfigError
-from equipoise.evidence.law import LAWS, Cell, cells_of, fit_laws, holding, law_words
+from equipoise.evidence.law import LAWS, Cell, cells_of, fit_laws, holding
+from equipoise.evidence.page import render_page
 from equipoise.evidence.run_summary import run_key
 from equipoise.evidence.text import render_verdict
 from equipoise.evidence.verdict import judge_all
-from unit.evidence._made import claim_in, run_of, runs_of
+from unit.evidence._made import claim_in, run_of
 
 GAPS = [(3.2, 0.1), (1.6, 0.2), (1.4, 0.35), (0.8, 0.1), (0.2, 0.1), (0.9, 0.03), (2.4, 0.1)]
 
@@ -69,30 +70,47 @@ def test_two_cells_prove_no_law():
     assert fit_laws(made("proportional", -0.01, np.random.default_rng(3))[:2]) == []
 
 
-def test_a_claim_that_states_its_gaps_is_told_which_law_holds(tmp_path):
-    cells = "".join(
+CELLS = (("base", 3.1), ("two", 2.1), ("four", 1.1), ("eight", 0.3))
+NOISE = (0.001, -0.001, 0.0002, -0.0002)
+
+
+def judged_of(folder, gain, *, pairs: int = 4):
+    """A claim of four cells whose differences are ``gain(gap)`` but for the noise of their seeds."""
+    more = "".join(
         f'\n[[contrast]]\ncell = "{name}"\ntreated = "global"\nbaseline = "micro"\nseeds = 4\ngaps = [{gap}, 0.1]\n'
-        f'settings = {{ "train.micro_batches" = {size} }}\n'
-        for name, gap, size in (("two", 2.1, 2), ("four", 1.1, 4), ("eight", 0.3, 8))
+        f'settings = {{ "train.micro_batches" = {2 + number} }}\n'
+        for number, (name, gap) in enumerate(CELLS[1:])
     )
-    claim = claim_in(tmp_path, more="gaps = [3.1, 0.1]\n" + cells)
-    runs = runs_of(claim, [-0.031, -0.029, -0.0301, -0.0299])
-    for contrast, gap in zip(claim.contrast[1:], (2.1, 1.1, 0.3), strict=True):
-        for seed, noise in enumerate((0.001, -0.001, 0.0002, -0.0002)):
-            for side, ended in (("baseline", 3.0), ("treated", 3.0 - 0.01 * (gap - 0.1) + noise)):
+    claim = claim_in(folder, more=f"gaps = [{CELLS[0][1]}, 0.1]\n" + more)
+    runs = []
+    for contrast, (_, gap) in zip(claim.contrast, CELLS, strict=True):
+        for seed, noise in enumerate(NOISE[:pairs]):
+            for side, ended in (("baseline", 3.0), ("treated", 3.0 + gain(gap) + noise)):
                 key = run_key(claim.run(contrast, side, seed))
                 runs.append(replace(run_of(claim, side, seed, ended), key=key))
-    (judged,) = judge_all([claim], runs)
-    found = cells_of(judged)
-    assert [cell.name for cell in found] == ["base", "two", "four", "eight"]
-    assert holding(fit_laws(found)).law == "proportional"
-    assert "The proportional law holds in these 4 cells." in " ".join(render_verdict(judged).split())
-    assert cells_of(judge_all([claim], [])[0]) == []
+    return judge_all([claim], runs)[0]
 
 
-def test_no_law_is_said(tmp_path):
-    cells = made("nothing", 0.0, np.random.default_rng(4))
-    assert law_words(cells, fit_laws(cells)).startswith("No law of diversity holds in these 7 cells.")
+@pytest.mark.parametrize(
+    ("gain", "said"),
+    [
+        (lambda gap: -0.01 * (gap - 0.1), "The proportional law holds in these 4 cells."),
+        (lambda gap: -0.01 * (2.0 - gap) ** 2, "No law of diversity holds in these 4 cells."),
+    ],
+)
+def test_a_claim_that_states_its_gaps_is_told_which_law_holds(tmp_path, gain, said):
+    judged = judged_of(tmp_path, gain)
+    assert [cell.name for cell in cells_of(judged)] == [name for name, _ in CELLS]
+    for text in (render_verdict(judged), render_page([judged])):
+        assert said in " ".join(text.split())
+
+
+def test_no_law_is_judged_before_all_pairs_are_in(tmp_path):
+    judged = judged_of(tmp_path, lambda gap: -0.01 * (gap - 0.1), pairs=3)
+    text = " ".join(render_verdict(judged).split())
+    assert "No law is judged yet: 0 of 4 cells have all their pairs." in text
+    assert "law holds in" not in text
+    assert cells_of(judge_all([judged.claim], [])[0]) == []
 
 
 @pytest.mark.parametrize("gaps", ["[3.2]", "[3.2, 0.0]", "[1.0, 2.0, 3.0]"])
