@@ -105,5 +105,9 @@ def test_the_policies_that_it_writes_are_policies(config, capsys):
     import equipoise
 
     for arguments in ([config], [config, "--world", "8", "--accumulation", "2"], ["--", *LINE]):
-        for one in json.loads(out(capsys, "--json", *arguments))["policies"]:
-            assert isinstance(eval(one["line"], vars(equipoise)), equipoise.AuxLoss | equipoise.ExpertBias | list)
+        told = json.loads(out(capsys, "--json", *arguments))["policies"]
+        assert told[-1]["line"] == ""  # none of them: to look first
+        for one in told:
+            written = eval(f"[{one['line']}]", vars(equipoise))
+            assert all(isinstance(policy, equipoise.AuxLoss | equipoise.ExpertBias) for policy in written)
+            assert (one["line"] or one["name"]) in one["written"] or one["name"] in one["written"]
