@@ -42,10 +42,10 @@ class MegatronBalancer:
         on_fault: see ``Balancer``.
 
     Raises ConfigError without policies, for a configuration that no test of ours has run, and for a router that is not
-    Megatron's own. docs/megatron.md has a whole loop.
+    Megatron's own. docs/megatron.md shows where it goes in a loop.
 
     ``forward_step`` is wrapped once; the numbers of the step before stand among what the loss function reports, and so
-    in Megatron's log. ``balancer`` is the ``Balancer``.
+    in Megatron's log. They are read once a step. ``balancer`` is the ``Balancer``.
 
     >>> MegatronBalancer(nn.Linear(2, 2), None, None)
     Traceback (most recent call last):
@@ -92,7 +92,8 @@ class MegatronBalancer:
             raise
         if schedule:
             switch_off(self._routers)
-        self._layers, self._knows = layers, False  # the second: a step of this process is committed
+        self._layers = layers
+        self._reported: dict[str, Tensor] | None = {}  # of the last step; None: to be read when they are asked for
         self._optimizer, self._step = optimizer, optimizer.step
         optimizer.step = self._stepped
         self._finalized = self.config.finalize_model_grads_func
@@ -118,24 +119,25 @@ class MegatronBalancer:
             if named.get("non_loss_data") or not torch.is_grad_enabled():
                 return outputs
             loss, *tokens, report = outputs
-            loss = self.balancer.tap(loss, tokens=tokens[0] if tokens else None)
-            return (loss, *tokens, {**report, **self._report(loss)})
+            # a micro-batch without labels is divided by 1, and its routers have tokens all the same
+            number = tokens[0].clamp(min=1) if tokens else None
+            return (self.balancer.tap(loss, tokens=number), *tokens, {**report, **self._report(loss)})
 
         return tapped
 
     def _report(self, loss: Tensor) -> dict[str, Tensor]:
         """Of the step before: the numbers of this one are known when all its micro-batches are."""
-        if not self._knows:
-            return {}
-        numbers = worth_logging(self.balancer.metrics(), layers=self._layers)
-        return {name: torch.tensor([value], device=loss.device) for name, value in numbers.items()}
+        if self._reported is None:
+            numbers = worth_logging(self.balancer.metrics(), layers=self._layers)
+            self._reported = {name: torch.tensor([value], device=loss.device) for name, value in numbers.items()}
+        return self._reported
 
     def _stepped(self, *args: Any, **named: Any) -> Any:
         outcome = self._step(*args, **named)
         if isinstance(outcome, tuple) and outcome and outcome[0] is False:
             self.balancer.skip()  # infinite gradients: Megatron left the weights as they were
         else:
-            self._knows = True
+            self._reported = None
         return outcome
 
     def _finalize(self, *args: Any, **named: Any) -> Any:
@@ -149,10 +151,12 @@ class MegatronBalancer:
         return f"asked for      {asked}\nits balancing  {self._own}\n{self.balancer.describe()}"
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the balancer's state beside a checkpoint; rank 0 alone, all ranks have the same."""
+        """Writes the balancer's state into a folder that is there; rank 0 alone, all ranks have the same.
+
+        Raises OutputError.
+        """
         path = Path(folder) / FILE
         if Group.world().rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_state(self.balancer.state_dict(), path)
         return path
 
@@ -196,8 +200,8 @@ def _refused(config: Any) -> Iterator[tuple[str, str]]:
         yield "moe_router_force_load_balancing=True", "leave it out: the routers then choose nothing"
     if getattr(config, "moe_enable_routing_replay", False):
         yield "moe_enable_routing_replay=True", "leave it out: replayed choices are not balanced yet"
-    if config.moe_pad_expert_input_to_capacity:
-        yield "moe_pad_expert_input_to_capacity=True", "leave it out: all counts would look equal (B67)"
+    if config.moe_expert_capacity_factor is not None:
+        yield f"moe_expert_capacity_factor={config.moe_expert_capacity_factor:g}", "leave it out: no test has run it"
     if config.enable_cuda_graph or getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
         yield "CUDA graphs", "switch them off: a graph that is replayed passes the balancer by"
     if config.fp8:

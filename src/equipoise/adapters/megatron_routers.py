@@ -66,7 +66,6 @@ def balance_router(router: Any, *, takes_bias: bool) -> RouterCarrier:
         without_bias="build the model with moe_router_enable_expert_bias=True and moe_router_score_function='sigmoid': "
         f"Megatron then makes {BIAS}, which its checkpoints hold",
         sequence_first=True,
-        drops=config.moe_expert_capacity_factor is not None,
     )
     router.add_module(CHILD, carrier)
     routing = router.routing

@@ -87,6 +87,7 @@ class Training:
         self.balance: Any = None
         self.logits: list[list[torch.Tensor]] = []  # micro-batch -> layer
         self.reports: list[dict[str, float]] = []
+        self.reads = 0
 
     @property
     def micro_batches(self) -> int:
@@ -102,6 +103,13 @@ class Training:
             from equipoise.adapters.megatron import MegatronBalancer
 
             self.balance = MegatronBalancer(self.model, self.optimizer, policies, layers=True)
+            read = self.balance.balancer.metrics
+
+            def counted(**named: Any) -> dict[str, float]:
+                self.reads += 1
+                return read(**named)
+
+            self.balance.balancer.metrics = counted
         for router in self.routers().values():
             router.register_forward_hook(lambda one, given, _: self._note(one.gating(given[0])))
 
@@ -126,8 +134,10 @@ class Training:
         if len(self.logits) % self.micro_batches == 1 % self.micro_batches:
             self.law = Law(self.case["law"], EXPERTS, TOP_K, self.config.moe_router_score_function)
         parts = self.micro_batches * dist.get_world_size()
+        real_BS = ~self.padding_BS
+        logits = [one[real_BS][None] for one in self.logits[-1]] if self.padding_BS.any() else self.logits[-1]
         positions_BS = torch.arange(LENGTH).expand(BATCH, -1)
-        return parts * self.law.loss(self.logits[-1], positions_BS, BATCH * LENGTH * parts)
+        return parts * self.law.loss(logits, positions_BS, int(real_BS.sum()) * parts)
 
     def text(self, step: int):
         for m in range(self.micro_batches):
@@ -141,13 +151,18 @@ class Training:
         text, after = next(iterator)
         self.logits.append([])
         mask = torch.ones(1, 1, LENGTH, LENGTH).triu(1).bool()
-        losses = model(text, torch.arange(LENGTH).expand(BATCH, -1), mask, labels=after)
+        self.padding_BS = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+        if padded := self.case.get("padding"):
+            self.padding_BS[-1, -padded:] = True
+        padding = {"padding_mask": self.padding_BS} if padded else {}
+        losses = model(text, torch.arange(LENGTH).expand(BATCH, -1), mask, labels=after, **padding)
+        has_labels = (len(self.logits) - 1) % self.micro_batches < self.case.get("labels", self.micro_batches)
 
         def loss_function(losses: torch.Tensor) -> tuple[Any, ...]:
-            total, number = losses.sum(), torch.tensor(losses.numel(), dtype=torch.int)
+            total, number = losses.sum() * has_labels, torch.tensor(losses.numel() * has_labels, dtype=torch.int)
             if "law" in self.case:
-                total = total + number * self._law()
-            report = {"lm loss": (total / number).detach()}
+                total = total + number.clamp(min=1) * self._law()
+            report = {"lm loss": (total / number.clamp(min=1)).detach()}
             return (total / number, report) if self.case.get("loss", "mean") == "mean" else (total, number, report)
 
         return losses, loss_function
@@ -195,7 +210,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     if case.get("tries"):
         found["errors"] = [training.refusal(one) for one in case["tries"]]
     if training.balance:
-        balancer = training.balance.balancer
+        found["reads"], balancer = training.reads, training.balance.balancer
         found |= {"load": balancer.load(), "metrics": balancer.metrics()} if balancer.step_count else {"metrics": {}}
         found["described"] = training.balance.describe()
         training.balance.remove()

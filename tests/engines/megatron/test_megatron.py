@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[3]
 RECORD = Path(__file__).with_name("record_megatron.py")
 TOKENS, TOP_K, LAYERS = 32, 2, 2  # of a micro-batch
 GLOBAL = [{"kind": "AuxLoss", "scope": "global_batch", "coef": COEF}]
+MICRO = [{"kind": "AuxLoss", "scope": "micro_batch", "coef": COEF}]
 SCOPES = ("sequence", "micro_batch", "data_parallel", "global_batch")
 LAW: dict[str, dict[str, Any]] = {
     **{scope: {"policies": [{"kind": "AuxLoss", "scope": scope, "coef": COEF}]} for scope in SCOPES},
@@ -32,6 +33,8 @@ LAW: dict[str, dict[str, Any]] = {
     "sum and tokens": {"policies": GLOBAL, "accumulation": 2, "loss": "sum"},
     "per token": {"policies": GLOBAL, "accumulation": 2, "loss": "per token", "recompute": "full"},
     "sigmoid": {"policies": GLOBAL, "accumulation": 2, "config": {"moe_router_score_function": "sigmoid"}},
+    "labels for one micro-batch alone": {"policies": GLOBAL, "accumulation": 2, "loss": "sum", "labels": 1},
+    "padding": {"policies": MICRO, "accumulation": 2, "padding": 5},
     "two losses": {"policies": [*GLOBAL, {"kind": "AuxLoss", "scope": "sequence", "coef": COEF}], "accumulation": 2},
 }
 THEIR_BIAS = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
@@ -87,7 +90,7 @@ def test_gradients_and_loads_are_those_of_the_law(of_law, name):
         for keys in (routers, list(off)):
             size = sum(float(right["gradients"][0][k].square().sum()) for k in keys) ** 0.5
             assert sum(float(off[k].square().sum()) for k in keys) ** 0.5 < 1e-12 * size
-        tokens = TOKENS * LAW[name].get("accumulation", 1) * len(of_law)
+        tokens = (TOKENS - LAW[name].get("padding", 0)) * LAW[name].get("accumulation", 1) * len(of_law)
         assert [int(counts.sum()) for counts in got["load"]] == [tokens * TOP_K] * LAYERS
 
 
@@ -176,6 +179,11 @@ def test_checkpoints_are_megatrons_own(others):
         assert all(torch.equal(a, b) for a, b in zip(whole["load"], second["load"], strict=True))
 
 
+def test_numbers_are_read_once_a_step(others):
+    """However many micro-batches: reading them waits for a GPU."""
+    assert others[0]["bias"]["reads"] == 2  # of three steps; the last is read by whoever asks
+
+
 def test_the_loss_function_reports_the_step_before(others):
     first, second, _ = others[0]["bias"]["reports"]
     assert set(first) == {"lm loss"}
@@ -211,7 +219,7 @@ def test_a_step_that_megatron_skips_moves_no_bias(others):
         ({"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}, "pipeline parallelism of 2"),
         ({"context_parallel_size": 2}, "context parallelism of 2"),
         ({"moe_router_force_load_balancing": True}, "moe_router_force_load_balancing=True"),
-        ({"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}, "B67"),
+        ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor=1"),
     ],
 )
 def test_what_no_test_has_run_is_refused_by_name(settings, words):
