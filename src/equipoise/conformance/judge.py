@@ -17,6 +17,7 @@ __all__ = ["AGAIN", "COLUMNS", "RIGHT", "Finding", "judge"]
 
 COLUMNS = ("gradient", "counts", "bias")
 RIGHT, AGAIN = "right", "as above"  # the second: right but for the factor of the first check, which is one fault
+FINITE = "finite"  # all that is asked of a gradient whose rounding is no fault
 ROUNDING = 1e-3  # far above that of float32 here, far below any fault: those are off by a factor, or by per cents
 
 
@@ -39,7 +40,7 @@ class Finding:
     @property
     def wrong(self) -> list[str]:
         """The columns that are."""
-        return [column for column, word in self.words.items() if word not in (RIGHT, AGAIN, "")]
+        return [column for column, word in self.words.items() if word not in (RIGHT, AGAIN, FINITE, "")]
 
     @property
     def passed(self) -> bool:
@@ -79,8 +80,8 @@ def _gradient(
         return "not finite", 1.0
     if any(not _same(got_LED, other.gradient_LED.double()) for other in answers[1:]):
         return "differs between ranks", 1.0
-    if check.text != "plain":  # its rounding is no fault
-        return RIGHT, 1.0
+    if check.text != "plain":
+        return FINITE, 1.0
     found = []
     for by_tokens in (True, False) if check.padding and adapter.scope != "global_batch" else (True,):
         right_LED = got_LED.new_zeros(got_LED.shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -12,7 +13,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -25,7 +26,7 @@ from .task import Adapter, Answer, Task
 __all__ = ["load_adapter", "run_tasks"]
 
 Outcome = list[Answer] | str  # of all ranks, or what went wrong
-START = 60.0  # seconds that processes get to import what they need
+START = 120.0  # seconds that processes get to import torch and to find each other
 
 
 def load_adapter(spec: str) -> type[Adapter]:
@@ -54,15 +55,16 @@ def run_tasks(spec: str, cuts: Sequence[Sequence[Task]], timeout: float = 60.0) 
     at = 0
     while at < len(cuts):
         with _started(spec, len(cuts[0])) as pipes:
-            limit = timeout + START
-            while at < len(cuts):
+            here, alive = _collect(pipes, START)  # each says that it is there
+            if isinstance(here, str):
+                yield from [f"{len(pipes)} processes did not start: {here}"] * (len(cuts) - at)
+                return
+            while alive and at < len(cuts):
                 for pipe, task in zip(pipes, cuts[at], strict=True):
                     pipe.send(task)
-                outcome, alive = _collect(pipes, limit)
+                outcome, alive = _collect(pipes, timeout)
                 yield outcome
-                at, limit = at + 1, timeout
-                if not alive:
-                    break
+                at += 1
 
 
 def _from_file(path: Path) -> Any:
@@ -104,11 +106,11 @@ def _started(spec: str, ranks: int) -> Iterator[list[Connection]]:
 def _collect(pipes: Sequence[Connection], timeout: float) -> tuple[Outcome, bool]:
     """(the answers or an error, whether the processes can go on)."""
     until, waiting = time.monotonic() + timeout, dict(enumerate(pipes))
-    answers: dict[int, Answer] = {}
+    answers: dict[int, Any] = {}
     while waiting:
         ready = wait(list(waiting.values()), max(0.0, until - time.monotonic()))
         if not ready:
-            return f"no answer in {timeout - START if timeout > START else timeout:.0f} s", False
+            return f"no answer in {timeout:.0f} s", False
         for rank, pipe in [(rank, pipe) for rank, pipe in waiting.items() if pipe in ready]:
             try:
                 answer = pipe.recv()
@@ -133,20 +135,22 @@ def _serve(pipe: Connection, spec: str, rank: int, ranks: int, store: str) -> No
         dist.all_reduce(tensor)
         tensor /= ranks
 
+    load = functools.cache(load_adapter)
     with contextlib.suppress(EOFError, OSError):
+        pipe.send(None)
         while True:
             task: Task = pipe.recv()
-            pipe.send(_answer(spec, replace(task, mean=mean)))
+            pipe.send(_answer(lambda: load(spec), replace(task, mean=mean)))
 
 
-def _answer(spec: str, task: Task) -> Answer | str:
+def _answer(load: Callable[[], type[Adapter]], task: Task) -> Answer | str:
     import torch
 
     torch.manual_seed(0)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
-            answer = load_adapter(spec)().step(task)
+            answer = load()().step(task)
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             text = " ".join(str(error).split())[:200]

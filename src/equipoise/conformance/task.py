@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -49,7 +50,7 @@ class Task:
         tokens: that are no padding, in the whole step, over all ranks: for those who divide by them.
         bias_rate: by how much a selection bias moves; 0 without one.
         recompute: "", "reentrant" or "non-reentrant": how `forward` runs what it is given.
-        evaluates: whether `forward` evaluates on other text before.
+        evaluates: whether `forward` evaluates before.
     """
 
     weights_LED: Tensor
@@ -78,11 +79,9 @@ class Task:
         A checkpoint takes what returns tensors, or a tuple of them. The inputs have a gradient there, as hidden states
         have inside a model: without one, a reentrant checkpoint gives no gradient to the layer either.
         """
-        if self.evaluates and isinstance(module, torch.nn.Module):
-            module.eval()
-            with torch.no_grad():
+        if self.evaluates:
+            with _evaluation(module), torch.no_grad():
                 module(*inputs)
-            module.train()
         if not self.recompute:
             return module(*inputs)
         inside = [one.detach().requires_grad_() if _is_text(one) else one for one in inputs]
@@ -136,6 +135,16 @@ class Adapter(ABC):
     @classmethod
     def title(cls) -> str:
         return cls.name or cls.__name__
+
+
+@contextmanager
+def _evaluation(module: Callable[..., Any]) -> Iterator[None]:
+    """A function has no mode: it alone knows what it calls."""
+    if isinstance(module, torch.nn.Module):
+        module.eval()
+    yield
+    if isinstance(module, torch.nn.Module):
+        module.train()
 
 
 def _is_text(one: Any) -> bool:
