@@ -11,8 +11,6 @@ from .diagnosis import Bias, Diagnosis, Loss
 __all__ = ["Remedy", "as_settings", "policies"]
 
 LARGEST_SHARE = 0.05  # of a softmax score, that a step of the sign rule may be (policies/expert_bias.py)
-
-
 SHORT = {"sequence": "sequence", "micro_batch": "micro", "global_batch": "global"}  # in names of policies
 
 
@@ -30,8 +28,9 @@ class Remedy:
         >>> Remedy('AuxLoss("global_batch", coef=0.01)', "global@0.01", "").at("equipoise: {{policies: [{name}]}}")
         'equipoise: {policies: [global@0.01]}'
         """
-        quoted = f'"{self.name}"' if self.name else ""
-        return (host or "{line}").format(line=self.line or "[]"[bool(host) * 2 :], name=self.name, quoted=quoted)
+        if not host:
+            return self.line or "[]"
+        return host.format(line=self.line, name=self.name, quoted=f'"{self.name}"' if self.name else "")
 
 
 def policies(case: Diagnosis) -> list[Remedy]:
