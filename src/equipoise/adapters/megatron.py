@@ -119,9 +119,8 @@ class MegatronBalancer:
             if named.get("non_loss_data") or not torch.is_grad_enabled():
                 return outputs
             loss, *tokens, report = outputs
-            # a micro-batch without labels is divided by 1, and its routers have tokens all the same
-            number = tokens[0].clamp(min=1) if tokens else None
-            return (self.balancer.tap(loss, tokens=number), *tokens, {**report, **self._report(loss)})
+            loss = self.balancer.tap(loss, tokens=tokens[0] if tokens else None)
+            return (loss, *tokens, {**report, **self._report(loss)})
 
         return tapped
 

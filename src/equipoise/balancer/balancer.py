@@ -171,7 +171,8 @@ class Balancer(StepCycle):
                 Without gradient, or in evaluation, nothing happens.
             scale: for a pipeline stage without the loss: tap its output activations with the scale said explicitly.
             tokens: where ``loss`` is a sum over so many tokens that the engine divides later (Megatron's
-                (sum, number of tokens)): the scale is then that of their mean.
+                (sum, number of tokens)): the scale is then that of their mean. 0, where no token has a label, counts
+                as 1, as engines divide: its routers have tokens all the same.
         """
         if not (torch.is_grad_enabled() and loss.requires_grad):
             self._clear_pending(first=2)  # and not a training forward whose loss is still to be tapped

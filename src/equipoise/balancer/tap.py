@@ -68,7 +68,7 @@ class _TapLoss(torch.autograd.Function):
         balancer: Tapped = ctx.balancer
         scale = (grad if ctx.scale is None else grad.new_full((), ctx.scale)).detach()
         if ctx.tokens is not None:
-            scale = scale * ctx.tokens
+            scale = scale * (ctx.tokens + (ctx.tokens == 0))  # without a label engines divide by 1
         again = ctx.generation == balancer.generation  # a second backward of this loss: its gradient, but no count
         if not again:
             ctx.coefficients = balancer.start_backward(scale, ctx.forward_taken)

@@ -175,6 +175,19 @@ def test_a_micro_batch_of_no_tokens_is_a_zero_and_no_nan(scale):
     optimizer.step()
 
 
+@pytest.mark.parametrize("none", [0, 0.0, torch.tensor(0), torch.tensor(0.0)])
+def test_a_micro_batch_without_labels_is_balanced_all_the_same(none):
+    """(0, 0) of a micro-batch whose labels are all masked: the engine divides by 1, and its routers have tokens."""
+    found = []
+    for tokens in (none, None):  # a sum of no labels, and the mean that it stands for
+        model, balancer, optimizer = setup(AuxLoss("micro_batch", 0.3))
+        (balancer.tap(0 * model(make_step(0)[0].x_BSD).sum(), tokens=tokens) / 2).backward()
+        found.append(gradients(model))
+        optimizer.step()
+    assert_close(*found, 1e-12)
+    assert any(bool(g.any()) for g in found[0].values())
+
+
 # ---------------------------------------------------------------- choices per token
 
 
