@@ -24,7 +24,7 @@ LAWS: dict[str, tuple[str, Callable[[float, float], float]]] = {
     "constant": ("c", lambda _before, _after: 1.0),
     "nothing": ("0", lambda _before, _after: 0.0),
 }
-HEADS = ("law", "difference", "c (standard error)", "lack of fit, p", "error at unseen cells")
+HEADS = ("law", "difference", "c (standard error)", "lack of fit, p", "unseen error")
 SIGMAS = 2.0  # how far from zero a coefficient is, in standard errors; without it noise alone passes one time in five
 TRIVIAL = ("constant", "nothing")  # what a law of diversity has to beat
 
