@@ -36,8 +36,16 @@ def load_adapter(spec: str) -> type[Adapter]:
         raise ConfigError(expected="file.py:Adapter, or package.module:Adapter", got=spec, do="name the class as well")
     try:
         module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    except ConfigError:
+        raise
     except ImportError as error:
         raise ConfigError(expected=f"an importable {where}", got=str(error), do="install what it needs") from error
+    except Exception as error:
+        raise ConfigError(
+            expected=f"{where} to run when it is imported",
+            got=f"{type(error).__name__}: {error}",
+            do=f"try it alone: python {where}",
+        ) from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Adapter)):
         offered = [one for one, value in vars(module).items()

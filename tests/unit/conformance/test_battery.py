@@ -208,8 +208,13 @@ def test_what_raises_hangs_or_dies_is_a_finding_and_the_next_check_is_made(name,
         ("equipoise.errors:ConfigError", "derive it from Adapter"),
         ("no_such_package:Router", "install what it needs"),
         ("just_a_name", "name the class as well"),
+        ("broken.py:Router", r"ZeroDivisionError: division by zero\n.*python broken\.py"),
+        ("half.py:Router", "SyntaxError: invalid syntax"),
     ],
 )
-def test_an_adapter_that_cannot_be_loaded_says_what_to_do(spec, words):
+def test_an_adapter_that_cannot_be_loaded_says_what_to_do(spec, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.py").write_text("x = 1 / 0\n")
+    Path("half.py").write_text("def (\n")
     with pytest.raises(ConfigError, match=words):
         next(run_checks(spec))
