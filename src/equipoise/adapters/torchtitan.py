@@ -44,8 +44,8 @@ class Settings:
 
     Raises ConfigError.
 
-    >>> Settings.read("global", layers=False, strict=True, on_fault="raise").policies_of(steps=10)
-    [AuxLoss(scope='global_batch', coef=0.01, estimator='filled', counts='dispatched', decay=0.9, name=None)]
+    >>> Settings.read("global", layers=False, strict=True, on_fault="raise").policies_of(steps=10)[0].scope
+    'global_batch'
     """
 
     policies: tuple[Any, ...]

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, library
 
 from ..distributed import Group
+from ..functional.load_view import seen_load
 from ..functional.losses import load_fractions
 from .router_state import RouterState, ShardCounts, stack_on
-from .spec import StatsSpec
+from .spec import LossTerm, StatsSpec
 from .statistics import group_counts, micro_batches, rule_sums, shared_counts, violations
 
 __all__ = ["ShardedFractions", "correct_for_shards", "record_shard_counts", "sharded_fractions", "sum_shards"]
@@ -143,13 +144,21 @@ def _fractions(spec: StatsSpec, local: ShardCounts, summed: ShardCounts) -> Shar
     kinds, probs_E = [int(term.unbiased) for term in spec.terms], local.probs_BE.sum(dim=0)
     sequences = [shared_counts(summed.counts_CBE[kind], term) for kind, term in zip(kinds, spec.terms, strict=True)]
     no_terms = local.probs_BE.new_zeros((0, *local.probs_BE.shape))
-    fraction_NBE = load_fractions(torch.stack(sequences)) if sequences else no_terms
+    fraction_NBE = _seen(spec.terms, load_fractions(torch.stack(sequences))) if sequences else no_terms
     if summed.counts_CRE is None or local.document_T is None:
         return ShardedFractions(probs_E, fraction_NBE, None, None)
-    documents = [kind for kind, term in zip(kinds, spec.terms, strict=True) if term.kind == "document"]
+    documents = [term for term in spec.terms if term.kind == "document"]
+    fraction_NRE = load_fractions(summed.counts_CRE[[int(term.unbiased) for term in documents]])
     held, shared = _rows(local), summed.counts_CRE.shape[1] // local.probs_BE.shape[0]
     row_T = local.document_T // held * shared + local.document_T % held
-    return ShardedFractions(probs_E, fraction_NBE, load_fractions(summed.counts_CRE[documents]), row_T)
+    return ShardedFractions(probs_E, fraction_NBE, _seen(documents, fraction_NRE), row_T)
+
+
+def _seen(terms: Sequence[LossTerm], fraction_NE: Tensor) -> Tensor:
+    """(N, ..., E) as each term sees it."""
+    if all(term.view is None for term in terms):
+        return fraction_NE
+    return torch.stack([seen_load(term.view, one) for term, one in zip(terms, fraction_NE, strict=True)])
 
 
 def _values(spec: StatsSpec, local: ShardCounts, fractions: ShardedFractions) -> Tensor:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..functional.load_view import LoadView
+
 __all__ = ["SCALARS", "LossTerm", "StatsSpec"]
 
 SCALARS = (
@@ -36,6 +38,7 @@ class LossTerm(NamedTuple):
     kind: str  # "deferred", "sequences", "micro_batch", "document"
     sequences: int = 1  # for "sequences": how many neighbouring ones share an f
     unbiased: bool = False  # f of the top-k without selection bias and groups, as in DeepSeek-V3's sequence loss
+    view: LoadView | None = None  # groups, costs and targets that f is seen through
 
 
 class StatsSpec(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..functional.load_view import seen_load
 from ..functional.losses import load_fractions
 from ..functional.routing import count_choices, gate_probs, gate_slope, without_autocast
 from ..functional.updates import RULES
@@ -68,7 +69,7 @@ def measure(
         if term.kind == "document":
             if term.unbiased not in of_documents:
                 of_documents[term.unbiased] = _document_counts(unbiased_TK if term.unbiased else ids_TK, spec, batch)
-            fraction_TE = load_fractions(of_documents[term.unbiased])[batch.document_T]
+            fraction_TE = seen_load(term.view, load_fractions(of_documents[term.unbiased]))[batch.document_T]
             documents.append(fraction_TE.to(probs_TE.dtype))
             values.append(num_experts * (fraction_TE * valid_TE).sum(dtype=torch.float64))
         else:
@@ -120,7 +121,10 @@ def _fractions(
     """(f of each term, (B, E) or (1, E) where all sequences share it, None where forward does not know it;
     MaxVio summed over the sequences and over the micro-batches, which are the first two terms)."""
     one = len(counts_BE) == 1
-    keys = [term._replace(kind="sequences", sequences=1) if one and _is_local(term) else term for term in terms]
+    keys = [
+        term._replace(view=None, **({"kind": "sequences", "sequences": 1} if one and _is_local(term) else {}))
+        for term in terms
+    ]
     distinct = [key for key in dict.fromkeys(keys) if _is_local(key)]
     rows = []
     for key in distinct:
@@ -132,7 +136,11 @@ def _fractions(
     vio_R = violations(found_RE)
     of_first = vio_R[: sizes[0]].sum()
     of_second = of_first if keys[0] == keys[1] else vio_R[sizes[0] : sizes[0] + sizes[1]].sum()
-    fractions = [None, None, *(_of_each(of.get(key), key, len(counts_BE)) for key in keys[2:])]
+    seen = [
+        None if key not in of else seen_load(term.view, of[key]) for term, key in zip(terms[2:], keys[2:], strict=True)
+    ]
+    spread = (_of_each(one, key, len(counts_BE)) for one, key in zip(seen, keys[2:], strict=True))
+    fractions = [None, None, *spread]
     return fractions, [of_first, of_second]
 
 

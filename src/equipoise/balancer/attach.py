@@ -195,6 +195,8 @@ def _check_free(routers: Sequence[FoundRouter]) -> None:
 
 def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule) -> None:
     for _, name, router in routers:
+        for view in schedule.views:
+            view.members(router.num_experts)
         for _, policy in schedule.biases:
             policy.check_gate(router.gate, router.num_experts)
         if schedule.biases:
@@ -256,5 +258,5 @@ def _term(policy: AuxLoss, micro_sequences: int | None) -> LossTerm:
     """Where several micro-batches run as one pass, each is a group of sequences in it."""
     term = policy.term
     if term.kind == "micro_batch" and micro_sequences is not None:
-        return LossTerm("sequences", micro_sequences, term.unbiased)
+        return term._replace(kind="sequences", sequences=micro_sequences)
     return term

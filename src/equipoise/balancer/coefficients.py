@@ -12,6 +12,7 @@ from ..autograd.router_state import ForwardStats, ShardCounts
 from ..autograd.sequence_shards import ShardedFractions, correct_for_shards
 from ..devices import to_device
 from ..errors import ConfigError, StateError
+from ..functional.load_view import seen_load
 from ..functional.losses import load_fractions
 from ..policies.estimators import ESTIMATORS, shares_at
 from ..policies.losses import AuxLoss, coefficient
@@ -156,6 +157,7 @@ def _term_coefficients(
     match policy.scope:
         case Sequences(n):
             fraction_LE, wider_L = _window(group, term, n, taken_LS, own_LE)
+            fraction_LE = seen_load(policy.view, fraction_LE)
             value_L = spec.num_experts * (fraction_LE * probs_LE).sum(dim=1) - spec.values(taken_LS)[:, term]
             row_LE = torch.where(wider_L.unsqueeze(1), push_L.unsqueeze(1) * fraction_LE, 0.0)
             return row_LE, torch.where(wider_L, 0.0, push_L), torch.where(wider_L, value_L, 0.0)
@@ -168,6 +170,7 @@ def _term_coefficients(
             fraction_LE = _shuffled(group, taken_LS, micro)
         case _:
             fraction_LE = _fraction(group, policy.estimator, policy.decay, micro.number)
+    fraction_LE = seen_load(policy.view, fraction_LE)
     return push_L.unsqueeze(1) * fraction_LE, zero_L, spec.num_experts * (fraction_LE * probs_LE).sum(dim=1)
 
 

@@ -87,12 +87,16 @@ def _policy(scheduled: ScheduledPolicy) -> str:
         case AuxLoss():
             coef = "a schedule" if callable(policy.coef) else f"{policy.coef:g}"
             how = f", {policy.estimator}" if policy.scope == "global_batch" else ""
-            return f"AuxLoss {policy.scope}, coef {coef}{how}{window}"
+            return f"AuxLoss {policy.scope}, coef {coef}{how}{_view(policy)}{window}"
         case ExpertBias():
             where = "" if policy.place == ExpertBias.place else f", place {policy.place}"
             scope = "" if policy.scope == ExpertBias.scope else f", scope {policy.scope}"
-            return f"ExpertBias {policy.rule}, rate {policy.rate:g}{where}{scope}{window}"
+            return f"ExpertBias {policy.rule}, rate {policy.rate:g}{where}{scope}{_view(policy)}{window}"
     return f"ZLoss{window}"
+
+
+def _view(policy: AuxLoss | ExpertBias) -> str:
+    return "" if policy.view is None else f", {policy.view}"
 
 
 def _tokens(declared: DeclaredStep, reduction: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..autograd.spec import StatsSpec
 from ..devices import to_device
+from ..functional.load_view import target_excess
 from ..functional.metrics import cv, dead_experts, maxvio, normalized_entropy
 from ..policies.schedule import Schedule
 
@@ -80,7 +81,7 @@ def metrics(committed: Sequence[StepStats], schedule: Schedule, step: int, *, la
     found["layers_without_tokens"] = sum(number != number for number in loads["topk_score"])
     language, tokens = sum(policies.pop("language")), policies.pop("tokens")
     for key, numbers in policies.items():
-        if key.endswith("loss"):
+        if key.endswith(("loss", "maxvio")):
             found |= {key: fmean(of_layers)} if (of_layers := _known(numbers)) else {}
         elif committed[0].spec.norms and language > 0 and sum(numbers) >= 0:
             # not known where autograd left the accumulators alone (``backward(inputs=...)``): left out, not 0
@@ -136,7 +137,10 @@ def _layer_metrics(one: StepStats) -> dict[str, Tensor]:
 
 
 def _policies(one: StepStats, schedule: Schedule, step: int) -> dict[str, Tensor]:
-    """For each policy the loss value (1 = balanced) and the squared norm of its gradient at the router, (n,) each."""
+    """For each policy the loss value (1 = balanced) and the squared norm of its gradient at the router, (n,) each.
+
+    Where it sees groups or targets, also by how much the busiest group is above its own.
+    """
     spec, sums, routed = one.spec, one.sums, one.of("routed_tokens")
     chosen = torch.where(one.chooses, routed, torch.nan)
     found = {"tokens": one.of("tokens"), "language": spec.lm_norm(sums)}
@@ -144,6 +148,9 @@ def _policies(one: StepStats, schedule: Schedule, step: int) -> dict[str, Tensor
         values = spec.values(sums)[:, scheduled.term] + spec.deferred_values(sums)[:, scheduled.term]
         found[f"{scheduled.name}/loss"] = values / chosen
         found[f"{scheduled.name}/gradient_ratio"] = spec.term_norm(sums, scheduled.term)
+    for scheduled, policy in (pair for pair in (*schedule.losses, *schedule.biases) if pair[0].active(step)):
+        if policy.view is not None:
+            found[f"{scheduled.name}/maxvio"] = target_excess(policy.view, one.counts * one.chooses.unsqueeze(1))
     for scheduled, _ in (pair for pair in schedule.z_losses if pair[0].active(step)):
         found[f"{scheduled.name}/loss"] = one.of("lse_square") / routed
         found[f"{scheduled.name}/gradient_ratio"] = spec.term_norm(sums, len(spec.terms))

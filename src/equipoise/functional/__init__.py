@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .convert import CONVENTIONS, convert_coef
+from .load_view import LoadView, load_view, seen_load
 from .losses import balance_loss, load_fractions, segment_counts, sequence_segments, z_loss
 from .metrics import (
     cv,
@@ -21,6 +22,7 @@ from .updates import center, center_factors, momentum_step, proportional_step, r
 __all__ = [
     "CONVENTIONS",
     "GATES",
+    "LoadView",
     "PLACES",
     "Routing",
     "balance_loss",
@@ -34,6 +36,7 @@ __all__ = [
     "gate_scores",
     "gini",
     "load_fractions",
+    "load_view",
     "maxvio",
     "maxvio_noise_floor",
     "min_max_ratio",
@@ -43,6 +46,7 @@ __all__ = [
     "proportional_step",
     "rms_step",
     "route",
+    "seen_load",
     "segment_counts",
     "sequence_segments",
     "sign_step",

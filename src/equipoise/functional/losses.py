@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .load_view import LoadView, seen_load
 from .routing import check_mask_dtype, count_choices
 
 __all__ = ["balance_loss", "load_fractions", "segment_counts", "sequence_segments", "z_loss"]
@@ -60,12 +61,14 @@ def balance_loss(
     segment_T: Tensor | None = None,
     token_mask_T: Tensor | None = None,
     counts_E: Tensor | None = None,
+    view: LoadView | None = None,
 ) -> Tensor:
     """Mean over valid tokens of E <f, p_t>: a scalar, 1 at perfect balance.
 
     f is measured over the token's own segment: one segment (the default) is the micro-batch, ``sequence_segments``
     gives sequences or n of them, document numbers give documents in a pack. ``counts_E`` replaces f by that of other
-    tokens: a whole global batch, for the global-batch loss (arXiv 2501.11873, eq. 4-6).
+    tokens: a whole global batch, for the global-batch loss (arXiv 2501.11873, eq. 4-6). ``view``: groups, costs and
+    targets, as `load_view` makes it of them.
 
     Computed in fp32 or wider. Without a valid token the value is 0. Raises InputError when both ``segment_T`` and
     ``counts_E`` are given, or for a mask of another shape.
@@ -80,11 +83,12 @@ def balance_loss(
     num_experts = probs_TE.shape[1]
     if segment_T is not None:
         fraction_SE = load_fractions(segment_counts(expert_ids_TK, num_experts, segment_T, token_mask_T))
+        fraction_SE = seen_load(view, fraction_SE)
         value_T = (fraction_SE.to(probs_TE.dtype)[segment_T] * probs_TE).sum(dim=-1)
     else:  # one f for all tokens: a matrix product reads p once and writes nothing of its size
         if counts_E is None:
             counts_E = count_choices(expert_ids_TK, num_experts, token_mask_T)[0]
-        value_T = probs_TE @ load_fractions(counts_E).to(probs_TE.dtype)
+        value_T = probs_TE @ seen_load(view, load_fractions(counts_E)).to(probs_TE.dtype)
     return _token_mean(num_experts * value_T, token_mask_T)
 
 

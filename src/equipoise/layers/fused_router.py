@@ -12,8 +12,9 @@ from ..autograd.router_state import RouterState
 from ..autograd.spec import LossTerm, StatsSpec
 from ..autograd.statistics import Measured
 from ..autograd.token_layout import TokenLayout, check_layout
+from ..functional.load_view import seen_load
 from ..functional.routing import Routing
-from ..kernels import STATISTICS, RouterForm, choose_and_count, fits, router_gradient, summarize
+from ..kernels import STATISTICS, Chosen, RouterForm, choose_and_count, fits, router_gradient, summarize
 
 __all__ = ["fused_route", "fuses"]
 
@@ -66,6 +67,7 @@ def fused_route(
         unbiased = [term.unbiased for term in spec.terms]
         micro, offsets = spec.micro_sequences or batch.rows, [spec.at(name) for name in STATISTICS]
         statistics, fraction_NBE = summarize(chosen, spec.forward_size, offsets, spans, unbiased, micro)
+        _see(spec, chosen, statistics, fraction_NBE)
         if batch.num_sequences is None:  # which tokens are one sequence is not known, so nothing is said of sequences
             spec.scalar(statistics, "nonempty_sequences").zero_()
             spec.scalar(statistics, "maxvio_sequence").zero_()
@@ -99,6 +101,14 @@ def _measured(state: RouterState | None, *, training: bool) -> StatsSpec | None:
     if state is None or not state.measures(training=training):
         return None
     return state.spec if training else state.spec.observing
+
+
+def _see(spec: StatsSpec, chosen: Chosen, statistics: Tensor, fraction_NBE: Tensor) -> None:
+    """The kernels know f alone: for terms with a view f and the value as seen through it are written over theirs."""
+    for n, term in enumerate(spec.terms):
+        if term.view is not None and term.kind != "deferred":
+            fraction_NBE[n] = seen_load(term.view, fraction_NBE[n])
+            spec.values(statistics)[n] = spec.num_experts * (fraction_NBE[n] * chosen.probs_BE).sum()
 
 
 def _span(term: LossTerm, num_sequences: int) -> int:

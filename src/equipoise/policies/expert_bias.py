@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from ..errors import ConfigError, unknown_name
+from ..functional.load_view import LoadView
 from ..functional.routing import PLACES
 from ..functional.updates import RULES, center, center_factors, momentum_step
 from .scopes import check_policy_name
+from .views import keep_view
 
 __all__ = ["BIAS_SCOPES", "RULES", "ExpertBias"]
 
@@ -44,6 +46,8 @@ class ExpertBias:
             perplexity of 8.521, at 512 of 8.080 (arXiv 2501.11873, Table 1). The proportional rule is linear: of equal
             micro-batches it makes the step of the whole load. Not with the momentum rule, whose memory is of one load
             a step.
+        groups, targets: as of `AuxLoss`: the rule is driven by (target - load) / target of the group of an expert,
+            whose experts move alike.
 
     The bias has mean 0. To subtract a constant changes no choice by sums; for "multiply" the factors 1 + bias are
     divided by their mean, which changes none by products.
@@ -63,9 +67,13 @@ class ExpertBias:
     name: str | None = None
     place: str = "scores"
     scope: str = "global_batch"
+    groups: int | Sequence[Sequence[int]] | None = None
+    targets: Sequence[float] | None = None
+    view: LoadView | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         check_policy_name(self.name)
+        keep_view(self)
         for what, word, known in (
             ("rule", self.rule, RULES),
             ("place of a bias", self.place, PLACES),
@@ -86,6 +94,12 @@ class ExpertBias:
                 expected="a rule without memory for scope='micro_batch', which averages the rule over micro-batches",
                 got="rule='momentum'",
                 do="use rule='sign', 'proportional' or 'rms', or leave the scope out",
+            )
+        if self.view is not None and self.scope == "micro_batch":
+            raise ConfigError(
+                expected="groups and targets with the load of the whole step",
+                got="scope='micro_batch', a control that knows neither",
+                do="leave the scope out",
             )
         if self.place == "multiply" and self.rate >= 1:
             raise ConfigError(
@@ -129,10 +143,10 @@ class ExpertBias:
                 do="return 0 to freeze the bias, 1 to move it by the full rate",
             )
         if self.rule == "momentum":
-            momentum_E = momentum_step(counts_E, momentum_E, self.kappa, self.beta)
+            momentum_E = momentum_step(counts_E, momentum_E, self.kappa, self.beta, self.view)
             rule_E = momentum_E
         elif rule_E is None:
-            rule_E = RULES[self.rule](counts_E)
+            rule_E = RULES[self.rule](counts_E, self.view)
         if rate == 0:
             return bias_E, momentum_E
         centered = center_factors if self.place == "multiply" else center

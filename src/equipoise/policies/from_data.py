@@ -72,12 +72,12 @@ def policies_from(
 
     Raises ConfigError for what is no policy, and for a schedule without ``steps``.
 
-    >>> policies_from(["global", {"kind": "ZLoss"}])
-    [AuxLoss(scope='global_batch', coef=0.01, estimator='filled', counts='dispatched', decay=0.9, name=None),
-     ZLoss(coef=0.001, name=None)]
-    >>> policies_from([{"kind": "AuxLoss", "cof": 0.02}])
+    >>> loss, z = policies_from(["global@0.02", {"kind": "ZLoss"}])
+    >>> loss.scope, loss.coef, z
+    ('global_batch', 0.02, ZLoss(coef=0.001, name=None))
+    >>> policies_from([{"kind": "ZLoss", "cof": 0.02}])
     Traceback (most recent call last):
-    equipoise.errors.ConfigError: expected a setting of AuxLoss: coef, counts, decay, estimator, name, scope
+    equipoise.errors.ConfigError: expected a setting of ZLoss: coef, name
       got: 'cof'
       do:  did you mean 'coef'?
     """
@@ -108,7 +108,7 @@ def build(spec: Mapping[str, Any], steps: int | None) -> Policy:
     if not isinstance(kind, str) or kind not in KINDS:
         raise unknown_name("kind of policy", kind, KINDS)
     settings = {key: _number(value) if key in NUMBERS else value for key, value in spec.items() if key != "kind"}
-    known = [one.name for one in fields(KINDS[kind])]
+    known = [one.name for one in fields(KINDS[kind]) if one.init]
     for key in settings:
         if key not in known:
             raise unknown_name(f"setting of {kind}", key, known)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from ..autograd.spec import LossTerm
 from ..errors import ConfigError
+from ..functional.load_view import LoadView
 from .estimators import check_estimator
 from .scopes import Scope, Sequences, check_policy_name, check_scope
+from .views import keep_view
 
 __all__ = ["AuxLoss", "ZLoss", "coefficient"]
 
@@ -29,12 +31,19 @@ class AuxLoss:
         counts: "dispatched", or "unbiased" for the top-k without selection bias and groups (DeepSeek-V3 eq. 18), which
             is open to the scopes inside a micro-batch.
         decay: of the "ema" estimator, per step.
+        groups: balance groups of experts and not each: how many equal groups of neighbours there are, as expert
+            parallelism places them (the loss of Step-3.5 and DeepSeek-V2 per device), or the experts of each.
+        costs: of each expert, above 0: a load counts by it (HMoE, arXiv 2408.10681: the experts' widths).
+        targets: the share of the load that each group, without groups each expert, is to have; they sum to 1. Default:
+            as many as it has of the experts. See ``functional.load_view`` for the equation.
         name: of its metrics, ``balance/<name>/loss``; default: "global", "micro", or the scope.
 
     Raises ConfigError for a negative coefficient, an unknown name, or a combination that has no meaning.
 
     >>> AuxLoss("global_batch", coef=1e-2).scope
     'global_batch'
+    >>> AuxLoss(groups=[[0, 1, 2, 3], [4]], targets=[0.9, 0.1]).view.weights(5)[4]  # one that does little, on purpose
+    2.0
     """
 
     scope: Scope = "global_batch"
@@ -43,9 +52,14 @@ class AuxLoss:
     counts: str = "dispatched"
     decay: float = 0.9
     name: str | None = None
+    groups: int | Sequence[Sequence[int]] | None = None
+    costs: Sequence[float] | None = None
+    targets: Sequence[float] | None = None
+    view: LoadView | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         check_policy_name(self.name)
+        keep_view(self)
         check_scope(self.scope)
         check_estimator(self.estimator)
         _check_coefficient(self.coef)
@@ -68,11 +82,11 @@ class AuxLoss:
         unbiased = self.counts == "unbiased"
         match self.scope:
             case Sequences(n):
-                return LossTerm("sequences", n, unbiased)
+                return LossTerm("sequences", n, unbiased, self.view)
             case "sequence":
-                return LossTerm("sequences", 1, unbiased)
+                return LossTerm("sequences", 1, unbiased, self.view)
             case "document" | "micro_batch":
-                return LossTerm(str(self.scope), 1, unbiased)
+                return LossTerm(str(self.scope), 1, unbiased, self.view)
         return LossTerm("deferred")
 
     @property

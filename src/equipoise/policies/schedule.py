@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
+from ..functional.load_view import LoadView
 from .estimators import shares_at
 from .expert_bias import ExpertBias
 from .losses import AuxLoss, ZLoss
@@ -82,6 +83,11 @@ class Schedule:
     def micro_rules(self) -> tuple[str, ...]:
         """The bias rules that are asked of each micro-batch's counts."""
         return tuple(dict.fromkeys(bias.rule for _, bias in self.biases if bias.scope == "micro_batch"))
+
+    @property
+    def views(self) -> list[LoadView]:
+        """Through which policies see a load otherwise than expert by expert."""
+        return [policy.view for _, policy in (*self.losses, *self.biases) if policy.view is not None]
 
     @property
     def shuffles(self) -> bool:
@@ -170,7 +176,8 @@ def _state_names(flat: Sequence[ScheduledPolicy]) -> list[str | None]:
     for one in flat:
         policy, name = one.policy, None
         if isinstance(policy, ExpertBias) and policy.rule == "momentum":
-            name = f"momentum(kappa={policy.kappa}, beta={policy.beta})"
+            seen = "" if policy.view is None else f", {policy.view}"
+            name = f"momentum(kappa={policy.kappa}, beta={policy.beta}{seen})"
             if policy.name is not None:
                 name = f"{policy.name}: {name}"
             elif one.start or one.end is not None:

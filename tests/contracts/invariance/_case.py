@@ -17,7 +17,7 @@ STEPS = 3  # the first has no step before it; in the third, previous and ema dif
 COEF = 5.0  # so large that a wrong balance gradient cannot hide in the language model's
 MODELS = {  # (E, K, gate) of the layers in their order; a name that comes twice is a layer that is called twice
     "different": ([(4, 2), (6, 2)], [0, 1], "sigmoid"),
-    "twice": ([(5, 2), (4, 2)], [0, 1, 1], "softmax"),
+    "twice": ([(6, 2), (4, 2)], [0, 1, 1], "softmax"),
 }
 
 
@@ -60,6 +60,7 @@ SINGLE: dict[str, dict] = {
     "sequences_2": _aux("sequences", n=2),
     "sequences_5": _aux("sequences", n=5),
     "micro_batch": _aux("micro_batch"),
+    "grouped": _aux("sequence", groups=2, targets=(0.7, 0.3)),
     "data_parallel": _aux("data_parallel"),
     "prefix": _aux("global_batch", estimator="prefix"),
     "previous": _aux("global_batch", estimator="previous"),

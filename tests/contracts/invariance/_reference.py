@@ -23,6 +23,7 @@ from contracts.law._reference import (
     naive_probs,
     naive_scores,
     naive_select,
+    naive_view,
 )
 
 __all__ = ["Expected", "Token", "reference", "select_all"]
@@ -181,7 +182,7 @@ def _values(
     for token in tokens:
         k = key(token)
         if k not in known:
-            known[k] = make(k)
+            known[k] = naive_view(make(k), policy)
         f_TE.append(known[k])
     return call.probs_TE.shape[1] * (torch.tensor(f_TE, dtype=torch.float64) * call.probs_TE).sum(dim=1)
 

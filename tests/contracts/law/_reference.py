@@ -197,6 +197,34 @@ def fractions_per_token(
     return [f] * tokens
 
 
+def naive_groups(policy: dict, size: int) -> tuple[list[list[int]], list[float]]:
+    """(the experts of each group, the share of the load that each is to have)."""
+    groups = policy.get("groups")
+    if groups is None:
+        groups = [[e] for e in range(size)]
+    elif isinstance(groups, int):
+        groups = [[e for e in range(size) if e * groups // size == g] for g in range(groups)]
+    return groups, policy.get("targets") or [len(group) / size for group in groups]
+
+
+def naive_view(f: list[float], policy: dict) -> list[float]:
+    """w_e / E of design: cost times the group's load over its target, 1 in the mean where the load is on target."""
+    if not any(policy.get(name) for name in ("groups", "costs", "targets")):
+        return f
+    size = len(f)
+    groups, targets = naive_groups(policy, size)
+    costs = policy.get("costs") or [1.0] * size
+    w, on_target = [0.0] * size, 0.0
+    for group, tau in zip(groups, targets, strict=True):
+        load = 0.0
+        for e in group:
+            load += f[e]
+        for e in group:
+            w[e] = costs[e] * load / tau
+            on_target += tau / len(group) * costs[e]
+    return [x / on_target / size for x in w]
+
+
 def token_values(seen: Seen, f_TE: list[list[float]]) -> Tensor:
     """E <f_t, p_t> for every valid token, with autograd to the logits; padding is left out."""
     probs_TE = naive_probs(seen.logits_TE, seen.gate)
@@ -216,7 +244,8 @@ def z_values(seen: Seen) -> Tensor:
 def policy_token_values(step: list[list[Seen]], layer: int, m: int, policy: dict, history: History) -> Tensor:
     if policy["kind"] == "z":
         return z_values(step[m][layer])
-    return token_values(step[m][layer], fractions_per_token(step, layer, m, policy, history))
+    f_TE = fractions_per_token(step, layer, m, policy, history)
+    return token_values(step[m][layer], [naive_view(f, policy) for f in f_TE])
 
 
 @dataclass
@@ -315,14 +344,20 @@ def naive_maxvio(counts: list) -> float:
     return max(counts) / (sum(counts) / len(counts)) - 1 if sum(counts) else 0.0
 
 
-def naive_violation(counts: list[int]) -> list[float]:
-    mean = sum(counts) / len(counts)
-    return [(mean - c) / mean if mean else 0.0 for c in counts]
+def naive_violation(counts: list[int], view: dict | None = None) -> list[float]:
+    """1 - load / target of the group of each expert; each expert is one, and its target 1/E, without a view."""
+    groups, targets = naive_groups(view or {}, len(counts))
+    found, total = [0.0] * len(counts), sum(counts)
+    for group, tau in zip(groups, targets, strict=True):
+        load = sum(counts[e] for e in group)
+        for e in group:
+            found[e] = (tau * total - load) / (tau * total) if total else 0.0
+    return found
 
 
-def naive_rule(counts: list[int], rule: str) -> list[float]:
+def naive_rule(counts: list[int], rule: str, view: dict | None = None) -> list[float]:
     """The step of a rule without memory, for a rate of 1."""
-    v = naive_violation(counts)
+    v = naive_violation(counts, view)
     if rule == "sign":
         return [float((x > 0) - (x < 0)) for x in v]
     if rule == "rms":
@@ -343,17 +378,24 @@ def naive_micro_batch_bias_step(
 
 
 def naive_bias_step(
-    bias: list[float], counts: list[int], rule: str, rate: float, momentum: list[float], kappa: float = 2.0, beta=0.5
+    bias: list[float],
+    counts: list[int],
+    rule: str,
+    rate: float,
+    momentum: list[float],
+    kappa: float = 2.0,
+    beta: float = 0.5,
+    view: dict | None = None,
 ) -> tuple[list[float], list[float]]:
     """Loss-free update by loops: returns (bias, momentum)."""
     size = len(counts)
     if rule == "momentum":
-        bent = [math.tanh(kappa * x) for x in naive_violation(counts)]
+        bent = [math.tanh(kappa * x) for x in naive_violation(counts, view)]
         middle = sum(bent) / size
         momentum = [beta * m + (1 - beta) * (b - middle) for m, b in zip(momentum, bent, strict=True)]
         move = momentum
     else:
-        move = naive_rule(counts, rule)
+        move = naive_rule(counts, rule, view)
     moved = [b + rate * d for b, d in zip(bias, move, strict=True)]
     middle = sum(moved) / size
     return [b - middle for b in moved], momentum

@@ -26,8 +26,13 @@ from equipoise.kernels import INTERPRETED
 from equipoise.layers import router as router_module
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-POLICIES = [aux("micro_batch"), aux("sequence", counts="unbiased"), aux("sequences", n=2), aux("global_batch"),
-            {"kind": "z", "coef": 0.2}]  # fmt: skip
+POLICIES = [
+    aux("micro_batch"),
+    aux("sequence", counts="unbiased"),
+    aux("sequences", n=2, groups=3, targets=[0.5, 0.3, 0.2]),
+    aux("global_batch"),
+    {"kind": "z", "coef": 0.2},
+]
 
 
 @pytest.fixture
