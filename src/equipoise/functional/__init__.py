@@ -22,8 +22,8 @@ from .updates import center, center_factors, momentum_step, proportional_step, r
 __all__ = [
     "CONVENTIONS",
     "GATES",
-    "LoadView",
     "PLACES",
+    "LoadView",
     "Routing",
     "balance_loss",
     "center",
