@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, library
 
+from ..functional.quantile import Selection
 from .closed_form import lm_square_norm, logit_gradient, square_norm, square_norm_in_graph
 from .router_state import RouterState, recomputes
 from .sequence_shards import record_shard_counts, sharded_fractions
@@ -38,6 +39,7 @@ def attach_balance_gradient(
     *,
     training: bool,
     probs_TE: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> Tensor:
     """Returns ``weights_TK`` unchanged; their backward adds the balance gradient at ``logits_TE`` and counts.
 
@@ -53,6 +55,7 @@ def attach_balance_gradient(
         batch: how the tokens lie.
         training: of the router.
         probs_TE: the gate probabilities, from a router whose own backward keeps them: then they are kept once.
+        selection: how the choice was made; the quantile rule alone asks for it.
     """
     if not state.measures(training=training):
         return weights_TK
@@ -61,7 +64,7 @@ def attach_balance_gradient(
     if state.grad_accumulator.device != logits_TE.device:
         state.move(logits_TE.device)
     spec = state.spec if training else state.spec.observing
-    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE)
+    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE, selection)
     if not training:
         record_evaluation(state, measured.statistics)
         return weights_TK

@@ -45,6 +45,7 @@ class RouterTraits(NamedTuple):
     measures_norms: bool = True  # False: neither is possible
     bias_place: str = PLACES[0]  # where its selection bias acts: see `functional.route`
     bias_places: tuple[str, ...] = PLACES[:1]  # and may act: what `enable_selection_bias` takes
+    selects: bool = False  # it says with each call how it chose (`Selection`), which the quantile rule asks for
 
     @property
     def weights_form(self) -> tuple[bool, float] | None:

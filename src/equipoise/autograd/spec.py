@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..functional.load_view import LoadView
+from ..functional.quantile import BINS
 
 __all__ = ["SCALARS", "LossTerm", "StatsSpec"]
 
@@ -44,8 +45,8 @@ class LossTerm(NamedTuple):
 class StatsSpec(NamedTuple):
     """What one router measures; constant while a balancer is attached, so that a compiled graph may rely on it.
 
-    Statistics, (..., size): counts E, probabilities E, [unbiased counts E], E for each micro-batch rule, SCALARS, N
-    loss values; then what backward alone knows: squared gradient norms of the language model, of the N terms and of the
+    Statistics, (..., size): counts E, probabilities E, [unbiased counts E], E for each micro-batch rule, [E bins of
+    offsets], SCALARS, N loss values; then what backward alone knows: squared gradient norms of the language model, of the N terms and of the
     z-loss.
     Coefficients, (coefs_size,): a row of E for each term, a factor for each term, the z-loss factor, the count flag.
     A row of the step, (..., step_size): the statistics, N deferred loss values, STEP_COLUMNS.
@@ -67,13 +68,14 @@ class StatsSpec(NamedTuple):
     weights_form: tuple[bool, float] | None = None  # (normalize, scale), where the logit gradient is not recorded
     idle_experts: int = 0  # expert ids from num_experts on that may be chosen and do no work: they are no load
     observe_only: bool = False  # no policy: forward's statistics are all there is, and backward is left as it was
-    micro_rules: tuple[str, ...] = ()  # rules of `functional.updates`, each summed over micro-batches of their counts
+    micro_rules: tuple[str, ...] = ()  # bias rules that are asked of each micro-batch's load and summed over them
+    quantile: bool = False  # what each bias would have to change by, counted in bins: see `functional.quantile`
 
     @property
     def observing(self) -> StatsSpec:
         """Of the same router, without what only a policy asks for."""
         few = {"terms": (), "z_loss": False, "norms": False, "gram": False, "shards": 1, "observe_only": True}
-        return self._replace(**few, micro_rules=())
+        return self._replace(**few, micro_rules=(), quantile=False)
 
     @property
     def unbiased(self) -> bool:
@@ -96,6 +98,10 @@ class StatsSpec(NamedTuple):
 
     @property
     def _scalars_at(self) -> int:
+        return self._offsets_at + self.quantile * self.num_experts * BINS
+
+    @property
+    def _offsets_at(self) -> int:
         return self._rules_at + len(self.micro_rules) * self.num_experts
 
     @property
@@ -129,7 +135,16 @@ class StatsSpec(NamedTuple):
 
     def rule_sums(self, statistics: Tensor) -> Tensor:
         """(..., R, E) sums over micro-batches of the R micro-batch rules, each of that micro-batch's counts."""
-        return statistics[..., self._rules_at : self._scalars_at].unflatten(-1, (-1, self.num_experts))
+        return statistics[..., self._rules_at : self._offsets_at].unflatten(-1, (-1, self.num_experts))
+
+    def offset_counts(self, statistics: Tensor) -> Tensor:
+        """(..., E, B) tokens by what the bias of an expert would have to change by for them to choose it."""
+        return statistics[..., self._offsets_at : self._scalars_at].unflatten(-1, (self.num_experts, BINS))
+
+    @property
+    def needs_selection(self) -> bool:
+        """Whether how a router chose is asked, and not only what."""
+        return self.quantile or "quantile" in self.micro_rules
 
     def scalar(self, statistics: Tensor, name: str) -> Tensor:
         """(...) one of SCALARS, a view."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..functional.load_view import seen_load
 from ..functional.losses import load_fractions
+from ..functional.quantile import Selection, choice_offsets, count_offsets, exact_quantile
 from ..functional.routing import count_choices, gate_probs, gate_slope, without_autocast
 from ..functional.updates import RULES
 from .router_state import ShardCounts
@@ -44,12 +45,14 @@ def measure(
     counts_BE: Tensor,
     batch: TokenLayout,
     probs_TE: Tensor | None = None,
+    selection: Selection | None = None,
 ) -> Measured:
     """All statistics of one micro-batch at one router.
 
     Args:
         counts_BE: the dispatched choices per sequence.
         probs_TE: the gate probabilities, where the router has them for its weights.
+        selection: how the choice was made, where the spec asks.
     """
     num_sequences, num_experts = counts_BE.shape
     probs_TE = gate_probs(logits_TE, spec.gate) if probs_TE is None else probs_TE.detach()
@@ -77,7 +80,13 @@ def measure(
 
     counts_E = counts_BE.sum(dim=0)
     parts = [counts_E, probs_BE.sum(dim=0)] + ([] if unbiased_BE is None else [unbiased_BE.sum(dim=0)])
-    parts += rule_sums(spec, counts_BE)
+    offset_TE = None
+    if spec.needs_selection:
+        assert selection is not None
+        offset_TE = choice_offsets(logits_TE, ids_TK, spec.gate, selection)
+    parts += rule_sums(spec, counts_BE, offset_TE, batch.token_mask_T)
+    if spec.quantile and offset_TE is not None:
+        parts.append(count_offsets(offset_TE, batch.token_mask_T).flatten())
     scalars = _scalars(spec, logits_TE, valid_TE, ids_TK, counts_BE, counts_E, batch)
     scalars["maxvio_sequence"], scalars["maxvio_micro_batch"] = loads
     if batch.num_sequences is None:  # which tokens are one sequence is not known, so nothing is said of sequences
@@ -102,12 +111,30 @@ def micro_batches(spec: StatsSpec) -> LossTerm:
     return LossTerm("micro_batch") if spec.micro_sequences is None else LossTerm("sequences", spec.micro_sequences)
 
 
-def rule_sums(spec: StatsSpec, counts_BE: Tensor) -> list[Tensor]:
-    """For each micro-batch rule its sum over the micro-batches of these sequences, (E,); an empty one adds 0."""
+def rule_sums(
+    spec: StatsSpec, counts_BE: Tensor, offset_TE: Tensor | None = None, mask_T: Tensor | None = None
+) -> list[Tensor]:
+    """For each micro-batch rule its sum over the micro-batches of these sequences, (E,); an empty one adds 0.
+
+    ``offset_TE``: for the quantile rule, `choice_offsets`.
+    """
     if not spec.micro_rules:
         return []
     counts_GE = group_counts(counts_BE, micro_batches(spec))
-    return [RULES[rule](counts_GE).sum(dim=0) for rule in spec.micro_rules]
+    sums = []
+    for rule in spec.micro_rules:
+        if rule == "quantile":
+            assert offset_TE is not None
+            share_E = offset_TE.new_full((spec.num_experts,), spec.top_k / spec.num_experts)
+            tokens = -(-len(offset_TE) // len(counts_GE))
+            if spec.micro_sequences is not None:
+                tokens = len(offset_TE) // len(counts_BE) * min(spec.micro_sequences, len(counts_BE))
+            masks = [None] * len(counts_GE) if mask_T is None else mask_T.split(tokens)
+            pairs = zip(offset_TE.split(tokens), masks, strict=True)
+            sums.append(torch.stack([exact_quantile(one_TE, share_E, mask) for one_TE, mask in pairs]).sum(dim=0))
+        else:
+            sums.append(RULES[rule](counts_GE).sum(dim=0))
+    return sums
 
 
 def violations(fraction_BE: Tensor) -> Tensor:

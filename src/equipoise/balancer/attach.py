@@ -67,7 +67,7 @@ def attach(
     own_loss = OwnLoss()
     layers = [_layer(*found) for found in routers]
     try:
-        _check_routers(routers, schedule)
+        _check_routers(routers, schedule, shards)
         check_degenerate(routers, schedule)
         terms = tuple(_term(loss, micro_sequences) for _, loss in schedule.losses)
         norms = gradient_norms and bool(schedule) and all(r.traits.measures_norms for _, _, r in routers)
@@ -85,6 +85,7 @@ def attach(
                 idle_experts=traits.idle_experts,
                 observe_only=not schedule,
                 micro_rules=schedule.micro_rules,
+                quantile=schedule.pools_quantiles,
             )
             layer.balance_state = RouterState(spec, _device(router), layer.name)
         if schedule.biases:
@@ -193,7 +194,7 @@ def _check_free(routers: Sequence[FoundRouter]) -> None:
             )
 
 
-def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule) -> None:
+def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule, shards: int) -> None:
     for _, name, router in routers:
         for view in schedule.views:
             view.members(router.num_experts)
@@ -201,6 +202,8 @@ def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule) -> None:
             policy.check_gate(router.gate, router.num_experts)
         if schedule.biases:
             _check_place(name, router, schedule.bias_place)
+        if any(bias.rule == "quantile" for _, bias in schedule.biases):
+            _check_selects(name, router, shards, schedule)
         if schedule.z_losses and not router.traits.returns_logits:
             raise ConfigError(
                 expected="router logits for ZLoss",
@@ -218,6 +221,22 @@ def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule) -> None:
                 got=f"a bias in router {name!r} that nobody moves while the router learns",
                 do="add ExpertBias(), or ExpertBias(rate=0.0) to keep it as it is; Balancer(model, []) only looks",
             )
+
+
+def _check_selects(name: str, router: BalancedRouter, shards: int, schedule: Schedule) -> None:
+    """For the quantile rule, which has to know how the router chose."""
+    if not router.traits.selects or router.traits.idle_experts:
+        raise ConfigError(
+            expected="a router that says how it chose (its bias, its groups, no dropped choice), for rule='quantile'",
+            got=f"router {name!r}, a {type(router.module).__name__}, which does not",
+            do="use rule='sign' or 'proportional'",
+        )
+    if shards > 1 and "quantile" in schedule.micro_rules:
+        raise ConfigError(
+            expected="whole sequences for ExpertBias('quantile', scope='micro_batch'), a control",
+            got=f"sequences cut over {shards} ranks",
+            do="leave the scope out: the pooled quantile knows no cut",
+        )
 
 
 def _check_place(name: str, router: BalancedRouter, place: str) -> None:

@@ -91,7 +91,7 @@ def _policy(scheduled: ScheduledPolicy) -> str:
         case ExpertBias():
             where = "" if policy.place == ExpertBias.place else f", place {policy.place}"
             scope = "" if policy.scope == ExpertBias.scope else f", scope {policy.scope}"
-            return f"ExpertBias {policy.rule}, rate {policy.rate:g}{where}{scope}{_view(policy)}{window}"
+            return f"ExpertBias {policy.rule}, rate {policy.speed:g}{where}{scope}{_view(policy)}{window}"
     return f"ZLoss{window}"
 
 

@@ -15,8 +15,10 @@ from ..autograd.sequence_shards import ShardedFractions
 from ..autograd.spec import StatsSpec
 from ..autograd.token_layout import TokenPlacement
 from ..devices import to_device
+from ..functional.quantile import pooled_quantile
 from ..functional.routing import PLACES
 from ..policies.estimators import LoadHistory
+from ..policies.expert_bias import ExpertBias
 from ..policies.schedule import Schedule
 
 __all__ = ["Layer", "LayerGroup", "MicroBatchCoefficients", "group_layers"]
@@ -137,7 +139,7 @@ class LayerGroup:
             if rows and scheduled.active(step):
                 bias_LE = stack_on([layer.bias for layer in self.layers], counts_LE.device)
                 old_LE = self.momentum.get(scheduled.name, torch.zeros_like(counts_LE))
-                rule_LE = None if policy.scope == "global_batch" else self._mean_rule(summed_LS, policy.rule)
+                rule_LE = self._rule(policy, summed_LS)
                 new_LE, momentum_LE = policy.step(bias_LE, counts_LE, old_LE, step, rule_LE)
                 if len(rows) < len(self.layers):
                     own = to_device([layer.trainable for layer in self.layers], old_LE.device).unsqueeze(1) > 0
@@ -148,6 +150,18 @@ class LayerGroup:
                     self.momentum[scheduled.name] = momentum_LE
                 new = new_LE.unbind()
                 write_all([self.layers[i].bias for i in rows], [new[i] for i in rows])
+
+    def _rule(self, policy: ExpertBias, summed_LS: Tensor) -> Tensor | None:
+        """(L, E) the step of a rule that is not of the step's counts alone."""
+        if policy.scope == "micro_batch":
+            return self._mean_rule(summed_LS, policy.rule)
+        if policy.rule != "quantile":
+            return None
+        offsets_LEB, experts = self.spec.offset_counts(summed_LS), self.spec.num_experts
+        choices_L1 = self.counts(summed_LS).sum(dim=1, keepdim=True)  # K a token, unless some were dropped
+        tokens_L1 = offsets_LEB[:, 0].sum(dim=1, keepdim=True).clamp(min=1)
+        shares = [1 / experts] * experts if policy.view is None else policy.view.shares(experts)
+        return pooled_quantile(offsets_LEB, choices_L1 / tokens_L1 * to_device(shares, choices_L1.device))
 
     def _mean_rule(self, summed_LS: Tensor, rule: str) -> Tensor:
         """(L, E) a bias rule's step, mean over the micro-batches of all ranks that are not empty."""

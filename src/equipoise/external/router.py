@@ -15,6 +15,7 @@ from ..autograd.protocol import RouterTraits
 from ..autograd.router_state import RouterState
 from ..autograd.token_layout import TokenPlacement
 from ..errors import ConfigError, InputError, StateError
+from ..functional.quantile import Selection
 from ..functional.routing import PLACES, choose, count_choices
 from ..torch_internals import current_backward
 from .batch_context import BatchContext
@@ -88,7 +89,20 @@ class ExternalRouter:
             measures_norms=spec.exact,
             bias_place=self._bias_place,
             bias_places=PLACES if self._correction_bias is None else PLACES[:1],
+            selects=self._groups is not None,
         )
+
+    @property
+    def _groups(self) -> tuple[int, int] | None:
+        """(groups, how many of them a token may choose from) of the choice; None where it is not known.
+
+        With a bias of ours the choice is made again here, without groups; a model that has a bias of its own says them
+        as DeepSeek-V3's router does, which many others copy.
+        """
+        if self._correction_bias is None:
+            return 1, 1
+        of = [getattr(self.module, name, None) for name in ("num_group", "topk_group")]
+        return (of[0], of[1]) if all(isinstance(one, int) for one in of) else None  # type: ignore[return-value]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.trained.parameters()
@@ -201,8 +215,11 @@ class ExternalRouter:
         if self.spec.may_drop:
             ids_TK = ids_TK.masked_fill(ids_TK < 0, choices - 1)
         counts_BE = count_choices(ids_TK, choices, batch.token_mask_T, batch.rows)[:, : self.num_experts]
+        selection = None
+        if state.spec.needs_selection:
+            selection = Selection(self.expert_bias, self._bias_place, *(self._groups or (1, 1)))
         tied_TK = attach_balance_gradient(
-            state, weights_TK, logits_TE, ids_TK, counts_BE, batch, training=self.module.training
+            state, weights_TK, logits_TE, ids_TK, counts_BE, batch, training=self.module.training, selection=selection
         )
         if tied_TK is weights_TK:
             return given_TK

@@ -29,6 +29,7 @@ __all__ = [
     "gate_probs",
     "gate_scores",
     "gate_slope",
+    "inside_best_groups",
     "route",
     "select_experts",
     "without_autocast",
@@ -128,8 +129,13 @@ def select_experts(
     >>> select_experts(torch.tensor([[0.9, 0.0, 0.5, 0.6]]), 1, num_groups=2, top_groups=1)
     tensor([[3]])
     """
-    if num_groups == 1:
-        return scores_TE.topk(top_k, dim=-1).indices
+    if num_groups > 1:
+        scores_TE = inside_best_groups(scores_TE, num_groups, top_groups, masked=masked)
+    return scores_TE.topk(top_k, dim=-1).indices
+
+
+def inside_best_groups(scores_TE: Tensor, num_groups: int, top_groups: int, *, masked: bool) -> Tensor:
+    """The scores with -inf for the experts of all groups but the best: see `select_experts`."""
     scores_TGS = scores_TE.unflatten(-1, (num_groups, -1))
     best_TG2 = scores_TGS.topk(min(2, scores_TGS.shape[-1]), dim=-1).values
     if masked:
@@ -139,8 +145,7 @@ def select_experts(
     else:
         group_TG = best_TG2.sum(dim=-1)
     kept_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(-1, group_TG.topk(top_groups, dim=-1).indices, True)
-    scores_TE = scores_TGS.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
-    return scores_TE.topk(top_k, dim=-1).indices
+    return scores_TGS.masked_fill(~kept_TG.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
 def count_choices(

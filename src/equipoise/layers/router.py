@@ -14,6 +14,7 @@ from ..autograd.protocol import RouterTraits
 from ..autograd.router_state import RouterState
 from ..autograd.token_layout import TokenLayout
 from ..errors import InputError
+from ..functional.quantile import Selection
 from ..functional.routing import (
     PLACES,
     Routing,
@@ -104,7 +105,7 @@ class Router(nn.Module):
 
     @property
     def traits(self) -> RouterTraits:
-        return RouterTraits(self.normalize, self.scale, bias_place=self.bias_place, bias_places=PLACES)
+        return RouterTraits(self.normalize, self.scale, bias_place=self.bias_place, bias_places=PLACES, selects=True)
 
     @property
     def bias_owner(self) -> str:
@@ -159,7 +160,15 @@ class Router(nn.Module):
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         if state is not None:
             weights_TK = attach_balance_gradient(
-                state, weights_TK, raw_TE, ids_TK, counts_BE, batch, training=self.training, probs_TE=probs_TE
+                state,
+                weights_TK,
+                raw_TE,
+                ids_TK,
+                counts_BE,
+                batch,
+                training=self.training,
+                probs_TE=probs_TE,
+                selection=Selection(self.expert_bias, self.bias_place, self.num_groups, self.top_groups),
             )
         return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))
 

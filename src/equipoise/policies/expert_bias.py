@@ -10,12 +10,14 @@ from torch import Tensor
 from ..errors import ConfigError, unknown_name
 from ..functional.load_view import LoadView
 from ..functional.routing import PLACES
-from ..functional.updates import RULES, center, center_factors, momentum_step
+from ..functional.updates import RULES as RULES_OF_COUNTS
+from ..functional.updates import center, center_factors, momentum_step
 from .scopes import check_policy_name
 from .views import keep_view
 
 __all__ = ["BIAS_SCOPES", "RULES", "ExpertBias"]
 
+RULES = (*RULES_OF_COUNTS, "quantile")  # the last one asks for more than counts
 BIAS_SCOPES = ("global_batch", "micro_batch")
 
 # The sign and RMS rules move every bias by the full rate at every step, balanced or not: where that is more than such a
@@ -32,8 +34,12 @@ class ExpertBias:
     """Loss-free balancing (DeepSeek, arXiv 2408.15664): expert_bias += rate * schedule(step) * rule(counts), centred.
 
     Args:
-        rule: "sign" (DeepSeek-V3), "proportional", "rms" or "momentum" (tanh, SMEBU); see ``functional.updates``.
-        rate: bias per step; 1e-3 for long runs with sigmoid gates, 1e-2 for short ones.
+        rule: "sign" (DeepSeek-V3), "proportional", "rms" or "momentum" (tanh, SMEBU), see ``functional.updates``; or
+            "quantile" (Kimi K3, arXiv 2607.24653): the bias that would have given each expert its share of this step's
+            tokens, from counts in bins, pooled over micro-batches and ranks; see ``functional.quantile``. It costs
+            4 kB an expert and layer in the step's sum, and needs a router that says how it chose: ours do.
+        rate: bias per step, default 1e-3: for long runs with sigmoid gates; 1e-2 for short ones. Of the quantile rule
+            the part of the way to go, default 1.
         schedule: a function of the step (0 = first) that multiplies the rate; 0 freezes the bias.
         kappa, beta: of the momentum rule.
         name: of what is saved for it; default "bias".
@@ -44,10 +50,10 @@ class ExpertBias:
             rule(counts) is averaged over the micro-batches of the step and over ranks, each with its own counts, empty
             ones left out. It is there to show what a bias loses whose counts are not summed: at Balance BSZ 4 a
             perplexity of 8.521, at 512 of 8.080 (arXiv 2501.11873, Table 1). The proportional rule is linear: of equal
-            micro-batches it makes the step of the whole load. Not with the momentum rule, whose memory is of one load
-            a step.
+            micro-batches it makes the step of the whole load. The mean of the quantiles of micro-batches is what
+            Megatron-core and, over ranks, Marin take. Not with the momentum rule, whose memory is of one load a step.
         groups, targets: as of `AuxLoss`: the rule is driven by (target - load) / target of the group of an expert,
-            whose experts move alike.
+            whose experts move alike. The quantile rule knows targets and no groups.
 
     The bias has mean 0. To subtract a constant changes no choice by sums; for "multiply" the factors 1 + bias are
     divided by their mean, which changes none by products.
@@ -60,7 +66,7 @@ class ExpertBias:
     """
 
     rule: str = "sign"
-    rate: float = 1e-3
+    rate: float | None = None
     schedule: Callable[[int], float] | None = None
     kappa: float = 2.0
     beta: float = 0.5
@@ -81,6 +87,8 @@ class ExpertBias:
         ):
             if not isinstance(word, str) or word not in known:
                 raise unknown_name(what, word, known)
+        if self.rate is None:
+            object.__setattr__(self, "rate", 1.0 if self.rule == "quantile" else 1e-3)
         if not (isinstance(self.rate, int | float) and 0 <= self.rate < float("inf")):
             raise ConfigError(expected="rate >= 0", got=repr(self.rate), do="1e-3 is the papers' value")
         if not (0 < self.kappa < float("inf") and 0 <= self.beta < 1):
@@ -89,11 +97,13 @@ class ExpertBias:
                 got=f"kappa={self.kappa}, beta={self.beta}",
                 do="kappa=2, beta=0.5 are the paper's values",
             )
+        if self.rule == "quantile":
+            self._check_quantile()
         if self.rule == "momentum" and self.scope == "micro_batch":
             raise ConfigError(
                 expected="a rule without memory for scope='micro_batch', which averages the rule over micro-batches",
                 got="rule='momentum'",
-                do="use rule='sign', 'proportional' or 'rms', or leave the scope out",
+                do="use rule='sign', 'proportional', 'rms' or 'quantile', or leave the scope out",
             )
         if self.view is not None and self.scope == "micro_batch":
             raise ConfigError(
@@ -101,19 +111,35 @@ class ExpertBias:
                 got="scope='micro_batch', a control that knows neither",
                 do="leave the scope out",
             )
-        if self.place == "multiply" and self.rate >= 1:
+        if self.place == "multiply" and self.speed >= 1:
             raise ConfigError(
                 expected="a rate below 1 for place='multiply': a step of 1 takes a factor of 1 to 0",
                 got=f"rate={self.rate}",
                 do="1e-3 is the paper's value",
             )
 
+    def _check_quantile(self) -> None:
+        assert self.rate is not None
+        for refused, expected, got, do in (
+            (self.rate > 1, "a rate of at most 1: all the way", f"rate={self.rate}", "leave the rate out"),
+            (self.place == "multiply", "a bias that is added", "place='multiply'", "use place='scores' or 'logits'"),
+            (self.groups is not None, "experts each for themselves", "groups", "use targets, or rule='proportional'"),
+        ):
+            if refused:
+                raise ConfigError(expected=f"{expected}, for rule='quantile'", got=got, do=do)
+
+    @property
+    def speed(self) -> float:
+        """``rate``, which is known once the policy is made."""
+        assert self.rate is not None
+        return self.rate
+
     def check_gate(self, gate: str, num_experts: int) -> None:
         """Raises ConfigError for a pair that is known to fail: full-size steps on softmax scores that they move far.
 
         For "scores" that depends on the number of experts, for "multiply" and "logits" on the rate alone.
         """
-        share = self.rate * (num_experts if self.place == "scores" else 1)
+        share = self.speed * (num_experts if self.place == "scores" else 1)
         largest = LARGEST_STEP[self.place]
         if gate != "softmax" or self.rule not in ("sign", "rms") or share <= largest:
             return
@@ -132,9 +158,9 @@ class ExpertBias:
     ) -> tuple[Tensor, Tensor]:
         """(new bias (E,), new momentum (E,) fp64). Pure; a frozen rate returns the bias to the last bit.
 
-        ``rule_E``: the rule's step where it is not that of ``counts_E``, for scope "micro_batch".
+        ``rule_E``: the rule's step where it is not that of ``counts_E``, for scope "micro_batch" and for quantiles.
         """
-        rate = self.rate * (self.schedule(step) if self.schedule else 1.0)
+        rate = self.speed * (self.schedule(step) if self.schedule else 1.0)
         most = 1.0 if self.place == "multiply" else float("inf")
         if not 0 <= rate < most:  # a NaN would reach every bias, and with it every choice
             raise ConfigError(
@@ -146,7 +172,7 @@ class ExpertBias:
             momentum_E = momentum_step(counts_E, momentum_E, self.kappa, self.beta, self.view)
             rule_E = momentum_E
         elif rule_E is None:
-            rule_E = RULES[self.rule](counts_E, self.view)
+            rule_E = RULES_OF_COUNTS[self.rule](counts_E, self.view)
         if rate == 0:
             return bias_E, momentum_E
         centered = center_factors if self.place == "multiply" else center

@@ -8,6 +8,7 @@
     sequences:8           f over 8 sequences: one point of a Balance-BSZ sweep
     shuffle               f over random tokens of the step, as many as a micro-batch has (table 2 there)
     loss-free             a bias on the selection, no loss (arXiv 2408.15664)
+    quantile              the same, set each step to what would have given equal loads (Kimi K3, arXiv 2607.24653)
     deepseek-v3           the same with a small loss per sequence (arXiv 2412.19437)
     z                     the z-loss on the router's logits; useful beside another one
 
@@ -51,6 +52,7 @@ NAMES: dict[str, tuple[dict[str, Any], ...]] = {
     "sequences": ({"kind": "AuxLoss", "scope": "sequences"},),
     "shuffle": ({"kind": "AuxLoss", "scope": "shuffle"},),
     "loss-free": (BIAS,),
+    "quantile": ({"kind": "ExpertBias", "rule": "quantile"},),
     "deepseek-v3": (BIAS, {"kind": "AuxLoss", "scope": "sequence", "coef": 1e-4, "counts": "unbiased"}),
     "z": ({"kind": "ZLoss", "coef": 1e-3},),
 }
@@ -81,7 +83,8 @@ class Numbers:
                 known = {"estimator": self.estimator} if spec["scope"] == "global_batch" else {}
                 return {"kind": "AuxLoss", "coef": self.coef, **spec, **known}
             case "ExpertBias":
-                return {**spec, "rate": self.rate, "schedule": self.schedule}
+                known = {} if spec["rule"] == "quantile" else {"rate": self.rate, "schedule": self.schedule}
+                return {**spec, **known}
         return dict(spec)
 
 
@@ -216,6 +219,8 @@ def _term(
             gate = word
         else:
             specs[0][key] = word
+            if word == "quantile" and not values:
+                del specs[0]["rate"]  # that of the other rules
     return specs, gate
 
 
@@ -225,7 +230,7 @@ def _detail(name: str, word: str, spec: Mapping[str, Any], gates: Sequence[str])
     if spec.get("scope") == "global_batch":
         choices["estimator"] = tuple(ESTIMATORS)
     elif spec["kind"] == "ExpertBias":
-        choices |= {"rule": tuple(RULES), "schedule": SCHEDULES, "place": PLACES, "scope": BIAS_SCOPES}
+        choices |= {"rule": RULES, "schedule": SCHEDULES, "place": PLACES, "scope": BIAS_SCOPES}
     known = [one for group in choices.values() for one in group]
     if (key := next((key for key, group in choices.items() if word in group), None)) is not None:
         return key

@@ -85,6 +85,11 @@ class Schedule:
         return tuple(dict.fromkeys(bias.rule for _, bias in self.biases if bias.scope == "micro_batch"))
 
     @property
+    def pools_quantiles(self) -> bool:
+        """Whether a bias moves to a quantile over the global batch."""
+        return any(bias.rule == "quantile" and bias.scope == "global_batch" for _, bias in self.biases)
+
+    @property
     def views(self) -> list[LoadView]:
         """Through which policies see a load otherwise than expert by expert."""
         return [policy.view for _, policy in (*self.losses, *self.biases) if policy.view is not None]
