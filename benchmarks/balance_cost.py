@@ -133,6 +133,7 @@ POLICIES: dict[str, list[Any] | None] = {
     "global+micro": [AuxLoss("global_batch"), AuxLoss("micro_batch", coef=1e-4)],
     "loss-free": [ExpertBias("proportional", rate=1e-3)],
     "deepseek-v3": [ExpertBias("proportional", rate=1e-3), AuxLoss("sequence", coef=1e-4, counts="unbiased")],
+    "quantile": [ExpertBias("quantile")],
     "z": [ZLoss()],
 }
 
