@@ -217,7 +217,7 @@ class ExternalRouter:
         counts_BE = count_choices(ids_TK, choices, batch.token_mask_T, batch.rows)[:, : self.num_experts]
         selection = None
         if state.spec.needs_selection:
-            selection = Selection(self.expert_bias, self._bias_place, *(self._groups or (1, 1)))
+            selection = Selection(self.expert_bias, self._bias_place, *(self._groups or (1, 1)), masked=True)
         tied_TK = attach_balance_gradient(
             state, weights_TK, logits_TE, ids_TK, counts_BE, batch, training=self.module.training, selection=selection
         )

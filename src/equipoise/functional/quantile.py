@@ -1,19 +1,19 @@
 """The quantile rule: what every bias has to change by for its expert to get its share, from counts that add up.
 
 Token t is at the point of choosing expert e where score + bias meets alpha_t, the best that it did not choose. By how
-much the bias would have to change for that is a number for each token and expert: `choice_offsets`.
-If all other thresholds stay, expert e gets the share q of all tokens by the q-quantile of its numbers (Quantile
-Balancing: kexue.fm 11619; Kimi K3, arXiv 2607.24653, which pools the global batch in histograms).
+much the bias would have to change for that is a number for each token and expert: `choice_offsets`. If all other
+thresholds stay, expert e gets the share q of all tokens by the q-quantile of its numbers (Quantile Balancing: kexue.fm
+11619; Kimi K3, arXiv 2607.24653, which pools the global batch in histograms).
 
 A quantile of all tokens is not the mean of quantiles of their parts, but counts in bins add up over micro-batches and
-ranks, whatever the cut. The bins lie around the bias as it is, and are fine there: u = asinh(offset / FINEST) is cut
-evenly. A far quantile is met to 4 % of its distance, and the next step starts there; no logit is too large for them.
+ranks, whatever the cut. The bins lie around the bias as it is: 16 for every doubling of |offset| + 2^-10 on either
+side, so a token's bin is the leading bits of that number, the same on every device. A far quantile is met to a
+sixteenth of its distance, and the next step starts there; no logit is too large, and 1/E is not too small.
 Legend: T tokens, E experts, B bins.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -23,11 +23,12 @@ from .routing import PLACES, gate_scores, inside_best_groups
 
 __all__ = ["BINS", "Selection", "bin_width", "choice_offsets", "count_offsets", "exact_quantile", "pooled_quantile"]
 
-BINS = 512
-FINEST = 1e-3  # offsets below it are told apart evenly, above it by their logarithm: a softmax score may be 1/E
-FARTHEST = 32.0  # what is beyond lies in the outer bins
-_END = math.asinh(FARTHEST / FINEST)
-_STEP = 2 * _END / BINS
+FINEST = 2.0**-10  # offsets below it are told apart evenly, above it by their logarithm: a softmax score may be 1/E
+DOUBLINGS, PARTS = 16, 4  # of |offset| + FINEST, and the bits of each doubling that are kept
+SIDE = DOUBLINGS << PARTS
+BINS = 2 * SIDE
+_SHIFT = 23 - PARTS  # of the bits of a float
+_FIRST = (127 - 10) << PARTS  # those of FINEST
 
 
 class Selection(NamedTuple):
@@ -37,6 +38,7 @@ class Selection(NamedTuple):
     place: str = PLACES[0]
     num_groups: int = 1
     top_groups: int = 1
+    masked: bool = False  # logits may be -inf: this token may not choose that expert
 
 
 @torch.no_grad()
@@ -50,35 +52,40 @@ def choice_offsets(logits_TE: Tensor, ids_TK: Tensor, gate: str, selection: Sele
     >>> choice_offsets(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0]]), "softmax", Selection(None, "logits"))
     tensor([[-1.,  0.,  1.]])
     """
-    bias_E, place, num_groups, top_groups = selection
+    bias_E, place, num_groups, top_groups, masked = selection
     wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
     by_TE = wide_TE if place == "logits" else gate_scores(wide_TE, gate)
     by_TE = by_TE if bias_E is None else by_TE + bias_E
-    none_TE = wide_TE == float("-inf")
+    none_TE = wide_TE == float("-inf") if masked else None
     if num_groups > 1:
         groups_by_TE = gate_scores(by_TE, gate) if place == "logits" else by_TE
-        groups_by_TE = groups_by_TE.masked_fill(none_TE, float("-inf"))
-        none_TE = none_TE | (inside_best_groups(groups_by_TE, num_groups, top_groups, masked=True) == float("-inf"))
-    left_TE = by_TE.masked_fill(none_TE, float("-inf")).scatter(-1, ids_TK, float("-inf"))
-    offset_TE = left_TE.amax(dim=-1, keepdim=True) - by_TE
-    return offset_TE.masked_fill(none_TE, float("inf"))
+        if none_TE is not None:
+            groups_by_TE = groups_by_TE.masked_fill(none_TE, float("-inf"))
+        outside_TE = inside_best_groups(groups_by_TE, num_groups, top_groups, masked=masked) == float("-inf")
+        none_TE = outside_TE if none_TE is None else none_TE | outside_TE
+    left_TE = by_TE if none_TE is None else by_TE.masked_fill(none_TE, float("-inf"))
+    offset_TE = left_TE.scatter(-1, ids_TK, float("-inf")).amax(dim=-1, keepdim=True) - by_TE
+    return offset_TE if none_TE is None else offset_TE.masked_fill(none_TE, float("inf"))
 
 
 def count_offsets(offset_TE: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
     """(E, B) fp64: how many tokens have their offset in each bin; masked ones (False) are left out.
 
-    Infinity, an expert that is out of reach, is in the last bin.
+    Infinity, an expert that is out of reach, and NaN are in an outer bin.
 
     >>> count_offsets(torch.tensor([[0.5, -0.5], [0.5, float("inf")]])).sum(dim=-1)
     tensor([2., 2.], dtype=torch.float64)
     """
-    tokens, experts = offset_TE.shape
-    place_TE = (torch.asinh(offset_TE.nan_to_num(nan=FARTHEST) / FINEST) + _END) / _STEP
-    bin_TE = place_TE.clamp(0, BINS - 1).long() + BINS * torch.arange(experts, device=offset_TE.device)
-    one_T = offset_TE.new_ones(tokens) if token_mask_T is None else token_mask_T
-    ones_TE = one_T.double().unsqueeze(1).expand_as(bin_TE)
-    counts = torch.zeros(experts * BINS, dtype=torch.float64, device=offset_TE.device)
-    return counts.scatter_add_(0, bin_TE.reshape(-1), ones_TE.reshape(-1)).view(experts, BINS)
+    experts, device = offset_TE.shape[1], offset_TE.device
+    offset_TE = offset_TE.float().contiguous()
+    bin_TE = offset_TE.abs().add_(FINEST).view(torch.int32).bitwise_right_shift_(_SHIFT).sub_(_FIRST)
+    bin_TE = bin_TE.clamp_(max=SIDE - 1).bitwise_xor_(offset_TE.view(torch.int32) >> 31)  # below 0: -1, -2, ...
+    at_TE = bin_TE + torch.arange(SIDE, experts * BINS, BINS, dtype=torch.int64, device=device)
+    if token_mask_T is not None:  # to a place behind all bins
+        at_TE = at_TE.masked_fill(~token_mask_T.bool().unsqueeze(1), experts * BINS)
+    counts = torch.zeros(experts * BINS + 1, dtype=torch.float64, device=device)
+    one = torch.ones((), dtype=torch.float64, device=device)
+    return counts.scatter_add_(0, at_TE.reshape(-1), one.expand(at_TE.numel()))[:-1].view(experts, BINS)
 
 
 def pooled_quantile(counts_EB: Tensor, share_E: Tensor) -> Tensor:
@@ -96,8 +103,17 @@ def pooled_quantile(counts_EB: Tensor, share_E: Tensor) -> Tensor:
     bin_E1 = (come_EB < wanted_E1).sum(dim=-1, keepdim=True).clamp(max=BINS - 1)
     inside_E1 = counts_EB.gather(-1, bin_E1)
     part_E1 = (wanted_E1 - (come_EB.gather(-1, bin_E1) - inside_E1)) / inside_E1.clamp(min=1)
-    u_E = ((bin_E1 + part_E1.clamp(0, 1)) * _STEP - _END).squeeze(-1)
-    return torch.where(total_E > 0, FINEST * u_E.sinh(), 0.0)
+    low_E1, high_E1 = _edge(bin_E1), _edge(bin_E1 + 1)
+    found_E = (low_E1 + part_E1.clamp(0, 1) * (high_E1 - low_E1)).squeeze(-1)
+    return torch.where(total_E > 0, found_E, 0.0)
+
+
+def _edge(number: Tensor) -> Tensor:
+    """The lower end of a bin, fp64; that of BINS is the upper end of the last."""
+    from_middle = (number - SIDE).abs()
+    doublings, parts = from_middle >> PARTS, from_middle % (1 << PARTS)
+    distance = (1 + parts.double() / (1 << PARTS)) * torch.exp2(doublings.double()) * FINEST - FINEST
+    return torch.where(number < SIDE, -distance, distance)
 
 
 def exact_quantile(offset_TE: Tensor, share_E: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
@@ -106,7 +122,8 @@ def exact_quantile(offset_TE: Tensor, share_E: Tensor, token_mask_T: Tensor | No
     >>> exact_quantile(torch.tensor([[0.1, 0.1], [0.2, 0.2], [0.3, 0.3], [0.4, 0.4]]), torch.tensor([0.5, 0.6]))
     tensor([0.2500, 0.3000], dtype=torch.float64)
     """
-    ordered_TE = offset_TE.double().clamp(-FARTHEST, FARTHEST).nan_to_num(nan=FARTHEST)
+    farthest = FINEST * 2**DOUBLINGS
+    ordered_TE = offset_TE.double().nan_to_num(nan=farthest).clamp(-farthest, farthest)
     number = torch.full((), float(len(offset_TE)), dtype=torch.float64, device=offset_TE.device)
     if token_mask_T is not None:
         ordered_TE = ordered_TE.masked_fill(~token_mask_T.bool().unsqueeze(1), torch.inf)
@@ -123,8 +140,7 @@ def exact_quantile(offset_TE: Tensor, share_E: Tensor, token_mask_T: Tensor | No
 def bin_width(offset: float) -> float:
     """Of the bin that an offset lies in, at most.
 
-    >>> bin_width(0.0) < 1e-4, bin_width(0.5) < 0.05 * 0.5
+    >>> bin_width(0.0) < 1e-4, bin_width(0.5) < 0.07 * 0.5
     (True, True)
     """
-    u = abs(math.asinh(offset / FINEST))
-    return FINEST * (math.sinh(u + _STEP) - math.sinh(u))
+    return (abs(offset) + FINEST) / (1 << PARTS)

@@ -53,7 +53,7 @@ def expected_bias(seen: list[Any], place: str, targets: list[float] | None = Non
     targets = targets or [1 / first.num_experts] * first.num_experts
     found = []
     for e, (bias, tau) in enumerate(zip(first.bias_E, targets, strict=True)):
-        low, high = (min(max(x, -32.0), 32.0) for x in around([row[e] for row in rows], tau * first.top_k))
+        low, high = (min(max(x, -64.0), 64.0) for x in around([row[e] for row in rows], tau * first.top_k))
         found.append((bias + low - bin_width(low), bias + high + bin_width(high)))
     return found
 
@@ -168,12 +168,12 @@ def test_huge_logits_and_empty_steps_leave_it_finite():
     model.blocks[0].gate.weight.data *= 1e6
     train_step(model, balancer, optimizer, make_step(0))
     bias = model.blocks[0].gate.expert_bias.clone()
-    assert bias.isfinite().all() and bias.abs().max() <= 64
+    assert bias.isfinite().all() and bias.abs().max() <= 128
     (empty,) = make_step(0, 1)
     none = Micro(empty.x_BSD, empty.target_BSD, torch.zeros_like(empty.x_BSD[..., 0], dtype=torch.bool))
     balancer.tap(model(none.x_BSD, none.mask_BS).sum() * 0.0).backward()
     optimizer.step()
-    assert torch.equal(model.blocks[0].gate.expert_bias, bias)
+    torch.testing.assert_close(model.blocks[0].gate.expert_bias, bias, rtol=1e-6, atol=0)
 
 
 def test_half_the_way_and_not_at_all():
