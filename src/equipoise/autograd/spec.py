@@ -46,8 +46,8 @@ class StatsSpec(NamedTuple):
     """What one router measures; constant while a balancer is attached, so that a compiled graph may rely on it.
 
     Statistics, (..., size): counts E, probabilities E, [unbiased counts E], E for each micro-batch rule, [E bins of
-    offsets], SCALARS, N loss values; then what backward alone knows: squared gradient norms of the language model, of the N terms and of the
-    z-loss.
+    offsets], SCALARS, N loss values; then what backward alone knows: squared gradient norms of the language model, of
+    the N terms and of the z-loss.
     Coefficients, (coefs_size,): a row of E for each term, a factor for each term, the z-loss factor, the count flag.
     A row of the step, (..., step_size): the statistics, N deferred loss values, STEP_COLUMNS.
 

@@ -171,6 +171,12 @@ class ExpertBias:
         if self.rule == "momentum":
             momentum_E = momentum_step(counts_E, momentum_E, self.kappa, self.beta, self.view)
             rule_E = momentum_E
+        elif rule_E is None and self.rule == "quantile":
+            raise ConfigError(
+                expected="the step of the quantile rule as rule_E",
+                got="counts alone, which do not tell it",
+                do="pass functional.quantile.pooled_quantile of the offsets of all tokens",
+            )
         elif rule_E is None:
             rule_E = RULES_OF_COUNTS[self.rule](counts_E, self.view)
         if rate == 0:

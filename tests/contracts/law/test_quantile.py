@@ -1,4 +1,4 @@
-"""The quantile rule: biases against exact quantiles over all tokens of a step, however it is cut; the named controls."""
+"""The quantile rule: biases against exact quantiles over all tokens of a step, however it is cut; the control."""
 
 from __future__ import annotations
 

@@ -10,7 +10,9 @@ import torch
 
 from equipoise.errors import ConfigError
 from equipoise.functional import GATES, PLACES, maxvio, momentum_step, proportional_step, rms_step, route, sign_step
-from equipoise.policies import RULES, ExpertBias
+from equipoise.functional.quantile import Selection, choice_offsets, count_offsets, pooled_quantile
+from equipoise.functional.updates import RULES
+from equipoise.policies import ExpertBias
 from equipoise.policies.expert_bias import LARGEST_STEP
 
 STEPS = {"sign": sign_step, "proportional": proportional_step, "rms": rms_step}
@@ -54,6 +56,24 @@ def test_every_valid_pair_balances_a_router_with_fixed_scores(gate, rule, place)
     assert seen[0] > 0.8
     assert max(seen[-50:]) < 0.25
     assert sum(seen[-50:]) / 50 < 0.15
+
+
+@pytest.mark.parametrize("place", ["scores", "logits"])
+@pytest.mark.parametrize("gate", GATES)
+def test_the_quantile_rule_needs_a_few_steps_whatever_the_size_of_a_score(gate, place):
+    """64 experts: a softmax score is about 1/64. The first step goes nearly all the way, to a sixteenth of it."""
+    policy, share = ExpertBias("quantile", place=place), torch.full((64,), 4 / 64)
+    logits = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)) + torch.linspace(-1, 1, 64)
+    bias, seen = torch.zeros(64), []
+    for step in range(6):
+        routing = route(logits, 4, gate=gate, selection_bias_E=bias, bias_place=place)
+        seen.append(float(maxvio(routing.counts_E)))
+        offset = choice_offsets(logits, routing.expert_ids_TK, gate, Selection(bias, place))
+        rule = pooled_quantile(count_offsets(offset), share)
+        bias, _ = policy.step(bias, routing.counts_E, NO_MOMENTUM, step, rule)
+    assert seen[0] > 2 and seen[1] < 0.5 * seen[0] and seen[5] < 0.1
+    with pytest.raises(ConfigError, match="pooled_quantile"):
+        policy.step(bias, routing.counts_E, NO_MOMENTUM, 0)
 
 
 @pytest.mark.parametrize("rule", ["sign", "rms"])
