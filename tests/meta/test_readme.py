@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 
@@ -11,19 +12,18 @@ ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_library_example_runs(capsys, tmp_path):
-    library, trainer = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+def test_the_library_example_and_the_trainer_s_line_run(capsys, tmp_path):
+    (library,) = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
     names: dict = {}
     exec(compile(library, "README.md", "exec"), names)
     assert 0 <= float(capsys.readouterr().out) <= 15  # MaxVio of 16 experts
     transformers = pytest.importorskip("transformers")
-    names |= {
-        "Trainer": transformers.Trainer,
-        "args": transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]),
-        "data": [],
-    }
-    exec(compile(trainer, "README.md", "exec"), names)
-    assert any(isinstance(one, names["BalanceCallback"]) for one in names["trainer"].callback_handler.callbacks)
+    callbacks = importlib.import_module("equipoise.adapters.hf")
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = transformers.Trainer(names["model"], args, train_dataset=[])
+    (line,) = re.findall(r"`(equipoise\.adapters\.hf\..*attach\(trainer\))`", TEXT)
+    exec(line, names | {"trainer": trainer, "equipoise": importlib.import_module("equipoise")})
+    assert any(isinstance(one, callbacks.BalanceCallback) for one in trainer.callback_handler.callbacks)
 
 
 def test_every_file_it_names_is_there():
