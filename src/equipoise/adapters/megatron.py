@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ..balancer.balancer import Balancer
-from ..distributed import Group, Ranks
+from ..distributed import Group
 from ..errors import ConfigError, DataError
 from ..policies.from_data import OnePolicy, as_list, policies_from
 from ..policies.schedule import Schedule
 from ..storage.balancer_file import FILE, read_state, state_file, write_state
 from .engine import Engine
 from .logs import worth_logging
+from .megatron_parallel import check_limits, ranks_of, tokens_of
 from .megatron_routers import balance_router, hidden_carriers, let_go, own_balancing, routers_of, switch_off
 
-__all__ = ["MegatronBalancer", "check_limits"]
+__all__ = ["MegatronBalancer"]
 
 MEGATRON = Engine("Megatron-core", "megatron-core", "0.16.1")
 MEASURE_ONLY = 'policies=[] measures and changes nothing; ["global+micro"] balances'
@@ -84,7 +84,7 @@ class MegatronBalancer:
                 self._chunks,
                 chosen,
                 inner[-1],  # of several, the last to step
-                ranks=Ranks(_data_parallel()),
+                ranks=ranks_of(self.config),
                 on_fault=on_fault,
             )
         except BaseException:
@@ -119,7 +119,7 @@ class MegatronBalancer:
             if named.get("non_loss_data") or not torch.is_grad_enabled():
                 return outputs
             loss, *tokens, report = outputs
-            loss = self.balancer.tap(loss, tokens=tokens[0] if tokens else None)
+            loss = self.balancer.tap(loss, tokens=tokens_of(self.config, tokens[0] if tokens else None))
             return (loss, *tokens, {**report, **self._report(loss)})
 
         return tapped
@@ -181,34 +181,6 @@ class MegatronBalancer:
         let_go(self._routers)
 
 
-def check_limits(config: Any) -> None:
-    """Raises ConfigError for what was never run, or cannot work; ``config``: a ``TransformerConfig``."""
-    for name, why in _refused(config):
-        raise ConfigError(expected="a configuration of Megatron-core that equipoise was run with", got=name, do=why)
-
-
-def _refused(config: Any) -> Iterator[tuple[str, str]]:
-    sizes = {"tensor": "tensor_model_parallel_size", "context": "context_parallel_size",
-             "pipeline": "pipeline_model_parallel_size"}  # fmt: skip
-    for name, attribute in sizes.items():
-        if (degree := getattr(config, attribute)) != 1:
-            yield f"{name} parallelism of {degree}", "train with data and expert parallelism: no test has run it"
-    if config.moe_router_fusion:
-        yield "moe_router_fusion=True", "set it to False: the fused router shows nobody its logits"
-    if config.moe_router_force_load_balancing:
-        yield "moe_router_force_load_balancing=True", "leave it out: the routers then choose nothing"
-    if getattr(config, "moe_enable_routing_replay", False):
-        yield "moe_enable_routing_replay=True", "leave it out: replayed choices are not balanced yet"
-    if config.moe_expert_capacity_factor is not None:
-        yield f"moe_expert_capacity_factor={config.moe_expert_capacity_factor:g}", "leave it out: no test has run it"
-    if config.enable_cuda_graph or getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
-        yield "CUDA graphs", "switch them off: a graph that is replayed passes the balancer by"
-    if config.fp8:
-        yield f"fp8={config.fp8!r}", "train in bf16 or fp32: no test has run it"
-    if config.overlap_moe_expert_parallel_comm:
-        yield "overlap_moe_expert_parallel_comm=True", "leave it out: no test has run it"
-
-
 def _check_policies(schedule: Schedule) -> None:
     if any(loss.needs_counting for _, loss in schedule.losses):
         raise ConfigError(
@@ -216,8 +188,3 @@ def _check_policies(schedule: Schedule) -> None:
             got="scope 'shuffle' or estimator 'exact'",
             do="take estimator 'filled': Megatron's schedule has no pass before the step",
         )
-
-
-def _data_parallel() -> Group:
-    state = importlib.import_module("megatron.core.parallel_state")
-    return Group(state.get_data_parallel_group(with_context_parallel=True))
