@@ -26,9 +26,7 @@ class Law:
         ids = [z.detach().topk(self.top_k, dim=-1).indices for z in logits]
         return ids, torch.stack([self._counts(one.flatten(0, 1)) for one in ids])
 
-    def loss(
-        self, logits: list[Tensor], positions_BS: Tensor, tokens: int, everywhere: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, logits: list[Tensor], positions_BS: Tensor, tokens: int, everywhere: Tensor | None = None) -> Tensor:
         """Of one micro-batch; ``logits`` (B, S, E) a layer, ``tokens`` of the whole step.
 
         ``everywhere``: counts of all ranks, from a process that plays all of them and moves ``come_LE`` itself.

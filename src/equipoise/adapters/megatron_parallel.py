@@ -8,33 +8,90 @@ from typing import Any
 
 from torch import Tensor
 
+from ..balancer.balancer import Balancer
 from ..distributed import Group, Ranks
 from ..errors import ConfigError
+from ..storage.balancer_file import FILE
 
-__all__ = ["check_limits", "ranks_of", "tokens_of"]
+__all__ = [
+    "balance_sizes",
+    "check_limits",
+    "data_ranks",
+    "is_a_stage",
+    "is_last_stage",
+    "ranks_of",
+    "scale_of",
+    "stage_file",
+    "tokens_of",
+]
 
 
 def ranks_of(config: Any) -> Ranks:
-    """Tensor-parallel ranks route other parts of the same sequences: every MoE layer needs sequence parallelism."""
+    """Tensor- and context-parallel ranks route other parts of the same sequences, pipeline stages hold other layers.
+
+    Of tensor-parallel ranks that holds because every MoE layer of Megatron's trains with sequence parallelism.
+    """
     state = importlib.import_module("megatron.core.parallel_state")
-    if config.tensor_model_parallel_size == 1:
-        return Ranks(Group(state.get_data_parallel_group(with_context_parallel=True)))
+    data = Group(state.get_tensor_and_data_parallel_group(with_context_parallel=True))
     shards = Group(state.get_tensor_and_context_parallel_group())
-    return Ranks(Group(state.get_tensor_and_data_parallel_group(with_context_parallel=True)), shards)
+    return Ranks(data, shards, Group.world() if config.pipeline_model_parallel_size > 1 else data)
 
 
 def tokens_of(config: Any, tokens: Tensor | None) -> Tensor | float | None:
-    """What `Balancer.tap` needs for a loss that stands on every tensor-parallel rank, each with a part of its tokens.
+    """What `Balancer.tap` has to know of a loss function's loss where sequences are cut over ranks.
 
-    Megatron adds their gradients up at the router, and averages over data-parallel ranks.
+    A loss stands on every tensor-parallel rank, each of which routes a part of its tokens, and Megatron adds their
+    gradients up. A mean is one over all context-parallel ranks, and Megatron multiplies it by their number.
 
     Args:
-        tokens: the second of the three that a loss function returned.
+        tokens: the second of the three that a loss function returned; None where it returned two.
     """
-    shards = config.tensor_model_parallel_size
-    if shards == 1:
-        return tokens
-    return 1 / shards if tokens is None else tokens.clamp(min=1).double() / shards  # it divides by 1 as well
+    tensor, context = config.tensor_model_parallel_size, config.context_parallel_size
+    if tokens is None:
+        return None if tensor * context == 1 else 1 / (tensor * context)
+    return tokens if tensor == 1 else tokens.clamp(min=1).double() / tensor  # Megatron divides by 1 as well
+
+
+def scale_of(config: Any) -> Tensor:
+    """What the loss of the last stage is multiplied by, for one without it: read when a backward begins.
+
+    Megatron sets it for its own losses after every forward: the loss scale, divided by the number of micro-batches.
+    """
+    own = importlib.import_module("megatron.core.transformer.moe.moe_utils").MoEAuxLossAutoScaler
+    return own.main_loss_backward_scale.double() / (config.tensor_model_parallel_size * config.context_parallel_size)
+
+
+def data_ranks() -> int:
+    """Ranks, or groups of ranks, that see other sequences."""
+    return importlib.import_module("megatron.core.parallel_state").get_data_parallel_world_size()
+
+
+def balance_sizes(balancer: Balancer, sequence_shards: int, data_ranks: int) -> str:
+    """Over how many sequences each scope takes f, as the last step was; in words."""
+    if not balancer.step_count:
+        return "known after the first step"
+    stats = balancer._last()[0]
+    sequences, calls = (float(stats.spec.scalar(stats.sums, name)[0]) for name in ("sequences", "calls"))
+    micro, whole = sequences / calls, sequences / sequence_shards
+    sizes = f"sequence 1, micro_batch {micro:g}, data_parallel {micro * data_ranks:g}, global_batch {whole:g}"
+    return f"{sizes} sequences ({data_ranks} data ranks, {whole / micro / data_ranks:g} micro-batches a step)"
+
+
+def is_a_stage() -> bool:
+    """Whether this rank holds only some of the model's layers."""
+    state = importlib.import_module("megatron.core.parallel_state")
+    return state.model_parallel_is_initialized() and state.get_pipeline_model_parallel_world_size() > 1
+
+
+def is_last_stage() -> bool:
+    return importlib.import_module("megatron.core.parallel_state").is_pipeline_last_stage()
+
+
+def stage_file(config: Any) -> str:
+    """Where a stage's state lies beside a checkpoint: each has other layers."""
+    state = importlib.import_module("megatron.core.parallel_state")
+    stage = state.get_pipeline_model_parallel_rank() if config.pipeline_model_parallel_size > 1 else 0
+    return FILE if stage == 0 else f"stage{stage}.{FILE}"
 
 
 def check_limits(config: Any) -> None:
@@ -44,10 +101,13 @@ def check_limits(config: Any) -> None:
 
 
 def _refused(config: Any) -> Iterator[tuple[str, str]]:
-    sizes = {"context": "context_parallel_size", "pipeline": "pipeline_model_parallel_size"}
-    for name, attribute in sizes.items():
-        if (degree := getattr(config, attribute)) != 1:
-            yield f"{name} parallelism of {degree}", "train with data and expert parallelism: no test has run it"
+    if config.virtual_pipeline_model_parallel_size is not None:
+        yield "virtual_pipeline_model_parallel_size, an interleaved pipeline", "leave it out: no test has run it"
+    if config.pipeline_model_parallel_size > 1 and config.calculate_per_token_loss:
+        yield (
+            "calculate_per_token_loss=True with pipeline parallelism",
+            "set it to False: a stage without the loss does not know how many tokens that is a sum over",
+        )
     if (degree := config.tensor_model_parallel_size) != 1 and not config.sequence_parallel:
         yield (
             f"tensor parallelism of {degree} without sequence parallelism",

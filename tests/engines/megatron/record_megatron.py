@@ -178,7 +178,8 @@ class Training:
             if "law" in self.case:
                 total = total + number.clamp(min=1) * self._law()
             report = {"lm loss": (total / number.clamp(min=1)).detach()}
-            return (total / number, report) if self.case.get("loss", "mean") == "mean" else (total, number, report)
+            mean = total / number / parallel_state.get_context_parallel_world_size()  # the schedule multiplies it again
+            return (mean, report) if self.case.get("loss", "mean") == "mean" else (total, number, report)
 
         return losses, loss_function
 
@@ -191,7 +192,8 @@ class Training:
             forward_step_func=forward, data_iterator=self.text(step), model=[self.model], seq_length=LENGTH,
             num_microbatches=self.micro_batches, micro_batch_size=BATCH, forward_only=False,
         )  # fmt: skip
-        self.reports.append({name: float(value) for name, value in told[-1].items()})
+        told = told[-1] if told else {}  # a last stage alone reports
+        self.reports.append({name: float(value) for name, value in told.items()})
         gradients = {name: weight.main_grad.clone() for name, weight in self.model.named_parameters()}
         self.optimizer.step()
         return gradients

@@ -1,4 +1,4 @@
-"""One step of Megatron-core cut over tensor, context, pipeline, expert and data ranks, and the same step in one process.
+"""A step of Megatron-core cut over tensor, context, pipeline, expert and data ranks, and the same in one process.
 
 python record_parallel.py CASES.json RANK WORLD STORE OUT.pt
 
@@ -21,11 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from engines._law import Law
 from engines.megatron import record_megatron as whole
-from engines.megatron.record_megatron import BATCH, EXPERTS, LENGTH, LETTERS, SIZES, TOP_K, parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.tensor_parallel.random import initialize_rng_tracker
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+BATCH, EXPERTS, LENGTH, LETTERS, TOP_K = whole.BATCH, whole.EXPERTS, whole.LENGTH, whole.LETTERS, whole.TOP_K
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
+from megatron.core.tensor_parallel.random import initialize_rng_tracker  # noqa: E402
+from megatron.core.transformer.transformer_block import (  # noqa: E402
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset  # noqa: E402
+from megatron.core.utils import get_batch_on_this_cp_rank  # noqa: E402
 
 
 class Norm(torch.nn.LayerNorm):
@@ -37,11 +45,55 @@ class Norm(torch.nn.LayerNorm):
             weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+class Gathered(torch.autograd.Function):
+    """(S, ...) of every context-parallel rank, one after the other."""
+
+    @staticmethod
+    def forward(_, x: torch.Tensor) -> torch.Tensor:
+        group = parallel_state.get_context_parallel_group()
+        of_all = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(of_all, x.contiguous(), group=group)
+        return torch.cat(of_all)
+
+    @staticmethod
+    def backward(_, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        group, grad = parallel_state.get_context_parallel_group(), grad.clone()
+        dist.all_reduce(grad, group=group)
+        return grad.chunk(group.size())[group.rank()]
+
+
+class Attention(torch.nn.Module):
+    """Over context-parallel ranks: Megatron leaves that to Transformer Engine, which needs CUDA."""
+
+    def __init__(self, config: Any, **_: Any) -> None:
+        super().__init__()
+        self.scale = config.kv_channels**-0.5
+
+    def forward(self, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> torch.Tensor:
+        mine = of_this_rank(torch.arange(LENGTH)[None])[0]
+        keys, values, places = Gathered.apply(key), Gathered.apply(value), Gathered.apply(mine)
+        scores = torch.einsum("sbhd,tbhd->bhst", query, keys) * self.scale
+        scores = scores.masked_fill(places[None, :] > mine[:, None], -torch.inf)
+        return torch.einsum("bhst,tbhd->sbhd", scores.softmax(dim=-1), values).flatten(2)
+
+
+def of_this_rank(x_BS: torch.Tensor) -> torch.Tensor:
+    """The part of each sequence that Megatron gives to this context-parallel rank: one early, one late."""
+    return get_batch_on_this_cp_rank({"": x_BS})[""]
+
+
 def gpt_of(config: Any) -> GPTModel:
     """This rank's part of one model: each weight is drawn whole, by its name, and cut."""
-    layer = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
-    held = TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=Norm)
+    first, pattern = get_transformer_layer_offset(config), config.moe_layer_freq
+    layers = []
+    for at in range(first, first + get_num_layers_to_build(config)):
+        has_experts = pattern == 1 or pattern[at]
+        layer = get_gpt_layer_local_spec(num_experts=EXPERTS if has_experts else None, moe_grouped_gemm=False)
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = Norm
+        if config.context_parallel_size > 1:
+            layer.submodules.self_attention.submodules.core_attention = Attention
+        layers.append(layer)
+    held = TransformerBlockSubmodules(layers, layer_norm=Norm)
     ends = {"pre_process": parallel_state.is_pipeline_first_stage(),
             "post_process": parallel_state.is_pipeline_last_stage()}  # fmt: skip
     embedding = {"position_embedding_type": "learned_absolute", "parallel_output": False}
@@ -79,10 +131,11 @@ def place(model: GPTModel, name: str, weight: torch.Tensor) -> tuple[str, tuple[
 
 def losses_of(model: Any, text: torch.Tensor, mask: torch.Tensor, after: torch.Tensor, **padding: Any) -> torch.Tensor:
     """Of each letter, in float64: Megatron's own cross entropy computes in fp32. An inner stage has none."""
-    out = model(text, torch.arange(LENGTH).expand(BATCH, -1), mask, **padding)
+    padding = {name: of_this_rank(mask_BS) for name, mask_BS in padding.items()}
+    out = model(of_this_rank(text), of_this_rank(torch.arange(LENGTH).expand(BATCH, -1)), mask, **padding)
     if not parallel_state.is_pipeline_last_stage():
         return out
-    return torch.nn.functional.cross_entropy(out.transpose(1, 2), after, reduction="none")
+    return torch.nn.functional.cross_entropy(out.transpose(1, 2), of_this_rank(after), reduction="none")
 
 
 class Training(whole.Training):
@@ -125,7 +178,7 @@ class OneProcess:
         real_BS = torch.ones(BATCH, LENGTH, dtype=torch.bool)
         if padded := case.get("padding"):
             real_BS[-1, -padded:] = False
-        total, labels = torch.zeros(()), 0
+        total = torch.zeros(())
         for m in range(micro):
             of_all = [self.losses(m * replicas + replica) for replica in range(replicas)]
             logits = [[z[real_BS][None] if padded else z for z in zs] for _, zs in of_all]
@@ -144,29 +197,45 @@ def one_process(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def cut(case: dict[str, Any]) -> dict[str, Any]:
-    training = Training(case)
+    training, files = Training(case), f"model{dist.get_rank()}.pt"
+    scale, first = case.get("loss_scale", 1.0), case.get("first_step", 0)
+    if scale != 1.0:
+        training.config.grad_scale_func = lambda loss: loss * scale
+    if case.get("load"):
+        state = torch.load(Path(case["load"]) / files, weights_only=False)
+        training.model.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
     training.attach()
-    gradients = [training.step(step) for step in range(case.get("steps", 1))]
+    if case.get("load"):
+        training.balance.load(case["load"])
+    gradients = [training.step(first + step) for step in range(case.get("steps", 1))]
+    if case.get("save"):
+        state = {"model": training.model.state_dict(), "optimizer": training.optimizer.state_dict()}
+        torch.save(state, Path(case["save"]) / files)
+        training.balance.save(case["save"])
     inside = training.model.module
     found: dict[str, Any] = {
-        "gradients": gradients[0],
+        "gradients": {name: gradient / scale for name, gradient in gradients[0].items()},
         "places": {name: place(inside, name.removeprefix("module."), weight)
                    for name, weight in training.model.named_parameters()},
         "weights": {name: weight.detach().clone() for name, weight in training.model.named_parameters()},
         "bias": [getattr(one, "expert_bias", None) for one in training.routers().values()],
         "reports": training.reports,
+        "routers": [place(inside, name.removeprefix("module."), one.weight)[0]
+                    for name, one in training.routers().items()],
+        "described": training.balance.describe() if training.balance else "",
     }  # fmt: skip
     if balance := training.balance:
-        found |= {"described": balance.describe(), "load": balance.balancer.load()}
-        found |= {"metrics": balance.balancer.metrics()}
+        found |= {"load": balance.balancer.load(), "metrics": balance.balancer.metrics()}
         balance.remove()
     return found
 
 
 def main(cases: dict[str, dict[str, Any]], out: Path) -> None:
     (parallel,) = {tuple(sorted(case.get("parallel", {}).items())) for case in cases.values()}
-    parallel_state.initialize_model_parallel(**{SIZES[name]: size for name, size in parallel})
+    parallel_state.initialize_model_parallel(**{whole.SIZES[name]: size for name, size in parallel})
     initialize_rng_tracker(inference_rng_tracker=True)
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     run = one_process if dist.get_world_size() == 1 else cut
     torch.save({name: run(case) for name, case in cases.items()}, out)
 
