@@ -103,6 +103,8 @@ def check_limits(config: Any) -> None:
 def _refused(config: Any) -> Iterator[tuple[str, str]]:
     if config.virtual_pipeline_model_parallel_size is not None:
         yield "virtual_pipeline_model_parallel_size, an interleaved pipeline", "leave it out: no test has run it"
+    if getattr(config, "hybrid_context_parallel", False):
+        yield "hybrid_context_parallel=True", "leave it out: its groups of ranks change from batch to batch"
     if config.pipeline_model_parallel_size > 1 and config.calculate_per_token_loss:
         yield (
             "calculate_per_token_loss=True with pipeline parallelism",

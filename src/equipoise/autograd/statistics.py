@@ -206,7 +206,7 @@ def _scalars(
 
 def _tables(
     counts_CBE: Tensor, probs_BE: Tensor, of_documents: dict[bool, Tensor], valid_TE: Tensor, batch: TokenLayout
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """What `ShardCounts` holds beside the tokens."""
     if not of_documents:
         return counts_CBE, probs_BE, None, None, None

@@ -30,6 +30,9 @@ LAW: dict[str, dict[str, Any]] = {
 }
 
 
+PIPELINE = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32, "num_layers": 4}
+
+
 def with_law(degree: int) -> dict[str, dict[str, Any]]:
     cases = {}
     for name, case in LAW.items():
@@ -186,8 +189,9 @@ def test_a_step_that_megatron_skips_moves_no_bias(others):
     ("settings", "words"),
     [
         ({"tensor_model_parallel_size": 2}, "tensor parallelism of 2 without sequence parallelism"),
-        ({"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}, "pipeline parallelism of 2"),
-        ({"context_parallel_size": 2}, "context parallelism of 2"),
+        (PIPELINE | {"virtual_pipeline_model_parallel_size": 2}, "an interleaved pipeline"),
+        (PIPELINE | {"calculate_per_token_loss": True}, "calculate_per_token_loss=True with pipeline parallelism"),
+        ({"hybrid_context_parallel": True, "max_seqlen_per_dp_cp_rank": 64}, "hybrid_context_parallel=True"),
         ({"moe_router_force_load_balancing": True}, "moe_router_force_load_balancing=True"),
         ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor=1"),
     ],

@@ -17,10 +17,11 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # its i
 
 RECORD = "record_parallel.py"
 TOKENS, TOP_K = 32, 2  # of a micro-batch, whatever it is cut into
+PREFIX = [{"kind": "AuxLoss", "scope": "global_batch", "coef": COEF, "estimator": "prefix"}]  # sums at each of three
 BOTH = [*LOSS_FREE, *GLOBAL]
 LAW: dict[str, dict[str, Any]] = {
     **{one: {"policies": [{"kind": "AuxLoss", "scope": one, "coef": COEF}], "accumulation": 2} for one in SCOPES},
-    "two losses, three micro-batches": {"policies": [*GLOBAL, *MICRO], "accumulation": 3},
+    "two losses, three micro-batches": {"policies": [*PREFIX, *MICRO], "accumulation": 3},
     "sum and tokens, full recompute": {"policies": GLOBAL, "accumulation": 2, "loss": "sum", "recompute": "full"},
     "per token, recompute of the MoE layer": {
         "policies": GLOBAL, "accumulation": 2, "loss": "per token", "recompute": "moe",
