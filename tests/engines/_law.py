@@ -21,14 +21,22 @@ class Law:
         self.policies, self.experts, self.top_k, self.gate = policies, experts, top_k, gate
         self.come_LE = torch.tensor(0.0)
 
-    def loss(self, logits: list[Tensor], positions_BS: Tensor, tokens: int) -> Tensor:
-        """Of one micro-batch; ``logits`` (B, S, E) a layer, ``tokens`` of the whole step."""
+    def chosen(self, logits: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Ids (B, S, K) and counts (E,) of each layer."""
         ids = [z.detach().topk(self.top_k, dim=-1).indices for z in logits]
-        here = torch.stack([self._counts(one.flatten(0, 1)) for one in ids])
-        everywhere = here.clone()
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(everywhere)
-        self.come_LE = self.come_LE + everywhere
+        return ids, torch.stack([self._counts(one.flatten(0, 1)) for one in ids])
+
+    def loss(self, logits: list[Tensor], positions_BS: Tensor, tokens: int, everywhere: Tensor | None = None) -> Tensor:
+        """Of one micro-batch; ``logits`` (B, S, E) a layer, ``tokens`` of the whole step.
+
+        ``everywhere``: counts of all ranks, from a process that plays all of them and moves ``come_LE`` itself.
+        """
+        ids, here = self.chosen(logits)
+        if everywhere is None:
+            everywhere = here.clone()
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(everywhere)
+            self.come_LE = self.come_LE + everywhere
         total = torch.zeros((), dtype=torch.float64)
         for layer, z in enumerate(logits):
             p = self._probs(z)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,33 @@ import torch
 from torch import Tensor, nn
 
 from ..balancer.balancer import Balancer
-from ..distributed import Group, Ranks
 from ..errors import ConfigError, DataError
 from ..policies.from_data import OnePolicy, as_list, policies_from
 from ..policies.schedule import Schedule
 from ..storage.balancer_file import FILE, read_state, state_file, write_state
 from .engine import Engine
 from .logs import worth_logging
-from .megatron_routers import balance_router, hidden_carriers, let_go, own_balancing, routers_of, switch_off
+from .megatron_parallel import (
+    balance_sizes,
+    check_limits,
+    data_ranks,
+    is_last_stage,
+    ranks_of,
+    scale_of,
+    stage_file,
+    tokens_of,
+)
+from .megatron_routers import (
+    balance_router,
+    hidden_carriers,
+    in_our_unit,
+    let_go,
+    own_balancing,
+    routers_of,
+    switch_off,
+)
 
-__all__ = ["MegatronBalancer", "check_limits"]
+__all__ = ["MegatronBalancer"]
 
 MEGATRON = Engine("Megatron-core", "megatron-core", "0.16.1")
 MEASURE_ONLY = 'policies=[] measures and changes nothing; ["global+micro"] balances'
@@ -72,19 +89,21 @@ class MegatronBalancer:
         chosen = policies_from(self._asked, steps=steps)
         schedule = Schedule(chosen)
         self._routers = routers_of(self._chunks)
-        self.config = next(iter(self._routers.values())).config
+        self.config = importlib.import_module("megatron.core.utils").get_model_config(self._chunks[0])
         check_limits(self.config)
         _check_policies(schedule)
         self._own = own_balancing(self._routers, schedule)
+        self._unit = in_our_unit(self._routers, data_ranks())
         inner = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
         for router in self._routers.values():
             balance_router(router, takes_bias=bool(schedule.biases))
+        self._ranks = ranks_of(self.config)
         try:
             self.balancer = Balancer(
                 self._chunks,
                 chosen,
                 inner[-1],  # of several, the last to step
-                ranks=Ranks(_data_parallel()),
+                ranks=self._ranks,
                 on_fault=on_fault,
             )
         except BaseException:
@@ -108,6 +127,8 @@ class MegatronBalancer:
                 self._finalized = self.config.finalize_model_grads_func  # set after this was made
                 self.config.finalize_model_grads_func = self._finalize
             output, loss_function, *rest = forward_step(*args, **named)
+            if not is_last_stage():
+                return (self.balancer.tap(output, scale=lambda: scale_of(self.config)), loss_function, *rest)
             return (output, self._tapped(loss_function), *rest)
 
         return balanced
@@ -119,7 +140,7 @@ class MegatronBalancer:
             if named.get("non_loss_data") or not torch.is_grad_enabled():
                 return outputs
             loss, *tokens, report = outputs
-            loss = self.balancer.tap(loss, tokens=tokens[0] if tokens else None)
+            loss = self.balancer.tap(loss, tokens=tokens_of(self.config, tokens[0] if tokens else None))
             return (loss, *tokens, {**report, **self._report(loss)})
 
         return tapped
@@ -145,17 +166,22 @@ class MegatronBalancer:
             return self._finalized(*args, **named)
 
     def describe(self) -> str:
-        """``Balancer.describe``, what was asked for, and what became of Megatron's own balancing."""
+        """``Balancer.describe``, what was asked for, what became of Megatron's own balancing, Balance BSZ."""
         asked = ", ".join(map(str, self._asked)) or "nothing: []"
-        return f"asked for      {asked}\nits balancing  {self._own}\n{self.balancer.describe()}"
+        unit = f"in our unit    {self._unit}\n" if self._unit else ""
+        sizes = balance_sizes(self.balancer, self._ranks.sequence_shards.size, data_ranks())
+        return (
+            f"asked for      {asked}\nits balancing  {self._own}\n{unit}Balance BSZ    {sizes}\n"
+            f"{self.balancer.describe()}"
+        )
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the balancer's state into a folder that is there; rank 0 alone, all ranks have the same.
+        """Writes the balancer's state into a folder that is there; the first rank of each pipeline stage alone.
 
         Raises OutputError.
         """
-        path = Path(folder) / FILE
-        if Group.world().rank == 0:
+        path = Path(folder) / stage_file(self.config)
+        if self._ranks.data.rank == 0:
             write_state(self.balancer.state_dict(), path)
         return path
 
@@ -164,8 +190,9 @@ class MegatronBalancer:
 
         Raises DataError where there is none, or one of another training.
         """
-        path = state_file(folder)
-        if path is None:
+        name = stage_file(self.config)
+        path = state_file(folder) if name == FILE else Path(folder) / name
+        if path is None or not path.is_file():
             raise DataError(
                 expected=f"the balancer's state in {folder}",
                 got="none",
@@ -181,34 +208,6 @@ class MegatronBalancer:
         let_go(self._routers)
 
 
-def check_limits(config: Any) -> None:
-    """Raises ConfigError for what was never run, or cannot work; ``config``: a ``TransformerConfig``."""
-    for name, why in _refused(config):
-        raise ConfigError(expected="a configuration of Megatron-core that equipoise was run with", got=name, do=why)
-
-
-def _refused(config: Any) -> Iterator[tuple[str, str]]:
-    sizes = {"tensor": "tensor_model_parallel_size", "context": "context_parallel_size",
-             "pipeline": "pipeline_model_parallel_size"}  # fmt: skip
-    for name, attribute in sizes.items():
-        if (degree := getattr(config, attribute)) != 1:
-            yield f"{name} parallelism of {degree}", "train with data and expert parallelism: no test has run it"
-    if config.moe_router_fusion:
-        yield "moe_router_fusion=True", "set it to False: the fused router shows nobody its logits"
-    if config.moe_router_force_load_balancing:
-        yield "moe_router_force_load_balancing=True", "leave it out: the routers then choose nothing"
-    if getattr(config, "moe_enable_routing_replay", False):
-        yield "moe_enable_routing_replay=True", "leave it out: replayed choices are not balanced yet"
-    if config.moe_expert_capacity_factor is not None:
-        yield f"moe_expert_capacity_factor={config.moe_expert_capacity_factor:g}", "leave it out: no test has run it"
-    if config.enable_cuda_graph or getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
-        yield "CUDA graphs", "switch them off: a graph that is replayed passes the balancer by"
-    if config.fp8:
-        yield f"fp8={config.fp8!r}", "train in bf16 or fp32: no test has run it"
-    if config.overlap_moe_expert_parallel_comm:
-        yield "overlap_moe_expert_parallel_comm=True", "leave it out: no test has run it"
-
-
 def _check_policies(schedule: Schedule) -> None:
     if any(loss.needs_counting for _, loss in schedule.losses):
         raise ConfigError(
@@ -216,8 +215,3 @@ def _check_policies(schedule: Schedule) -> None:
             got="scope 'shuffle' or estimator 'exact'",
             do="take estimator 'filled': Megatron's schedule has no pass before the step",
         )
-
-
-def _data_parallel() -> Group:
-    state = importlib.import_module("megatron.core.parallel_state")
-    return Group(state.get_data_parallel_group(with_context_parallel=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +15,22 @@ from ..autograd.token_layout import TokenLayout
 from ..errors import ConfigError
 from ..external.carrier import RouterCarrier
 from ..policies.schedule import Schedule
+from .megatron_parallel import is_a_stage
 
-__all__ = ["BIAS", "balance_router", "hidden_carriers", "let_go", "own_balancing", "routers_of", "switch_off"]
+__all__ = [
+    "BIAS",
+    "balance_router",
+    "hidden_carriers",
+    "in_our_unit",
+    "let_go",
+    "own_balancing",
+    "routers_of",
+    "switch_off",
+]
 
 BIAS = "expert_bias"
 CHILD = "equipoise"
-AUX_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+AUX_LOSSES = {"aux_loss": "micro_batch", "seq_aux_loss": "sequence", "global_aux_loss": "global_batch"}
 TOUCHED = ("routing", "gating", "forward")  # of the engine's class: where the logits pass
 
 
@@ -45,7 +56,7 @@ def routers_of(chunks: Sequence[nn.Module]) -> dict[str, Any]:
                     do="put a RouterCarrier into that router (docs/own-router.md) and make the Balancer yourself",
                 )
             found[name] = module
-    if not found:
+    if not found and not is_a_stage():
         raise ConfigError(
             expected="a model with Megatron-core's MoE layers",
             got=", ".join(type(chunk).__name__ for chunk in chunks) or "no model chunk",
@@ -94,7 +105,9 @@ def own_balancing(routers: dict[str, Any], schedule: Schedule) -> str:
 
     Raises ConfigError for one that cannot be, or whose bias would stand still while the routers learn.
     """
-    any_router = next(iter(routers.values()))
+    any_router = next(iter(routers.values()), None)
+    if any_router is None:
+        return "none on this pipeline stage, which has no MoE layer"
     config, kinds = any_router.config, any_router.routing_type
     names = [kinds] if isinstance(kinds, str) else list(kinds)
     losses = [name for name in AUX_LOSSES if any_router.get_aux_loss_coeff(name) > 0]
@@ -123,6 +136,22 @@ def own_balancing(routers: dict[str, Any], schedule: Schedule) -> str:
                 do='add ExpertBias() ("loss-free"), or ExpertBias(rate=0.0) to keep it as it is',
             )
     return f"off (it was {', '.join(told)})" if told else "none"
+
+
+def in_our_unit(routers: dict[str, Any], data_ranks: int) -> str:
+    """What Megatron's coefficients amount to as ours, of the same f: measured by our tests. "" where it has none."""
+    router = next(iter(routers.values()), None)
+    found, own = [], router.get_aux_loss_coeff if router is not None else lambda _: 0.0
+    for name, scope in AUX_LOSSES.items():
+        if (coef := own(name)) > 0:
+            assert router is not None
+            parts = router.config.tensor_model_parallel_size * router.config.context_parallel_size
+            shrinks = {"data ranks": data_ranks if scope == "global_batch" else 1}
+            shrinks["ranks that share a sequence"] = parts if router.config.calculate_per_token_loss else 1
+            why = "".join(f", divided by {number} {what}" for what, number in shrinks.items() if number > 1)
+            amount = coef / math.prod(shrinks.values())
+            found.append(f"{name} {coef:g} is AuxLoss({scope!r}, coef={amount:g}){why}")
+    return "; ".join(found)
 
 
 def switch_off(routers: dict[str, Any]) -> None:

@@ -37,9 +37,11 @@ __all__ = [
 class ShardCounts(NamedTuple):
     """What one call of a router shares with the ranks that hold other parts of its B sequences.
 
-    C = 1, the dispatched choices, or 2 with the unbiased ones behind; R rows of documents, numbered by ``document_T``.
+    C = 1, the dispatched choices, or 2 with the unbiased ones behind; R rows of documents, numbered by ``document_T``;
+    ``tokens`` that are no padding.
     """
 
+    tokens: Tensor
     counts_CBE: Tensor
     probs_BE: Tensor
     counts_CRE: Tensor | None

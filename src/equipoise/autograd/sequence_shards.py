@@ -42,19 +42,20 @@ def _record_shard_counts(
     pending_stats: torch.Tensor,  # noqa: ARG001, said to change, or a compiler would drop a call without a result
     key: int,
     which: int,
+    tokens: torch.Tensor,
     counts_CBE: torch.Tensor,
     probs_BE: torch.Tensor,
     counts_CRE: torch.Tensor | None,
     probs_RE: torch.Tensor | None,
     document_T: torch.Tensor | None,
 ) -> None:
-    shard_counts = (counts_CBE, probs_BE, counts_CRE, probs_RE, document_T)
+    shard_counts = (tokens, counts_CBE, probs_BE, counts_CRE, probs_RE, document_T)
     copies = [None if table is None else table.clone() for table in shard_counts]  # a compiler uses their memory again
     RouterState.of(key).shard_counts[which].append(ShardCounts(*copies))  # type: ignore[arg-type]
 
 
 @_record_shard_counts.register_fake
-def _(pending_stats, key, which, counts_CBE, probs_BE, counts_CRE, probs_RE, document_T) -> None:  # noqa: ARG001
+def _(pending_stats, key, which, tokens, counts_CBE, probs_BE, counts_CRE, probs_RE, document_T) -> None:  # noqa: ARG001
     return None
 
 
@@ -64,9 +65,7 @@ def sum_shards(layers: Sequence[Sequence[ShardCounts]], shards: Group) -> list[l
     if not calls:
         return [[] for _ in layers]
     documents = _documents(calls, shards)
-    parts = [
-        part for shard_counts in calls for part in (shard_counts.counts_CBE, *_document_rows(shard_counts, documents))
-    ]
+    parts = [part for one in calls for part in (one.tokens, one.counts_CBE, *_document_rows(one, documents))]
     device = parts[0].device
     flat = shards.sum(torch.cat([part.flatten().to(device) for part in parts]))
     pieces = flat.split([part.numel() for part in parts])
@@ -75,9 +74,9 @@ def sum_shards(layers: Sequence[Sequence[ShardCounts]], shards: Group) -> list[l
     for of_layer in layers:
         summed.append([])
         for shard_counts in of_layer:
-            counts_CBE = next(sums)
+            tokens, counts_CBE = next(sums), next(sums)
             counts_CRE = None if shard_counts.counts_CRE is None else next(sums)
-            summed[-1].append(shard_counts._replace(counts_CBE=counts_CBE, counts_CRE=counts_CRE))
+            summed[-1].append(shard_counts._replace(tokens=tokens, counts_CBE=counts_CBE, counts_CRE=counts_CRE))
     return summed
 
 
@@ -111,8 +110,9 @@ def _document_rows(shard_counts: ShardCounts, documents: int) -> list[Tensor]:
 
 def correct_for_shards(
     spec: StatsSpec, statistics: Tensor, local: Sequence[ShardCounts], summed: Sequence[ShardCounts]
-) -> tuple[Tensor, Tensor, list[ShardedFractions]]:
-    """(statistics as of whole sequences (forward_size,), counts of this rank's sequences (E,), f for backward).
+) -> tuple[Tensor, Tensor, Tensor, list[ShardedFractions]]:
+    """(statistics as of whole sequences (forward_size,), counts of this rank's sequences (E,), their tokens, f for
+    backward).
 
     Only what depends on a sequence's load changes: values of the local terms, MaxVio, how many sequences and
     micro-batches are not empty, rules of a micro-batch's load.
@@ -137,7 +137,7 @@ def correct_for_shards(
         fractions = _fractions(spec, mine, shard_counts)
         found.append(fractions)
         spec.values(statistics).add_(spec.num_experts * _values(spec, mine, fractions))
-    return statistics, counts_E, found
+    return statistics, counts_E, torch.stack([one.tokens for one in summed]).sum(), found
 
 
 def _fractions(spec: StatsSpec, local: ShardCounts, summed: ShardCounts) -> ShardedFractions:

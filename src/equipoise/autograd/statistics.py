@@ -95,7 +95,8 @@ def measure(
     shard_counts = None
     if spec.shards > 1:
         counts_CBE = torch.stack([counts_BE] if unbiased_BE is None else [counts_BE, unbiased_BE])
-        shard_counts = _tables(counts_CBE, probs_BE.double(), of_documents, valid_TE, batch)
+        tables = _tables(counts_CBE, probs_BE.double(), of_documents, valid_TE, batch)
+        shard_counts = ShardCounts(spec.scalar(statistics, "tokens").clone(), *tables)
     return Measured(
         probs_TE,
         statistics,
@@ -240,15 +241,16 @@ def _scalars(
 
 def _tables(
     counts_CBE: Tensor, probs_BE: Tensor, of_documents: dict[bool, Tensor], valid_TE: Tensor, batch: TokenLayout
-) -> ShardCounts:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """What `ShardCounts` holds beside the tokens."""
     if not of_documents:
-        return ShardCounts(counts_CBE, probs_BE, None, None, None)
+        return counts_CBE, probs_BE, None, None, None
     any_RE = next(iter(of_documents.values()))
     kinds = [False, True][: len(counts_CBE)]
     counts_CRE = torch.stack([of_documents.get(kind, torch.zeros_like(any_RE)) for kind in kinds])
     assert batch.document_T is not None
     probs_RE = torch.zeros_like(any_RE, dtype=torch.float64).index_add_(0, batch.document_T, valid_TE.double())
-    return ShardCounts(counts_CBE, probs_BE, counts_CRE.double(), probs_RE, batch.document_T)
+    return counts_CBE, probs_BE, counts_CRE.double(), probs_RE, batch.document_T
 
 
 def shared_counts(counts_BE: Tensor, term: LossTerm) -> Tensor:

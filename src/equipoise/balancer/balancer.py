@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -162,14 +162,21 @@ class Balancer(StepCycle):
         self._note_missing_forward(self._groups, taken, no_counting())
         keep_counted(self._groups, taken, self._sums, self._ranks.data)
 
-    def tap(self, loss: Tensor, *, scale: float | None = None, tokens: Tensor | float | None = None) -> Tensor:
+    def tap(
+        self,
+        loss: Tensor,
+        *,
+        scale: float | Callable[[], Tensor | float] | None = None,
+        tokens: Tensor | float | None = None,
+    ) -> Tensor:
         """Returns ``loss`` unchanged. Its backward, which runs before every router's, binds the policies to the step.
 
         Args:
             loss: the scalar that the engine scales and calls backward on: the tap learns 1/M and GradScaler's scale
                 from the gradient that arrives, so tap first and scale then: ``(tap(loss) / M).backward()``.
                 Without gradient, or in evaluation, nothing happens.
-            scale: for a pipeline stage without the loss: tap its output activations with the scale said explicitly.
+            scale: for a pipeline stage without the loss: tap its output activations with the scale said explicitly, or
+                with a function that knows it when that backward begins.
             tokens: where ``loss`` is a sum over so many tokens that the engine divides later (Megatron's
                 (sum, number of tokens)): the scale is then that of their mean. 0, where no token has a label, counts
                 as 1, as engines divide: its routers have tokens all the same.

@@ -62,8 +62,8 @@ def micro_batch_coefficients(
     else:
         shares = micro.ranks == 1 or (micro.summed == "micro_step" and shares_at(micro.number))
         group.history.add_micro_step(global_LE, local_LE, shares=shares)
-    taken_LS, own_LE, sharded = _corrected(group, measured, summed)
-    weight_L = _token_weight(group, taken_LS, micro)
+    taken_LS, own_LE, own_tokens_L, sharded = _corrected(group, measured, summed)
+    weight_L = _token_weight(group, taken_LS, own_tokens_L, micro)
     trainable = [layer.trainable for layer in group.layers]
     if not all(trainable):
         weight_L = weight_L * to_device(trainable, weight_L.device)
@@ -97,25 +97,29 @@ def micro_batch_coefficients(
 
 def _corrected(
     group: LayerGroup, measured: ForwardStats, summed: Sequence[Sequence[ShardCounts]]
-) -> tuple[Tensor, Tensor, list[list[ShardedFractions]]]:
-    """(statistics (L, S), counts of the sequences (L, E), f to look up in backward), over all shards of a sequence."""
+) -> tuple[Tensor, Tensor, Tensor, list[list[ShardedFractions]]]:
+    """Over all shards of a sequence: (statistics (L, S), counts (L, E), tokens (L,) a shard, f for backward)."""
     taken_LS = measured.statistics_LS
+    tokens_L = group.spec.scalar(taken_LS, "tokens")
     group.step_taken = _plus(group.step_taken, taken_LS)
     if not any(summed):
-        return taken_LS, group.counts(taken_LS), [[] for _ in group.layers]
+        return taken_LS, group.counts(taken_LS), tokens_L, [[] for _ in group.layers]
     whole = [
-        correct_for_shards(group.spec, *of_layer) if of_layer[2] else (of_layer[0], group.counts(of_layer[0]), [])
+        correct_for_shards(group.spec, *of_layer)
+        if of_layer[2]
+        else (of_layer[0], group.counts(of_layer[0]), group.spec.scalar(of_layer[0], "tokens"), [])
         for of_layer in zip(taken_LS, measured.shard_counts, summed, strict=True)
     ]
-    statistics, counts, sharded = zip(*whole, strict=True)
+    statistics, counts, tokens, sharded = zip(*whole, strict=True)
     group.step_shift = _plus(group.step_shift, torch.stack(statistics) - taken_LS)
-    return torch.stack(statistics), torch.stack(counts), list(sharded)
+    return torch.stack(statistics), torch.stack(counts), torch.stack(tokens) / group.spec.shards, list(sharded)
 
 
-def _token_weight(group: LayerGroup, taken_LS: Tensor, micro: MicroStep) -> Tensor:
+def _token_weight(group: LayerGroup, taken_LS: Tensor, own_tokens_L: Tensor, micro: MicroStep) -> Tensor:
     """(L,) 1 / T, times M where losses are means: with the scale (1/M, ...) the factor of each token's gradient.
 
-    T counts the tokens that a layer sees in the step: one that runs twice per micro-batch sees each twice.
+    T counts the tokens that a layer sees in the step: one that runs twice per micro-batch sees each twice. Without a
+    word each micro-batch weighs the same, with all its shards: ``own_tokens_L`` is the mean of theirs.
     """
     spec = group.spec
     tokens_L, calls_L = spec.scalar(taken_LS, "tokens"), spec.scalar(taken_LS, "calls")
@@ -126,7 +130,7 @@ def _token_weight(group: LayerGroup, taken_LS: Tensor, micro: MicroStep) -> Tens
         step_tokens_L = spec.scalar(group.counted, "tokens")
         micro_batches = spec.scalar(group.counted, "calls") / calls_L.clamp(min=1)  # a layer may run twice
     else:
-        step_tokens_L, micro_batches = tokens_L, 1.0
+        step_tokens_L, micro_batches = own_tokens_L, 1.0
     if micro.reduction == "sum":
         micro_batches = 1.0
     return micro_batches / step_tokens_L.clamp(min=1) * (tokens_L > 0)

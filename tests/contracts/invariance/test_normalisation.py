@@ -103,6 +103,16 @@ def test_context_shards_divide_by_all_ranks_and_not_twice(ranks):
         holds(ranks, Case(4, 2, 2, engine="ddp", loss=loss, policy="sequence"))
 
 
+@pytest.mark.parametrize("policy", ["sequence", "micro_batch", "filled"])
+def test_padding_on_one_shard_weighs_no_token_of_another(ranks, policy):
+    """Nothing declared: a micro-batch weighs the same with all its shards, wherever its padding lies."""
+    whole, cut = (
+        pushed(ranks, Case(2 * shards, 2, shards, batch="padded", engine="ddp", policy=policy)) for shards in (1, 2)
+    )
+    for name, push in whole.items():
+        assert (cut[name] - push).abs().max() <= 1e-5 * max(push.abs().max(), 1e-3), name
+
+
 @pytest.mark.parametrize("loss", ["declared", "sum"])
 @pytest.mark.parametrize("policy", ["every", "sequence", "micro_batch", "exact", "prefix"])
 def test_masked_prompts_on_2_ranks_and_3_micro_batches(ranks, policy, loss):

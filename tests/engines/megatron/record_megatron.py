@@ -37,6 +37,9 @@ from megatron.core.transformer.module import Float16Module  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 EXPERTS, TOP_K, LAYERS, LENGTH, BATCH, LETTERS = 8, 2, 2, 16, 2, 128
+SIZES = {"tensor": "tensor_model_parallel_size", "context": "context_parallel_size",
+         "pipeline": "pipeline_model_parallel_size", "expert": "expert_model_parallel_size",
+         "expert tensor": "expert_tensor_parallel_size"}  # fmt: skip
 RECOMPUTE = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
@@ -54,6 +57,8 @@ def config_of(case: dict[str, Any]) -> TransformerConfig:
     exact |= {"moe_aux_loss_coeff": 0.0, "moe_router_load_balancing_type": "none"}
     parts = {"expert_model_parallel_size": case.get("expert_parallel", 1),
              "calculate_per_token_loss": case.get("loss") == "per token"}  # fmt: skip
+    parts |= {SIZES[name]: size for name, size in case.get("parallel", {}).items()}
+    parts |= {"sequence_parallel": parts.get(SIZES["tensor"], 1) > 1, "pipeline_dtype": torch.float64}
     recompute = RECOMPUTE.get(case.get("recompute", ""), {})
     types = {"bf16": torch.bfloat16, "fp16": torch.float16}
     half = {name: True for name in types if name == case.get("precision")}
@@ -61,19 +66,19 @@ def config_of(case: dict[str, Any]) -> TransformerConfig:
     return TransformerConfig(**sizes | experts | on_cpu | exact | parts | recompute | half | case.get("config", {}))
 
 
+def text_of(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A micro-batch, and what comes after each of its letters."""
+    text = torch.randint(0, LETTERS, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    text[0] = text[0] % 11  # sequences that differ
+    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
 class Training:
     """A model, Megatron's data parallelism, optimizer and schedule around it, and uneven text."""
 
     def __init__(self, case: dict[str, Any]) -> None:
         self.case, self.config = case, config_of(case)
-        torch.manual_seed(7)
-        spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
-        model = GPTModel(self.config, spec, LETTERS, 64, position_embedding_type="learned_absolute")
-        model = model.to(self.config.params_dtype)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if name.endswith("router.weight"):
-                    weight.mul_(20)
+        model = self.gpt().to(self.config.params_dtype)
         sharded = case.get("distributed_optimizer", False)
         ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=False, use_distributed_optimizer=sharded)
         inside = Float16Module(self.config, model) if self.config.bf16 or self.config.fp16 else model
@@ -88,6 +93,16 @@ class Training:
         self.logits: list[list[torch.Tensor]] = []  # micro-batch -> layer
         self.reports: list[dict[str, float]] = []
         self.reads = 0
+
+    def gpt(self) -> GPTModel:
+        torch.manual_seed(7)
+        spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
+        model = GPTModel(self.config, spec, LETTERS, 64, position_embedding_type="learned_absolute")
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith("router.weight"):
+                    weight.mul_(20)
+        return model
 
     @property
     def micro_batches(self) -> int:
@@ -140,12 +155,12 @@ class Training:
         return parts * self.law.loss(logits, positions_BS, int(real_BS.sum()) * parts)
 
     def text(self, step: int):
+        replicas, replica = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
         for m in range(self.micro_batches):
-            seed = 1000 * step + m * dist.get_world_size() + dist.get_rank()
-            draw = torch.Generator().manual_seed(seed)
-            text = torch.randint(0, LETTERS, (BATCH, LENGTH + 1), generator=draw)
-            text[0] = text[0] % 11  # sequences that differ
-            yield text[:, :-1].contiguous(), text[:, 1:].contiguous()
+            yield text_of(1000 * step + m * replicas + replica)
+
+    def losses(self, model: Any, text: torch.Tensor, mask: torch.Tensor, after: torch.Tensor, **padding: Any) -> Any:
+        return model(text, torch.arange(LENGTH).expand(BATCH, -1), mask, labels=after, **padding)
 
     def forward_step(self, iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
         text, after = next(iterator)
@@ -155,7 +170,7 @@ class Training:
         if padded := self.case.get("padding"):
             self.padding_BS[-1, -padded:] = True
         padding = {"padding_mask": self.padding_BS} if padded else {}
-        losses = model(text, torch.arange(LENGTH).expand(BATCH, -1), mask, labels=after, **padding)
+        losses = self.losses(model, text, mask, after, **padding)
         has_labels = (len(self.logits) - 1) % self.micro_batches < self.case.get("labels", self.micro_batches)
 
         def loss_function(losses: torch.Tensor) -> tuple[Any, ...]:
@@ -163,7 +178,8 @@ class Training:
             if "law" in self.case:
                 total = total + number.clamp(min=1) * self._law()
             report = {"lm loss": (total / number.clamp(min=1)).detach()}
-            return (total / number, report) if self.case.get("loss", "mean") == "mean" else (total, number, report)
+            mean = total / number / parallel_state.get_context_parallel_world_size()  # the schedule multiplies it again
+            return (mean, report) if self.case.get("loss", "mean") == "mean" else (total, number, report)
 
         return losses, loss_function
 
@@ -176,7 +192,8 @@ class Training:
             forward_step_func=forward, data_iterator=self.text(step), model=[self.model], seq_length=LENGTH,
             num_microbatches=self.micro_batches, micro_batch_size=BATCH, forward_only=False,
         )  # fmt: skip
-        self.reports.append({name: float(value) for name, value in told[-1].items()})
+        told = told[-1] if told else {}  # a last stage alone reports
+        self.reports.append({name: float(value) for name, value in told.items()})
         gradients = {name: weight.main_grad.clone() for name, weight in self.model.named_parameters()}
         self.optimizer.step()
         return gradients

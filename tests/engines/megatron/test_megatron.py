@@ -5,26 +5,17 @@ Every case is trained twice: balanced by equipoise, and with the law added to th
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from engines._law import COEF
+from engines.megatron._train import GLOBAL, LOSS_FREE, MICRO, SCOPES, THEIR_BIAS, THEIR_LOSS, train
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # its imports warn of torch's
 
-ROOT = Path(__file__).parents[3]
-RECORD = Path(__file__).with_name("record_megatron.py")
 TOKENS, TOP_K, LAYERS = 32, 2, 2  # of a micro-batch
-GLOBAL = [{"kind": "AuxLoss", "scope": "global_batch", "coef": COEF}]
-MICRO = [{"kind": "AuxLoss", "scope": "micro_batch", "coef": COEF}]
-SCOPES = ("sequence", "micro_batch", "data_parallel", "global_batch")
 LAW: dict[str, dict[str, Any]] = {
     **{scope: {"policies": [{"kind": "AuxLoss", "scope": scope, "coef": COEF}]} for scope in SCOPES},
     "accumulation": {"policies": GLOBAL, "accumulation": 2},
@@ -37,27 +28,9 @@ LAW: dict[str, dict[str, Any]] = {
     "padding": {"policies": MICRO, "accumulation": 2, "padding": 5},
     "two losses": {"policies": [*GLOBAL, {"kind": "AuxLoss", "scope": "sequence", "coef": COEF}], "accumulation": 2},
 }
-THEIR_BIAS = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
-              "moe_router_bias_update_rate": 1e-3}  # fmt: skip
-THEIR_LOSS = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.3}
-LOSS_FREE = [{"kind": "ExpertBias", "rule": "sign", "rate": 1e-3}]
 
 
-def train(folder: Path, cases: dict[str, dict[str, Any]], ranks: int = 1) -> list[dict[str, Any]]:
-    """What each rank saw, by case."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(RECORD), "cases.json", str(rank), str(ranks), str(folder / "store"), f"{rank}.pt"],
-            cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    told = [process.communicate(timeout=600)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * ranks, told[0][-3000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+PIPELINE = {"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32, "num_layers": 4}
 
 
 def with_law(degree: int) -> dict[str, dict[str, Any]]:
@@ -215,9 +188,10 @@ def test_a_step_that_megatron_skips_moves_no_bias(others):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"tensor_model_parallel_size": 2}, "tensor parallelism of 2"),
-        ({"pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}, "pipeline parallelism of 2"),
-        ({"context_parallel_size": 2}, "context parallelism of 2"),
+        ({"tensor_model_parallel_size": 2}, "tensor parallelism of 2 without sequence parallelism"),
+        (PIPELINE | {"virtual_pipeline_model_parallel_size": 2}, "an interleaved pipeline"),
+        (PIPELINE | {"calculate_per_token_loss": True}, "calculate_per_token_loss=True with pipeline parallelism"),
+        ({"hybrid_context_parallel": True, "max_seqlen_per_dp_cp_rank": 64}, "hybrid_context_parallel=True"),
         ({"moe_router_force_load_balancing": True}, "moe_router_force_load_balancing=True"),
         ({"moe_expert_capacity_factor": 1.0}, "moe_expert_capacity_factor=1"),
     ],
