@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from ..devices import host_readable
 from ..errors import ConfigError, StateError
@@ -22,7 +24,7 @@ from ..torch_internals import current_backward, has_step_hooks
 from .faults import DeferredRead
 from .layer_group import Layer
 
-__all__ = ["StepDetector", "Steps", "optimizer_with_hooks"]
+__all__ = ["StepDetector", "Steps", "ToldSteps", "optimizer_with_hooks"]
 
 STRANGERS = 3  # steps of optimizers that hold other parameters of the model, each after a tap: then one is missing
 DROPPED = (
@@ -55,13 +57,46 @@ class Steps:
         self._call(2)
 
 
-def optimizer_with_hooks(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The optimizer whose steps can be seen: itself, or the one that it wraps as ``.optimizer`` (accelerate's).
+class ToldSteps:
+    """Steps of an engine of which an adapter tells; given to the balancer as its optimizer.
+
+    It says of each step and of each skip, so nothing is concluded from what becomes of weights and gradients between
+    them: they may be sharded, moved into buckets, or elsewhere.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._hooks: tuple[OrderedDict, OrderedDict] = (OrderedDict(), OrderedDict())
+
+    def register_step_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        return self._register(0, hook)
+
+    def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
+        return self._register(1, hook)
+
+    def _register(self, which: int, hook: Callable[..., None]) -> RemovableHandle:
+        handle = RemovableHandle(self._hooks[which])
+        self._hooks[which][handle.id] = hook
+        return handle
+
+    def begins(self) -> None:
+        """All gradients of the step are there."""
+        for hook in list(self._hooks[0].values()):
+            hook(self, (), {})
+
+    def ended(self) -> None:
+        """The weights have moved. A step that was skipped does not end: `Balancer.skip`."""
+        for hook in list(self._hooks[1].values()):
+            hook(self, (), {})
+
+
+def optimizer_with_hooks(optimizer: Any) -> Any:
+    """What tells of steps: the optimizer, the one that it wraps as ``.optimizer`` (accelerate's), or an adapter.
 
     Raises ConfigError for anything else.
     """
     inner = optimizer
-    while inner is not None and not has_step_hooks(inner):
+    while inner is not None and not isinstance(inner, ToldSteps) and not has_step_hooks(inner):
         inner = getattr(inner, "optimizer", None)
     if inner is None and optimizer is not None:
         raise ConfigError(
@@ -93,7 +128,8 @@ class StepDetector:
         self._hook: Any = None
         self._listeners: list = []
         self._sentinel: nn.Parameter | None = None
-        self._only: weakref.ref[torch.optim.Optimizer] | None = None  # the optimizer that was named
+        self._only: weakref.ref[Any] | None = None  # the optimizer that was named
+        self._told = False  # an adapter tells of steps
         self._unmoved: torch.Tensor | None = None  # whether the step that just ended changed nothing
         self.inside_closure = False  # an optimizer that calls forward and backward itself (LBFGS) moves as it likes
         self.stepped_in_backward = False  # an optimizer that steps inside backward: the step is over when that is
@@ -101,16 +137,17 @@ class StepDetector:
         self.ends_with = ""  # what ended the last step, in words
         self._find_sentinel()
 
-    def listen(self, steps: Steps, optimizer: torch.optim.Optimizer | None) -> None:
+    def listen(self, steps: Steps, optimizer: Any) -> None:
         """Calls ``steps`` around each step of ``optimizer``, or of whichever optimizer holds the sentinel."""
         me = weakref.ref(self)
         self._only = None if optimizer is None else weakref.ref(optimizer)
+        self._told = isinstance(optimizer, ToldSteps)
 
-        def on_before(stepping: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        def on_before(stepping: Any, args: tuple, kwargs: dict) -> None:
             if (watch := me()) is not None:
                 watch._before(steps, stepping, args[1] if len(args) > 1 else kwargs.get("closure"))
 
-        def on_after(stepping: torch.optim.Optimizer, _args: tuple, _kwargs: dict) -> None:
+        def on_after(stepping: Any, _args: tuple, _kwargs: dict) -> None:
             if (watch := me()) is not None:
                 watch._after(steps, stepping)
 
@@ -123,7 +160,7 @@ class StepDetector:
         for listener in self._listeners:
             weakref.finalize(self, _STALE.append, listener)
 
-    def _before(self, steps: Steps, stepping: torch.optim.Optimizer, closure: Any) -> None:
+    def _before(self, steps: Steps, stepping: Any, closure: Any) -> None:
         if not self._concerns(stepping):
             self._note_stranger(stepping)
             return
@@ -134,11 +171,11 @@ class StepDetector:
             steps.inside_backward()
             return
         self.inside_closure = closure is not None
-        self.ends_with = f"a step of {type(stepping).__name__}"
+        self.ends_with = f"a step of {stepping.name if self._told else type(stepping).__name__}"
         if closure is None:  # else forward and backward are still to come
             steps.before()
 
-    def _after(self, steps: Steps, stepping: torch.optim.Optimizer) -> None:
+    def _after(self, steps: Steps, stepping: Any) -> None:
         if not self._concerns(stepping) or _skips(stepping) or self._is_inside_another():
             return
         if current_backward() == -1:
@@ -218,7 +255,7 @@ class StepDetector:
     def _plain(self) -> nn.Parameter | None:
         """The sentinel, where what happens to it can be told."""
         sentinel = self._find_sentinel()
-        return sentinel if type(sentinel) is nn.Parameter else None
+        return sentinel if type(sentinel) is nn.Parameter and not self._told else None
 
     def backward_ended(self) -> None:
         """Gradients that are gone already at the end of backward were moved away: nobody has dropped them yet."""
@@ -253,9 +290,9 @@ class StepDetector:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether the sentinel has a gradient from before."""
+        """Whether the sentinel has a gradient from before; an engine that keeps gradients elsewhere may have it."""
         sentinel = self._find_sentinel()
-        return sentinel is not None and sentinel.grad is not None and self._filled is not None
+        return self._told or sentinel is not None and sentinel.grad is not None and self._filled is not None
 
     def check_no_unseen_step(self, micro_steps: int, *, steps_seen: int) -> None:
         """Raises StateError when the sentinel changed since the first micro-batch of this step.
