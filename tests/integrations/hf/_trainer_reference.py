@@ -38,6 +38,7 @@ class Expected:
     """Of each optimizer step, weights unchanged."""
 
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    bare: list[dict[str, Tensor]] = field(default_factory=list)  # without balance losses
     loads: list[list[list[int]]] = field(default_factory=list)
     biases: list[dict[str, Tensor]] = field(default_factory=list)
     values: list[list[float]] = field(default_factory=list)  # of the two balance losses, a mean over layers
@@ -100,10 +101,10 @@ def _steps(model: Any, twin: Twin, given: list, means: Any, smoothing: float) ->
         of_sequences = law(twin, [t // length for t in range(rows * length)], mask_T, COEF)
         of_before = law(twin, [0] * (rows * length), mask_T, COEF, previous) if previous else of_sequences * 0
         own.backward(retain_graph=True)
-        bare = _gradients(model)
+        found.bare.append(_gradients(model))
         (of_sequences + of_before).backward()
         found.gradients.append(_gradients(model))
-        found.pushes.append(distance(bare, found.gradients[-1]))
+        found.pushes.append(distance(found.bare[-1], found.gradients[-1]))
         previous = twin.counts(mask_T)
         found.loads.append(list(previous.values()))
         found.values.append([float(v.detach()) / COEF / len(previous) for v in (of_sequences, of_before)])
