@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -87,6 +88,12 @@ class EngineCallback(BalanceCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.policies = policies_from(self.settings.policies, steps=state.max_steps)
         super().on_train_begin(args, state, control, **kwargs)
+        if self._trainer.is_deepspeed_enabled:
+            warnings.warn(
+                f"equipoise was tried with DeepSpeed in transformers' Trainer, and never inside {self.engine.name}: look "
+                "at its first logs (balance/tokens, balance/maxvio_global) before you trust it",
+                stacklevel=2,
+            )
         if state.is_world_process_zero:
             print(f"equipoise in {self.engine.name}:\n{self.describe()}", flush=True)
 

@@ -68,7 +68,7 @@ class BalanceCallback(TrainerCallback):
     the checkpoint on. The balance loss of the model, and the one that TRL adds, are switched off meanwhile.
 
     Raises, when training begins, ConfigError for a Trainer that is set up to run a model in a way that was never
-    tested here (DataParallel, DeepSpeed, context parallelism), DataError for a checkpoint that lost the balancer's
+    tested here (DataParallel, context parallelism), DataError for a checkpoint that lost the balancer's
     state.
 
     >>> from equipoise import AuxLoss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 __all__ = ["as_rank", "install"]
@@ -11,13 +12,14 @@ __all__ = ["as_rank", "install"]
 def install() -> None:
     """Before transformers or deepspeed is imported."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed.comm.torch
+    import deepspeed  # noqa: F401
     import transformers.training_args
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
     from deepspeed.accelerator import get_accelerator
 
-    deepspeed.comm.torch.build_shm_op = lambda: None  # minutes of C++ for a faster sum than gloo's
+    own: Any = sys.modules["deepspeed.comm.torch"]  # as an attribute of its package it is torch itself
+    own.build_shm_op = lambda: None  # minutes of C++ for a faster sum than gloo's
     type(get_accelerator()).is_fp16_supported = lambda _self: True  # slow, but torch has it
 
     def gloo(*_args: Any, **_named: Any) -> tuple[str, DistributedType]:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,10 @@ def main() -> None:
     cases, rank, world, port, out = sys.argv[1:]
     record_shim.as_rank(int(rank), int(world), port)
     torch.set_num_threads(1)
-    found = {name: train(case, int(world)) for name, case in json.loads(Path(cases).read_text()).items()}
+    found = {}
+    for name, case in json.loads(Path(cases).read_text()).items():
+        found[name] = train(case, int(world))
+        print(f"{time.process_time():.1f} {name}", flush=True)
     torch.save(found, out)
     os._exit(0)  # gloo's threads may still talk
 

@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
 RECORD = Path(__file__).with_name("record_trainer.py")
 STAGES = (0, 1, 2, 3)
+COEF = 5.0  # far above the rounding of the language model's gradient, which is subtracted
+STRONG = [one | {"coef": COEF} for one in POLICIES]
 BIAS = [{"kind": "bias", "rate": 0.005}]
 LEARNS = {"arguments": {"learning_rate": 1e-2, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}}
 
@@ -45,7 +47,7 @@ def train(folder: Path, cases: dict[str, dict[str, Any]], ranks: int = 1) -> lis
 
 @pytest.fixture(scope="module")
 def want():
-    return expected("qwen3_moe")
+    return expected("qwen3_moe", coef=COEF)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
@@ -53,8 +55,8 @@ def of_law(request, tmp_path_factory):
     cases: dict[str, dict[str, Any]] = {}
     for stage in STAGES:
         cases[f"plain {stage}"] = {"stage": stage}
-        cases[f"balanced {stage}"] = {"stage": stage, "policies": POLICIES}
-        cases[f"recompute {stage}"] = {"stage": stage, "policies": POLICIES, "recompute": True}
+        cases[f"balanced {stage}"] = {"stage": stage, "policies": STRONG}
+        cases[f"recompute {stage}"] = {"stage": stage, "policies": STRONG, "recompute": True}
     return train(tmp_path_factory.mktemp("law"), cases, request.param)
 
 
@@ -123,8 +125,6 @@ def test_looking_changes_no_bit(others, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_bias_is_moved_once_a_step_by_the_load_of_all(others, stage):
-    want = expected("deepseek_v3")
-    del want
     for of_rank in others:
         got = of_rank[f"bias {stage}"]
         for layer, name in enumerate(got["biases"][-1]):
