@@ -9,14 +9,13 @@ from typing import Any
 
 from ..errors import ConfigError, unknown_name
 from ..policies.from_data import policies_from
-from .engine import Engine
+from .engine import NO_END, Engine
 from .hf import BalanceCallback
 from .tokens import COUNTED, OPEN
 
 __all__ = ["EngineCallback", "Settings"]
 
 MEASURE_ONLY = "policies: [] measures and changes nothing; policies: [global+micro] balances"
-NO_END = 2**62  # steps: a configuration is checked before anybody knows how many there will be
 
 
 @dataclass(frozen=True, kw_only=True)

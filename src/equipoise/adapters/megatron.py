@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,22 +12,20 @@ from torch import Tensor, nn
 
 from ..balancer.balancer import Balancer
 from ..distributed import Group, Ranks
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..policies.from_data import OnePolicy, as_list, policies_from
 from ..policies.schedule import Schedule
-from ..storage.balancer_file import FILE, read_state, state_file, write_state
-from .engine import Engine
+from .engine import NO_END, NO_POLICIES, Engine
 from .logs import worth_logging
 from .megatron_routers import balance_router, hidden_carriers, let_go, own_balancing, routers_of, switch_off
+from .saved_beside import SavedBeside
 
 __all__ = ["MegatronBalancer", "check_limits"]
 
 MEGATRON = Engine("Megatron-core", "megatron-core", "0.16.1")
-MEASURE_ONLY = 'policies=[] measures and changes nothing; ["global+micro"] balances'
-NO_END = 2**62
 
 
-class MegatronBalancer:
+class MegatronBalancer(SavedBeside):
     """Balances a model of Megatron-core as its own schedule, data parallelism and optimizer train it.
 
     Args:
@@ -65,7 +62,7 @@ class MegatronBalancer:
         on_fault: str = "raise",
     ) -> None:
         if policies is None:
-            raise ConfigError(expected="policies of the balance", got="none", do=MEASURE_ONLY)
+            raise ConfigError(expected="policies of the balance", got="none", do=NO_POLICIES)
         MEGATRON.require()
         self._chunks = [model] if isinstance(model, nn.Module) else list(model)
         self._asked = as_list(policies)
@@ -148,30 +145,6 @@ class MegatronBalancer:
         """``Balancer.describe``, what was asked for, and what became of Megatron's own balancing."""
         asked = ", ".join(map(str, self._asked)) or "nothing: []"
         return f"asked for      {asked}\nits balancing  {self._own}\n{self.balancer.describe()}"
-
-    def save(self, folder: str | Path) -> Path:
-        """Writes the balancer's state into a folder that is there; rank 0 alone, all ranks have the same.
-
-        Raises OutputError.
-        """
-        path = Path(folder) / FILE
-        if Group.world().rank == 0:
-            write_state(self.balancer.state_dict(), path)
-        return path
-
-    def load(self, folder: str | Path, *, strict: bool = True) -> list[str]:
-        """Goes on from ``save``, after Megatron has loaded its model; what was left out, with ``strict=False``.
-
-        Raises DataError where there is none, or one of another training.
-        """
-        path = state_file(folder)
-        if path is None:
-            raise DataError(
-                expected=f"the balancer's state in {folder}",
-                got="none",
-                do="write it beside each checkpoint with save(folder)",
-            )
-        return self.balancer.load_state_dict(read_state(path), strict=strict)
 
     def remove(self) -> None:
         """Lets go of the model and the optimizer. Megatron's own balancing stays as it is."""

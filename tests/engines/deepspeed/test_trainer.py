@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from engines.deepspeed import _ranks
 from integrations.hf._trainer_reference import POLICIES, expected
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-RECORD = Path(__file__).with_name("record_trainer.py")
+train = partial(_ranks.train, Path(__file__).with_name("record_trainer.py"))
 STAGES = (0, 1, 2, 3)
 COEF = 5.0  # far above the rounding of the language model's gradient, which is subtracted
 STRONG = [one | {"coef": COEF} for one in POLICIES]
 BIAS = [{"kind": "bias", "rate": 0.005}]
 LEARNS = {"arguments": {"learning_rate": 1e-2, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}}
-
-
-def train(folder: Path, cases: dict[str, dict[str, Any]], ranks: int = 1) -> list[dict[str, Any]]:
-    """What each rank saw, by case."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(RECORD), "cases.json", str(rank), str(ranks), port, f"{rank}.pt"],
-            cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    told = [process.communicate(timeout=900)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * ranks, told[0][-3000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +47,9 @@ def test_the_balance_part_of_the_gradient_is_the_law(of_law, want, stage, recomp
         for step in range(2):
             of_step = (want.gradients[step], want.bare[step], got["gradients"][step], plain["gradients"][step])
             for part in ("", "mlp.gate"):
-                assert far(*of_step, part) < 1e-6
+                assert _ranks.far(*of_step, part) < 1e-6
         for i, value in enumerate(want.values[1]):
             assert got["logs"][1][f"balance/policy_{i}/loss"] == pytest.approx(value, rel=1e-5)
-
-
-def far(law: dict, bare: dict, balanced: dict, plain: dict, part: str) -> float:
-    """Of the balance part, from that of the law, relative to it."""
-    names = [name for name in law if part in name]
-    assert names and set(names) <= set(balanced)
-    wanted = {name: law[name].double() - bare[name].double() for name in names}
-    got = {name: balanced[name].double() - plain[name].double() for name in names}
-    off = sum(float((got[name] - wanted[name]).square().sum()) for name in names)
-    return (off / sum(float(one.square().sum()) for one in wanted.values())) ** 0.5
 
 
 @pytest.fixture(scope="module")
