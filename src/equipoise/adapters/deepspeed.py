@@ -73,12 +73,15 @@ class DeepSpeedBalancer(SavedBeside):
             balance_gate(layer, replaces_loss=bool(schedule), sequence_first=sequence_first)
         try:
             self.balancer = Balancer(
-                engine.module, chosen, self._steps, ranks=Ranks.default(), on_fault=on_fault  # type: ignore[arg-type]
+                engine.module,
+                chosen,
+                self._steps,
+                ranks=Ranks.default(),
+                on_fault=on_fault,
             )
         except BaseException:
             let_go(self._gates)
             raise
-        self._steps.balancer = self.balancer
         self._own = "off: every layer returns l_aux 0" if schedule else "as it was: l_aux, where your loss adds it"
         self._engine, self._layers = engine, layers
         self._theirs: dict[str, Callable[..., Any]] = {"backward": engine.backward, "step": engine.step}

@@ -6,8 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..balancer.balancer import Balancer
-from ..balancer.step_detector import ToldSteps
+from ..balancer.told_steps import ToldSteps
 from ..errors import ConfigError
 from .engine import Engine
 
@@ -27,11 +26,10 @@ class EngineSteps(ToldSteps):
     """
 
     def __init__(self, engine: Any) -> None:
-        super().__init__(f"DeepSpeed's engine (ZeRO {engine.zero_optimization_stage()})")
         DEEPSPEED.require()
         check_engine(engine)
+        super().__init__(f"DeepSpeed's engine (ZeRO {engine.zero_optimization_stage()})")
         self.engine = engine
-        self.balancer: Balancer | None = None
 
     def around(self, theirs: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Calls ``theirs``, the engine's ``step``."""
@@ -42,13 +40,19 @@ class EngineSteps(ToldSteps):
         outcome = theirs(*args, **named)
         if engine.was_step_applied():
             self.ended()
-        elif self.balancer is not None:
-            self.balancer.skip()
+        else:
+            self.skipped()
         return outcome
 
 
 def check_engine(engine: Any) -> None:
-    """Raises ConfigError for what was never run, or cannot work."""
+    """Raises ConfigError for what was never run, or cannot work, and for what is no engine."""
+    if not hasattr(engine, "is_gradient_accumulation_boundary"):
+        raise ConfigError(
+            expected="the engine of DeepSpeed",
+            got=f"a {type(engine).__name__}",
+            do="pass what deepspeed.initialize returned first",
+        )
     for got, do in _refused(engine):
         raise ConfigError(expected="a configuration of DeepSpeed that equipoise was run with", got=got, do=do)
     _warn_of_offload(engine)
@@ -83,7 +87,7 @@ def _refused(engine: Any) -> Iterator[tuple[str, str]]:
     if auto:
         yield (
             f"AutoEP ({type(auto[0]).__name__} in place of the model's own MoE layers)",
-            "leave it out: its layers show nobody what their routers chose",
+            untried,
         )
 
 

@@ -51,8 +51,7 @@ def _refused(layer: Any, theirs: Any) -> Iterator[tuple[str, str]]:
     if gate.drop_tokens:
         yield (
             "drop_tokens=True",
-            "set drop_tokens=False: what is over an expert's capacity is dropped before it is counted, and the load "
-            "of the fullest experts would not be known",
+            "set drop_tokens=False: of what is over a capacity nobody is told which expert it was for",
         )
     if layer.use_tutel:
         yield "use_tutel=True", "leave it out: no test has run it"

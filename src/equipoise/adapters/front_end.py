@@ -89,8 +89,8 @@ class EngineCallback(BalanceCallback):
         super().on_train_begin(args, state, control, **kwargs)
         if self._trainer.is_deepspeed_enabled:
             warnings.warn(
-                f"equipoise was tried with DeepSpeed in transformers' Trainer, and never inside {self.engine.name}: look "
-                "at its first logs (balance/tokens, balance/maxvio_global) before you trust it",
+                f"DeepSpeed was tried in transformers' Trainer and never inside {self.engine.name}: look at "
+                "its first logs (balance/tokens, balance/maxvio_global) before you trust it",
                 stacklevel=2,
             )
         if state.is_world_process_zero:

@@ -24,8 +24,8 @@ from ..errors import ConfigError, DataError, EquipoiseError, StateError
 from ..policies import Policy, Sequences
 from ..policies.schedule import Schedule
 from ..storage.balancer_file import FILE, read_state, remove_state, state_file, write_state
-from .deepspeed_engine import EngineSteps
 from .biases import load_biases, plain_name, put_biases, saved_place
+from .deepspeed_engine import EngineSteps
 from .logs import worth_logging
 from .tokens import StepTokens
 from .trainers import (
@@ -147,7 +147,6 @@ class BalanceCallback(TrainerCallback):
         steps = what_steps(trainer, kwargs.get("optimizer"))
         self.balancer = Balancer(kwargs["model"], self.policies, optimizer=steps, ranks=self._ranks, **self.options)
         if isinstance(steps, EngineSteps):
-            steps.balancer = self.balancer
             self._hooked.hook(steps.engine, "step", steps.around)
         self.balancer._faults.translate = in_words_of_trainer
         _ACTIVE.add(self)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-import torch
 from transformers import Trainer
 
 from ..errors import ConfigError, EquipoiseError, StateError
@@ -153,7 +152,7 @@ def check(trainer: Any) -> None:
         (shards > 1, f"sequences cut over {shards} ranks", "use Balancer(ranks=Ranks.from_mesh(...)) in your own loop"),
     ):
         if found:
-            raise ConfigError(expected="one process, DDP, FSDP or DeepSpeed with one device per process", got=got, do=do)
+            raise ConfigError(expected="one process, DDP, FSDP or DeepSpeed, a device each", got=got, do=do)
     collator = trainer.data_collator
     if getattr(collator, "padding_free", False) and getattr(collator, "pad_to_multiple_of", None):
         raise ConfigError(

@@ -9,22 +9,21 @@ from __future__ import annotations
 import itertools
 import sys
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from ..devices import host_readable
-from ..errors import ConfigError, StateError
-from ..torch_internals import current_backward, has_step_hooks
+from ..errors import StateError
+from ..torch_internals import current_backward
 from .faults import DeferredRead
 from .layer_group import Layer
+from .told_steps import ToldSteps
 
-__all__ = ["StepDetector", "Steps", "ToldSteps", "optimizer_with_hooks"]
+__all__ = ["StepDetector", "Steps"]
 
 STRANGERS = 3  # steps of optimizers that hold other parameters of the model, each after a tap: then one is missing
 DROPPED = (
@@ -39,9 +38,13 @@ class Steps:
     """What a detector calls around an optimizer's step; held weakly, since hooks outlive a balancer."""
 
     def __init__(
-        self, before: Callable[[], None], after: Callable[[], None], inside_backward: Callable[[], None]
+        self,
+        before: Callable[[], None],
+        after: Callable[[], None],
+        inside_backward: Callable[[], None],
+        skipped: Callable[[], None],
     ) -> None:
-        self._calls = [weakref.WeakMethod(call) for call in (before, after, inside_backward)]
+        self._calls = [weakref.WeakMethod(call) for call in (before, after, inside_backward, skipped)]
 
     def _call(self, which: int) -> None:
         if (call := self._calls[which]()) is not None:
@@ -56,55 +59,8 @@ class Steps:
     def inside_backward(self) -> None:
         self._call(2)
 
-
-class ToldSteps:
-    """Steps of an engine of which an adapter tells; given to the balancer as its optimizer.
-
-    It says of each step and of each skip, so nothing is concluded from what becomes of weights and gradients between
-    them: they may be sharded, moved into buckets, or elsewhere.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._hooks: tuple[OrderedDict, OrderedDict] = (OrderedDict(), OrderedDict())
-
-    def register_step_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
-        return self._register(0, hook)
-
-    def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
-        return self._register(1, hook)
-
-    def _register(self, which: int, hook: Callable[..., None]) -> RemovableHandle:
-        handle = RemovableHandle(self._hooks[which])
-        self._hooks[which][handle.id] = hook
-        return handle
-
-    def begins(self) -> None:
-        """All gradients of the step are there."""
-        for hook in list(self._hooks[0].values()):
-            hook(self, (), {})
-
-    def ended(self) -> None:
-        """The weights have moved. A step that was skipped does not end: `Balancer.skip`."""
-        for hook in list(self._hooks[1].values()):
-            hook(self, (), {})
-
-
-def optimizer_with_hooks(optimizer: Any) -> Any:
-    """What tells of steps: the optimizer, the one that it wraps as ``.optimizer`` (accelerate's), or an adapter.
-
-    Raises ConfigError for anything else.
-    """
-    inner = optimizer
-    while inner is not None and not isinstance(inner, ToldSteps) and not has_step_hooks(inner):
-        inner = getattr(inner, "optimizer", None)
-    if inner is None and optimizer is not None:
-        raise ConfigError(
-            expected="a torch.optim.Optimizer, whose steps can be seen",
-            got=f"a {type(optimizer).__name__}, which has no step hooks",
-            do="pass the torch optimizer inside it, or leave it out and call balancer.step() right after its step",
-        )
-    return inner
+    def skipped(self) -> None:
+        self._call(3)
 
 
 class StepDetector:
@@ -155,6 +111,8 @@ class StepDetector:
             self._listeners = [optimizer.register_step_pre_hook(on_before), optimizer.register_step_post_hook(on_after)]
         else:
             self._listeners = [register_optimizer_step_pre_hook(on_before), register_optimizer_step_post_hook(on_after)]
+        if isinstance(optimizer, ToldSteps):
+            self._listeners.append(optimizer.register_step_skip_hook(lambda *_: steps.skipped()))
         while _STALE:
             _STALE.pop().remove()
         for listener in self._listeners:
@@ -292,7 +250,7 @@ class StepDetector:
     def has_gradients(self) -> bool:
         """Whether the sentinel has a gradient from before; an engine that keeps gradients elsewhere may have it."""
         sentinel = self._find_sentinel()
-        return self._told or sentinel is not None and sentinel.grad is not None and self._filled is not None
+        return self._told or (sentinel is not None and sentinel.grad is not None and self._filled is not None)
 
     def check_no_unseen_step(self, micro_steps: int, *, steps_seen: int) -> None:
         """Raises StateError when the sentinel changed since the first micro-batch of this step.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..functional.routing import GATES
-from .example_run import RouterCall, in_mode, gathers_itself, run_again, run_in_training
+from .example_run import RouterCall, gathers_itself, in_mode, run_again, run_in_training
 from .gate_fitting import CLOSE, are_probabilities, as_logits, fit_gate, fit_temperature
 from .output_formats import RouterOutput, format_of
 

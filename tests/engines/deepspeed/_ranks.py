@@ -1,4 +1,4 @@
-"""Trainings under DeepSpeed in processes of their own, one for each rank, and how far a balance part is from the law."""
+"""Trainings under DeepSpeed, a process for each rank, and how far a balance part is from the law."""
 
 from __future__ import annotations
 

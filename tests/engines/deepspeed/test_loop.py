@@ -99,7 +99,7 @@ def others(tmp_path_factory):
     }
     cases |= {name: {**case, "refused": True} for name, case in refused.items()}
     found = train(folder, cases, 2)
-    return found + [{name.stem: list(csv.reader(name.open())) for name in folder.rglob("*.csv")}]  # type: ignore[list-item]
+    return [*found, {file.stem: list(csv.reader(file.read_text().splitlines())) for file in folder.rglob("*.csv")}]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
