@@ -12,7 +12,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -37,7 +37,7 @@ class Seen(TrainerCallback):
     """What each step of the engine had, looked at from outside."""
 
     def __init__(self, balance: Any) -> None:
-        self.balance, self.trainer = balance, None
+        self.balance, self.trainer = balance, cast(Any, None)
         self.gradients: list[dict[str, torch.Tensor]] = []
         self.biases: list[dict[str, torch.Tensor]] = []
         self.loads: list[list[list[int]]] = []
@@ -99,7 +99,7 @@ def train(case: dict[str, Any], world: int) -> dict[str, Any]:
             return {"error": str(error)}
     found = {name: safe_get_full_fp32_param(weight) for name, weight in model.named_parameters()}
     weights = {n: (p if found[n] is None else found[n]).detach().clone() for n, p in model.named_parameters()}
-    balance = recorder.balance
+    balance: Any = recorder.balance
     told = {} if policies is None else {"described": balance.describe(), "skipped": balance.balancer._skipped}
     hooks = [name for owner in (trainer, trainer.accelerator) for name in _trainer.HOOKED if name in vars(owner)]
     del kept

@@ -45,7 +45,7 @@ class DeepSpeedEngine:
 
     sequence_parallel_size, zenflow, torch_autocast_z0_gradscaler = 1, False, None
 
-    def __init__(self, module: nn.Module, micro_batches: int = 2, **zero: Any) -> None:
+    def __init__(self, module: Any, micro_batches: int = 2, **zero: Any) -> None:
         zero = {"offload_optimizer": None, "offload_param": None, "zero_hpz_partition_size": 1} | zero
         self.module, self._config = module, SimpleNamespace(zero_config=SimpleNamespace(**zero))
         self.micro_batches, self.micro_steps, self.infinite = micro_batches, 0, False
