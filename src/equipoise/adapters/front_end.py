@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import ConfigError, unknown_name
 from ..policies.from_data import policies_from
-from .engine import Engine
+from .engine import NO_END, Engine
 from .hf import BalanceCallback
 from .tokens import COUNTED, OPEN
 
 __all__ = ["EngineCallback", "Settings"]
 
 MEASURE_ONLY = "policies: [] measures and changes nothing; policies: [global+micro] balances"
-NO_END = 2**62  # steps: a configuration is checked before anybody knows how many there will be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,12 @@ class EngineCallback(BalanceCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.policies = policies_from(self.settings.policies, steps=state.max_steps)
         super().on_train_begin(args, state, control, **kwargs)
+        if self._trainer.is_deepspeed_enabled:
+            warnings.warn(
+                f"DeepSpeed was tried in transformers' Trainer and never inside {self.engine.name}: look at "
+                "its first logs (balance/tokens, balance/maxvio_global) before you trust it",
+                stacklevel=2,
+            )
         if state.is_world_process_zero:
             print(f"equipoise in {self.engine.name}:\n{self.describe()}", flush=True)
 

@@ -25,6 +25,7 @@ from ..policies import Policy, Sequences
 from ..policies.schedule import Schedule
 from ..storage.balancer_file import FILE, read_state, remove_state, state_file, write_state
 from .biases import load_biases, plain_name, put_biases, saved_place
+from .deepspeed_engine import EngineSteps
 from .logs import worth_logging
 from .tokens import StepTokens
 from .trainers import (
@@ -36,8 +37,8 @@ from .trainers import (
     changes_batches,
     check,
     in_words_of_trainer,
-    inner,
     noting_how_it_begins,
+    what_steps,
 )
 
 __all__ = ["BalanceCallback", "load_biases"]
@@ -67,7 +68,7 @@ class BalanceCallback(TrainerCallback):
     the checkpoint on. The balance loss of the model, and the one that TRL adds, are switched off meanwhile.
 
     Raises, when training begins, ConfigError for a Trainer that is set up to run a model in a way that was never
-    tested here (DataParallel, DeepSpeed, context parallelism), DataError for a checkpoint that lost the balancer's
+    tested here (DataParallel, context parallelism), DataError for a checkpoint that lost the balancer's
     state.
 
     >>> from equipoise import AuxLoss
@@ -143,8 +144,10 @@ class BalanceCallback(TrainerCallback):
         self._aux_loss_enabled = bool(self.policies) and getattr(trainer, "aux_loss_enabled", False)
         if self._aux_loss_enabled:  # TRL adds the model's loss itself; the balancer says that it
             trainer.aux_loss_enabled = False  # is switched off, as TRL has set output_router_logits too
-        optimizer = inner(kwargs.get("optimizer"))
-        self.balancer = Balancer(kwargs["model"], self.policies, optimizer=optimizer, ranks=self._ranks, **self.options)
+        steps = what_steps(trainer, kwargs.get("optimizer"))
+        self.balancer = Balancer(kwargs["model"], self.policies, optimizer=steps, ranks=self._ranks, **self.options)
+        if isinstance(steps, EngineSteps):
+            self._hooked.hook(steps.engine, "step", steps.around)
         self.balancer._faults.translate = in_words_of_trainer
         _ACTIVE.add(self)
         self._hooked.hook(trainer.accelerator, "backward", self._backward)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..balancer.balancer import Balancer
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..policies.from_data import OnePolicy, as_list, policies_from
 from ..policies.schedule import Schedule
-from ..storage.balancer_file import FILE, read_state, state_file, write_state
-from .engine import Engine
+from .engine import NO_END, NO_POLICIES, Engine
 from .logs import worth_logging
 from .megatron_parallel import (
     balance_sizes,
@@ -37,15 +35,14 @@ from .megatron_routers import (
     routers_of,
     switch_off,
 )
+from .saved_beside import SavedBeside
 
 __all__ = ["MegatronBalancer"]
 
 MEGATRON = Engine("Megatron-core", "megatron-core", "0.16.1")
-MEASURE_ONLY = 'policies=[] measures and changes nothing; ["global+micro"] balances'
-NO_END = 2**62
 
 
-class MegatronBalancer:
+class MegatronBalancer(SavedBeside):
     """Balances a model of Megatron-core as its own schedule, data parallelism and optimizer train it.
 
     Args:
@@ -82,7 +79,7 @@ class MegatronBalancer:
         on_fault: str = "raise",
     ) -> None:
         if policies is None:
-            raise ConfigError(expected="policies of the balance", got="none", do=MEASURE_ONLY)
+            raise ConfigError(expected="policies of the balance", got="none", do=NO_POLICIES)
         MEGATRON.require()
         self._chunks = [model] if isinstance(model, nn.Module) else list(model)
         self._asked = as_list(policies)
@@ -175,30 +172,8 @@ class MegatronBalancer:
             f"{self.balancer.describe()}"
         )
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes the balancer's state into a folder that is there; the first rank of each pipeline stage alone.
-
-        Raises OutputError.
-        """
-        path = Path(folder) / stage_file(self.config)
-        if self._ranks.data.rank == 0:
-            write_state(self.balancer.state_dict(), path)
-        return path
-
-    def load(self, folder: str | Path, *, strict: bool = True) -> list[str]:
-        """Goes on from ``save``, after Megatron has loaded its model; what was left out, with ``strict=False``.
-
-        Raises DataError where there is none, or one of another training.
-        """
-        name = stage_file(self.config)
-        path = state_file(folder) if name == FILE else Path(folder) / name
-        if path is None or not path.is_file():
-            raise DataError(
-                expected=f"the balancer's state in {folder}",
-                got="none",
-                do="write it beside each checkpoint with save(folder)",
-            )
-        return self.balancer.load_state_dict(read_state(path), strict=strict)
+    def _state_file(self) -> tuple[str, bool]:
+        return stage_file(self.config), self._ranks.data.rank == 0
 
     def remove(self) -> None:
         """Lets go of the model and the optimizer. Megatron's own balancing stays as it is."""

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-import torch
 from transformers import Trainer
 
 from ..errors import ConfigError, EquipoiseError, StateError
+from .deepspeed_engine import EngineSteps
 
 __all__ = [
     "ENDS_TRAINING",
@@ -27,8 +27,8 @@ __all__ = [
     "changes_batches",
     "check",
     "in_words_of_trainer",
-    "inner",
     "noting_how_it_begins",
+    "what_steps",
 ]
 
 # Private methods of the Trainer that the callback stands around; the others are in this file.
@@ -149,11 +149,10 @@ def check(trainer: Any) -> None:
     shards = max(trainer.get_cp_size(), trainer.get_sp_size())
     for found, got, do in (
         (trainer.args.n_gpu > 1, f"DataParallel over {trainer.args.n_gpu}", "start with torchrun or accelerate launch"),
-        (trainer.is_deepspeed_enabled, "DeepSpeed", "use FSDP2: fsdp=True, fsdp_config={'version': 2}"),
         (shards > 1, f"sequences cut over {shards} ranks", "use Balancer(ranks=Ranks.from_mesh(...)) in your own loop"),
     ):
         if found:
-            raise ConfigError(expected="one process, DDP or FSDP with one device per process", got=got, do=do)
+            raise ConfigError(expected="one process, DDP, FSDP or DeepSpeed, a device each", got=got, do=do)
     collator = trainer.data_collator
     if getattr(collator, "padding_free", False) and getattr(collator, "pad_to_multiple_of", None):
         raise ConfigError(
@@ -163,8 +162,13 @@ def check(trainer: Any) -> None:
         )
 
 
-def inner(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The torch optimizer below accelerate's, whose hooks fire once for each step that is made."""
+def what_steps(trainer: Any, optimizer: Any) -> Any:
+    """DeepSpeed's engine, or the torch optimizer below accelerate's, whose hooks fire once for each step that is made.
+
+    Raises ConfigError for an engine in a way that was never run.
+    """
+    if trainer.is_deepspeed_enabled:
+        return EngineSteps(trainer.deepspeed)
     while optimizer is not None and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer

@@ -28,8 +28,9 @@ from .faults import Faults, no_counting, no_forward
 from .metrics import StepStats, metrics
 from .state import VERSION, load_states, put_biases, states_of
 from .step import StepCycle
-from .step_detector import Steps, optimizer_with_hooks
+from .step_detector import Steps
 from .tap import TappedForward, tap_loss
+from .told_steps import ToldSteps, optimizer_with_hooks
 
 __all__ = ["Balancer"]
 
@@ -83,7 +84,7 @@ class Balancer(StepCycle):
         self,
         model: nn.Module | Sequence[nn.Module],
         policies: Sequence[Policy],
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | ToldSteps | None = None,
         *,
         ranks: Ranks | None = None,
         reduction: str = "mean",
@@ -120,7 +121,8 @@ class Balancer(StepCycle):
         except BaseException:
             undo(layers, self.own_loss)
             raise
-        self._detector.listen(Steps(self._before_step, self._commit, self._step_inside_backward), ends_steps)
+        of_step = (self._before_step, self._commit, self._step_inside_backward, self.skip)
+        self._detector.listen(Steps(*of_step), ends_steps)
         for layer in layers:
             layer.balance_state.owner = self  # a balancer lives as long as its model, also when nobody else keeps it
             layer.balance_state.raises_immediately = faults.raises_immediately

@@ -17,12 +17,13 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..devices import host_readable
-from ..errors import ConfigError, StateError
-from ..torch_internals import current_backward, has_step_hooks
+from ..errors import StateError
+from ..torch_internals import current_backward
 from .faults import DeferredRead
 from .layer_group import Layer
+from .told_steps import ToldSteps
 
-__all__ = ["StepDetector", "Steps", "optimizer_with_hooks"]
+__all__ = ["StepDetector", "Steps"]
 
 STRANGERS = 3  # steps of optimizers that hold other parameters of the model, each after a tap: then one is missing
 DROPPED = (
@@ -37,9 +38,13 @@ class Steps:
     """What a detector calls around an optimizer's step; held weakly, since hooks outlive a balancer."""
 
     def __init__(
-        self, before: Callable[[], None], after: Callable[[], None], inside_backward: Callable[[], None]
+        self,
+        before: Callable[[], None],
+        after: Callable[[], None],
+        inside_backward: Callable[[], None],
+        skipped: Callable[[], None],
     ) -> None:
-        self._calls = [weakref.WeakMethod(call) for call in (before, after, inside_backward)]
+        self._calls = [weakref.WeakMethod(call) for call in (before, after, inside_backward, skipped)]
 
     def _call(self, which: int) -> None:
         if (call := self._calls[which]()) is not None:
@@ -54,22 +59,8 @@ class Steps:
     def inside_backward(self) -> None:
         self._call(2)
 
-
-def optimizer_with_hooks(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The optimizer whose steps can be seen: itself, or the one that it wraps as ``.optimizer`` (accelerate's).
-
-    Raises ConfigError for anything else.
-    """
-    inner = optimizer
-    while inner is not None and not has_step_hooks(inner):
-        inner = getattr(inner, "optimizer", None)
-    if inner is None and optimizer is not None:
-        raise ConfigError(
-            expected="a torch.optim.Optimizer, whose steps can be seen",
-            got=f"a {type(optimizer).__name__}, which has no step hooks",
-            do="pass the torch optimizer inside it, or leave it out and call balancer.step() right after its step",
-        )
-    return inner
+    def skipped(self) -> None:
+        self._call(3)
 
 
 class StepDetector:
@@ -93,7 +84,8 @@ class StepDetector:
         self._hook: Any = None
         self._listeners: list = []
         self._sentinel: nn.Parameter | None = None
-        self._only: weakref.ref[torch.optim.Optimizer] | None = None  # the optimizer that was named
+        self._only: weakref.ref[Any] | None = None  # the optimizer that was named
+        self._told = False  # an adapter tells of steps
         self._unmoved: torch.Tensor | None = None  # whether the step that just ended changed nothing
         self.inside_closure = False  # an optimizer that calls forward and backward itself (LBFGS) moves as it likes
         self.stepped_in_backward = False  # an optimizer that steps inside backward: the step is over when that is
@@ -101,16 +93,17 @@ class StepDetector:
         self.ends_with = ""  # what ended the last step, in words
         self._find_sentinel()
 
-    def listen(self, steps: Steps, optimizer: torch.optim.Optimizer | None) -> None:
+    def listen(self, steps: Steps, optimizer: Any) -> None:
         """Calls ``steps`` around each step of ``optimizer``, or of whichever optimizer holds the sentinel."""
         me = weakref.ref(self)
         self._only = None if optimizer is None else weakref.ref(optimizer)
+        self._told = isinstance(optimizer, ToldSteps)
 
-        def on_before(stepping: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        def on_before(stepping: Any, args: tuple, kwargs: dict) -> None:
             if (watch := me()) is not None:
                 watch._before(steps, stepping, args[1] if len(args) > 1 else kwargs.get("closure"))
 
-        def on_after(stepping: torch.optim.Optimizer, _args: tuple, _kwargs: dict) -> None:
+        def on_after(stepping: Any, _args: tuple, _kwargs: dict) -> None:
             if (watch := me()) is not None:
                 watch._after(steps, stepping)
 
@@ -118,12 +111,14 @@ class StepDetector:
             self._listeners = [optimizer.register_step_pre_hook(on_before), optimizer.register_step_post_hook(on_after)]
         else:
             self._listeners = [register_optimizer_step_pre_hook(on_before), register_optimizer_step_post_hook(on_after)]
+        if isinstance(optimizer, ToldSteps):
+            self._listeners.append(optimizer.register_step_skip_hook(lambda *_: steps.skipped()))
         while _STALE:
             _STALE.pop().remove()
         for listener in self._listeners:
             weakref.finalize(self, _STALE.append, listener)
 
-    def _before(self, steps: Steps, stepping: torch.optim.Optimizer, closure: Any) -> None:
+    def _before(self, steps: Steps, stepping: Any, closure: Any) -> None:
         if not self._concerns(stepping):
             self._note_stranger(stepping)
             return
@@ -134,11 +129,11 @@ class StepDetector:
             steps.inside_backward()
             return
         self.inside_closure = closure is not None
-        self.ends_with = f"a step of {type(stepping).__name__}"
+        self.ends_with = f"a step of {stepping.name if self._told else type(stepping).__name__}"
         if closure is None:  # else forward and backward are still to come
             steps.before()
 
-    def _after(self, steps: Steps, stepping: torch.optim.Optimizer) -> None:
+    def _after(self, steps: Steps, stepping: Any) -> None:
         if not self._concerns(stepping) or _skips(stepping) or self._is_inside_another():
             return
         if current_backward() == -1:
@@ -218,7 +213,7 @@ class StepDetector:
     def _plain(self) -> nn.Parameter | None:
         """The sentinel, where what happens to it can be told."""
         sentinel = self._find_sentinel()
-        return sentinel if type(sentinel) is nn.Parameter else None
+        return sentinel if type(sentinel) is nn.Parameter and not self._told else None
 
     def backward_ended(self) -> None:
         """Gradients that are gone already at the end of backward were moved away: nobody has dropped them yet."""
@@ -253,9 +248,9 @@ class StepDetector:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether the sentinel has a gradient from before."""
+        """Whether the sentinel has a gradient from before; an engine that keeps gradients elsewhere may have it."""
         sentinel = self._find_sentinel()
-        return sentinel is not None and sentinel.grad is not None and self._filled is not None
+        return self._told or (sentinel is not None and sentinel.grad is not None and self._filled is not None)
 
     def check_no_unseen_step(self, micro_steps: int, *, steps_seen: int) -> None:
         """Raises StateError when the sentinel changed since the first micro-batch of this step.

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
+from .example_run import is_partitioned
+
 __all__ = ["CorrectionBias", "find_correction_bias"]
 
 NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
@@ -40,7 +43,15 @@ class CorrectionBias:
 
         Some models have a Parameter without gradient here, which FSDP2 shards and casts to bf16. A buffer stays whole
         on every rank and has the same name in ``state_dict``.
+
+        Raises ConfigError for one that ZeRO-3 has partitioned.
         """
+        if is_partitioned(getattr(self.owner, self.name)):
+            raise ConfigError(
+                expected="a correction bias that lies whole on every rank, to be moved",
+                got=f"{type(self.owner).__name__}.{self.name}, a parameter that DeepSpeed's ZeRO-3 has partitioned",
+                do="train this model with ZeRO 0, 1 or 2",
+            )
         tensor: Tensor = getattr(self.owner, self.name).detach()
         if hasattr(tensor, "full_tensor"):  # sharded: all ranks call this
             for parameters in self._sharded:

@@ -15,7 +15,9 @@ __all__ = [
     "ExampleRun",
     "RouterCall",
     "detached_copy",
+    "gathers_itself",
     "in_mode",
+    "is_partitioned",
     "random_signs",
     "run_again",
     "run_in_training",
@@ -78,7 +80,8 @@ def random_signs(modules: Iterable[nn.Module], without: Iterable[nn.Module]) -> 
             sharded tensors this rank's shard.
         without: submodules that are left as they are.
 
-    Yields whether all of their tensors were changed: integers (quantized weights) and meta tensors cannot be.
+    Yields whether all of their tensors were changed: integers (quantized weights), meta tensors and what ZeRO-3
+    partitioned cannot be.
     """
     excluded = {id(p) for module in without for p in module.parameters()}
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
@@ -89,7 +92,7 @@ def random_signs(modules: Iterable[nn.Module], without: Iterable[nn.Module]) -> 
         for place, tensor in enumerate(able):
             _negate_half(tensor, place)
             negated.append(place)
-        yield len(able) == len(held)
+        yield len(able) == len(held) and not any(map(is_partitioned, tensors))
     finally:
         for place in negated:
             _negate_half(able[place], place)
@@ -131,6 +134,16 @@ def _gpus_of(tensors: Iterable[Tensor]) -> list[int]:
     return sorted({tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"})
 
 
+def gathers_itself(module: nn.Module) -> bool:
+    """Whether FSDP2 or DeepSpeed's ZeRO-3 brings a module's parameters when it is called."""
+    return hasattr(module, "unshard") or any(is_partitioned(p) for p in module.parameters())
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether it belongs to ZeRO-3, which leaves an empty tensor in its place between calls."""
+    return hasattr(tensor, "ds_id")
+
+
 def run_again(module: nn.Module, call: RouterCall, other: Mapping[str, Tensor] | None = None) -> ParsedOutput | None:
     """Calls a router once more, with the tensors of ``other`` in place of the parameters of these names.
 
@@ -150,9 +163,10 @@ def run_again(module: nn.Module, call: RouterCall, other: Mapping[str, Tensor] |
     handle = module.register_forward_hook(note, with_kwargs=True)
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            if hasattr(module, "unshard"):  # FSDP2 gathers the parameters itself
+            if gathers_itself(module):
                 module(*args, **call.kwargs)
-                module.reshard()  # type: ignore[operator]
+                if hasattr(module, "reshard"):
+                    module.reshard()  # type: ignore[operator]
             else:
                 torch.func.functional_call(module, replaced, args, call.kwargs)
     finally:

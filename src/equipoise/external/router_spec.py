@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..functional.routing import GATES
-from .example_run import RouterCall, in_mode, run_again, run_in_training
+from .example_run import RouterCall, gathers_itself, in_mode, run_again, run_in_training
 from .gate_fitting import CLOSE, are_probabilities, as_logits, fit_gate, fit_temperature
 from .output_formats import RouterOutput, format_of
 
@@ -103,7 +103,7 @@ def _with_spread_logits(module: nn.Module, call: RouterCall) -> RouterOutput:
     given scaled inputs.
     """
     matrices = {name: p for name, p in module.named_parameters() if p.dim() > 1}
-    if not all(p.is_floating_point() for p in matrices.values()) or hasattr(module, "unshard"):
+    if not all(p.is_floating_point() for p in matrices.values()) or gathers_itself(module):
         return call.parts
     draw = torch.Generator().manual_seed(0)  # the same on all ranks
     other = {n: torch.randn(p.shape, generator=draw).to(p.device, p.dtype) for n, p in matrices.items()}

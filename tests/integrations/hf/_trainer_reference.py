@@ -38,6 +38,7 @@ class Expected:
     """Of each optimizer step, weights unchanged."""
 
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
+    bare: list[dict[str, Tensor]] = field(default_factory=list)  # without balance losses
     loads: list[list[list[int]]] = field(default_factory=list)
     biases: list[dict[str, Tensor]] = field(default_factory=list)
     values: list[list[float]] = field(default_factory=list)  # of the two balance losses, a mean over layers
@@ -59,6 +60,7 @@ def expected(
     means: list[list[int]] | None = None,
     smoothing: float = 0.0,
     prepare: Any = None,
+    coef: float = COEF,
 ) -> Expected:
     """The policies of ``policies_for`` over the next so many rows of ``Text`` in each step.
 
@@ -68,13 +70,14 @@ def expected(
             Default: all label tokens of the step weigh the same.
         smoothing: of the labels.
         prepare: what a function makes of the model (PEFT).
+        coef: of both losses.
     """
     given = batches or [rows_of(sum(rows_of_steps[:i]), n) for i, n in enumerate(rows_of_steps)]
     (wide, wide_twin), (model, twin) = (_prepared(family, prepare) for _ in range(2))
     wide.double().set_experts_implementation("eager")  # grouped_mm knows no float64
     with Float64():
-        found = _steps(wide, wide_twin, given, means, smoothing)
-    narrow = _steps(model, twin, given, means, smoothing)
+        found = _steps(wide, wide_twin, given, means, smoothing, coef)
+    narrow = _steps(model, twin, given, means, smoothing, coef)
     assert narrow.loads == found.loads, "a choice hangs on the last bit"
     found.tolerance = max(map(allowed, narrow.gradients, found.gradients))
     return found
@@ -85,7 +88,7 @@ def _prepared(family: str, prepare: Any) -> tuple[Any, Twin]:
     return (twin.model if prepare is None else prepare(twin.model)).train(), twin
 
 
-def _steps(model: Any, twin: Twin, given: list, means: Any, smoothing: float) -> Expected:
+def _steps(model: Any, twin: Twin, given: list, means: Any, smoothing: float, coef: float) -> Expected:
     found = Expected()
     previous: dict[str, list[int]] | None = None
     for rows_of_step in given:
@@ -97,16 +100,16 @@ def _steps(model: Any, twin: Twin, given: list, means: Any, smoothing: float) ->
         logits = model(**batch).logits.double()
         parts = means or [list(range(rows))]
         own: Any = sum(_cross_entropy(logits[part], labels[part], smoothing) for part in parts) / len(parts)
-        of_sequences = law(twin, [t // length for t in range(rows * length)], mask_T, COEF)
-        of_before = law(twin, [0] * (rows * length), mask_T, COEF, previous) if previous else of_sequences * 0
+        of_sequences = law(twin, [t // length for t in range(rows * length)], mask_T, coef)
+        of_before = law(twin, [0] * (rows * length), mask_T, coef, previous) if previous else of_sequences * 0
         own.backward(retain_graph=True)
-        bare = _gradients(model)
+        found.bare.append(_gradients(model))
         (of_sequences + of_before).backward()
         found.gradients.append(_gradients(model))
-        found.pushes.append(distance(bare, found.gradients[-1]))
+        found.pushes.append(distance(found.bare[-1], found.gradients[-1]))
         previous = twin.counts(mask_T)
         found.loads.append(list(previous.values()))
-        found.values.append([float(v.detach()) / COEF / len(previous) for v in (of_sequences, of_before)])
+        found.values.append([float(v.detach()) / coef / len(previous) for v in (of_sequences, of_before)])
         moved = {}
         biases = {name: bias_E for name, bias_E in bias_of(model).items() if "original_module" not in name}
         for (name, bias_E), counts in zip(biases.items(), previous.values(), strict=False):

@@ -151,7 +151,6 @@ class Says(TrainerCallback):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"is_deepspeed_enabled": True}, "DeepSpeed"),
         ({"get_cp_size": lambda: 2}, "sequences cut over 2 ranks"),
         ({"get_sp_size": lambda: 4}, "sequences cut over 4 ranks"),
     ],

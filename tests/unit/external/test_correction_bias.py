@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from equipoise.errors import ConfigError
 from equipoise.external.correction_bias import CorrectionBias, find_correction_bias
 from equipoise.torch_internals import fsdp_parameter_lists
 
@@ -63,3 +64,12 @@ def test_biases_of_no_op_experts_keep_their_distance_from_the_mean() -> None:
 
 def test_without_fsdp_nothing_is_sharded() -> None:
     assert list(fsdp_parameter_lists(nn.Linear(2, 2))) == []
+
+
+def test_a_bias_that_zero_3_partitioned_is_refused_before_anything_changes() -> None:
+    gate = nn.Linear(4, 8)
+    gate.e_score_correction_bias = nn.Parameter(torch.empty(0), requires_grad=False)
+    gate.e_score_correction_bias.ds_id = 0  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="train this model with ZeRO 0, 1 or 2"):
+        CorrectionBias(gate, "e_score_correction_bias", 8, []).take_over()
+    assert "e_score_correction_bias" in gate._parameters

@@ -13,7 +13,9 @@ from equipoise.external.example_run import (
     ExampleRun,
     RouterCall,
     detached_copy,
+    gathers_itself,
     in_mode,
+    is_partitioned,
     random_signs,
     run_again,
     run_in_training,
@@ -122,3 +124,19 @@ def test_wrappers_are_looked_through() -> None:
     leaf = torch.ones(2, requires_grad=True)
     copied: Tensor = detached_copy(leaf)
     assert copied.data_ptr() != leaf.data_ptr() and not copied.requires_grad and detached_copy(3) == 3
+
+
+def partitioned() -> nn.Module:
+    """As ZeRO-3 leaves a module between its calls: each parameter empty, and marked."""
+    gate = nn.Linear(4, 8, bias=False)
+    gate.weight.data = torch.empty(0)
+    gate.weight.ds_id = 0  # type: ignore[attr-defined]
+    return gate
+
+
+def test_what_zero_3_partitioned_is_left_to_its_hooks() -> None:
+    gate = partitioned()
+    assert is_partitioned(gate.weight) and gathers_itself(gate)
+    assert not gathers_itself(nn.Linear(4, 8))
+    with random_signs([gate], without=[]) as complete:
+        assert not complete, "nothing was changed, and outputs that are alike say nothing"
