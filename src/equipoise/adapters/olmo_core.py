@@ -51,9 +51,9 @@ class BalanceCallback(Callback):
     """A callback of OLMo-core's Trainer that balances the MoE layers of its model.
 
     Args:
-        policies: policies, or what ``policies_from`` takes: names and tables, which a configuration can hold. [] measures
-            and changes nothing, OLMo-core's own balancing included; with policies its losses at the routers and its
-            updates of ``score_bias`` are off, and ``describe()`` says so.
+        policies: policies, or what ``policies_from`` takes: names and tables, which a configuration can hold. []
+            measures and changes nothing, OLMo-core's own balancing included; with policies its losses at the routers
+            and its updates of ``score_bias`` are off, and ``describe()`` says so.
         layers: log the numbers of each layer too.
         strict: a resumed run has to find the state of these policies; False takes what fits, or begins anew.
         on_fault: see ``Balancer``.
@@ -110,7 +110,7 @@ class BalanceCallback(Callback):
             raise
         if schedule:
             switch_off(self._routers)
-        warn_of_untried(module, self._routers)
+        warn_of_untried(module)
         self._train, module.train_batch = module.train_batch, self._train_batch
         self._forward, module.model_forward = module.model_forward, self._model_forward
         for other in self.trainer.callbacks.values():
@@ -197,7 +197,9 @@ class BalanceCallback(Callback):
         """``Balancer.describe``, what was asked for, what became of OLMo-core's own balancing, Balance BSZ."""
         asked = ", ".join(map(str, as_list(self.policies))) or "nothing: []"
         if self.balancer is None:
-            return f"asked for      {asked}\nnot attached: no Trainer has been built with it, or one that only evaluates"
+            return (
+                f"asked for      {asked}\nnot attached: no Trainer has been built with it, or one that only evaluates"
+            )
         whole, ranks = self.trainer.global_batch_size, Group.world().size
         micro = whole // ranks // self._at_once
         sizes = f"micro_batch {self._at_once}, data_parallel {self._at_once * ranks}, global_batch {whole} tokens"

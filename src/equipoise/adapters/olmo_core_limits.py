@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from ..distributed import Group
@@ -45,9 +45,9 @@ def _refused(module: Any) -> Iterator[tuple[str, str]]:
         yield "float8_config", f"leave it out: {NO_TEST}"
 
 
-def warn_of_untried(module: Any, routers: Mapping[str, Any]) -> None:
+def warn_of_untried(module: Any) -> None:
     """Names in one warning all that would work, as far as anybody can tell by reading, and that no test has run."""
-    if found := list(_never_ran(module, routers)):
+    if found := list(_never_ran(module)):
         warnings.warn(
             f"equipoise never ran in OLMo-core with {', '.join(found)}: look at its first logs (balance/tokens, "
             "balance/maxvio_global) before you trust it",
@@ -55,20 +55,13 @@ def warn_of_untried(module: Any, routers: Mapping[str, Any]) -> None:
         )
 
 
-def _never_ran(module: Any, routers: Mapping[str, Any]) -> Iterator[str]:
+def _never_ran(module: Any) -> Iterator[str]:
     if module.model.compile_enabled:
         yield "compile_model"
     if "step" in vars(module.optim):
         yield "a compiled optimizer"
-    if module.autocast_precision is not None:
-        yield f"autocast_precision {str(module.autocast_precision).removeprefix('torch.')}"
-    if (parallel := module.dp_config) is not None:
-        if (kind := str(parallel.name)) not in ("fsdp", "ddp"):
-            yield f"dp_config {kind!r}"
-        if parallel.param_dtype is not None and str(parallel.param_dtype) != "float32":
-            yield f"dp_config.param_dtype {str(parallel.param_dtype)!r}"
-    if any(router.jitter_eps is not None for router in routers.values()):
-        yield "jitter_eps"
+    if module.dp_config is not None and (kind := str(module.dp_config.name)) not in ("fsdp", "ddp"):
+        yield f"dp_config {kind!r}"
 
 
 def check_policies(schedule: Schedule) -> None:

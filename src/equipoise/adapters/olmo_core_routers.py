@@ -181,7 +181,7 @@ def _forget_batch(router: Any, dry_run: bool = False) -> None:  # noqa: ARG001
 
 
 def check_bias(routers: Mapping[str, Any], schedule: Schedule) -> None:
-    """Raises ConfigError for a bias that a checkpoint brought, and that no policy would move while the routers learn."""
+    """Raises ConfigError for a bias that a checkpoint brought, and that no policy moves while the routers learn."""
     for name, router in routers.items():
         bias_E = getattr(router, BIAS)
         if schedule and not schedule.biases and bias_E is not None and bool(bias_E.any()):

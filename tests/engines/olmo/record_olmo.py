@@ -21,6 +21,7 @@ record_shim.install()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from olmo_core.config import DType  # noqa: E402
 from olmo_core.data.data_loader import DataLoaderBase  # noqa: E402
 from olmo_core.distributed import parallel  # noqa: E402
 from olmo_core.distributed.parallel import DataParallelType  # noqa: E402
@@ -88,7 +89,7 @@ class Text(DataLoaderBase):
 
     def get_mock_batch(self) -> dict[str, Any]:
         if not self.case.get("dry_run"):
-            raise NotImplementedError  # the Trainer then leaves it out
+            return super().get_mock_batch()  # which the Trainer takes for none
         return self._batch(7)
 
     def global_num_tokens_in_batch(self, batch: dict[str, Any]) -> int:
@@ -199,11 +200,13 @@ def train_module(case: dict[str, Any]) -> Any:
         )
     spread = None
     if dist.get_world_size() > 1 and case.get("dp", "fsdp"):
-        spread = TransformerDataParallelConfig(name=DataParallelType(case.get("dp", "fsdp")))
+        narrow = DType(case["param_dtype"]) if "param_dtype" in case else None
+        spread = TransformerDataParallelConfig(name=DataParallelType(case.get("dp", "fsdp")), param_dtype=narrow)
     parallel._WORLD_MESH = None  # one training a process is what it expects
     module = TransformerTrainModuleConfig(
         rank_microbatch_size=BATCH * LENGTH, max_sequence_length=LENGTH, optim=optim, max_grad_norm=case.get("clip"),
         ac_config=recompute, dp_config=spread,
+        autocast_precision=DType(case["autocast"]) if "autocast" in case else None,
     ).build(model)  # fmt: skip
     with torch.no_grad():
         for one in routers(module.model):

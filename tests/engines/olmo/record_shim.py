@@ -10,7 +10,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 
-import torch  # noqa: E402
+import torch
 
 
 class Driver:
@@ -27,7 +27,7 @@ class Driver:
     def get_current_device(self) -> int:
         return 0
 
-    def get_current_stream(self, device: int | None = None) -> int:  # noqa: ARG002
+    def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
     def get_active_torch_device(self) -> torch.device:

@@ -35,7 +35,11 @@ ALONE: dict[str, dict[str, Any]] = {
     "sequences:2": {"policies": loss("sequences:2")},
     "document": {"policies": loss("document"), "documents": True},
     "micro_batch": {"policies": loss("micro_batch"), "labelled": 2},  # the second micro-batch has no label
-    "sigmoid": {"policies": [*loss("global_batch"), *loss("sequence")], "gate": "sigmoid"},
+    "sigmoid": {
+        "policies": [*loss("global_batch"), *loss("sequence")],
+        "gate": "sigmoid",
+        "router": {"jitter_eps": 0.1},
+    },
     "recompute": {"policies": loss("global_batch"), "recompute": "selected_ops"},
 }
 SPREAD: dict[str, dict[str, Any]] = {
@@ -47,7 +51,7 @@ SPREAD: dict[str, dict[str, Any]] = {
         "modules": ["blocks.*.feed_forward_moe.router"],
     },
 }  # fmt: skip
-TRAINED_ALIKE = ("gate", "labelled", "documents")  # what a case without policies has to share
+TRAINED_ALIKE = ("gate", "labelled", "documents", "router")  # what a case without policies has to share
 
 
 def train(folder: Path, cases: dict[str, dict[str, Any]], ranks: int = 1) -> Found:
@@ -157,6 +161,8 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Found:
                        "options": {"strict": False}},
         "skip": {**BOTH, "steps": 4, "skip_steps": 3, "clip": 1.0, "collect": 2},
         "capacity": {"capacity": 1.0, "policies": loss("micro_batch")},
+        "bf16": {**BOTH, "param_dtype": "bfloat16"},
+        "autocast": {**BOTH, "autocast": "bfloat16", "dp": "ddp"},
     }  # fmt: skip
     return train(tmp_path_factory.mktemp("others"), cases, ranks=2)
 
@@ -226,6 +232,19 @@ def test_loads_are_what_routers_choose_before_experts_drop(others):
     assert [sum(row) for row in others[0]["capacity"]["loads"][-1]] == [TOKENS * TOP_K * 2] * LAYERS
 
 
+@pytest.mark.parametrize("name", ["bf16", "autocast"])
+def test_in_bf16_the_bias_stays_in_fp32(others, name):
+    for found in others:
+        for layer in range(LAYERS):
+            logits = torch.cat([one[layer].flatten(0, 1) for other in others for one in other[name]["logits"]])
+            counts_E = torch.bincount(logits.float().topk(TOP_K).indices.flatten(), minlength=EXPERTS)
+            assert found[name]["loads"][-1][layer] == counts_E.tolist()
+            moved_E = RATE * (counts_E.double().mean() - counts_E).sign()
+            bias_E = found[name]["bias"][layer]
+            assert bias_E.dtype == torch.float32
+            torch.testing.assert_close(bias_E.double(), moved_E - moved_E.mean(), rtol=0, atol=1e-7)
+
+
 def module_of(**changes: Any) -> Any:
     """A train module of OLMo-core's, of which nothing but what `check_limits` reads is there."""
     from olmo_core.train.train_module import TransformerTrainModule
@@ -267,12 +286,10 @@ def test_what_no_test_has_run_and_should_work_is_warned_of_by_name():
 
     from equipoise.adapters.olmo_core_limits import warn_of_untried
 
-    hsdp = SimpleNamespace(name=DataParallelType.hsdp, param_dtype=None)
-    module = module_of(autocast_precision=torch.bfloat16, _dp_config=hsdp)
-    module.model.compile_enabled = True
-    router = SimpleNamespace(jitter_eps=0.1)
-    with pytest.warns(UserWarning, match="with compile_model, autocast_precision bfloat16, dp_config 'hsdp', jitter_eps:"):
-        warn_of_untried(module, {"router": router})
+    module = module_of(_dp_config=SimpleNamespace(name=DataParallelType.hsdp, param_dtype=None))
+    module.model.compile_enabled, module.optim.step = True, module.optim.step
+    with pytest.warns(UserWarning, match="with compile_model, a compiled optimizer, dp_config 'hsdp':"):
+        warn_of_untried(module)
 
 
 def test_another_train_module_is_refused():
@@ -304,9 +321,9 @@ def test_routers_of_other_kinds_are_refused():
         routers_of(torch.nn.Sequential(Other(**sizes)))
     with pytest.raises(ConfigError, match="uniform_expert_assignment = True"):
         routers_of(torch.nn.Sequential(MoELinearRouter(**sizes, uniform_expert_assignment=True)))
+    second = MoERouterV2.__new__(MoERouterV2)
+    torch.nn.Module.__init__(second)
     with pytest.raises(ConfigError, match="of its second MoE"):
-        second = MoERouterV2.__new__(MoERouterV2)
-        torch.nn.Module.__init__(second)
         routers_of(torch.nn.Sequential(second))
     with pytest.raises(ConfigError, match="a model with OLMo-core's MoE layers"):
         routers_of(torch.nn.Linear(2, 2))
