@@ -226,7 +226,8 @@ def train(case: dict[str, Any], folder: str) -> dict[str, Any]:
             save_interval=case["save_at"], save_async=False, pre_train_checkpoint=False
         )
     module = train_module(case)
-    spiked = spike(module.optim, case["skip_steps"]) if case.get("skip_steps") else None
+    if case.get("skip_steps"):
+        spike(module.optim, case["skip_steps"])
     config = TrainerConfig(
         save_folder=folder, no_checkpoints=not case.get("save_at"), no_evals=True, save_overwrite=True,
         max_duration=Duration.steps(case.get("steps", 1)), metrics_collect_interval=case.get("collect", 1),
@@ -235,7 +236,7 @@ def train(case: dict[str, Any], folder: str) -> dict[str, Any]:
     trainer = config.build(module, Text(case, folder))
     trainer.fit()
     found: dict[str, Any] = {
-        "gradients": record.gradients, "loads": record.loads, "logged": record.logged, "spiked": spiked,
+        "gradients": record.gradients, "loads": record.loads, "logged": record.logged,
         "logits": [[z.detach() for z in layers] for layers in record.logits],
         "weights": {plain(name): whole(p) for name, p in module.model.named_parameters()},
         "bias": [getattr(one, "score_bias", None) for one in routers(module.model)],
@@ -250,16 +251,9 @@ def train(case: dict[str, Any], folder: str) -> dict[str, Any]:
     return found
 
 
-def spike(optim: Any, at: int) -> list[int]:
-    """Lets the optimizer find the loss of one step far above the others, as it would a spike."""
-    steps: list[int] = []
-    factor = optim.get_step_factor
-
-    def get_step_factor() -> torch.Tensor:
-        return torch.tensor(0.0) if len(optim._losses) == at else factor()
-
-    optim.get_step_factor = get_step_factor
-    return steps
+def spike(optim: Any, at: int) -> None:
+    """Lets the optimizer find the loss of one step far above the others, and none else."""
+    optim.get_step_factor = lambda: torch.tensor(float(len(optim._losses) != at))
 
 
 def main(cases: dict[str, dict[str, Any]], out: Path) -> None:
