@@ -1,4 +1,4 @@
-"""NeMo Automodel: ``AutomodelBalancer(model, [...])`` after the model is parallelised, two calls in the training loop."""
+"""NeMo Automodel: ``AutomodelBalancer(model, [...])`` for a parallelised model, and two calls in the training loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import ConfigError, InputError
 from ..external.padding import router_tokens
 from ..policies.from_data import OnePolicy, as_list, policies_from
 from ..policies.schedule import Schedule
-from .automodel_gates import balance_gate, gates_of, let_go, own_balancing, plain_name, switch_off, warn_of_untried
+from .automodel_gates import balance_gate, layers_of, let_go, own_balancing, plain_name, switch_off, warn_of_untried
 from .engine import Engine
 from .logs import worth_logging
 
@@ -72,10 +72,11 @@ class AutomodelBalancer:
                 got=f"{len(parts)} parts",
                 do="train without pipeline parallelism: no test of equipoise has run it in Automodel",
             )
-        self._gates = gates_of(parts[0])
+        found = layers_of(parts[0])
+        self._gates = {name: layer.gate for name, layer in found.items()}
         self._own = own_balancing(self._gates, schedule)
-        for gate in self._gates.values():
-            balance_gate(gate, takes_bias=bool(schedule.biases))
+        for layer in found.values():
+            balance_gate(layer, takes_bias=bool(schedule.biases))
         self._ranks, self._layers = Ranks.default(), layers
         try:
             self.balancer = Balancer(

@@ -18,7 +18,7 @@ from ..policies.schedule import Schedule
 __all__ = [
     "BIAS",
     "balance_gate",
-    "gates_of",
+    "layers_of",
     "let_go",
     "own_balancing",
     "plain_name",
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 BIAS = "e_score_correction_bias"
-CHILD, HOOKS, LAYER = "equipoise", "_equipoise_hooks", "_equipoise_layer"
+CHILD, HOOKS = "equipoise", "_equipoise_hooks"
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "module.")
 TOUCHED = ("forward", "_route_scores", "update_bias")  # of the engine's class
 GATES = {"softmax": "softmax", "softmax_with_bias": "softmax", "sqrtsoftplus": "sqrt_softplus"}  # others: sigmoid
@@ -35,8 +35,11 @@ UNSEEN_AXES = ("tp", "cp", "ep", "pp")
 NO_TEST = "no test of equipoise has run it in Automodel"
 
 
-def gates_of(model: nn.Module) -> dict[str, Any]:
-    """Every gate by name. Raises ConfigError for one whose code is not Automodel's own, and for what never ran."""
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """Every MoE layer by the name of its gate.
+
+    Raises ConfigError for a gate whose code is not Automodel's own, and for what never ran.
+    """
     theirs = importlib.import_module("nemo_automodel.components.moe.layers")
     found: dict[str, Any] = {}
     modules = {plain_name(name): module for name, module in model.named_modules()}
@@ -45,10 +48,9 @@ def gates_of(model: nn.Module) -> dict[str, Any]:
             if layer.cp_mesh is not None:
                 raise _refused(name, "with context parallelism", f"train without it: {NO_TEST}")
             _check_gate(f"{name}.gate", layer.gate, theirs.Gate)
-            found[f"{name}.gate"] = layer.gate
-            layer.gate.__dict__[LAYER] = layer  # not a child: it is the parent
+            found[f"{name}.gate"] = layer
     for name, module in modules.items():
-        if hasattr(module, "update_bias") and not any(module is gate for gate in found.values()):
+        if hasattr(module, "update_bias") and not any(module is one.gate for one in found.values()):
             raise _other(name, module, " outside of its class MoE")
     if not found:
         raise ConfigError(
@@ -94,8 +96,9 @@ def _other(name: str, module: nn.Module, how: str) -> ConfigError:
     )
 
 
-def balance_gate(gate: Any, *, takes_bias: bool) -> RouterCarrier:
-    """Puts a carrier beside a gate and leads what it decides through it. Without a balancer nothing changes."""
+def balance_gate(layer: Any, *, takes_bias: bool) -> RouterCarrier:
+    """Puts a carrier beside a layer's gate and leads what it decides through it. Without a balancer nothing changes."""
+    gate = layer.gate
     chooses = getattr(gate, BIAS) is not None and gate.score_func != "softmax"  # which leaves the bias alone
     weighs = gate.router_weight_uses_score_correction_bias
     carrier = RouterCarrier(
@@ -106,8 +109,8 @@ def balance_gate(gate: Any, *, takes_bias: bool) -> RouterCarrier:
         bias=BIAS if takes_bias and chooses and not weighs else None,
         without_bias="leave router_weight_uses_score_correction_bias out: experts are weighed with that bias too"
         if weighs
-        else f"MoEConfig(force_e_score_correction_bias=True) with a score_func other than 'softmax' makes {BIAS}, which "
-        "its checkpoints hold",
+        else f"MoEConfig(force_e_score_correction_bias=True) with a score_func other than 'softmax' makes {BIAS}, "
+        "which its checkpoints hold",
     )
     told: dict[str, Any] = {}  # of the call under way
     route: Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]] = gate._route_scores
@@ -127,7 +130,6 @@ def balance_gate(gate: Any, *, takes_bias: bool) -> RouterCarrier:
 
     gate.add_module(CHILD, carrier)
     gate._route_scores = routed
-    layer = gate.__dict__[LAYER]
     gate.__dict__[HOOKS] = [
         gate.register_forward_pre_hook(read, with_kwargs=True),
         layer.register_forward_pre_hook(read_layer, with_kwargs=True),
@@ -139,7 +141,6 @@ def let_go(gates: Mapping[str, Any]) -> None:
     """Undoes `balance_gate`."""
     for gate in gates.values():
         gate.__dict__.pop("_route_scores", None)
-        gate.__dict__.pop(LAYER, None)
         gate._modules.pop(CHILD, None)
         for hook in gate.__dict__.pop(HOOKS, ()):
             hook.remove()
