@@ -29,9 +29,9 @@ from meta.house import (
 
 PYTHON = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 OPTIONAL = {"accelerate", "axolotl", "datasets", "lightning", "llamafactory", "lm_eval", "megatron", "mlflow",
-            "omegaconf", "pandas", "peft", "plotly", "pyarrow", "pydantic", "ray", "rich", "safetensors", "swift",
-            "tensorboard", "tokenizers", "torchtitan", "transformers", "triton", "trl", "wandb", "yaml",
-            "zstandard"}  # fmt: skip
+            "nemo_automodel", "olmo_core", "omegaconf", "pandas", "peft", "plotly", "pyarrow", "pydantic", "ray",
+            "rich", "safetensors", "swift", "tensorboard", "tokenizers", "torchtitan", "transformers", "triton", "trl",
+            "wandb", "yaml", "zstandard"}  # fmt: skip
 EDGE = {"adapters", "cli", "conformance", "doctor", "inspection", "lab", "report"}  # the only rooms that may use them
 EXCEPTIONS = {"evidence": {"lm_eval"}, "kernels": {"triton"}, "storage": {"safetensors"}}
 # the only files that may name torch.distributed

@@ -285,9 +285,11 @@ class StepDetector:
     def _changed_nothing(self, stepped: torch.optim.Optimizer) -> torch.Tensor | None:
         """Whether a step left the sentinel as it was although gradient and learning rate would move it: it was skipped.
 
-        A scalar tensor on the sentinel's device; None where that cannot be told (sharded or 16-bit parameters, whose
-        updates may round away; a learning rate of 0; gradients that are kept elsewhere).
+        A scalar tensor on a device; None where that cannot be told (sharded or 16-bit parameters, whose updates may
+        round away; a learning rate of 0; gradients that are kept elsewhere) and the optimizer does not say so itself.
         """
+        if isinstance(said := getattr(stepped, "step_skipped", None), torch.Tensor):
+            return said.detach().bool()  # of OLMo-core's SkipStepOptimizer, which multiplies its update by 0
         sentinel = self._plain
         if sentinel is None or sentinel.grad is None or self._sample is None:
             return None

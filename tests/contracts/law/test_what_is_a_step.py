@@ -267,6 +267,18 @@ def test_an_optimizer_that_skips_by_itself(how, said):
     assert not torch.equal(model.blocks[0].gate.expert_bias, bias)
 
 
+@pytest.mark.parametrize("skips", [False, True])
+def test_an_optimizer_that_says_that_it_skipped(skips):
+    """Where values tell nothing, in bf16 or sharded, ``step_skipped`` does (OLMo-core's SkipStepOptimizer)."""
+    model = net(dtype=torch.bfloat16, **SMALL)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer.step_skipped = torch.tensor(float(skips))
+    balancer = Balancer(model, [AuxLoss("global_batch", 0.3), BIAS], optimizer)
+    train_step(model, balancer, optimizer, make_step(0, dtype=torch.bfloat16))
+    assert bool(model.blocks[0].gate.expert_bias.any()) is not skips
+    assert balancer.state_dict()["skipped"] == skips
+
+
 @pytest.mark.parametrize(("lr", "dtype"), [(0.0, torch.float32), (1e-30, torch.float32), (1e-6, torch.bfloat16)])
 def test_a_step_too_small_to_see_is_a_step(lr, dtype):
     """A warm-up that begins at 0, and updates that round away, are not skipped steps."""
