@@ -81,4 +81,6 @@ class _TapLoss(torch.autograd.Function):
 def _said(scale: float | Callable[[], Tensor | float], device: torch.device) -> Tensor:
     """In fp64: activations that a stage sends on are bf16, and 1/3 in bf16 is off by 0.2 %."""
     said = scale() if callable(scale) else scale
-    return torch.as_tensor(said, dtype=torch.float64, device=device).detach().reshape(())
+    if isinstance(said, Tensor):
+        return said.detach().to(device, torch.float64).reshape(())
+    return torch.full((), said, dtype=torch.float64, device=device)  # no copy that a GPU is waited for
