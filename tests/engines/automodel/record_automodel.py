@@ -29,6 +29,7 @@ from nemo_automodel.components.moe.config import MoEConfig  # noqa: E402
 from nemo_automodel.components.moe.layers import Gate  # noqa: E402
 from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import fully_shard  # noqa: E402
+from torch.distributed.tensor import Replicate, distribute_tensor  # noqa: E402
 from transformers import Qwen3MoeConfig  # noqa: E402
 
 from engines._law import Law  # noqa: E402
@@ -69,6 +70,10 @@ class Training:
             for block in blocks.children():
                 fully_shard(block, mesh=mesh)
             fully_shard(self.model, mesh=mesh)
+            for gate in self.gates():
+                if gate.e_score_correction_bias is not None:  # as apply_fsdp of its parallelizer
+                    whole_bias = distribute_tensor(gate.e_score_correction_bias, mesh, [Replicate()])
+                    gate.e_score_correction_bias = whole_bias
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         self.balance: Any = None
         self.logits: list[list[torch.Tensor]] = []  # micro-batch -> layer -> (B, S, E)
@@ -177,7 +182,7 @@ def train(case: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
         "gradients": gradients[0], "loads": training.loads,
         "logits": [[z.detach() for z in layers] for layers in training.logits],
         "weights": {plain(name): whole(p) for name, p in training.model.named_parameters()},
-        "bias": [gate.e_score_correction_bias for gate in training.gates()],
+        "bias": [None if (b := gate.e_score_correction_bias) is None else whole(b) for gate in training.gates()],
         "state": sorted(map(plain, training.model.state_dict())),
     }  # fmt: skip
     if training.balance is not None:
