@@ -150,27 +150,31 @@ def let_go(routers: Mapping[str, Any]) -> None:
 
 
 def own_balancing(routers: Mapping[str, Any], schedule: Schedule) -> str:
-    """What OLMo-core itself does at its routers, and what becomes of it beside policies, in words."""
+    """What OLMo-core itself does at its routers, and what becomes of it beside policies, in words.
+
+    Its z-loss balances nothing and stays. Raises ConfigError for a second one among the policies.
+    """
     one = next(iter(routers.values()))
     told = []
     if one.lb_loss_weight is not None:
         told.append(f"load balancing loss {one.lb_loss_weight:g} a layer, over each {one.lb_loss_granularity}")
-    if one.z_loss_weight is not None:
-        told.append(f"z-loss {one.z_loss_weight:g} a layer")
     if one.bias_gamma is not None:
         told.append(f"{BIAS} moved by {one.bias_gamma:g}")
     if not schedule:
         return f"on, as it was ({', '.join(told)})" if told else "none"
-    keep = ""
-    if one.z_loss_weight is not None and not schedule.z_losses:
-        keep = f"; ZLoss(coef={one.z_loss_weight:g}) among the policies goes on with the z-loss"
-    return f"off (it was {', '.join(told)}){keep}" if told else "none"
+    if one.z_loss_weight is not None and schedule.z_losses:
+        raise ConfigError(
+            expected="one z-loss at the routers",
+            got=f"ZLoss among the policies, and z_loss_weight={one.z_loss_weight:g}",
+            do="leave one of them out",
+        )
+    return f"off (it was {', '.join(told)})" if told else "none"
 
 
 def switch_off(routers: Mapping[str, Any]) -> None:
-    """OLMo-core's own losses at the routers and its updates of their bias."""
+    """OLMo-core's own balance losses at the routers and its updates of their bias."""
     for router in routers.values():
-        router.lb_loss_weight = router.z_loss_weight = None  # read at every call
+        router.lb_loss_weight = None  # read at every call
         router.post_batch = functools.partial(_forget_batch, router)
 
 

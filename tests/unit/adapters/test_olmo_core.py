@@ -56,17 +56,15 @@ def test_documents_that_fill_no_whole_sequence_leave_its_end_to_one_more():
     assert documents.number_T is not None and documents.number_T.tolist() == [0, 1, 1, 2, 3, 3, 3, 3]
 
 
-@pytest.mark.parametrize(
-    ("policies", "told"),
-    [
-        ([], "on, as it was (z-loss 0.5 a layer)"),
-        ([AuxLoss()], "off (it was z-loss 0.5 a layer); ZLoss(coef=0.5) among the policies goes on with the z-loss"),
-        ([ZLoss()], "off (it was z-loss 0.5 a layer)"),
-    ],
-)
-def test_what_becomes_of_its_own_z_loss_is_told(policies, told):
-    router = SimpleNamespace(lb_loss_weight=None, z_loss_weight=0.5, bias_gamma=None)
-    assert own_balancing({"one": router}, Schedule(policies)) == told
+def test_its_own_z_loss_stays_and_there_is_no_second_one():
+    router = SimpleNamespace(lb_loss_weight=0.1, lb_loss_granularity="instance", z_loss_weight=0.5, bias_gamma=None)
+    own = "load balancing loss 0.1 a layer, over each instance"
+    assert own in own_balancing({"one": router}, Schedule([])) and own in (
+        told := own_balancing({"one": router}, Schedule([AuxLoss()]))
+    )
+    assert told.startswith("off (it was") and "z-loss" not in told
+    with pytest.raises(ConfigError, match="one z-loss at the routers"):
+        own_balancing({"one": router}, Schedule([ZLoss()]))
 
 
 def test_the_page_names_the_release():
