@@ -66,24 +66,12 @@ def measure(
         unbiased_BE = count_choices(unbiased_TK, num_experts, batch.token_mask_T, num_sequences).double()
 
     fractions, loads = _fractions([SEQUENCE, micro_batches(spec), *spec.terms], counts_BE, unbiased_BE)
-    of_documents: dict[bool, Tensor] = {}  # unbiased or not -> (R, E) counts
-    values, documents = [], []
-    for term, fraction_BE in zip(spec.terms, fractions[2:], strict=True):
-        if term.kind == "document":
-            if term.unbiased not in of_documents:
-                of_documents[term.unbiased] = _document_counts(unbiased_TK if term.unbiased else ids_TK, spec, batch)
-            fraction_TE = seen_load(term.view, load_fractions(of_documents[term.unbiased]))[batch.document_T]
-            documents.append(fraction_TE.to(probs_TE.dtype))
-            values.append(num_experts * (fraction_TE * valid_TE).sum(dtype=torch.float64))
-        else:
-            values.append(None if fraction_BE is None else num_experts * (fraction_BE * probs_BE).sum())
-
+    kinds = {term.unbiased for term in spec.terms if term.kind == "document"}
+    of_documents = {kind: _document_counts(unbiased_TK if kind else ids_TK, spec, batch) for kind in sorted(kinds)}
+    values, documents = _term_values(spec, fractions[2:], of_documents, probs_BE, valid_TE, batch)
     counts_E = counts_BE.sum(dim=0)
     parts = [counts_E, probs_BE.sum(dim=0)] + ([] if unbiased_BE is None else [unbiased_BE.sum(dim=0)])
-    offset_TE = None
-    if spec.needs_selection:
-        assert selection is not None
-        offset_TE = choice_offsets(logits_TE, ids_TK, spec.gate, selection)
+    offset_TE = choice_offsets(logits_TE, ids_TK, spec.gate, selection) if spec.needs_selection else None
     parts += rule_sums(spec, counts_BE, offset_TE, batch.token_mask_T)
     if spec.quantile and offset_TE is not None:
         parts.append(count_offsets(offset_TE, batch.token_mask_T).flatten())
@@ -95,8 +83,8 @@ def measure(
     shard_counts = None
     if spec.shards > 1:
         counts_CBE = torch.stack([counts_BE] if unbiased_BE is None else [counts_BE, unbiased_BE])
-        tables = _tables(counts_CBE, probs_BE.double(), of_documents, valid_TE, batch)
-        shard_counts = ShardCounts(spec.scalar(statistics, "tokens").clone(), *tables)
+        tokens = spec.scalar(statistics, "tokens").clone()
+        shard_counts = _tables(tokens, counts_CBE, probs_BE.double(), of_documents, valid_TE, batch)
     return Measured(
         probs_TE,
         statistics,
@@ -105,6 +93,26 @@ def measure(
         _gram(valid_TE, gate_slope(logits_TE, spec.gate)) if spec.gram else None,
         shard_counts,
     )
+
+
+def _term_values(
+    spec: StatsSpec,
+    fractions: list[Tensor | None],
+    of_documents: dict[bool, Tensor],  # unbiased or not -> (R, E) counts
+    probs_BE: Tensor,
+    valid_TE: Tensor,
+    batch: TokenLayout,
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """(sum over tokens of E <f, p> for each term, None where forward does not know f; f of the document terms)."""
+    values, documents = [], []
+    for term, fraction_BE in zip(spec.terms, fractions, strict=True):
+        if term.kind == "document":
+            fraction_TE = seen_load(term.view, load_fractions(of_documents[term.unbiased]))[batch.document_T]
+            documents.append(fraction_TE.to(valid_TE.dtype))
+            values.append(spec.num_experts * (fraction_TE * valid_TE).sum(dtype=torch.float64))
+        else:
+            values.append(None if fraction_BE is None else spec.num_experts * (fraction_BE * probs_BE).sum())
+    return values, documents
 
 
 def micro_batches(spec: StatsSpec) -> LossTerm:
@@ -240,17 +248,21 @@ def _scalars(
 
 
 def _tables(
-    counts_CBE: Tensor, probs_BE: Tensor, of_documents: dict[bool, Tensor], valid_TE: Tensor, batch: TokenLayout
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """What `ShardCounts` holds beside the tokens."""
+    tokens: Tensor,
+    counts_CBE: Tensor,
+    probs_BE: Tensor,
+    of_documents: dict[bool, Tensor],
+    valid_TE: Tensor,
+    batch: TokenLayout,
+) -> ShardCounts:
     if not of_documents:
-        return counts_CBE, probs_BE, None, None, None
+        return ShardCounts(tokens, counts_CBE, probs_BE, None, None, None)
     any_RE = next(iter(of_documents.values()))
     kinds = [False, True][: len(counts_CBE)]
     counts_CRE = torch.stack([of_documents.get(kind, torch.zeros_like(any_RE)) for kind in kinds])
     assert batch.document_T is not None
     probs_RE = torch.zeros_like(any_RE, dtype=torch.float64).index_add_(0, batch.document_T, valid_TE.double())
-    return counts_CBE, probs_BE, counts_CRE.double(), probs_RE, batch.document_T
+    return ShardCounts(tokens, counts_CBE, probs_BE, counts_CRE.double(), probs_RE, batch.document_T)
 
 
 def shared_counts(counts_BE: Tensor, term: LossTerm) -> Tensor:

@@ -88,8 +88,7 @@ def attach(
                 quantile=schedule.pools_quantiles,
             )
             layer.balance_state = RouterState(spec, _device(router), layer.name)
-        if schedule.biases:
-            # a bias that was there is taken over last: what is refused before has changed nothing
+        if schedule.biases:  # one that was there is taken over last: what is refused before has changed nothing
             for layer in sorted(layers, key=lambda layer: not layer.makes_bias):
                 _enable_bias(layer.router, schedule.bias_place)
         for part in {part for part, _, router in routers if schedule and router.batch_context is not None}:

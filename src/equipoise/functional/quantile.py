@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .routing import PLACES, gate_scores, inside_best_groups
 
 __all__ = ["BINS", "Selection", "bin_width", "choice_offsets", "count_offsets", "exact_quantile", "pooled_quantile"]
@@ -42,16 +43,22 @@ class Selection(NamedTuple):
 
 
 @torch.no_grad()
-def choice_offsets(logits_TE: Tensor, ids_TK: Tensor, gate: str, selection: Selection) -> Tensor:
+def choice_offsets(logits_TE: Tensor, ids_TK: Tensor, gate: str, selection: Selection | None) -> Tensor:
     """By how much the bias of each expert would have to change for a token to be at the point of choosing it: (T, E).
 
     alpha_t - (score + bias), where alpha_t is the best that the token did not choose: below 0 for the chosen, 0 for
     that best one. Infinity for an expert that it may not choose, by -inf or outside its groups. Of a bias that acts on
-    logits the same with logits. In fp32 or wider.
+    logits the same with logits. In fp32 or wider. Raises InputError where the router did not say how it chose.
 
     >>> choice_offsets(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[0]]), "softmax", Selection(None, "logits"))
     tensor([[-1.,  0.,  1.]])
     """
+    if selection is None:
+        raise InputError(
+            expected="a router that says how it chose, for rule='quantile'",
+            got="none of its bias and its groups",
+            do="pass selection=Selection(...) to attach_balance_gradient",
+        )
     bias_E, place, num_groups, top_groups, masked = selection
     wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
     by_TE = wide_TE if place == "logits" else gate_scores(wide_TE, gate)

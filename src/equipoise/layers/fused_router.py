@@ -63,14 +63,7 @@ def fused_route(
             check_layout(spec, batch, len(logits_TE))
         if state.grad_accumulator.device != logits_TE.device:
             state.move(logits_TE.device)
-        spans = [_span(term, batch.rows) for term in spec.terms]
-        unbiased = [term.unbiased for term in spec.terms]
-        micro, offsets = spec.micro_sequences or batch.rows, [spec.at(name) for name in STATISTICS]
-        statistics, fraction_NBE = summarize(chosen, spec.forward_size, offsets, spans, unbiased, micro)
-        _see(spec, chosen, statistics, fraction_NBE)
-        if batch.num_sequences is None:  # which tokens are one sequence is not known, so nothing is said of sequences
-            spec.scalar(statistics, "nonempty_sequences").zero_()
-            spec.scalar(statistics, "maxvio_sequence").zero_()
+        statistics, fraction_NBE = _summarized(spec, chosen, batch)
         if training:
             record_pending(state, Measured(logits_TE, statistics, fraction_NBE, None, None, None), chosen.ids_TK, batch)
         else:
@@ -103,12 +96,20 @@ def _measured(state: RouterState | None, *, training: bool) -> StatsSpec | None:
     return state.spec if training else state.spec.observing
 
 
-def _see(spec: StatsSpec, chosen: Chosen, statistics: Tensor, fraction_NBE: Tensor) -> None:
-    """The kernels know f alone: for terms with a view f and the value as seen through it are written over theirs."""
+def _summarized(spec: StatsSpec, chosen: Chosen, batch: TokenLayout) -> tuple[Tensor, Tensor]:
+    """(statistics, f of each term and sequence (N, B, E)). The kernels know f alone, so views of it are made here."""
+    spans = [_span(term, batch.rows) for term in spec.terms]
+    unbiased = [term.unbiased for term in spec.terms]
+    micro, offsets = spec.micro_sequences or batch.rows, [spec.at(name) for name in STATISTICS]
+    statistics, fraction_NBE = summarize(chosen, spec.forward_size, offsets, spans, unbiased, micro)
     for n, term in enumerate(spec.terms):
         if term.view is not None and term.kind != "deferred":
             fraction_NBE[n] = seen_load(term.view, fraction_NBE[n])
             spec.values(statistics)[n] = spec.num_experts * (fraction_NBE[n] * chosen.probs_BE).sum()
+    if batch.num_sequences is None:  # which tokens are one sequence is not known, so nothing is said of sequences
+        spec.scalar(statistics, "nonempty_sequences").zero_()
+        spec.scalar(statistics, "maxvio_sequence").zero_()
+    return statistics, fraction_NBE
 
 
 def _span(term: LossTerm, num_sequences: int) -> int:
