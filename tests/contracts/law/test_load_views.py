@@ -95,6 +95,21 @@ def test_two_views_of_one_scope_do_not_mix():
     assert got == pytest.approx(expected.values, rel=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
+def test_compiled_it_is_the_same():
+    found = []
+    for compiled in (False, True):
+        model = net(**DOUBLE)
+        policies = [AuxLoss(scope, 0.3, **VIEWS["all"]) for scope in ("sequence", "micro_batch", "global_batch")]
+        balancer = Balancer(model, policies)
+        if compiled:
+            model.compile(fullgraph=True, backend="aot_eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        found.append((train_step(model, balancer, optimizer, make_step(0, masked=True, **DOUBLE)), balancer.metrics()))
+    assert_close(found[1][0], found[0][0], 1e-12)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-9)
+
+
 @pytest.mark.parametrize("rule", ["sign", "proportional", "rms", "momentum"])
 @pytest.mark.parametrize(
     "view", [{"groups": 2}, {"targets": [0.4, 0.3, 0.1, 0.1, 0.1]}, {"groups": [[0, 1, 2, 3], [4]]}]
