@@ -152,7 +152,8 @@ def own_balancing(gates: Mapping[str, Any], schedule: Schedule) -> str:
     Raises ConfigError for a bias that it has moved, and that would stand still while the gates learn.
     """
     one = next(iter(gates.values()))
-    told = [f"aux_loss_coeff {one.aux_loss_coeff:g}"] if one.aux_loss_coeff > 0 else []
+    ours = f"as AuxLoss('micro_batch', coef={one.aux_loss_coeff:g})"  # measured: docs/coefficients.md
+    told = [f"aux_loss_coeff {one.aux_loss_coeff:g}, {ours}"] if one.aux_loss_coeff > 0 else []
     moves = one.bias_update_factor > 0
     if moves:
         told.append(f"{BIAS} moved by {one.bias_update_factor:g}")

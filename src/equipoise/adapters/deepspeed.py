@@ -20,6 +20,11 @@ from .saved_beside import SavedBeside
 
 __all__ = ["DeepSpeedBalancer"]
 
+LEFT_ON = (  # measured: docs/coefficients.md
+    "as it was: l_aux, where your loss adds it; times c it is AuxLoss('micro_batch', coef=c), of a top-2 gate that of "
+    "the first choices"
+)
+
 
 class DeepSpeedBalancer(SavedBeside):
     """Balances a model of ``deepspeed.moe.layer.MoE`` as DeepSpeed's engine trains it, ZeRO 0 to 3.
@@ -82,7 +87,7 @@ class DeepSpeedBalancer(SavedBeside):
         except BaseException:
             let_go(self._gates)
             raise
-        self._own = "off: every layer returns l_aux 0" if schedule else "as it was: l_aux, where your loss adds it"
+        self._own = "off: every layer returns l_aux 0" if schedule else LEFT_ON
         self._engine, self._layers = engine, layers
         self._theirs: dict[str, Callable[..., Any]] = {"backward": engine.backward, "step": engine.step}
         engine.backward, engine.step = self._backward, self._step

@@ -17,7 +17,6 @@ from ..policies.schedule import Schedule
 from .engine import NO_END, NO_POLICIES, Engine
 from .logs import worth_logging
 from .megatron_parallel import (
-    balance_sizes,
     check_limits,
     data_ranks,
     is_last_stage,
@@ -163,14 +162,10 @@ class MegatronBalancer(SavedBeside):
             return self._finalized(*args, **named)
 
     def describe(self) -> str:
-        """``Balancer.describe``, what was asked for, what became of Megatron's own balancing, Balance BSZ."""
+        """``Balancer.describe``, what was asked for, what became of Megatron's own balancing."""
         asked = ", ".join(map(str, self._asked)) or "nothing: []"
         unit = f"in our unit    {self._unit}\n" if self._unit else ""
-        sizes = balance_sizes(self.balancer, self._ranks.sequence_shards.size, data_ranks())
-        return (
-            f"asked for      {asked}\nits balancing  {self._own}\n{unit}Balance BSZ    {sizes}\n"
-            f"{self.balancer.describe()}"
-        )
+        return f"asked for      {asked}\nits balancing  {self._own}\n{unit}{self.balancer.describe()}"
 
     def _state_file(self) -> tuple[str, bool]:
         return stage_file(self.config), self._ranks.data.rank == 0

@@ -8,13 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..balancer.balancer import Balancer
 from ..distributed import Group, Ranks
 from ..errors import ConfigError
 from ..storage.balancer_file import FILE
 
 __all__ = [
-    "balance_sizes",
     "check_limits",
     "data_ranks",
     "is_a_stage",
@@ -64,17 +62,6 @@ def scale_of(config: Any) -> Tensor:
 def data_ranks() -> int:
     """Ranks, or groups of ranks, that see other sequences."""
     return importlib.import_module("megatron.core.parallel_state").get_data_parallel_world_size()
-
-
-def balance_sizes(balancer: Balancer, sequence_shards: int, data_ranks: int) -> str:
-    """Over how many sequences each scope takes f, as the last step was; in words."""
-    if not balancer.step_count:
-        return "known after the first step"
-    stats = balancer._last()[0]
-    sequences, calls = (float(stats.spec.scalar(stats.sums, name)[0]) for name in ("sequences", "calls"))
-    micro, whole = sequences / calls, sequences / sequence_shards
-    sizes = f"sequence 1, micro_batch {micro:g}, data_parallel {micro * data_ranks:g}, global_batch {whole:g}"
-    return f"{sizes} sequences ({data_ranks} data ranks, {whole / micro / data_ranks:g} micro-batches a step)"
 
 
 def is_a_stage() -> bool:

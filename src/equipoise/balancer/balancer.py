@@ -301,7 +301,7 @@ class Balancer(StepCycle):
         return self._estimator_error
 
     def describe(self) -> str:
-        """What was found and assumed, to be read: routers, biases, layouts, tokens, what ends a step, ranks."""
+        """What was found and assumed, to be read: routers, biases, layouts, tokens, what ends a step, ranks, sizes."""
         return describe(
             self._layers,
             self._schedule,
@@ -311,6 +311,7 @@ class Balancer(StepCycle):
             declared=self._declared,
             reduction=self._reduction,
             raises=self._faults.raises,
+            last=self._committed or (),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..policies.losses import AuxLoss
 from ..policies.schedule import Schedule, ScheduledPolicy
 from .declared_step import DeclaredStep
 from .layer_group import Layer
+from .metrics import StepStats
 
 __all__ = ["describe"]
 
@@ -29,6 +30,7 @@ def describe(
     declared: DeclaredStep,
     reduction: str,
     raises: bool,
+    last: Sequence[StepStats],
 ) -> str:
     """See ``Balancer.describe``."""
     rows = [("router", "class", "E", "K", "gate", "bias", "learns"), *map(_row, layers)]
@@ -44,6 +46,7 @@ def describe(
         "tokens": _tokens(declared, reduction),
         "a step ends": f"with {ends_with}, as the last one did" if ends_with else _step_to_come(),
         "ranks": _ranks(ranks),
+        "the last step": _sizes(last, ranks),
         "switched off": "; ".join(switched_off) or "nothing of the model's own",
         "on a fault": "raises, on all ranks" if raises else "warns, leaves the step unbalanced and goes on",
     }
@@ -119,6 +122,28 @@ def _ranks(ranks: Ranks) -> str:
     assumed = ", which was assumed: pass ranks= to say otherwise" if ranks.assumed else ""
     shards = f", sequences cut over {ranks.sequence_shards.size}" if ranks.sequence_shards.size > 1 else ""
     return f"{ranks.all.size} share a step, {ranks.data.size} hold these layers{shards}{assumed}"
+
+
+def _sizes(last: Sequence[StepStats], ranks: Ranks) -> str:
+    """Over how many sequences each scope took f in it; of a layer that ran once in a pass, where there is one."""
+    rows = [
+        (one.of("calls"), one.of("sequences"), one.of("nonempty_sequences"), one.spec.micro_sequences) for one in last
+    ]
+    ran = [
+        (calls, sequences, known, together)
+        for of_calls, of_sequences, of_known, together in rows
+        for calls, sequences, known in zip(of_calls.tolist(), of_sequences.tolist(), of_known.tolist(), strict=True)
+        if calls > 0
+    ]
+    if not ran:
+        return "none yet" if not last else "no router ran in it"
+    calls, sequences, known, together = min(ran, key=lambda one: one[0])
+    if not known:
+        return "how its tokens lay in sequences is not known"
+    shards = ranks.sequence_shards.size
+    data, micro, whole = max(ranks.data.size // shards, 1), together or sequences / calls, sequences / shards
+    sizes = f"{micro:g} (micro_batch), {micro * data:g} (data_parallel), {whole:g} (global_batch)"
+    return f"took f over 1 sequence (sequence), {sizes}; data ranks: {data}, micro-batches: {whole / micro / data:g}"
 
 
 def _merged(lines: list[str], most: int = 12) -> list[str]:

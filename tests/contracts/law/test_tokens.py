@@ -237,6 +237,16 @@ def test_describe_says_what_is_assumed():
     assert "a step of SGD" in balancer.describe()
 
 
+def test_describe_says_over_how_many_sequences_f_was_taken():
+    model, balancer, optimizer = setup(AuxLoss("micro_batch", 0.3))
+    assert "the last step none yet" in " ".join(balancer.describe().split())
+    train_step(model, balancer, optimizer, make_step(0, 3, sequences=2))
+    said = (
+        "1 sequence (sequence), 2 (micro_batch), 2 (data_parallel), 6 (global_batch); data ranks: 1, micro-batches: 3"
+    )
+    assert said in " ".join(balancer.describe().split())
+
+
 def test_the_code_of_what_counts_runs_as_it_stands():
     """docs/what-counts.md, block after block."""
     text = (Path(__file__).resolve().parents[3] / "docs" / "what-counts.md").read_text(encoding="utf-8")

@@ -140,7 +140,8 @@ def test_looking_changes_no_bit_and_leaves_its_own_balancing_on(others):
 
 
 def test_its_own_loss_is_off_and_said_so(others):
-    assert "its balancing  off (it was aux_loss_coeff 0.3)" in others[0]["their loss"]["described"]
+    own = "aux_loss_coeff 0.3, as AuxLoss('micro_batch', coef=0.3)"
+    assert f"its balancing  off (it was {own})" in others[0]["their loss"]["described"]
     for name, gradient in others[0]["no loss"]["gradients"].items():
         torch.testing.assert_close(others[0]["their loss"]["gradients"][name], gradient, rtol=0, atol=0)
 

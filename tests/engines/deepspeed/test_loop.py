@@ -108,7 +108,8 @@ def test_looking_changes_no_bit_and_leaves_their_loss_on(others, stage):
     for of_rank in others[:2]:
         plain, look = of_rank[f"plain {stage}"], of_rank[f"look {stage}"]
         assert all(torch.equal(weight, look["weights"][name]) for name, weight in plain["weights"].items())
-        assert "its balancing  as it was" in look["described"]
+        assert "its balancing  as it was: l_aux" in look["described"]
+        assert "2 (micro_batch), 4 (data_parallel), 8 (global_batch)" in " ".join(look["described"].split())
         assert look["state"] == plain["state"] and look["left"] == []
 
 

@@ -145,8 +145,9 @@ def test_its_own_losses_amount_to_what_describe_says(parts, whole, key, name):
         check_gradients(of_rank[name], whole(cut.replicas)[name], 1e-6)  # it computes them in fp32
     told = of_ranks[0]["look"]["described"]
     assert "in our unit    aux_loss 0.3 is AuxLoss('micro_batch', coef=0.3)\n" in told
-    sizes = f"micro_batch 2, data_parallel {2 * cut.replicas}, global_batch {4 * cut.replicas} sequences"
-    assert f"Balance BSZ    sequence 1, {sizes} ({cut.replicas} data ranks, 2 micro-batches a step)\n" in told
+    sizes = f"2 (micro_batch), {2 * cut.replicas} (data_parallel), {4 * cut.replicas} (global_batch)"
+    said = f"1 sequence (sequence), {sizes}; data ranks: {cut.replicas}, micro-batches: 2 "
+    assert said in " ".join(told.split())
 
 
 @pytest.mark.parametrize("key", CUTS)
