@@ -41,8 +41,8 @@ MUTATIONS = {
     ),
     "counted in forward, so twice under recompute (B20, B22)": Mutation(
         "autograd/balance_gradient.py",
-        "    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE)\n",
-        "    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE)\n"
+        "    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE, selection)\n",
+        "    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE, selection)\n"
         "    if state.grad_accumulator.grad is None:\n"
         "        state.grad_accumulator.grad = torch.zeros_like(state.grad_accumulator)\n"
         "    state.grad_accumulator.grad[: spec.forward_size] += measured.statistics\n",
@@ -146,7 +146,7 @@ MUTATIONS = {
     ),
     "the control asked of the whole step, as if it were no control": Mutation(
         "balancer/layer_group.py",
-        'rule_LE = None if policy.scope == "global_batch" else self._mean_rule(summed_LS, policy.rule)',
+        "rule_LE = self._rule(policy, summed_LS)",
         "rule_LE = None",
         "contracts/law/test_micro_batch_bias.py averaged_over and sign",
     ),

@@ -60,7 +60,7 @@ def expected(
     means: list[list[int]] | None = None,
     smoothing: float = 0.0,
     prepare: Any = None,
-    coef: float = COEF,
+    coef: float | None = None,
 ) -> Expected:
     """The policies of ``policies_for`` over the next so many rows of ``Text`` in each step.
 
@@ -70,8 +70,9 @@ def expected(
             Default: all label tokens of the step weigh the same.
         smoothing: of the labels.
         prepare: what a function makes of the model (PEFT).
-        coef: of both losses.
+        coef: of both losses; default COEF.
     """
+    coef = COEF if coef is None else coef  # now, because tests set it
     given = batches or [rows_of(sum(rows_of_steps[:i]), n) for i, n in enumerate(rows_of_steps)]
     (wide, wide_twin), (model, twin) = (_prepared(family, prepare) for _ in range(2))
     wide.double().set_experts_implementation("eager")  # grouped_mm knows no float64
