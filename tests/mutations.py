@@ -150,6 +150,18 @@ MUTATIONS = {
         "rule_LE = None",
         "contracts/law/test_micro_batch_bias.py averaged_over and sign",
     ),
+    "a load seen expert by expert, whatever was asked": Mutation(
+        "functional/load_view.py",
+        "    return (fraction_E.double() @ to_group_EG @ back_GE).to(fraction_E.dtype)\n",
+        "    return fraction_E\n",
+        "contracts/law/test_load_views.py step_35",
+    ),
+    "padding among the offsets of a quantile": Mutation(
+        "autograd/statistics.py",
+        "        parts.append(count_offsets(offset_TE, batch.token_mask_T).flatten())\n",
+        "        parts.append(count_offsets(offset_TE).flatten())\n",
+        "contracts/law/test_quantile_elsewhere.py padding_moves",
+    ),
     "the control divided by all micro-batches, empty ones too": Mutation(
         "balancer/layer_group.py",
         'spec.scalar(summed_LS, "nonempty_micro_batches")',
