@@ -27,7 +27,7 @@ LEFT_ON = (  # measured: docs/coefficients.md
 
 
 class DeepSpeedBalancer(SavedBeside):
-    """Balances a model of ``deepspeed.moe.layer.MoE`` as DeepSpeed's engine trains it, ZeRO 0 to 3.
+    """Balances a model of ``deepspeed.moe.layer.MoE`` as DeepSpeed's engine trains it, ZeRO 0 to 2.
 
     Args:
         engine: what ``deepspeed.initialize`` returned first. Its ``backward`` and ``step`` pass through here.
