@@ -130,20 +130,22 @@ def rule_sums(
     if not spec.micro_rules:
         return []
     counts_GE = group_counts(counts_BE, micro_batches(spec))
-    sums = []
-    for rule in spec.micro_rules:
-        if rule == "quantile":
-            assert offset_TE is not None
-            share_E = offset_TE.new_full((spec.num_experts,), spec.top_k / spec.num_experts)
-            tokens = -(-len(offset_TE) // len(counts_GE))
-            if spec.micro_sequences is not None:
-                tokens = len(offset_TE) // len(counts_BE) * min(spec.micro_sequences, len(counts_BE))
-            masks = [None] * len(counts_GE) if mask_T is None else mask_T.split(tokens)
-            pairs = zip(offset_TE.split(tokens), masks, strict=True)
-            sums.append(torch.stack([exact_quantile(one_TE, share_E, mask) for one_TE, mask in pairs]).sum(dim=0))
-        else:
-            sums.append(RULES[rule](counts_GE).sum(dim=0))
-    return sums
+    return [
+        _quantile_sum(spec, len(counts_BE), offset_TE, mask_T)
+        if rule == "quantile"
+        else RULES[rule](counts_GE).sum(dim=0)
+        for rule in spec.micro_rules
+    ]
+
+
+def _quantile_sum(spec: StatsSpec, sequences: int, offset_TE: Tensor | None, mask_T: Tensor | None) -> Tensor:
+    """(E,) the exact quantiles of each micro-batch, summed."""
+    assert offset_TE is not None
+    tokens = len(offset_TE) // sequences * min(spec.micro_sequences or sequences, sequences)
+    parts = offset_TE.split(tokens)
+    masks = [None] * len(parts) if mask_T is None else mask_T.split(tokens)
+    share_E = offset_TE.new_full((spec.num_experts,), spec.top_k / spec.num_experts)
+    return sum(exact_quantile(one_TE, share_E, mask) for one_TE, mask in zip(parts, masks, strict=True))
 
 
 def violations(fraction_BE: Tensor) -> Tensor:
@@ -157,10 +159,8 @@ def _fractions(
     """(f of each term, (B, E) or (1, E) where all sequences share it, None where forward does not know it;
     MaxVio summed over the sequences and over the micro-batches, which are the first two terms)."""
     one = len(counts_BE) == 1
-    keys = [
-        term._replace(view=None, **({"kind": "sequences", "sequences": 1} if one and _is_local(term) else {}))
-        for term in terms
-    ]
+    counted = [term._replace(view=None) for term in terms]  # one count, however it is seen
+    keys = [key._replace(kind="sequences", sequences=1) if one and _is_local(key) else key for key in counted]
     distinct = [key for key in dict.fromkeys(keys) if _is_local(key)]
     rows = []
     for key in distinct:

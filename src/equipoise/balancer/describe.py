@@ -94,7 +94,7 @@ def _policy(scheduled: ScheduledPolicy) -> str:
         case ExpertBias():
             where = "" if policy.place == ExpertBias.place else f", place {policy.place}"
             scope = "" if policy.scope == ExpertBias.scope else f", scope {policy.scope}"
-            return f"ExpertBias {policy.rule}, rate {policy.speed:g}{where}{scope}{_view(policy)}{window}"
+            return f"ExpertBias {policy.rule}, rate {policy.rate:g}{where}{scope}{_view(policy)}{window}"
     return f"ZLoss{window}"
 
 
@@ -126,15 +126,11 @@ def _ranks(ranks: Ranks) -> str:
 
 def _sizes(last: Sequence[StepStats], ranks: Ranks) -> str:
     """Over how many sequences each scope took f in it; of a layer that ran once in a pass, where there is one."""
-    rows = [
-        (one.of("calls"), one.of("sequences"), one.of("nonempty_sequences"), one.spec.micro_sequences) for one in last
-    ]
-    ran = [
-        (calls, sequences, known, together)
-        for of_calls, of_sequences, of_known, together in rows
-        for calls, sequences, known in zip(of_calls.tolist(), of_sequences.tolist(), of_known.tolist(), strict=True)
-        if calls > 0
-    ]
+    ran = []
+    for one in last:
+        names = ("calls", "sequences", "nonempty_sequences")
+        of_layers = zip(*(one.of(name).tolist() for name in names), strict=True)
+        ran += [(*numbers, one.spec.micro_sequences) for numbers in of_layers if numbers[0] > 0]
     if not ran:
         return "none yet" if not last else "no router ran in it"
     calls, sequences, known, together = min(ran, key=lambda one: one[0])

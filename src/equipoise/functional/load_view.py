@@ -48,12 +48,16 @@ class LoadView(NamedTuple):
         [(0, 1), (2, 3)]
         """
         if self.costs is not None and len(self.costs) != num_experts:
-            raise _misfit("a cost for each expert", f"{len(self.costs)} costs", num_experts)
+            raise _misfit("a cost for each expert", f"{len(self.costs)} costs", num_experts, f"give {num_experts}")
         if self.groups is None:
             found = [(expert,) for expert in range(num_experts)]
         elif isinstance(self.groups, int):
             if num_experts % self.groups:
-                raise _misfit(f"experts that {self.groups} equal groups share", f"groups={self.groups}", num_experts)
+                fit = ", ".join(str(n) for n in range(2, num_experts + 1) if num_experts % n == 0)
+                what = f"experts that {self.groups} equal groups share"
+                raise _misfit(
+                    what, f"groups={self.groups}", num_experts, f"use one of {fit}, or list the experts of each"
+                )
             size = num_experts // self.groups
             found = [tuple(range(first, first + size)) for first in range(0, num_experts, size)]
         else:
@@ -62,10 +66,13 @@ class LoadView(NamedTuple):
             if known != set(range(num_experts)):
                 outside, missing = known - set(range(num_experts)), set(range(num_experts)) - known
                 got = f"no expert {min(outside)}" if outside else f"expert {min(missing)} in no group"
-                raise _misfit("groups that hold every expert", got, num_experts)
+                raise _misfit(
+                    "groups that hold every expert", got, num_experts, f"list 0 to {num_experts - 1}, each once"
+                )
         if self.targets is not None and len(self.targets) != len(found):
             of = "group" if self.groups is not None else "expert"
-            raise _misfit(f"a target for each {of} ({len(found)})", f"{len(self.targets)} targets", num_experts)
+            what = f"a target for each {of} ({len(found)})"
+            raise _misfit(what, f"{len(self.targets)} targets", num_experts, f"give {len(found)} that sum to 1")
         return found
 
     def shares(self, num_experts: int) -> list[float]:
@@ -215,12 +222,10 @@ def _listed(what: str, numbers: Any) -> list[Any]:
 def _positive(what: str, number: Any) -> float:
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < float("inf"):
         raise ConfigError(
-            expected=f"{what} above 0", got=repr(number), do="leave an expert that is to get nothing out of the model"
+            expected=f"{what} above 0", got=repr(number), do="use a small one, 1e-3 say, for next to nothing"
         )
     return float(number)
 
 
-def _misfit(expected: str, got: str, num_experts: int) -> ConfigError:
-    return ConfigError(
-        expected=expected, got=f"{got} for a router of {num_experts} experts", do="give a list that fits this model"
-    )
+def _misfit(expected: str, got: str, num_experts: int, do: str) -> ConfigError:
+    return ConfigError(expected=expected, got=f"{got} for a router of {num_experts} experts", do=do)

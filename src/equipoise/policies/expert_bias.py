@@ -19,6 +19,7 @@ __all__ = ["BIAS_SCOPES", "RULES", "ExpertBias"]
 
 RULES = (*RULES_OF_COUNTS, "quantile")  # the last one asks for more than counts
 BIAS_SCOPES = ("global_batch", "micro_batch")
+USUAL_RATE, ALL_THE_WAY = 1e-3, 1.0  # bias a step; of the quantile rule the part of the way
 
 # The sign and RMS rules move every bias by the full rate at every step, balanced or not: where that is more than such a
 # share of a score, selection never settles (arXiv 2408.15664, App. C). A softmax score is about 1/E, so a step that is
@@ -66,7 +67,7 @@ class ExpertBias:
     """
 
     rule: str = "sign"
-    rate: float | None = None
+    rate: float = None  # type: ignore[assignment]  # that of the rule: USUAL_RATE
     schedule: Callable[[int], float] | None = None
     kappa: float = 2.0
     beta: float = 0.5
@@ -88,7 +89,7 @@ class ExpertBias:
             if not isinstance(word, str) or word not in known:
                 raise unknown_name(what, word, known)
         if self.rate is None:
-            object.__setattr__(self, "rate", 1.0 if self.rule == "quantile" else 1e-3)
+            object.__setattr__(self, "rate", ALL_THE_WAY if self.rule == "quantile" else USUAL_RATE)
         if not (isinstance(self.rate, int | float) and 0 <= self.rate < float("inf")):
             raise ConfigError(expected="rate >= 0", got=repr(self.rate), do="1e-3 is the papers' value")
         if not (0 < self.kappa < float("inf") and 0 <= self.beta < 1):
@@ -111,7 +112,7 @@ class ExpertBias:
                 got="scope='micro_batch', a control that knows neither",
                 do="leave the scope out",
             )
-        if self.place == "multiply" and self.speed >= 1:
+        if self.place == "multiply" and self.rate >= 1:
             raise ConfigError(
                 expected="a rate below 1 for place='multiply': a step of 1 takes a factor of 1 to 0",
                 got=f"rate={self.rate}",
@@ -119,7 +120,6 @@ class ExpertBias:
             )
 
     def _check_quantile(self) -> None:
-        assert self.rate is not None
         for refused, expected, got, do in (
             (self.rate > 1, "a rate of at most 1: all the way", f"rate={self.rate}", "leave the rate out"),
             (self.place == "multiply", "a bias that is added", "place='multiply'", "use place='scores' or 'logits'"),
@@ -128,18 +128,12 @@ class ExpertBias:
             if refused:
                 raise ConfigError(expected=f"{expected}, for rule='quantile'", got=got, do=do)
 
-    @property
-    def speed(self) -> float:
-        """``rate``, which is known once the policy is made."""
-        assert self.rate is not None
-        return self.rate
-
     def check_gate(self, gate: str, num_experts: int) -> None:
         """Raises ConfigError for a pair that is known to fail: full-size steps on softmax scores that they move far.
 
         For "scores" that depends on the number of experts, for "multiply" and "logits" on the rate alone.
         """
-        share = self.speed * (num_experts if self.place == "scores" else 1)
+        share = self.rate * (num_experts if self.place == "scores" else 1)
         largest = LARGEST_STEP[self.place]
         if gate != "softmax" or self.rule not in ("sign", "rms") or share <= largest:
             return
@@ -160,7 +154,7 @@ class ExpertBias:
 
         ``rule_E``: the rule's step where it is not that of ``counts_E``, for scope "micro_batch" and for quantiles.
         """
-        rate = self.speed * (self.schedule(step) if self.schedule else 1.0)
+        rate = self.rate * (self.schedule(step) if self.schedule else 1.0)
         most = 1.0 if self.place == "multiply" else float("inf")
         if not 0 <= rate < most:  # a NaN would reach every bias, and with it every choice
             raise ConfigError(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from contracts.law._external import Block, Chain, D, Gate
 from contracts.law._model import Micro, make_step, net, train_step
 from contracts.law._quantile_cases import bias_after
 from contracts.law.test_quantile import SMALL
-from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias
-from equipoise.functional.quantile import BINS, Selection, choice_offsets, count_offsets, pooled_quantile
+from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, devices
+from equipoise.functional.quantile import BINS, Selection, bin_width, choice_offsets, count_offsets, pooled_quantile
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -39,7 +41,9 @@ def test_compiled_it_is_the_same():
         train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.0), make_step(0, masked=True))
         found.append(model.blocks[0].gate.expert_bias.clone())
     assert found[0].any()
-    torch.testing.assert_close(*found, rtol=0, atol=1e-4)  # a token at the border of a bin may fall on its other side
+    # a compiler may round otherwise, and a token at the border of a bin falls on its other side: that moves a quantile
+    # by less than the bin, on any machine; a bias that stayed, or was moved twice, is farther off
+    assert (found[0] - found[1]).abs().max() <= 2 * bin_width(float(found[0].abs().max())) < found[0].abs().max() / 4
 
 
 def test_evaluation_and_passes_without_gradient_move_nothing():
@@ -124,6 +128,52 @@ def test_models_of_transformers(family, more):
     slack = high.clamp(max=64).abs() / 16 + 1e-3
     shift_low, shift_high = (low - slack - bias).max(), (high + slack - bias).min()
     assert shift_low <= shift_high and bias.any()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "dots1", "mimo_v2_flash", "qwen3_moe", "mixtral"])
+def test_what_is_below_0_is_what_a_router_of_transformers_chose(family, monkeypatch):
+    """Its bias, its groups and its gate are understood: with any bias the offsets below 0 are the chosen."""
+    families: Any = pytest.importorskip("integrations.hf.families")
+    model = families.build(family, n_group=4, topk_group=2).train()
+    balancer = Balancer(model, [ExpertBias("quantile")])
+    routers: Any = balancer.routers.values()
+    for router in routers:
+        with torch.no_grad():
+            router.expert_bias.copy_(0.1 * torch.randn(8, generator=torch.Generator().manual_seed(1)))
+    seen = 0
+
+    def checked(logits_TE: Tensor, ids_TK: Tensor, *args: Any) -> Tensor:
+        nonlocal seen
+        seen += len(ids_TK)
+        offset_TE = choice_offsets(logits_TE, ids_TK, *args)
+        assert torch.equal(offset_TE < 0, torch.zeros_like(offset_TE, dtype=torch.bool).scatter(1, ids_TK, True))
+        return offset_TE
+
+    monkeypatch.setattr("equipoise.autograd.statistics.choice_offsets", checked)
+    model(torch.randint(3, 60, (2, 16), generator=torch.Generator().manual_seed(0)))
+    assert seen == 2 * 32
+
+
+@pytest.mark.parametrize("far_away", [False, True])
+def test_a_bad_step_moves_no_bias(far_away, monkeypatch):
+    """NaN logits are counted in an outer bin, and their step is none; also on a GPU, where nobody waits to see them."""
+    if far_away:
+        monkeypatch.setattr(devices, "HOST_READABLE", set())
+    model = net(**SMALL)
+    balancer = Balancer(model, [ExpertBias("quantile"), AuxLoss("micro_batch", 0.1)], on_fault="warn")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    train_step(model, balancer, optimizer, make_step(0))
+    before = copy.deepcopy(model.state_dict())
+    good, bad = make_step(1, 2)
+    x = bad.x_BSD.clone()
+    x[0, 0] = float("nan")
+    with pytest.warns(UserWarning, match="left unbalanced"):  # noqa: PT031, said now or with the step after
+        train_step(model, balancer, optimizer, [good, bad._replace(x_BSD=x)])
+        after = model.blocks[0].gate.expert_bias.clone()
+        model.load_state_dict(before)  # the weights are NaN now
+        train_step(model, balancer, optimizer, make_step(2))
+    assert after.any() and torch.equal(after, before["blocks.0.gate.expert_bias"])
+    assert not torch.equal(model.blocks[0].gate.expert_bias, after)
 
 
 def test_a_router_that_does_not_say_how_it_chose_is_refused():
