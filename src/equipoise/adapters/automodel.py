@@ -12,17 +12,16 @@ from ..balancer.balancer import Balancer
 from ..distributed import Ranks
 from ..errors import ConfigError, InputError
 from ..external.padding import router_tokens
-from ..policies.from_data import OnePolicy, as_list, policies_from
-from ..policies.schedule import Schedule
-from .automodel_gates import balance_gate, layers_of, let_go, own_balancing, plain_name, switch_off, warn_of_untried
+from ..policies.from_data import OnePolicy
+from .asked import NO_END, Asked
+from .automodel_gates import balance_gate, layers_of, let_go, own_balancing, switch_off, warn_of_untried
 from .engine import Engine
 from .logs import worth_logging
+from .plain_state import load_plain_state, plain_state
 
 __all__ = ["AutomodelBalancer"]
 
 AUTOMODEL = Engine("NeMo Automodel", "nemo_automodel", "0.7.0")
-MEASURE_ONLY = 'AutomodelBalancer(model, []) measures and changes nothing; ["global+micro"] balances'
-NO_END = 2**62
 
 
 class AutomodelBalancer:
@@ -47,7 +46,7 @@ class AutomodelBalancer:
     Traceback (most recent call last):
     equipoise.errors.ConfigError: expected policies of the balance
       got: none
-      do:  AutomodelBalancer(model, []) measures and changes nothing; ["global+micro"] balances
+      do:  policies=[] measures and changes nothing; ["global+micro"] balances
     """
 
     def __init__(
@@ -59,12 +58,9 @@ class AutomodelBalancer:
         layers: bool = False,
         on_fault: str = "raise",
     ) -> None:
-        if policies is None:
-            raise ConfigError(expected="policies of the balance", got="none", do=MEASURE_ONLY)
+        self._asked = Asked.read(policies, steps)
         AUTOMODEL.require()
-        self._asked = as_list(policies)
-        chosen = policies_from(self._asked, steps=steps)
-        schedule = Schedule(chosen)
+        schedule = self._asked.schedule
         parts = [model] if isinstance(model, nn.Module) else list(model)
         if len(parts) != 1:
             raise ConfigError(
@@ -75,13 +71,13 @@ class AutomodelBalancer:
         found = layers_of(parts[0])
         self._gates = {name: layer.gate for name, layer in found.items()}
         self._own = own_balancing(self._gates, schedule)
-        for layer in found.values():
-            balance_gate(layer, takes_bias=bool(schedule.biases))
         self._ranks, self._layers = Ranks.default(), layers
         try:
+            for layer in found.values():
+                balance_gate(layer, takes_bias=bool(schedule.biases))
             self.balancer = Balancer(
                 parts[0],
-                chosen,
+                self._asked.policies,
                 ranks=self._ranks,
                 reduction="sum",  # each loss is divided by the labels of all ranks and micro-batches
                 on_fault=on_fault,
@@ -110,8 +106,9 @@ class AutomodelBalancer:
                     got=f"{len(counts)} batches" if None not in counts else f"one of {', '.join(batches[0])}",
                     do="begin_step(batches), or begin_step(tokens=number of router tokens of all ranks)",
                 )
-            total = torch.tensor([sum(int(count) for count in counts if count is not None)], dtype=torch.float64)
-            tokens = float(self._ranks.data.sum(total.to(self.balancer._device)))
+            device = self.balancer._device
+            total = torch.stack([torch.as_tensor(count, dtype=torch.float64, device=device) for count in counts]).sum()
+            tokens = float(self._ranks.data.sum(total.view(1)))
         self.balancer.begin_step(tokens=tokens)
 
     def tap(self, loss: Tensor) -> Tensor:
@@ -124,19 +121,15 @@ class AutomodelBalancer:
 
     def describe(self) -> str:
         """``Balancer.describe``, what was asked for, and what became of Automodel's own balancing."""
-        asked = ", ".join(map(str, self._asked)) or "nothing: []"
-        return f"asked for      {asked}\nits balancing  {self._own}\n{self.balancer.describe()}"
+        return self._asked.describe(self._own) + self.balancer.describe()
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step needs; all ranks have the same. The biases are in the model's own state."""
-        state = self.balancer.state_dict()
-        return state | {"layers": {plain_name(name): one for name, one in state["layers"].items()}}
+        return plain_state(self.balancer)
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True) -> list[str]:
         """Goes on from ``state_dict()``, whatever is recomputed now; see ``Balancer.load_state_dict``."""
-        names = {plain_name(name): name for name in self.balancer.routers}
-        layers = {names.get(name, name): one for name, one in state_dict["layers"].items()}
-        return self.balancer.load_state_dict({**state_dict, "layers": layers}, strict=strict)
+        return load_plain_state(self.balancer, state_dict, strict=strict)
 
     def remove(self) -> None:
         """Lets go of the model. Automodel's own balancing stays as it is."""

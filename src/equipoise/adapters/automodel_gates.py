@@ -14,6 +14,7 @@ from ..autograd.token_layout import TokenLayout
 from ..errors import ConfigError
 from ..external.carrier import RouterCarrier
 from ..policies.schedule import Schedule
+from .plain_state import CHILD, plain_name
 
 __all__ = [
     "BIAS",
@@ -21,14 +22,12 @@ __all__ = [
     "layers_of",
     "let_go",
     "own_balancing",
-    "plain_name",
     "switch_off",
     "warn_of_untried",
 ]
 
 BIAS = "e_score_correction_bias"
-CHILD, HOOKS = "equipoise", "_equipoise_hooks"
-WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "module.")
+HOOKS = "_equipoise_hooks"
 TOUCHED = ("forward", "_route_scores", "update_bias")  # of the engine's class
 GATES = {"softmax": "softmax", "softmax_with_bias": "softmax", "sqrtsoftplus": "sqrt_softplus"}  # others: sigmoid
 UNSEEN_AXES = ("tp", "cp", "ep", "pp")
@@ -192,14 +191,3 @@ def warn_of_untried(gates: Mapping[str, Any]) -> None:
             "balance/maxvio_global) before you trust it",
             stacklevel=3,
         )
-
-
-def plain_name(name: str) -> str:
-    """Without what recomputation, compilation and DDP put in between, and without our own child.
-
-    >>> plain_name("model.layers.0._checkpoint_wrapped_module.mlp.gate.equipoise")
-    'model.layers.0.mlp.gate'
-    """
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removesuffix(f".{CHILD}")

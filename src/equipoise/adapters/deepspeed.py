@@ -9,12 +9,10 @@ from torch import Tensor
 
 from ..balancer.balancer import Balancer
 from ..distributed import Group, Ranks
-from ..errors import ConfigError
-from ..policies.from_data import OnePolicy, as_list, policies_from
-from ..policies.schedule import Schedule
+from ..policies.from_data import OnePolicy
+from .asked import NO_END, Asked
 from .deepspeed_engine import EngineSteps
 from .deepspeed_gates import balance_gate, gates_of, let_go
-from .engine import NO_END, NO_POLICIES
 from .logs import worth_logging
 from .saved_beside import SavedBeside
 
@@ -61,25 +59,17 @@ class DeepSpeedBalancer(SavedBeside):
         layers: bool = False,
         on_fault: str = "raise",
     ) -> None:
-        if policies is None:
-            raise ConfigError(expected="policies of the balance", got="none", do=NO_POLICIES)
+        self._asked = Asked.read(policies, steps)
         self._steps = EngineSteps(engine)
-        self._asked = as_list(policies)
-        chosen = policies_from(self._asked, steps=steps)
-        schedule = Schedule(chosen)
-        if any(loss.needs_counting for _, loss in schedule.losses):
-            raise ConfigError(
-                expected="policies that need no counting pass over a step's micro-batches",
-                got="scope 'shuffle' or estimator 'exact'",
-                do="take estimator 'filled': no test has run a counting pass through DeepSpeed's layers",
-            )
+        balances = bool(self._asked.schedule)
+        self._asked.refuse_counting("no test has run a counting pass through DeepSpeed's layers")
         self._gates = gates_of(engine.module)
-        for layer in self._gates.values():
-            balance_gate(layer, replaces_loss=bool(schedule), sequence_first=sequence_first)
         try:
+            for layer in self._gates.values():
+                balance_gate(layer, replaces_loss=balances, sequence_first=sequence_first)
             self.balancer = Balancer(
                 engine.module,
-                chosen,
+                self._asked.policies,
                 self._steps,
                 ranks=Ranks.default(),
                 on_fault=on_fault,
@@ -87,7 +77,7 @@ class DeepSpeedBalancer(SavedBeside):
         except BaseException:
             let_go(self._gates)
             raise
-        self._own = "off: every layer returns l_aux 0" if schedule else LEFT_ON
+        self._own = "off: every layer returns l_aux 0" if balances else LEFT_ON
         self._engine, self._layers = engine, layers
         self._theirs: dict[str, Callable[..., Any]] = {"backward": engine.backward, "step": engine.step}
         engine.backward, engine.step = self._backward, self._step
@@ -110,8 +100,7 @@ class DeepSpeedBalancer(SavedBeside):
 
     def describe(self) -> str:
         """``Balancer.describe``, what was asked for, and what became of DeepSpeed's own loss."""
-        asked = ", ".join(map(str, self._asked)) or "nothing: []"
-        return f"asked for      {asked}\nits balancing  {self._own}\n{self.balancer.describe()}"
+        return self._asked.describe(self._own) + self.balancer.describe()
 
     def remove(self) -> None:
         """Lets go of the engine and its layers, whose ``l_aux`` is again what it was."""

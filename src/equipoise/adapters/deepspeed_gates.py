@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..autograd.token_layout import TokenLayout
 from ..errors import ConfigError
 from ..external.carrier import RouterCarrier
+from .plain_state import CHILD
 
 __all__ = ["balance_gate", "gates_of", "let_go"]
 
-CHILD = "equipoise"
 GATING = {1: "top1gating", 2: "top2gating"}  # what turns logits into choices, by k; else topkgating
 
 

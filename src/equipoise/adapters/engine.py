@@ -8,10 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 
-__all__ = ["NO_END", "NO_POLICIES", "Engine"]
-
-NO_POLICIES = 'policies=[] measures and changes nothing; ["global+micro"] balances'
-NO_END = 2**62  # steps: where nobody knows how many there will be
+__all__ = ["Engine"]
 
 _WARNED: set[tuple[str, str]] = set()
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import ConfigError, unknown_name
 from ..policies.from_data import policies_from
-from .engine import NO_END, Engine
+from .asked import NO_END
+from .engine import Engine
 from .hf import BalanceCallback
 from .tokens import COUNTED, OPEN
 

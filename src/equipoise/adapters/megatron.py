@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..balancer.balancer import Balancer
-from ..errors import ConfigError
-from ..policies.from_data import OnePolicy, as_list, policies_from
-from ..policies.schedule import Schedule
-from .engine import NO_END, NO_POLICIES, Engine
+from ..policies.from_data import OnePolicy
+from .asked import NO_END, Asked
+from .engine import Engine
 from .logs import worth_logging
 from .megatron_parallel import (
     check_limits,
@@ -77,27 +76,24 @@ class MegatronBalancer(SavedBeside):
         layers: bool = False,
         on_fault: str = "raise",
     ) -> None:
-        if policies is None:
-            raise ConfigError(expected="policies of the balance", got="none", do=NO_POLICIES)
+        self._asked = Asked.read(policies, steps)
         MEGATRON.require()
         self._chunks = [model] if isinstance(model, nn.Module) else list(model)
-        self._asked = as_list(policies)
-        chosen = policies_from(self._asked, steps=steps)
-        schedule = Schedule(chosen)
+        schedule = self._asked.schedule
         self._routers = routers_of(self._chunks)
         self.config = importlib.import_module("megatron.core.utils").get_model_config(self._chunks[0])
         check_limits(self.config)
-        _check_policies(schedule)
+        self._asked.refuse_counting("Megatron's schedule has no pass before the step")
         self._own = own_balancing(self._routers, schedule)
         self._unit = in_our_unit(self._routers, data_ranks())
         inner = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
-        for router in self._routers.values():
-            balance_router(router, takes_bias=bool(schedule.biases))
         self._ranks = ranks_of(self.config)
         try:
+            for router in self._routers.values():
+                balance_router(router, takes_bias=bool(schedule.biases))
             self.balancer = Balancer(
                 self._chunks,
-                chosen,
+                self._asked.policies,
                 inner[-1],  # of several, the last to step
                 ranks=self._ranks,
                 on_fault=on_fault,
@@ -163,9 +159,8 @@ class MegatronBalancer(SavedBeside):
 
     def describe(self) -> str:
         """``Balancer.describe``, what was asked for, what became of Megatron's own balancing."""
-        asked = ", ".join(map(str, self._asked)) or "nothing: []"
         unit = f"in our unit    {self._unit}\n" if self._unit else ""
-        return f"asked for      {asked}\nits balancing  {self._own}\n{unit}{self.balancer.describe()}"
+        return f"{self._asked.describe(self._own)}{unit}{self.balancer.describe()}"
 
     def _state_file(self) -> tuple[str, bool]:
         return stage_file(self.config), self._ranks.data.rank == 0
@@ -176,12 +171,3 @@ class MegatronBalancer(SavedBeside):
         self._optimizer.step = self._step
         self.config.finalize_model_grads_func = self._finalized
         let_go(self._routers)
-
-
-def _check_policies(schedule: Schedule) -> None:
-    if any(loss.needs_counting for _, loss in schedule.losses):
-        raise ConfigError(
-            expected="policies that need no counting pass over a step's micro-batches",
-            got="scope 'shuffle' or estimator 'exact'",
-            do="take estimator 'filled': Megatron's schedule has no pass before the step",
-        )

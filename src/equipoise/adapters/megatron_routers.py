@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from ..external.carrier import RouterCarrier
 from ..policies.schedule import Schedule
 from .megatron_parallel import is_a_stage
+from .plain_state import CHILD
 
 __all__ = [
     "BIAS",
@@ -29,7 +30,6 @@ __all__ = [
 ]
 
 BIAS = "expert_bias"
-CHILD = "equipoise"
 AUX_LOSSES = {"aux_loss": "micro_batch", "seq_aux_loss": "sequence", "global_aux_loss": "global_batch"}
 TOUCHED = ("routing", "gating", "forward")  # of the engine's class: where the logits pass
 

@@ -15,27 +15,25 @@ from torch import Tensor
 from ..balancer.balancer import Balancer
 from ..distributed import Group
 from ..errors import ConfigError, StateError
-from ..policies.from_data import as_list, policies_from
-from ..policies.schedule import Schedule
+from .asked import NO_END, Asked
 from .engine import Engine
 from .logs import worth_logging
-from .olmo_core_limits import check_limits, check_policies, warn_of_untried
+from .olmo_core_limits import check_limits, warn_of_untried
 from .olmo_core_routers import (
     Documents,
     balance_router,
     check_bias,
     let_go,
     own_balancing,
-    plain_name,
     routers_of,
     switch_off,
 )
+from .plain_state import load_plain_state, plain_state
 
 __all__ = ["BalanceCallback"]
 
 OLMO_CORE = Engine("OLMo-core", "ai2-olmo-core", "3.0.0")
 MEASURE_ONLY = 'BalanceCallback([]) measures and changes nothing; BalanceCallback(["global+micro"]) balances'
-NO_END = 2**62
 SHOWN = ("balance/maxvio_global", "balance/maxvio_global_worst", "balance/dead_experts", "balance/*/loss",
          "balance/*/gradient_ratio")  # fmt: skip
 
@@ -75,9 +73,7 @@ class BalanceCallback(Callback):
     on_fault: str = "raise"
 
     def __post_init__(self) -> None:
-        if self.policies is None:
-            raise ConfigError(expected="policies of the balance", got="none", do=MEASURE_ONLY)
-        policies_from(as_list(self.policies), steps=NO_END)
+        self._asked = Asked.read(self.policies, do=MEASURE_ONLY)
         OLMO_CORE.require()
         self.balancer: Balancer | None = None
         self._routers: dict[str, Any] = {}
@@ -95,16 +91,16 @@ class BalanceCallback(Callback):
         if getattr(module, "eval_only", False):
             return  # without an optimizer nothing is trained
         check_limits(module)
-        chosen = policies_from(as_list(self.policies), steps=self.trainer.max_steps or NO_END)
-        schedule = Schedule(chosen)
-        check_policies(schedule)
+        self._asked = Asked.read(self.policies, self.trainer.max_steps or NO_END)
+        schedule = self._asked.schedule
+        self._asked.refuse_counting("OLMo-core's Trainer has no pass before the step")
         self._routers = routers_of(module.model)
         self._own = own_balancing(self._routers, schedule)
         self._documents.wanted = any(loss.scope == "document" for _, loss in schedule.losses)
-        for router in self._routers.values():
-            balance_router(router, takes_bias=bool(schedule.biases), documents=self._documents)
         try:
-            self.balancer = Balancer(module.model, chosen, module.optim, on_fault=self.on_fault)
+            for router in self._routers.values():
+                balance_router(router, takes_bias=bool(schedule.biases), documents=self._documents)
+            self.balancer = Balancer(module.model, self._asked.policies, module.optim, on_fault=self.on_fault)
         except BaseException:
             let_go(self._routers)
             raise
@@ -129,7 +125,7 @@ class BalanceCallback(Callback):
                     do="keep the callback's name; BalanceCallback(..., strict=False) begins anew from this step",
                 )
             log.warning("equipoise: no balancer's state in the checkpoint of step %d, it begins anew", self.step)
-        check_bias(self._routers, Schedule(self.balancer.policies))
+        check_bias(self._routers, self._asked.schedule)
         if Group.world().rank == 0:
             log.info("equipoise in OLMo-core:\n%s", self.describe())
 
@@ -150,16 +146,13 @@ class BalanceCallback(Callback):
         """The balancer's state; nothing with [], which has none."""
         if self.balancer is None or not self.policies:
             return {}
-        state = self.balancer.state_dict()
-        return state | {"layers": {plain_name(name): one for name, one in state["layers"].items()}}
+        return plain_state(self.balancer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ConfigError for the state of another model or of other policies, where ``strict``."""
         if self.balancer is None or not self.policies or not state_dict:
             return
-        names = {plain_name(name): name for name in self.balancer.routers}
-        layers = {names.get(name, name): one for name, one in state_dict["layers"].items()}
-        for line in self.balancer.load_state_dict({**state_dict, "layers": layers}, strict=self.strict):
+        for line in load_plain_state(self.balancer, state_dict, strict=self.strict):
             log.warning("equipoise: %s", line)
         self._found_state = True
 
@@ -195,16 +188,13 @@ class BalanceCallback(Callback):
 
     def describe(self) -> str:
         """``Balancer.describe``, what was asked for, what became of OLMo-core's own balancing, Balance BSZ."""
-        asked = ", ".join(map(str, as_list(self.policies))) or "nothing: []"
         if self.balancer is None:
-            return (
-                f"asked for      {asked}\nnot attached: no Trainer has been built with it, or one that only evaluates"
-            )
+            return self._asked.describe("as it is: no Trainer has been built with this, or one that only evaluates")
         whole, ranks = self.trainer.global_batch_size, Group.world().size
         micro = whole // ranks // self._at_once
         sizes = f"micro_batch {self._at_once}, data_parallel {self._at_once * ranks}, global_batch {whole} tokens"
         return (
-            f"asked for      {asked}\nits balancing  {self._own}\n"
+            f"{self._asked.describe(self._own)}"
             f"Balance BSZ    {sizes} ({ranks} ranks, {micro} micro-batches a step)\n{self.balancer.describe()}"
         )
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from ..distributed import Group
 from ..errors import ConfigError
-from ..policies.schedule import Schedule
 
-__all__ = ["check_limits", "check_policies", "warn_of_untried"]
+__all__ = ["check_limits", "warn_of_untried"]
 
 TOUCHED = ("train_batch", "model_forward", "optim_step")  # of the train module: where a step passes
 NO_TEST = "no test of equipoise has run it in OLMo-core"
@@ -62,13 +61,3 @@ def _never_ran(module: Any) -> Iterator[str]:
         yield "a compiled optimizer"
     if module.dp_config is not None and (kind := str(module.dp_config.name)) not in ("fsdp", "ddp"):
         yield f"dp_config {kind!r}"
-
-
-def check_policies(schedule: Schedule) -> None:
-    """Raises ConfigError for what needs a pass over the step's micro-batches before the step; OLMo-core has none."""
-    if any(loss.needs_counting for _, loss in schedule.losses):
-        raise ConfigError(
-            expected="policies that need no counting pass over a step's micro-batches",
-            got="scope 'shuffle' or estimator 'exact'",
-            do="take estimator 'filled': OLMo-core's Trainer has no pass before the step",
-        )

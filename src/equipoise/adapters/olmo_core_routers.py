@@ -14,6 +14,7 @@ from ..autograd.token_layout import TokenLayout
 from ..errors import ConfigError
 from ..external.carrier import RouterCarrier
 from ..policies.schedule import Schedule
+from .plain_state import CHILD, plain_name
 
 __all__ = [
     "BIAS",
@@ -22,14 +23,11 @@ __all__ = [
     "check_bias",
     "let_go",
     "own_balancing",
-    "plain_name",
     "routers_of",
     "switch_off",
 ]
 
 BIAS = "score_bias"
-CHILD = "equipoise"
-WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 TOUCHED = ("forward", "get_expert_logits", "get_top_k", "post_batch")  # of the engine's class
 FORCED = ("uniform_expert_assignment", "random_expert_assignment")
 VERSION_2 = "olmo_core.nn.moe.v2"
@@ -194,14 +192,3 @@ def check_bias(routers: Mapping[str, Any], schedule: Schedule) -> None:
                 got=f"{name}.{BIAS} that is not zero, and OLMo-core's own updates switched off",
                 do='add ExpertBias() ("loss-free"), or ExpertBias(rate=0.0) to keep it as it is',
             )
-
-
-def plain_name(name: str) -> str:
-    """Without what recomputation and compilation put in between, and without our own child.
-
-    >>> plain_name("blocks.0.feed_forward_moe.router.equipoise")
-    'blocks.0.feed_forward_moe.router'
-    """
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removesuffix(f".{CHILD}")

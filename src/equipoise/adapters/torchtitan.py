@@ -18,16 +18,17 @@ from ..policies import Policy
 from ..policies.from_data import OnePolicy, as_list, policies_from
 from ..policies.schedule import Schedule
 from ..storage.balancer_file import pack_state, unpack_state
+from .asked import NO_END
 from .engine import Engine
 from .logs import worth_logging
+from .plain_state import load_plain_state, plain_state
 from .torchtitan_limits import check_limits, check_policies, own_balancing_off, warn_of_untried
-from .torchtitan_routers import BIAS, hook_routers, moe_layers, plain_name
+from .torchtitan_routers import BIAS, hook_routers, moe_layers
 
 __all__ = ["BalancedTrainer", "Settings", "balanced"]
 
 TORCHTITAN = Engine("torchtitan", "torchtitan", "0.3.0")
 MEASURE_ONLY = 'balanced(config, []) measures and changes nothing; balanced(config, ["global+micro"]) balances'
-NO_END = 2**62  # steps: policies are checked before anybody knows how many there will be
 KEY = "equipoise"  # among the states of a checkpoint
 SHOWN = {"maxvio": "maxvio_global", "worst layer": "maxvio_global_worst", "dead experts": "dead_experts"}
 
@@ -175,9 +176,7 @@ class _SavedState:
         self._balancer, self._strict = balancer, strict
 
     def state_dict(self) -> dict[str, bytes]:
-        state = self._balancer.state_dict()
-        layers = {plain_name(name): one for name, one in state["layers"].items()}
-        return {"state": pack_state(state | {"layers": layers})}
+        return {"state": pack_state(plain_state(self._balancer))}
 
     def load_state_dict(self, state_dict: dict[str, bytes]) -> None:
         try:
@@ -188,9 +187,7 @@ class _SavedState:
                 got=f"something else ({error})",
                 do=f"--checkpoint.exclude_from_loading {KEY} begins it anew",
             ) from error
-        names = {plain_name(name): name for name in self._balancer.routers}  # recompute may be another
-        layers = {names.get(name, name): one for name, one in state["layers"].items()}
-        for line in self._balancer.load_state_dict(state | {"layers": layers}, strict=self._strict):
+        for line in load_plain_state(self._balancer, state, strict=self._strict):
             _logger().warning("equipoise: %s", line)
 
 

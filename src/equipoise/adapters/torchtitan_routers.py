@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from ..autograd.token_layout import TokenLayout
 from ..errors import ConfigError, InputError
 from ..external.carrier import RouterCarrier
+from .plain_state import CHILD, plain_name
 
-__all__ = ["PackedDocuments", "RouterHooks", "hook_routers", "moe_layers", "plain_name"]
+__all__ = ["PackedDocuments", "RouterHooks", "hook_routers", "moe_layers"]
 
 BIAS = "expert_bias_E"  # of the MoE layer; its checkpoints have it
-WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
-CHILD = "equipoise"
 
 
 class RouterHooks:
@@ -123,17 +122,6 @@ def moe_layers(model_parts: Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
             if type(module).__name__.endswith("Router") and id(module) not in known:
                 raise _unknown(plain_name(name), module, "TokenChoiceTopKRouter inside a layer of its class MoE")
     yield from found
-
-
-def plain_name(name: str) -> str:
-    """Without what recomputation and compilation put in between, and without our own child.
-
-    >>> plain_name("layers.0._checkpoint_wrapped_module.moe.router.equipoise")
-    'layers.0.moe.router'
-    """
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removesuffix(f".{CHILD}")
 
 
 def _unknown(name: str, module: Any, known: str) -> ConfigError:

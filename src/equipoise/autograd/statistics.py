@@ -145,7 +145,8 @@ def _quantile_sum(spec: StatsSpec, sequences: int, offset_TE: Tensor | None, mas
     parts = offset_TE.split(tokens)
     masks = [None] * len(parts) if mask_T is None else mask_T.split(tokens)
     share_E = offset_TE.new_full((spec.num_experts,), spec.top_k / spec.num_experts)
-    return sum(exact_quantile(one_TE, share_E, mask) for one_TE, mask in zip(parts, masks, strict=True))
+    found = [exact_quantile(one_TE, share_E, mask) for one_TE, mask in zip(parts, masks, strict=True)]
+    return torch.stack(found).sum(dim=0)
 
 
 def violations(fraction_BE: Tensor) -> Tensor:

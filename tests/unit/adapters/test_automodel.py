@@ -14,7 +14,7 @@ from equipoise.errors import ConfigError
 
 
 def test_without_policies_nothing_begins():
-    with pytest.raises(ConfigError, match=r"none\n.*\[\]\) measures and changes nothing"):
+    with pytest.raises(ConfigError, match=r"none\n.*\[\] measures and changes nothing"):
         AutomodelBalancer(nn.Linear(2, 2), None)
 
 
