@@ -6,9 +6,6 @@ Every law is trained twice: balanced by equipoise, and added to the loss by plai
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +14,7 @@ import pytest
 import torch
 
 from engines._law import COEF
+from engines._ranks import moved_by_sign, of_steps, train_ranks
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # its imports warn of torch's
 
@@ -43,22 +41,6 @@ LAW: dict[str, dict[str, Any]] = {
 TRAINED_ALIKE = ("moe", "padded")  # what a case without policies has to share
 
 
-def train(folder: Path, cases: dict[str, dict[str, Any]], ranks: int) -> Found:
-    """What each rank saw, by case."""
-    (folder / "cases.json").write_text(json.dumps(cases))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(RECORD), "cases.json", str(rank), str(ranks), str(folder / "store"), f"{rank}.pt"],
-            cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    told = [process.communicate(timeout=1800)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * ranks, told[0][-3000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
-
-
 def names_of_twins(case: dict[str, Any]) -> tuple[str, str, dict[str, Any], list[dict[str, Any]]]:
     shared = {key: case[key] for key in TRAINED_ALIKE if key in case}
     law = [{"scope": one["scope"], "coef": one["coef"]} for one in case["policies"]]
@@ -71,7 +53,7 @@ def of_law(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     for name, case in LAW.items():
         of_the_law, plain, shared, law = names_of_twins(case)
         cases |= {name: case, of_the_law: {"law": law, **shared}, plain: shared}
-    return train(tmp_path_factory.mktemp("law"), cases, request.param)
+    return train_ranks(RECORD, tmp_path_factory.mktemp("law"), cases, request.param)
 
 
 @pytest.mark.parametrize("name", LAW)
@@ -124,7 +106,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Found:
         "softmax with a bias": {"policies": LOSS_FREE, "moe": {"force_e_score_correction_bias": True}, "fails": True},
         "no bias": {"policies": LOSS_FREE, "moe": SIGMOID, "fails": True},
     }
-    return train(tmp_path_factory.mktemp("others"), cases, 2)
+    return train_ranks(RECORD, tmp_path_factory.mktemp("others"), cases, 2)
 
 
 def test_looking_changes_no_bit_and_leaves_its_own_balancing_on(others):
@@ -150,15 +132,9 @@ def test_the_bias_moves_by_the_load_of_all_and_its_own_updates_are_off(others):
     told = others[0]["bias"]["described"]
     assert "its balancing  off (it was e_score_correction_bias moved by 0.001)" in told
     for layer in range(LAYERS):
-        expected_E = torch.zeros(EXPERTS, dtype=torch.float64)
-        for step in range(3):
-            seen = [one[layer].flatten(0, 1) for found in others
-                    for one in found["bias"]["logits"][2 * step : 2 * step + 2]]  # fmt: skip
-            chosen = (torch.cat(seen).double().sigmoid() + expected_E).topk(TOP_K).indices
-            counts_E = torch.bincount(chosen.flatten(), minlength=EXPERTS).double()
-            assert others[0]["bias"]["loads"][step][layer] == counts_E.long().tolist()
-            moved_E = RATE * (counts_E.mean() - counts_E).sign()
-            expected_E += moved_E - moved_E.mean()
+        steps = of_steps([found["bias"]["logits"] for found in others], layer, 3)
+        loads = [load[layer] for load in others[0]["bias"]["loads"]]
+        expected_E = moved_by_sign(steps, torch.sigmoid, TOP_K, RATE, loads)
         for found in others:
             assert found["bias"]["bias"][layer].dtype == torch.float32
             torch.testing.assert_close(found["bias"]["bias"][layer].double(), expected_E, rtol=0, atol=1e-7)

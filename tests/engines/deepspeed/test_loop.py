@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import csv
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engines.deepspeed import _ranks
+from engines._ranks import free_port, train_ranks
+from engines.deepspeed._distance import far
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-train = partial(_ranks.train, Path(__file__).with_name("record_loop.py"))
+
+def train(folder: Path, cases: dict[str, Any], ranks: int = 1) -> list[dict[str, Any]]:
+    return train_ranks(Path(__file__).with_name("record_loop.py"), folder, cases, ranks, meet=free_port())
+
+
 COEF, LAYERS, TOKENS = 5.0, 2, 32  # of a micro-batch
 SCOPES = ("sequence", "micro_batch", "data_parallel", "global_batch")
 
@@ -60,7 +64,7 @@ def test_the_balance_part_of_the_gradient_is_the_law(of_law, name):
         got, plain, right, bare = (of_rank[f"{kind} {name}"] for kind in ("balanced", "plain", "law", "bare"))
         of_step = [one["gradients"][0] for one in (right, bare, got, plain)]
         for part in ("", "gate.wg"):
-            assert _ranks.far(*of_step, part) < 1e-6
+            assert far(*of_step, part) < 1e-6
         top_k = LAW[name][0].get("moe", {}).get("k", 2)
         for layer in range(LAYERS):  # what the gates themselves count, of all ranks and both micro-batches
             counts_E = torch.stack([one for other in of_law for one in other[f"balanced {name}"]["counts"][layer::2]])

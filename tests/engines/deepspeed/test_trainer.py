@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engines.deepspeed import _ranks
+from engines._ranks import free_port, train_ranks
+from engines.deepspeed._distance import far
 from integrations.hf._trainer_reference import POLICIES, expected
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
-train = partial(_ranks.train, Path(__file__).with_name("record_trainer.py"))
+
+def train(folder: Path, cases: dict[str, Any], ranks: int = 1) -> list[dict[str, Any]]:
+    return train_ranks(Path(__file__).with_name("record_trainer.py"), folder, cases, ranks, meet=free_port())
+
+
 STAGES = (0, 1, 2, 3)
 COEF = 5.0  # far above the rounding of the language model's gradient, which is subtracted
 STRONG = [one | {"coef": COEF} for one in POLICIES]
@@ -47,7 +51,7 @@ def test_the_balance_part_of_the_gradient_is_the_law(of_law, want, stage, recomp
         for step in range(2):
             of_step = (want.gradients[step], want.bare[step], got["gradients"][step], plain["gradients"][step])
             for part in ("", "mlp.gate"):
-                assert _ranks.far(*of_step, part) < 1e-6
+                assert far(*of_step, part) < 1e-6
         for i, value in enumerate(want.values[1]):
             assert got["logs"][1][f"balance/policy_{i}/loss"] == pytest.approx(value, rel=1e-5)
 

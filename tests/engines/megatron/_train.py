@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engines._law import COEF
+from engines._ranks import train_ranks
 
 __all__ = ["GLOBAL", "LOSS_FREE", "MICRO", "SCOPES", "THEIR_BIAS", "THEIR_LOSS", "train"]
 
@@ -28,17 +23,4 @@ def train(
     folder: Path, cases: dict[str, dict[str, Any]], ranks: int = 1, record: str = "record_megatron.py"
 ) -> list[dict[str, Any]]:
     """What each rank saw, by case."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "cases.json").write_text(json.dumps(cases))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    script, store = str(Path(__file__).with_name(record)), str(folder / "store")
-    started = [
-        subprocess.Popen(
-            [sys.executable, script, "cases.json", str(rank), str(ranks), store, f"{rank}.pt"],
-            cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    told = [process.communicate(timeout=600)[0] for process in started]
-    assert [process.returncode for process in started] == [0] * ranks, told[0][-3000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+    return train_ranks(Path(__file__).with_name(record), folder, cases, ranks)

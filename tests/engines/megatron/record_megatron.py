@@ -5,7 +5,6 @@ python record_megatron.py CASES.json RANK WORLD STORE OUT.pt
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 warnings.simplefilter("ignore")
 
 from engines._law import Law  # noqa: E402
+from engines._ranks import in_group  # noqa: E402
 from engines.megatron import record_shim  # noqa: E402
 
 record_shim.install()
@@ -243,9 +243,4 @@ def main(cases: dict[str, dict[str, Any]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    path, rank, world, store, out = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world))
-    main(json.loads(Path(path).read_text()), Path(out))
-    dist.barrier()
-    dist.destroy_process_group()
+    in_group(main)

@@ -8,7 +8,6 @@ its model alone, and one backward of the mean loss of all micro-batches with the
 
 from __future__ import annotations
 
-import json
 import sys
 import zlib
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from engines._law import Law
+from engines._ranks import in_group
 from engines.megatron import record_megatron as whole
 
 BATCH, EXPERTS, LENGTH, LETTERS, TOP_K = whole.BATCH, whole.EXPERTS, whole.LENGTH, whole.LETTERS, whole.TOP_K
@@ -241,9 +241,4 @@ def main(cases: dict[str, dict[str, Any]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    path, rank, world, store, out = sys.argv[1:]
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world))
-    main(json.loads(Path(path).read_text()), Path(out))
-    dist.barrier()
-    dist.destroy_process_group()
+    in_group(main)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engines._law import COEF
+from engines._ranks import moved_by_sign, of_steps
 from engines.megatron._train import GLOBAL, LOSS_FREE, MICRO, SCOPES, THEIR_BIAS, THEIR_LOSS, train
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # its imports warn of torch's
@@ -126,14 +127,8 @@ def test_the_bias_moves_by_the_load_of_all_and_megatrons_updates_and_losses_are_
     told = others[0]["bias"]["described"]
     assert "its balancing  off (it was aux_loss 0.3, expert_bias moved by 0.001)" in told
     for layer in range(LAYERS):
-        expected_E = torch.zeros(8, dtype=torch.float64)
-        for step in range(3):
-            seen = [one[layer].flatten(0, 1) for of_rank in others
-                    for one in of_rank["bias"]["logits"][2 * step : 2 * step + 2]]  # fmt: skip
-            chosen = (torch.cat(seen).double().sigmoid() + expected_E).topk(TOP_K).indices
-            counts_E = torch.bincount(chosen.flatten(), minlength=8).double()
-            moved_E = 1e-3 * (counts_E.mean() - counts_E).sign()
-            expected_E += moved_E - moved_E.mean()
+        steps = of_steps([found["bias"]["logits"] for found in others], layer, 3)
+        expected_E = moved_by_sign(steps, torch.sigmoid, TOP_K, 1e-3)
         for of_rank in others:
             got_E = of_rank["bias"]["bias"][layer]
             assert got_E.dtype == torch.float32

@@ -6,10 +6,8 @@ Every law is trained twice: balanced by equipoise, and added to the loss by plai
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 
 from engines._law import COEF
+from engines._ranks import free_port, moved_by_sign, of_steps, run_ranks
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]  # its imports warn of torch's
 
@@ -57,19 +56,11 @@ TRAINED_ALIKE = ("gate", "labelled", "documents", "router", "z")  # what a case 
 def train(folder: Path, cases: dict[str, dict[str, Any]], ranks: int = 1) -> Found:
     """What each rank saw, by case."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "NUM_NODES": "1", "OLMO_SHARED_FS": "1"}
-    started = []
-    for rank in range(ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "FS_LOCAL_RANK": str(rank)}
-        with (folder / f"log.{rank}").open("w") as log:
-            command = [sys.executable, str(RECORD), "cases.json", f"{rank}.pt"]
-            started.append(subprocess.Popen(command, cwd=folder, env=env | place, stdout=log, stderr=log))
-    codes = [process.wait(timeout=1800) for process in started]
-    assert not any(codes), (folder / "log.0").read_text()[-4000:]
+    every = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "OLMO_SHARED_FS": "1", "NUM_NODES": "1",
+             "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}  # fmt: skip
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "FS_LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    commands = [[sys.executable, str(RECORD), "cases.json", f"{rank}.pt"] for rank in range(ranks)]
+    run_ranks(folder, commands, [every | one for one in own])
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
@@ -184,15 +175,9 @@ def test_the_bias_moves_by_the_load_of_all_and_its_own_updates_and_losses_are_of
     told = others[0]["bias"]["described"]
     assert "its balancing  off (it was load balancing loss 0.1 a layer" in told
     for layer in range(LAYERS):
-        expected_E = torch.zeros(EXPERTS, dtype=torch.float64)
-        for step in range(2):
-            seen = [one[layer].flatten(0, 1) for found in others
-                    for one in found["bias"]["logits"][2 * step : 2 * step + 2]]  # fmt: skip
-            chosen = (torch.cat(seen).double().softmax(-1) + expected_E).topk(TOP_K).indices
-            counts_E = torch.bincount(chosen.flatten(), minlength=EXPERTS).double()
-            assert others[0]["bias"]["loads"][step][layer] == counts_E.long().tolist()
-            moved_E = RATE * (counts_E.mean() - counts_E).sign()
-            expected_E += moved_E - moved_E.mean()
+        steps = of_steps([found["bias"]["logits"] for found in others], layer, 2)
+        loads = [load[layer] for load in others[0]["bias"]["loads"]]
+        expected_E = moved_by_sign(steps, partial(torch.softmax, dim=-1), TOP_K, RATE, loads)
         for found in others:
             assert found["bias"]["bias"][layer].dtype == torch.float32
             torch.testing.assert_close(found["bias"]["bias"][layer].double(), expected_E, rtol=0, atol=1e-7)

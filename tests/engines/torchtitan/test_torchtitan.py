@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from engines import _law as law
+from engines._ranks import run_ranks
 
 pytestmark = pytest.mark.engine
 
@@ -41,14 +41,8 @@ def job(folder: Path, ranks: int, cases: list[dict[str, Any]], port: int) -> Rec
     both = {"PYTHONPATH": path, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     both |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "WANDB_MODE": "offline"}
     command = [sys.executable, "-m", "engines.torchtitan.record", str(folder), str(file)]
-    started = []
-    for rank in range(ranks):
-        with (folder / f"log.{rank}").open("w") as log:
-            env = os.environ | both | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append(subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT))
-    codes = [process.wait(timeout=1200) for process in started]
-    said = (folder / "log.0").read_text()
-    assert not any(codes), said[-6000:]
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    run_ranks(folder, [command] * ranks, [both | one for one in own], timeout=1200)
     names = [case["name"] for case in cases]
     return {n: [torch.load(folder / f"{n}.{r}.pt", weights_only=False) for r in range(ranks)] for n in names}
 
