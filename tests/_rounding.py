@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FACTOR", "OURS", "Float64", "allowed", "distance", "worst"]
+__all__ = ["FACTOR", "OURS", "Float64", "allowed", "distance", "part_distance", "worst"]
 
 # Another order of the same sums (cut, recomputed, compiled, over ranks) is as far off as the plain order, by chance
 # more or less: 0.6 to 1.9 times, whatever libraries and instructions were tried.
@@ -46,6 +46,19 @@ def allowed(fp32: Mapping[str, Tensor], float64: Mapping[str, Tensor]) -> float:
     rounding = distance(fp32, float64)
     assert 0 < rounding < LARGEST, f"the plain model's own rounding is {rounding:.3g}: nothing to compare in fp32"
     return FACTOR * rounding
+
+
+Gradients = Mapping[str, Tensor]
+
+
+def part_distance(law: Gradients, bare: Gradients, balanced: Gradients, plain: Gradients, part: str = "") -> float:
+    """How far the balance part of a gradient, ``balanced - plain``, is from ``law - bare``, relative to it."""
+    names = [name for name in law if part in name]
+    assert names and set(names) <= set(balanced)
+    wanted = {name: law[name].double() - bare[name].double() for name in names}
+    got = {name: balanced[name].double() - plain[name].double() for name in names}
+    off = sum(float((got[name] - wanted[name]).square().sum()) for name in names)
+    return (off / sum(float(one.square().sum()) for one in wanted.values())) ** 0.5
 
 
 class Float64(TorchFunctionMode):

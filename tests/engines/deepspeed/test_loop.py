@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from _rounding import part_distance
 from engines._ranks import free_port, train_ranks
-from engines.deepspeed._distance import far
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -64,7 +64,7 @@ def test_the_balance_part_of_the_gradient_is_the_law(of_law, name):
         got, plain, right, bare = (of_rank[f"{kind} {name}"] for kind in ("balanced", "plain", "law", "bare"))
         of_step = [one["gradients"][0] for one in (right, bare, got, plain)]
         for part in ("", "gate.wg"):
-            assert far(*of_step, part) < 1e-6
+            assert part_distance(*of_step, part) < 1e-6
         top_k = LAW[name][0].get("moe", {}).get("k", 2)
         for layer in range(LAYERS):  # what the gates themselves count, of all ranks and both micro-batches
             counts_E = torch.stack([one for other in of_law for one in other[f"balanced {name}"]["counts"][layer::2]])

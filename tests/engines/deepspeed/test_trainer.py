@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from _rounding import part_distance
 from engines._ranks import free_port, train_ranks
-from engines.deepspeed._distance import far
 from integrations.hf._trainer_reference import POLICIES, expected
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
@@ -49,9 +49,11 @@ def test_the_balance_part_of_the_gradient_is_the_law(of_law, want, stage, recomp
         plain, got = of_rank[f"plain {stage}"], of_rank[f"{'recompute' if recompute else 'balanced'} {stage}"]
         assert got["loads"] == want.loads
         for step in range(2):
-            of_step = (want.gradients[step], want.bare[step], got["gradients"][step], plain["gradients"][step])
+            law, fp32 = (want.gradients[step], want.bare[step]), (want.narrow.gradients[step], want.narrow.bare[step])
             for part in ("", "mlp.gate"):
-                assert far(*of_step, part) < 1e-6
+                own = part_distance(*law, *fp32, part)  # of plain autograd on this machine: 4e-7 to 7e-7
+                off = part_distance(*law, got["gradients"][step], plain["gradients"][step], part)
+                assert off < max(1e-6, 2 * own) < 1e-5
         for i, value in enumerate(want.values[1]):
             assert got["logs"][1][f"balance/policy_{i}/loss"] == pytest.approx(value, rel=1e-5)
 
