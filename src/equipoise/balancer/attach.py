@@ -16,6 +16,7 @@ from ..errors import ConfigError, StateError
 from ..external.discovery import find_external_routers
 from ..external.no_router import accelerate_wraps, no_router
 from ..external.own_loss import OwnLoss
+from ..external.router import ExternalRouter
 from ..functional.routing import PLACES
 from ..policies.losses import AuxLoss
 from ..policies.schedule import Schedule
@@ -225,10 +226,13 @@ def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule, shards: i
 def _check_selects(name: str, router: BalancedRouter, shards: int, schedule: Schedule) -> None:
     """For the quantile rule, which has to know how the router chose."""
     if not router.traits.selects or router.traits.idle_experts:
+        do = "use rule='sign' or 'proportional'"
+        if isinstance(router, ExternalRouter) and not router.traits.idle_experts:
+            do += ", or set its num_group and topk_group to what it chooses by (both 1: no groups)"
         raise ConfigError(
             expected="a router that says how it chose (its bias, its groups, no dropped choice), for rule='quantile'",
             got=f"router {name!r}, a {type(router.module).__name__}, which does not",
-            do="use rule='sign' or 'proportional'",
+            do=do,
         )
     if shards > 1 and "quantile" in schedule.micro_rules:
         raise ConfigError(
