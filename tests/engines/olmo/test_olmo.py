@@ -353,10 +353,14 @@ def test_policies_are_read_when_the_callback_is_written(policies):
 
 
 def test_a_policy_that_needs_a_pass_before_the_step_is_refused():
-    from equipoise import AuxLoss
-    from equipoise.adapters.olmo_core_limits import check_policies
-    from equipoise.errors import ConfigError
-    from equipoise.policies.schedule import Schedule
+    from types import SimpleNamespace
 
+    from equipoise import AuxLoss
+    from equipoise.adapters.olmo_core import BalanceCallback
+    from equipoise.errors import ConfigError
+
+    callback = BalanceCallback([AuxLoss("global_batch", estimator="exact")])
+    callback.trainer = SimpleNamespace(train_module=module_of(), max_steps=3)
     with pytest.raises(ConfigError, match="take estimator 'filled'"):
-        check_policies(Schedule([AuxLoss("global_batch", estimator="exact")]))
+        callback.post_attach()
+    assert callback.balancer is None
