@@ -15,10 +15,14 @@ class Law:
     Args:
         policies: tables with ``scope`` and ``coef``; the global one is pushed by what came so far in the step, as
             every estimator but "exact" is in the first step of a run.
+        precision: of the probabilities; in the model's own this is how far plain autograd is off.
     """
 
-    def __init__(self, policies: list[dict], experts: int, top_k: int, gate: str) -> None:
+    def __init__(
+        self, policies: list[dict], experts: int, top_k: int, gate: str, precision: torch.dtype = torch.float64
+    ) -> None:
         self.policies, self.experts, self.top_k, self.gate = policies, experts, top_k, gate
+        self.precision = precision
         self.come_LE = torch.tensor(0.0)
 
     def chosen(self, logits: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -42,7 +46,7 @@ class Law:
             p = self._probs(z)
             for policy in self.policies:
                 f = self._fractions(policy["scope"], layer, ids[layer], here, everywhere, positions_BS)
-                total = total + float(policy["coef"]) * self.experts * (f * p).sum() / tokens
+                total = total + float(policy["coef"]) * self.experts * (f.to(p.dtype) * p).sum() / tokens
         return total
 
     def _fractions(
@@ -75,6 +79,6 @@ class Law:
 
     def _probs(self, z: Tensor) -> Tensor:
         if self.gate == "softmax":
-            return z.double().softmax(-1)
-        p = z.double().sigmoid()
+            return z.to(self.precision).softmax(-1)
+        p = z.to(self.precision).sigmoid()
         return p / p.sum(-1, keepdim=True)

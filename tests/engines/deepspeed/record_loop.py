@@ -119,7 +119,8 @@ class Training:
     def step(self, step: int) -> None:
         parts = self.micro_batches * dist.get_world_size()
         top_k = self.case.get("moe", {}).get("k", 2)
-        law = Law(self.case["law"], EXPERTS, top_k, "softmax") if "law" in self.case else None
+        precision = getattr(torch, self.case.get("precision", "float64"))
+        law = Law(self.case["law"], EXPERTS, top_k, "softmax", precision) if "law" in self.case else None
         for m in range(self.micro_batches):
             self.logits.clear()
             loss = self.engine(*self.text(step, m))

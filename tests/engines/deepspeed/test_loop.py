@@ -54,17 +54,23 @@ def of_law(request, tmp_path_factory):
             cases[f"{kind} {name}"] = {**case, "moe": {**case.get("moe", {}), "ep_size": spread}}
         moe = cases[f"law {name}"]["moe"]
         cases[f"bare {name}"] = {"moe": moe}
+        cases[f"fp32 {name}"] = {**cases[f"law {name}"], "precision": "float32"}
     return train(tmp_path_factory.mktemp("law"), cases, ranks)
 
 
 @pytest.mark.parametrize("name", LAW)
 def test_the_balance_part_of_the_gradient_is_the_law(of_law, name):
-    """Of all parameters but the experts': the law is at ZeRO 0, without recompute."""
+    """Of all parameters but the experts': the law is at ZeRO 0, without recompute.
+
+    What fp32 may be off on this machine is taken from plain autograd, whose law is of fp32 probabilities.
+    """
     for of_rank in of_law:
-        got, plain, right, bare = (of_rank[f"{kind} {name}"] for kind in ("balanced", "plain", "law", "bare"))
-        of_step = [one["gradients"][0] for one in (right, bare, got, plain)]
+        got = of_rank[f"balanced {name}"]
+        kinds = ("law", "bare", "balanced", "plain", "fp32")
+        law, bare, balanced, plain, fp32 = (of_rank[f"{kind} {name}"]["gradients"][0] for kind in kinds)
         for part in ("", "gate.wg"):
-            assert part_distance(*of_step, part) < 1e-6
+            own = part_distance(law, bare, fp32, bare, part)
+            assert part_distance(law, bare, balanced, plain, part) < max(1e-6, 2 * own) < 1e-5
         top_k = LAW[name][0].get("moe", {}).get("k", 2)
         for layer in range(LAYERS):  # what the gates themselves count, of all ranks and both micro-batches
             counts_E = torch.stack([one for other in of_law for one in other[f"balanced {name}"]["counts"][layer::2]])
