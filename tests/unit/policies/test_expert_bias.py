@@ -121,7 +121,7 @@ def test_on_logits_one_rate_serves_any_number_of_experts(experts):
     """0.1, which balances 2,048 experts in public runs: on logits a tenth of any score, on scores far more than one."""
     sign, slower = (ExpertBias(rule, 0.1, place="logits") for rule in ("sign", "proportional"))
     sign.check_gate("softmax", 2048)
-    with pytest.raises(ConfigError, match="place='logits' with a rate of at most 0.1") as caught:
+    with pytest.raises(ConfigError, match=r"place=.logits. with a rate of at most 0\.1") as caught:
         replace(sign, place="scores").check_gate("softmax", 2048)
     assert "MaxVio" in caught.value.expected
     first, *_, last = simulate(sign, "softmax", experts, 2, steps=150, spread=0.7)
