@@ -18,6 +18,7 @@ from ..policies.estimators import ESTIMATORS, shares_at
 from ..policies.losses import AuxLoss, coefficient
 from ..policies.schedule import Schedule
 from ..policies.scopes import Sequences
+from .class_coefficients import class_coefficients
 from .layer_group import LayerGroup, MicroBatchCoefficients
 
 __all__ = ["MicroStep", "micro_batch_coefficients", "tokens_said"]
@@ -44,7 +45,7 @@ def micro_batch_coefficients(
     schedule: Schedule,
     measured: ForwardStats,
     summed: Sequence[Sequence[ShardCounts]],
-    global_LE: Tensor,
+    global_LX: Tensor,
     micro: MicroStep,
     scale: Tensor,
 ) -> MicroBatchCoefficients:
@@ -52,16 +53,16 @@ def micro_batch_coefficients(
 
     Args:
         summed: of each router its tables over all shards, one per call; empty where sequences are whole.
-        global_LE: the counts, summed over ranks as ``micro.summed`` says.
+        global_LX: its loads, summed over ranks as ``micro.summed`` says.
         scale: d(step's loss) / d(this micro-batch's loss): 1/M, GradScaler's scale, ...
     """
     spec = group.spec
-    local_LE = group.counts(measured.statistics_LS) if micro.ranks > 1 else global_LE
+    local_LX = group.loads(measured.statistics_LS) if micro.ranks > 1 else global_LX
     if micro.summed == "step" and micro.ranks > 1:
-        group.history.add_micro_step(local_LE, shared_E=global_LE)
+        group.add_micro_step(local_LX, shared_LX=global_LX)
     else:
         shares = micro.ranks == 1 or (micro.summed == "micro_step" and shares_at(micro.number))
-        group.history.add_micro_step(global_LE, local_LE, shares=shares)
+        group.add_micro_step(global_LX, local_LX, shares=shares)
     taken_LS, own_LE, own_tokens_L, sharded = _corrected(group, measured, summed)
     weight_L = _token_weight(group, taken_LS, own_tokens_L, micro)
     trainable = [layer.trainable for layer in group.layers]
@@ -157,6 +158,8 @@ def _term_coefficients(
     ``seen``: the statistics of this micro-batch, and the counts of its sequences over all their shards.
     """
     spec, (taken_LS, own_LE) = group.spec, seen
+    if policy.tokens is not None:
+        return class_coefficients(group, policy, taken_LS, push_L, micro.number)
     probs_LE, zero_L = spec.probs(taken_LS), torch.zeros_like(push_L)
     match policy.scope:
         case Sequences(n):
