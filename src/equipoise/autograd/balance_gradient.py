@@ -154,8 +154,9 @@ class _BalanceGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad_weights_TK,) = grad_outputs
-        probs_TE, statistics, fraction_NBE, fraction_NTE, *masks, logits_TE, ids_TK = ctx.saved_tensors[:8]
-        in_graph = ctx.saved_tensors[8:]
+        kept = ctx.saved_tensors
+        probs_TE, statistics, fraction_NBE, fraction_NTE, *masks, logits_TE, ids_TK = kept[:8]
+        in_graph = kept[8:]
         spec, grad_coefs = ctx.spec, coefs_at_backward(in_graph, ctx, grad_weights_TK)
         if spec.shards > 1:
             probs_E = spec.probs(statistics)

@@ -124,7 +124,7 @@ class MoE(nn.Module):
         x_TD = sequences.reshape(-1, dim)
         told = any(  # a mask (B, S) tells which of the two is the batch, where they differ
             one is not None and one.shape == (num_sequences, length) and num_sequences != length
-            for one in (token_mask_BS, document_ids_BS, *(token_classes_BS or {}).values())
+            for one in (token_mask_BS, document_ids_BS)
         )
         known = x_BSD.dim() == 3 and (self.batch_first is not None or told)
         batch = _batch(num_sequences, length, token_mask_BS, document_ids_BS, self.gate)
