@@ -113,9 +113,9 @@ class AuxLoss:
 
     def needs_current(self, *, counted: bool) -> bool:
         """At each micro-step it has to know the counts of the other ranks; after a counting pass "exact" does not."""
-        if counted and self.needs_counting:
-            return False
-        return self.scope == "data_parallel" or (self.estimates and self.estimator in ("prefix", "exact"))
+        if self.scope == "data_parallel":
+            return True
+        return self.estimates and self.estimator in ("prefix", "exact") and not (counted and self.needs_counting)
 
 
 @dataclass(frozen=True)

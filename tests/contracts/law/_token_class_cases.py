@@ -118,8 +118,10 @@ def estimate(estimator: str, tallies: list[Tally], m: int, past: list[Tally]) ->
     return total
 
 
-def fractions(seen: Seen, own: list[bool], micro: Kinds, policy: dict, known: Tally) -> list[list[float]]:
-    """f of every token."""
+def fractions(
+    seen: Seen, own: list[bool], micro: Kinds, policy: dict, known: Tally, beside: Tally
+) -> list[list[float]]:
+    """f of every token; ``beside``: of the micro-batches that run at once."""
     documents = micro.documents_BS.reshape(-1).tolist()
 
     def mates(t: int) -> list[int]:
@@ -136,7 +138,9 @@ def fractions(seen: Seen, own: list[bool], micro: Kinds, policy: dict, known: Ta
     everything = range(len(own))
     if policy["scope"] in ("sequence", "document"):
         return [of(mates(t)) for t in everything]
-    f = fraction(known.load) if policy["scope"] == "global_batch" else of(everything)
+    f = of(everything)
+    if policy["scope"] in ("global_batch", "data_parallel"):
+        f = fraction((known if policy["scope"] == "global_batch" else beside).load)
     return [f] * len(own)
 
 
@@ -146,11 +150,18 @@ class Expected(NamedTuple):
 
 
 def reference(
-    model: Any, step: list[Kinds], policies: list[dict], past: dict[Any, list[Tally]] | None = None, *, even: bool = False
+    model: Any,
+    step: list[Kinds],
+    policies: list[dict],
+    past: dict[Any, list[Tally]] | None = None,
+    *,
+    even: bool = False,
+    ranks: int = 1,
 ) -> Expected:
     """The model's loss and that of every policy: coef E <f_c, p_t> / T_c for a token t of the class.
 
-    T_c is share times T, of the step; ``even``: T is as many times the micro-batch's as there are of them.
+    T_c is share times T, of the step; ``even``: T is as many times the micro-batch's as there are of them. ``ranks``: so
+    many neighbours of ``step`` run at once.
     """
     seen: list[list[Seen]] = []
     past = {} if past is None else past
@@ -170,10 +181,12 @@ def reference(
             tallies = [Tally(seen[m][layer], own[m]) for m in range(len(step))]
             history, value = past.setdefault((number, layer), []), 0.0
             for m, micro in enumerate(step):
-                known, one = estimate(policy["estimator"], tallies, m, history), seen[m][layer]
+                first, one = m // ranks * ranks, seen[m][layer]
+                known = estimate(policy["estimator"], tallies, first + ranks - 1, history)
+                beside = functools.reduce(Tally.plus, tallies[first : first + ranks])
                 if not any(own[m]):
                     continue
-                f_TE = [naive_view(f, policy) for f in fractions(one, own[m], micro, policy, known)]
+                f_TE = [naive_view(f, policy) for f in fractions(one, own[m], micro, policy, known, beside)]
                 pushed = Seen(one.logits_TE, one.gate, one.top_k, one.num_sequences, own[m], None, one.bias_E, 1, 1)
                 v = token_values(pushed, f_TE).sum()
                 share = known.own / known.tokens if known.tokens else 0.0

@@ -146,27 +146,19 @@ def test_compiled_it_is_the_same():
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_two_ranks_are_one(ranks, micro_batches):
-    """One has the pictures, or nearly all; f and T_c are of both. `filled` of one micro-step a rank is exact too."""
+def test_two_ranks_share_a_class(ranks, micro_batches):
+    """One has nearly all pictures: f and T_c are of both. The second micro-step of `filled` is summed over ranks too."""
     descriptions = [of("image"), of("text", "sequence"), of("image", "document", "previous"), of("text", "data_parallel")]
+    descriptions += [of("image", "global_batch", "filled"), of("image", "micro_batch", "prefix"), of(None, "micro_batch")]
     told = ranks.run("contracts.law._token_class_cases:trained", descriptions, micro_batches, 2, size=2)
     model, past = class_net(), {}
     for seed in range(2):
-        wholes = cut_kinds(make_kinds(seed), 2)
-        # the micro-batches of a micro-step lie side by side
-        step = [micro for pair in zip(*(cut_kinds(one, micro_batches) for one in wholes), strict=True) for micro in pair]
-        f_of_both = [one for one in descriptions if one["scope"] != "data_parallel"]
-        expected = reference(model, step, f_of_both, past)
-        alone = reference(model, step, [], {})
-        pairs = [[Kinds(*map(torch.cat, zip(*step[i : i + 2], strict=True)))] for i in range(0, len(step), 2)]
-        whole = reference(model, [one for pair in pairs for one in pair], [descriptions[-1] | {"scope": "micro_batch"}])
-        base = reference(model, [one for pair in pairs for one in pair], [])
-        got = {n: (told[0][seed][0][n] + told[1][seed][0][n]) / 2 for n in told[0][seed][0]}
-        wanted = {
-            n: expected.gradients[n] + whole.gradients[n] - base.gradients[n] for n in expected.gradients if n in alone.gradients
-        }
-        assert_close(got, wanted, 1e-11)
-        assert told[0][seed][1] == told[1][seed][1]
+        parts = [cut_kinds(one, micro_batches) for one in cut_kinds(make_kinds(seed), 2)]
+        step = [micro for at_once in zip(*parts, strict=True) for micro in at_once]
+        expected = reference(model, step, descriptions, past, ranks=2)
+        (mine, metrics), (others, same) = (rank[seed] for rank in told)
+        assert_close({n: (mine[n] + others[n]) / 2 for n in mine}, expected.gradients, 1e-11)
+        assert metrics == same
 
 
 # ------------------------------------------------------------------------------------------- what adds up
