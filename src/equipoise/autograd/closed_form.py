@@ -35,7 +35,9 @@ def logit_gradient(
     if classes_CT is not None:
         rows_CBS1 = classes_CT.view(len(classes_CT), *probs_BSE.shape[:2], 1)
         names = [term.tokens for term in spec.terms]
-        q_N = [q if name is None else q * rows_CBS1[spec.classes.index(name)] for q, name in zip(q_N, names, strict=True)]
+        q_N = [
+            q if name is None else q * rows_CBS1[spec.classes.index(name)] for q, name in zip(q_N, names, strict=True)
+        ]
     if not spec.norms and len(q_N) > 1:  # without norms the terms need no separate pass
         q_N = [torch.stack(torch.broadcast_tensors(*q_N)).sum(dim=0)]
     outer_TE = _common_factor(spec, logits_TE, mask_T, probs_TE.dtype)

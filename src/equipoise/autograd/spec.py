@@ -47,8 +47,8 @@ class StatsSpec(NamedTuple):
     """What one router measures; constant while a balancer is attached, so that a compiled graph may rely on it.
 
     Statistics, (..., size): counts E, probabilities E, [unbiased counts E], E for each micro-batch rule, [E bins of
-    offsets], for each class of tokens counts E, probabilities E and tokens 1, SCALARS, N loss values; then what backward alone knows: squared gradient norms of the language model, of
-    the N terms and of the z-loss.
+    offsets], for each class of tokens counts E, probabilities E and tokens 1, SCALARS, N loss values; then what
+    backward alone knows: squared gradient norms of the language model, of the N terms and of the z-loss.
     Coefficients, (coefs_size,): a row of E for each term, a factor for each term, the z-loss factor, the count flag.
     A row of the step, (..., step_size): the statistics, N deferred loss values, STEP_COLUMNS.
 
@@ -155,8 +155,10 @@ class StatsSpec(NamedTuple):
         """(counts (..., E), sums of the gate probabilities (..., E), number of tokens (...)) of a class of tokens."""
         experts = self.num_experts
         at = self._classes_at + self.classes.index(name) * (2 * experts + 1)
-        return statistics[..., at : at + experts], statistics[..., at + experts : at + 2 * experts], statistics.select(
-            -1, at + 2 * experts
+        return (
+            statistics[..., at : at + experts],
+            statistics[..., at + experts : at + 2 * experts],
+            statistics.select(-1, at + 2 * experts),
         )
 
     @property

@@ -53,8 +53,8 @@ def check_class_masks(classes: Mapping[str, Tensor], shape: tuple[int, ...], wha
             )
 
 
-def class_masks(spec: StatsSpec, batch: TokenLayout, tokens: int) -> dict[str, Tensor]:
-    """The valid tokens of each class that the spec asks for, (T,) bool.
+def class_masks(spec: StatsSpec, batch: TokenLayout, tokens: int, device: torch.device) -> dict[str, Tensor]:
+    """The valid tokens of each class that the spec asks for, (T,) bool, on the router's device.
 
     Raises InputError for a class that nobody named in this call. A class that is named and has no token is no mistake.
     """
@@ -69,9 +69,10 @@ def class_masks(spec: StatsSpec, batch: TokenLayout, tokens: int) -> dict[str, T
                 "B, mask, classes=...)). Of transformers' models 'text', 'image', 'video' and 'audio' are read from "
                 "mm_token_type_ids, or from input_ids and the placeholders in the configuration",
             )
-    found = {name: known[name] for name in spec.classes}
-    check_class_masks(found, (tokens,))
-    return found if batch.token_mask_T is None else {name: mask & batch.token_mask_T for name, mask in found.items()}
+    asked = {name: known[name] for name in spec.classes}
+    check_class_masks(asked, (tokens,))
+    own, valid_T = {name: mask_T.to(device) for name, mask_T in asked.items()}, batch.token_mask_T
+    return own if valid_T is None else {name: mask_T & valid_T.to(device) for name, mask_T in own.items()}
 
 
 def class_statistics(
@@ -82,7 +83,7 @@ def class_statistics(
     Raises InputError as `class_masks`.
     """
     found, length = {}, len(ids_TK) // num_sequences
-    for name, mask_T in class_masks(spec, batch, len(ids_TK)).items():
+    for name, mask_T in class_masks(spec, batch, len(ids_TK), ids_TK.device).items():
         counts_BE = count_choices(ids_TK, spec.num_experts + spec.idle_experts, mask_T, num_sequences)
         probs_BSE = (valid_TE * mask_T.unsqueeze(-1)).view(num_sequences, length, spec.num_experts)
         found[name] = ClassStats(mask_T, counts_BE[:, : spec.num_experts].double(), probs_BSE.sum(dim=1))

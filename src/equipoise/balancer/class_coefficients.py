@@ -27,7 +27,7 @@ def class_coefficients(
         taken_LS: the statistics of this micro-batch.
         number: of the micro-step, 1 = the first.
     """
-    spec, history = group.spec, group.class_histories[str(policy.tokens)]
+    spec, history = group.spec, group.histories.of_class[str(policy.tokens)]
     experts, (_, probs_LE, _) = spec.num_experts, spec.of_class(taken_LS, str(policy.tokens))
     zero_LE, zero_L = torch.zeros_like(probs_LE), torch.zeros_like(push_L)
     estimate_LX = ESTIMATORS[policy.estimator](history, policy.decay, number)

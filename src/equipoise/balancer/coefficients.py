@@ -57,12 +57,12 @@ def micro_batch_coefficients(
         scale: d(step's loss) / d(this micro-batch's loss): 1/M, GradScaler's scale, ...
     """
     spec = group.spec
-    local_LX = group.loads(measured.statistics_LS) if micro.ranks > 1 else global_LX
+    local_LX = group.histories.loads(measured.statistics_LS) if micro.ranks > 1 else global_LX
     if micro.summed == "step" and micro.ranks > 1:
-        group.add_micro_step(local_LX, shared_LX=global_LX)
+        group.histories.add_micro_step(local_LX, local_LX, global_LX, shares=True)
     else:
         shares = micro.ranks == 1 or (micro.summed == "micro_step" and shares_at(micro.number))
-        group.add_micro_step(global_LX, local_LX, shares=shares)
+        group.histories.add_micro_step(global_LX, local_LX, shares=shares)
     taken_LS, own_LE, own_tokens_L, sharded = _corrected(group, measured, summed)
     weight_L = _token_weight(group, taken_LS, own_tokens_L, micro)
     trainable = [layer.trainable for layer in group.layers]

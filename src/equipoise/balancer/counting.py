@@ -37,7 +37,8 @@ def take_counted(groups: Sequence[LayerGroup]) -> list[Tensor]:
 def keep_counted(groups: Sequence[LayerGroup], taken: Sequence[Tensor], sums: StepReduction, tokens: Group) -> None:
     """Gives each group the counts of all ranks, and its pools."""
     for group, counted_LS in zip(groups, sums.start_counts(taken)(), strict=True):
-        group.keep_counted(counted_LS)
+        group.counted = counted_LS
+        group.histories.keep_counted(counted_LS)
         pools = [state.pooled_ids for state in group.states if state.pooled_ids]
         group.pools = [tokens.gather_rows(torch.cat(pool)) for pool in pools]
         for state in group.states:

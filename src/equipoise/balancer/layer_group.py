@@ -20,7 +20,7 @@ from ..functional.routing import PLACES
 from ..policies.estimators import LoadHistory
 from ..policies.expert_bias import ExpertBias
 from ..policies.schedule import Schedule
-from ..policies.token_classes import class_load
+from .load_histories import LoadHistories
 
 __all__ = ["Layer", "LayerGroup", "MicroBatchCoefficients", "group_layers"]
 
@@ -68,8 +68,7 @@ class LayerGroup:
     layers: list[Layer]
     spec: StatsSpec
     part: int
-    history: LoadHistory = field(default_factory=LoadHistory)
-    class_histories: dict[str, LoadHistory] = field(default_factory=dict)  # of each class of tokens: `class_load`
+    histories: LoadHistories = field(init=False)
     momentum: dict[str, Tensor] = field(default_factory=dict)  # name of a policy -> (L, E) of its bias rule
     step_taken: Tensor | None = None  # sum of what forward measured: stands in where backward brought no gradient
     step_shift: Tensor | None = None  # what changes in it once the other shards of each sequence are known
@@ -82,7 +81,12 @@ class LayerGroup:
     pools: list[Tensor] | None = None  # its expert ids (N, K) at each layer, for the shuffle control
 
     def __post_init__(self) -> None:
-        self.class_histories = {name: LoadHistory() for name in self.spec.classes}
+        self.histories = LoadHistories(self.spec)
+
+    @property
+    def history(self) -> LoadHistory:
+        """Of all tokens."""
+        return self.histories.whole
 
     @property
     def states(self) -> list[RouterState]:
@@ -96,58 +100,8 @@ class LayerGroup:
         """(L, E)"""
         return self.spec.counts(statistics_LS)
 
-    def loads(self, statistics_LS: Tensor) -> Tensor:
-        """(L, X): all that histories are told, in one tensor; without classes of tokens the counts."""
-        return torch.cat(parts, dim=1) if len(parts := self._loads(statistics_LS)) > 1 else parts[0]
-
-    def _loads(self, statistics_LS: Tensor) -> list[Tensor]:
-        spec, counts_LE = self.spec, self.counts(statistics_LS)
-        tokens_L = spec.scalar(statistics_LS, "tokens")
-        of_classes = [spec.of_class(statistics_LS, name) for name in spec.classes]
-        return [counts_LE, *(class_load(counts_LE, own_LE, tokens_L, own_L) for own_LE, _, own_L in of_classes)]
-
-    @property
-    def local_loads(self) -> Tensor | None:
-        """(L, X) of the step so far, on this rank; None before its first micro-batch."""
-        parts = [one.local_E for one in self._histories]
-        return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts, dim=1)  # type: ignore[arg-type]
-
-    @property
-    def _histories(self) -> list[LoadHistory]:
-        return [self.history, *self.class_histories.values()]
-
-    def _of_histories(self, loads_LX: Tensor) -> Sequence[Tensor]:
-        """What each history is told of them."""
-        experts, classes = self.spec.num_experts, len(self.class_histories)
-        return loads_LX.split([experts] + [experts + 3] * classes, dim=1) if classes else [loads_LX]
-
-    def add_micro_step(
-        self, current_LX: Tensor, local_LX: Tensor | None = None, shared_LX: Tensor | None = None, *, shares: bool = True
-    ) -> None:
-        """As `LoadHistory.add_micro_step`, of all histories."""
-        told = [[None] * len(self._histories) if x is None else self._of_histories(x) for x in (local_LX, shared_LX)]
-        for history, current, local, shared in zip(
-            self._histories, self._of_histories(current_LX), *told, strict=True
-        ):
-            history.add_micro_step(current, None if local_LX is current_LX else local, shared, shares=shares)
-
-    def commit_loads(self, summed_LS: Tensor, decays: set[float], keep: Tensor | None = None) -> None:
-        """The step is over; without a token of a class it leaves what is remembered of that class as it was."""
-        counts_LE, *of_classes = self._loads(summed_LS)
-        self.history.commit(counts_LE, decays, keep)
-        for history, load_LX in zip(self.class_histories.values(), of_classes, strict=True):
-            seen_L1 = load_LX[:, -2:-1] > 0
-            history.commit(load_LX, decays, seen_L1 if keep is None else seen_L1 & keep)
-
-    def keep_counted(self, counted_LS: Tensor) -> None:
-        """What a counting pass saw, on all ranks."""
-        self.counted = counted_LS
-        for history, load in zip(self._histories, self._loads(counted_LS), strict=True):
-            history.counted_E = load
-
     def forget_step(self) -> None:
-        for history in self._histories:
-            history.forget_step()
+        self.histories.forget_step()
         self.step_taken = self.step_shift = self.step_values = self.counted = self.pools = None
         self.step_windows, self.step_errors = {}, []
         self.step_pushes = self.step_split = False

@@ -71,13 +71,13 @@ def states_of(groups: Sequence[LayerGroup], schedule: Schedule) -> dict[str, dic
                 "expert_bias_E": None if bias_E is None else bias_E.detach().clone(),
                 "bias_place": layer.router.traits.bias_place,
             }
-            if group.class_histories:
+            if group.histories.of_class:
                 states[layer.name]["classes"] = {
                     name: {
                         "previous_E": None if past.previous_E is None else past.previous_E[i].clone(),
                         "ema_E": [(decay, ema_LX[i].clone()) for decay, ema_LX in past.ema_E.items()],
                     }
-                    for name, past in group.class_histories.items()
+                    for name, past in group.histories.of_class.items()
                 }
     return states
 
@@ -151,7 +151,8 @@ def _load(group: LayerGroup, states: Mapping[str, dict[str, Any]], schedule: Sch
         if not known:
             return None
         found = iter(known)
-        return torch.stack([torch.zeros_like(known[0]) if row is None else next(found) for row in rows]).to(group.device)
+        whole = torch.stack([torch.zeros_like(known[0]) if row is None else next(found) for row in rows])
+        return whole.to(group.device)
 
     def keyed(name: str, of: Sequence[Mapping[str, Any]] = mine) -> dict[Any, Tensor]:
         rows = [dict(state[name]) for state in of]
@@ -162,7 +163,7 @@ def _load(group: LayerGroup, states: Mapping[str, dict[str, Any]], schedule: Sch
 
     group.history.previous_E = stacked([state["previous_E"] for state in mine])
     group.history.ema_E = keyed("ema_E")
-    for name, history in group.class_histories.items():
+    for name, history in group.histories.of_class.items():
         past = [state.get("classes", {}).get(name, nothing) for state in mine]
         history.previous_E, history.ema_E = stacked([one["previous_E"] for one in past]), keyed("ema_E", past)
     momenta = keyed("momentum_E")

@@ -239,9 +239,7 @@ def _flat(x_BS: Tensor | None) -> Tensor | None:
     return None if x_BS is None else x_BS.reshape(-1)
 
 
-def _of_modality(
-    calls: Sequence[CallArguments], tokens: int, images: bool, reads_kinds: bool
-) -> TokenPlacement | None:
+def _of_modality(calls: Sequence[CallArguments], tokens: int, images: bool, reads_kinds: bool) -> TokenPlacement | None:
     """For a router of image or text tokens only: which tokens of the batch are its own."""
     for i, call in enumerate(calls):
         if not (isinstance(call.image_tokens, Tensor) and call.image_tokens.shape == call.shape):

@@ -23,7 +23,8 @@ def fuses(logits_TE: Tensor, top_k: int, num_groups: int, state: RouterState | N
     """Whether `fused_route` gives what the router needs; if not, plain PyTorch does.
 
     It does not where selection is limited to groups, and where a policy measures f per document or of a class of
-    tokens, a bias moves by each micro-batch's load or by quantiles, sequences are sharded, estimators are compared, or the router is another's.
+    tokens, a bias moves by each micro-batch's load or by quantiles, sequences are sharded, estimators are compared, or
+    the router is another's.
     """
     if not fits(logits_TE, top_k, num_groups) or batch.valid_T is not None:
         return False

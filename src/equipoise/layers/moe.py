@@ -109,7 +109,9 @@ class MoE(nn.Module):
                 do="merge what lies between: x.flatten(1, -2) of (B, H, W, D) is (B, S, D)",
             )
         if x_BSD.dim() == 3 and self.batch_first is False:
-            return self._forward(x_BSD.transpose(0, 1), token_mask_BS, document_ids_BS, token_classes_BS).transpose(0, 1)
+            return self._forward(x_BSD.transpose(0, 1), token_mask_BS, document_ids_BS, token_classes_BS).transpose(
+                0, 1
+            )
         return self._forward(x_BSD, token_mask_BS, document_ids_BS, token_classes_BS)
 
     def _forward(

@@ -160,8 +160,8 @@ def reference(
 ) -> Expected:
     """The model's loss and that of every policy: coef E <f_c, p_t> / T_c for a token t of the class.
 
-    T_c is share times T, of the step; ``even``: T is as many times the micro-batch's as there are of them. ``ranks``: so
-    many neighbours of ``step`` run at once.
+    T_c is share times T, of the step; ``even``: T is as many times the micro-batch's as there are of them.
+    ``ranks``: so many neighbours of ``step`` run at once.
     """
     seen: list[list[Seen]] = []
     past = {} if past is None else past

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +31,9 @@ pytestmark = pytest.mark.xdist_group("ranks")
 SCOPES = ("sequence", "document", "micro_batch", "data_parallel", "global_batch")
 
 
-def of(tokens: str | None, scope: str = "global_batch", estimator: str = "exact", coef: float = 0.3, **rest: Any) -> dict:
+def of(
+    tokens: str | None, scope: str = "global_batch", estimator: str = "exact", coef: float = 0.3, **rest: Any
+) -> dict:
     return {"scope": scope, "coef": coef, "estimator": estimator, "tokens": tokens} | rest
 
 
@@ -103,7 +107,7 @@ def test_of_one_pass_the_default_is_exact():
 def test_micro_batches_of_other_sizes_weigh_alike_without_a_word():
     """As without classes: 1 / T of each is its own, and the share of the class is that of the step."""
     descriptions = [of("image")]
-    model, balancer, optimizer = made(descriptions)
+    model, balancer, _ = made(descriptions)
     whole = make_kinds(2)
     step = cut_kinds(whole, 4)
     expected = reference(class_net(), step, descriptions, even=True)
@@ -121,7 +125,9 @@ def test_micro_batches_of_other_sizes_weigh_alike_without_a_word():
 def test_under_recompute(mode):
     found = []
     for how in ("plain", mode):
-        model, balancer, optimizer = made([of("image", one, "filled") for one in ("document", "global_batch")], mode=how)
+        model, balancer, optimizer = made(
+            [of("image", one, "filled") for one in ("document", "global_batch")], mode=how
+        )
         found.append((class_step(model, balancer, optimizer, cut_kinds(make_kinds(), 2)), balancer.metrics()))
     assert_close(found[1][0], found[0][0], 1e-12)
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-9)
@@ -147,9 +153,18 @@ def test_compiled_it_is_the_same():
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_two_ranks_share_a_class(ranks, micro_batches):
-    """One has nearly all pictures: f and T_c are of both. The second micro-step of `filled` is summed over ranks too."""
-    descriptions = [of("image"), of("text", "sequence"), of("image", "document", "previous"), of("text", "data_parallel")]
-    descriptions += [of("image", "global_batch", "filled"), of("image", "micro_batch", "prefix"), of(None, "micro_batch")]
+    """One has nearly all pictures: f and T_c are of both. Both micro-steps of `filled` are summed over ranks."""
+    descriptions = [
+        of("image"),
+        of("text", "sequence"),
+        of("image", "document", "previous"),
+        of("text", "data_parallel"),
+    ]
+    descriptions += [
+        of("image", "global_batch", "filled"),
+        of("image", "micro_batch", "prefix"),
+        of(None, "micro_batch"),
+    ]
     told = ranks.run("contracts.law._token_class_cases:trained", descriptions, micro_batches, 2, size=2)
     model, past = class_net(), {}
     for seed in range(2):
@@ -228,6 +243,37 @@ def test_a_step_without_the_class_pushes_nothing(scope):
     assert all(number == number for number in metrics.values())
 
 
+def test_losses_that_add_up_to_that_of_the_step():
+    """reduction="sum": 1 / T is not multiplied by the number of micro-batches, and the share is the same."""
+    model, descriptions = class_net(), [of("image"), of("text", "sequence")]
+    balancer = Balancer(model, [policy_of(one) for one in descriptions], reduction="sum")
+    step = cut_kinds(make_kinds(), 2)
+    balancer.begin_step(tokens=valid(make_kinds()))
+    with balancer.counting():
+        for micro in step:
+            model(micro.x_BSD, micro)
+    for micro in step:
+        balancer.tap(loss_of(model, micro) / 2).backward()
+    found = {n: p.grad for n, p in model.named_parameters()}
+    assert_close(found, reference(class_net(), step, descriptions).gradients, 1e-11)
+
+
+def test_evaluation_asks_for_no_class():
+    layer = MoE(8, 8, 4, 2, batch_first=True).eval()
+    with Balancer(layer, [AuxLoss(tokens="image")]).evaluation() as found:
+        layer(torch.randn(2, 5, 8))
+    assert found["balance/tokens"] == 10
+
+
+def test_estimators_are_compared_beside_a_policy_of_a_class():
+    model = class_net(experts=(6,), top_k=(2,))
+    balancer = Balancer(model, [AuxLoss(coef=0.3, tokens="image"), AuxLoss(coef=0.3)], measure_estimators=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for seed in range(2):
+        class_step(model, balancer, optimizer, cut_kinds(make_kinds(seed), 2))
+    assert balancer.estimator_error()["relative_error"]["filled"] > 0
+
+
 def test_metrics_are_named_after_scope_and_class():
     model, balancer, optimizer = made([of("image"), of("image", "micro_batch"), of("text", "sequence", name="words")])
     class_step(model, balancer, optimizer, [make_kinds()])
@@ -248,7 +294,7 @@ def test_what_is_remembered_of_a_class_is_saved_under_its_name():
     plain = made([of(None, estimator="previous")])[1]
     assert plain.load_state_dict(state) == []
     assert resumed.load_state_dict(plain.state_dict()) == []
-    assert all(history.previous_E is None for history in resumed._groups[0].class_histories.values())
+    assert all(history.previous_E is None for history in resumed._groups[0].histories.of_class.values())
 
 
 # ------------------------------------------------------------------------------------------- what does not fit
@@ -309,6 +355,16 @@ def test_a_router_called_by_itself_is_told_in_its_layout():
     assert balancer.metrics()["balance/global_image/loss"] > 0
     with pytest.raises(InputError, match=r"a bool for each token: \(6,\)"):
         router(torch.randn(6, 8), TokenLayout(2, classes={"image": mask_T[:5]}))
+
+
+def test_what_the_page_says_runs():
+    """docs/policies.md, its part on classes of tokens."""
+    text = (Path(__file__).resolve().parents[3] / "docs" / "policies.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text.partition("## Classes of tokens")[2], flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "policies.md", "exec"), names)
+    names["balancer"].step()
+    assert names["balancer"].metrics()["balance/global_image/loss"] > 0
 
 
 def test_without_a_policy_of_a_class_masks_of_classes_change_nothing():

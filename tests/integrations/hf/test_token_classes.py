@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("transformers")
-modeling = pytest.importorskip("transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe")
 
-from equipoise import AuxLoss, Balancer, ExpertBias, InputError, TokenLayout
 from _rounding import OURS, Float64
+from equipoise import AuxLoss, Balancer, ExpertBias, InputError, TokenLayout
 from integrations.hf._cases import RECOMPUTED, double, inputs, loss_of, quiet, same_gradients
 from integrations.hf._law import Twin, probs
 from integrations.hf.families import TINY, build, names_of
@@ -24,6 +23,7 @@ POLICIES = [AuxLoss("global_batch", COEF, tokens="image"), AuxLoss("sequence", C
 
 def vision_language() -> Any:
     """Tiny, random, and in float64; pictures are not shown to it: their placeholders are tokens like others."""
+    modeling = pytest.importorskip("transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe")
     config = modeling.Qwen3VLMoeForConditionalGeneration.config_class
     text = {key: value for key, value in TINY.items() if key in names_of(type(config().text_config))}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
