@@ -154,9 +154,8 @@ class _BalanceGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad_weights_TK,) = grad_outputs
-        kept = ctx.saved_tensors
-        probs_TE, statistics, fraction_NBE, fraction_NTE, *masks, logits_TE, ids_TK = kept[:8]
-        in_graph = kept[8:]
+        kept = ctx.saved_tensors  # once: a checkpoint unpacks a tensor no second time
+        probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, classes_CT, logits_TE, ids_TK, *in_graph = kept
         spec, grad_coefs = ctx.spec, coefs_at_backward(in_graph, ctx, grad_weights_TK)
         if spec.shards > 1:
             probs_E = spec.probs(statistics)
@@ -167,7 +166,7 @@ class _BalanceGradient(torch.autograd.Function):
             gradient_TE, norms = None, grad_coefs.new_zeros(spec.norms_size)
         else:
             gradient_TE, squares = logit_gradient(
-                spec, grad_coefs, probs_TE, fraction_NBE, fraction_NTE, *masks, logits_TE
+                spec, grad_coefs, probs_TE, fraction_NBE, fraction_NTE, mask_T, classes_CT, logits_TE
             )
             gradient_TE, zero = gradient_TE.to(ctx.logits_dtype), grad_coefs.new_zeros(())
             lm_square = zero  # recorded by _RecordLogitGrad

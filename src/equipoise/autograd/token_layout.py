@@ -54,9 +54,10 @@ class TokenLayout(NamedTuple):
         >>> TokenLayout(2, torch.ones(4, dtype=torch.bool)).on(torch.device("meta")).token_mask_T.device
         device(type='meta')
         """
-        masks = (self.token_mask_T, self.document_T, self.valid_T)
         classes = None if self.classes is None else {name: mask.to(device) for name, mask in self.classes.items()}
-        return TokenLayout(self.num_sequences, *(None if mask is None else mask.to(device) for mask in masks), classes)
+        masks = (self.token_mask_T, self.document_T, self.valid_T)
+        mask_T, document_T, valid_T = (None if mask is None else mask.to(device) for mask in masks)
+        return TokenLayout(self.num_sequences, mask_T, document_T, valid_T, classes)
 
 
 Batch = TokenLayout  # its name in scripts that were written before it was public

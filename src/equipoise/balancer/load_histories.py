@@ -47,8 +47,8 @@ class LoadHistories:
         currents = self._split(current)
         locals_ = currents if local is current else self._split(local)
         shareds = [None] * len(self._all) if shared is None else self._split(shared)
-        for history, *told in zip(self._all, currents, locals_, shareds, strict=True):
-            history.add_micro_step(*told, shares=shares)
+        for history, now, own, of_all in zip(self._all, currents, locals_, shareds, strict=True):
+            history.add_micro_step(now, own, of_all, shares=shares)
 
     def commit(self, summed_LS: Tensor, decays: set[float], keep: Tensor | None = None) -> None:
         """The step is over; one without a token of a class leaves what is remembered of that class as it was."""

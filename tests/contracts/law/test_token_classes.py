@@ -271,7 +271,9 @@ def test_estimators_are_compared_beside_a_policy_of_a_class():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for seed in range(2):
         class_step(model, balancer, optimizer, cut_kinds(make_kinds(seed), 2))
-    assert balancer.estimator_error()["relative_error"]["filled"] > 0
+    found = balancer.estimator_error()
+    assert found is not None
+    assert found["relative_error"]["filled"] > 0
 
 
 def test_metrics_are_named_after_scope_and_class():
@@ -375,5 +377,6 @@ def test_without_a_policy_of_a_class_masks_of_classes_change_nothing():
         balancer = Balancer(layer, [AuxLoss("micro_batch", 0.3)])
         balancer.tap(layer(x_BSD, token_classes_BS=classes).square().mean()).backward()
         found.append(layer.gate.weight.grad)
-        assert len(layer.gate.balance_state.grad_accumulator) == layer.gate.balance_state.spec.size
+        assert layer.gate.balance_state is not None
+        assert layer.gate.balance_state.spec.classes == ()
     assert torch.equal(*found)
