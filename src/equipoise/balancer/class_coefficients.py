@@ -21,7 +21,9 @@ def class_coefficients(
     """(row (L, E), factor (L,), deferred value (L,)): a row for an f chosen here, a factor for one of forward's.
 
     ``push_L`` holds 1 / T, with T as for a policy of all tokens. Over the share of the class in the step's tokens, as
-    the policy's estimator knows it, that is 1 / T_c; and where it knows of no token of the class, nothing is pushed.
+    the policy's estimator knows it, that is 1 / T_c. Where it knows of no token of the class nothing is pushed: in a
+    first step under ``previous``; and under ``filled``, in the first step with the class, if ranks that have it did not
+    share it yet.
 
     Args:
         taken_LS: the statistics of this micro-batch.

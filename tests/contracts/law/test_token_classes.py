@@ -25,6 +25,7 @@ from contracts.law._token_class_cases import (
 )
 from equipoise import AuxLoss, Balancer, ConfigError, InputError, MoE, Ranks, Router, Sequences, TokenLayout
 from equipoise.distributed import Group
+from equipoise.storage.balancer_file import pack_state, unpack_state
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -289,7 +290,7 @@ def test_what_is_remembered_of_a_class_is_saved_under_its_name():
     whole = make_kinds(3)
     model, balancer, optimizer = made([of("image", estimator="previous"), of("text", "sequence", "ema")])
     class_step(model, balancer, optimizer, [make_kinds(2)])
-    state = balancer.state_dict()
+    state = unpack_state(pack_state(balancer.state_dict()))
     other, resumed, its = made([of("text", "sequence", "ema"), of("image", estimator="previous")])
     assert resumed.load_state_dict(state) == []
     assert_close(class_step(other, resumed, its, [whole]), class_step(model, balancer, optimizer, [whole]), 1e-12)
