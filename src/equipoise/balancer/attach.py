@@ -72,6 +72,12 @@ def attach(
         check_degenerate(routers, schedule)
         terms = tuple(_term(loss, micro_sequences) for _, loss in schedule.losses)
         norms = gradient_norms and bool(schedule) and all(r.traits.measures_norms for _, _, r in routers)
+        if schedule.needs_norms and not norms and routers:
+            raise ConfigError(
+                expected="routers whose gradient norms are measured, for a coefficient Ratio(...)",
+                got="gradient_norms=False" if not gradient_norms else _unmeasured(routers),
+                do="leave gradient_norms on" if not gradient_norms else "use a number, or Target(maxvio=0.1)",
+            )
         for layer in layers:
             router, traits = layer.router, layer.router.traits
             spec = StatsSpec(
@@ -109,6 +115,12 @@ def _layer(part: int, name: str, router: BalancedRouter) -> Layer:
     """With what `undo` has to know of its bias."""
     none, place = router.expert_bias is None, router.traits.bias_place
     return Layer(name, router, part=part, makes_bias=none, bias_place_before=place)
+
+
+def _unmeasured(routers: Sequence[tuple[int, str, BalancedRouter]]) -> str:
+    return next(
+        f"{name}, whose gradient autograd does not record" for _, name, r in routers if not r.traits.measures_norms
+    )
 
 
 def unbalanced_routers(parts: Sequence[nn.Module], layers: Sequence[Layer]) -> list[str]:

@@ -15,8 +15,9 @@
 Details follow a name, in any order: ``@`` a coefficient or a rate (``global@0.02``, ``loss-free@1e-3``), ``:`` an
 estimator (``global:prefix``), of a bias a rule or a schedule (``loss-free:proportional``), where it acts
 (``loss-free:multiply``, ``loss-free:logits``) and whose load moves it (``loss-free:micro_batch``, a control, known
-to be worse), or, where a model is made for the strategy, a gate (``micro:sigmoid``). ``+`` combines, and
-``micro->global:100`` switches from one to the other after 100 steps.
+to be worse), or, where a model is made for the strategy, a gate (``micro:sigmoid``). A loss sets its coefficient itself
+with ``global:ratio@0.01`` (a share of the language model's gradient) and ``global:target@0.1`` (a MaxVio). ``+``
+combines, and ``micro->global:100`` switches from one to the other after 100 steps.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from ..errors import ConfigError, unknown_name
 from ..functional.routing import GATES, PLACES
 from .estimators import ESTIMATORS
 from .expert_bias import BIAS_SCOPES, RULES
+from .self_setting import SELF_SETTING
 
 __all__ = ["LIBRARY", "NAMES", "SCHEDULES", "Named", "Numbers", "flat", "read_name", "usual_gate"]
 
 SCHEDULES = ("constant", "linear", "cosine")  # of a bias rate
+SETTING_OUT_FOR = {"ratio": 0.01, "target": 0.1}  # without a number
 MICRO_SHARE = 0.01  # of the global coefficient, for the micro-batch loss beside it
 
 GLOBAL: dict[str, Any] = {"kind": "AuxLoss", "scope": "global_batch"}
@@ -125,6 +128,12 @@ def read_name(text: str, numbers: Numbers = LIBRARY, *, gates: Sequence[str] = (
         name, values, words = _split(term, text)
         specs, gate = _term(name, values, words, text, numbers, gates)
         if name == "micro" and before[0] == "global":
+            if not values and isinstance(before[2][0]["coef"], dict):
+                raise ConfigError(
+                    expected="a number for micro beside a coefficient that sets itself",
+                    got=repr(text),
+                    do="for example global:ratio@0.01+micro@1e-4",
+                )
             if not values:
                 specs[0]["coef"] = before[2][0]["coef"] * MICRO_SHARE
             elif not before[1]:
@@ -217,6 +226,9 @@ def _term(
         key = _detail(name, word, specs[0], gates)
         if key == "gate":
             gate = word
+        elif key == "coef":
+            start = numbers.coef if values else specs[0]["coef"]
+            specs[0]["coef"] = {word: values[0] if values else SETTING_OUT_FOR[word], "start": start}
         else:
             specs[0][key] = word
             if word == "quantile" and not values:
@@ -227,6 +239,8 @@ def _term(
 def _detail(name: str, word: str, spec: Mapping[str, Any], gates: Sequence[str]) -> str:
     """Which setting of its policy a word after a name is."""
     choices: dict[str, Sequence[str]] = {"gate": tuple(gates)}
+    if spec["kind"] == "AuxLoss":
+        choices["coef"] = tuple(SELF_SETTING)
     if spec.get("scope") == "global_batch":
         choices["estimator"] = tuple(ESTIMATORS)
     elif spec["kind"] == "ExpertBias":
