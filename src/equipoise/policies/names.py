@@ -9,8 +9,8 @@
     shuffle               f over random tokens of the step, as many as a micro-batch has (table 2 there)
     loss-free             a bias on the selection, no loss (arXiv 2408.15664)
     quantile              the same, set each step to what would have given equal loads (Kimi K3, arXiv 2607.24653)
-    deepseek-v3           the same with a small loss per sequence (arXiv 2412.19437)
     z                     the z-loss on the router's logits; useful beside another one
+    deepseek-v3, qwen3, ...   as released models were balanced (`policies.recipes`): step-3.5:8 for 8 groups
 
 Details follow a name, in any order: ``@`` a coefficient or a rate (``global@0.02``, ``loss-free@1e-3``), ``:`` an
 estimator (``global:prefix``), of a bias a rule or a schedule (``loss-free:proportional``), where it acts
@@ -33,6 +33,7 @@ from ..errors import ConfigError, unknown_name
 from ..functional.routing import GATES, PLACES
 from .estimators import ESTIMATORS
 from .expert_bias import BIAS_SCOPES, RULES
+from .recipes import RECIPES
 from .self_setting import SELF_SETTING
 
 __all__ = ["LIBRARY", "NAMES", "SCHEDULES", "Named", "Numbers", "flat", "read_name", "usual_gate"]
@@ -56,8 +57,8 @@ NAMES: dict[str, tuple[dict[str, Any], ...]] = {
     "shuffle": ({"kind": "AuxLoss", "scope": "shuffle"},),
     "loss-free": (BIAS,),
     "quantile": ({"kind": "ExpertBias", "rule": "quantile"},),
-    "deepseek-v3": (BIAS, {"kind": "AuxLoss", "scope": "sequence", "coef": 1e-4, "counts": "unbiased"}),
     "z": ({"kind": "ZLoss", "coef": 1e-3},),
+    **{name: recipe.policies for name, recipe in RECIPES.items()},
 }
 
 
@@ -220,6 +221,8 @@ def _term(
         if not words or not words[0].isdigit() or int(words[0]) == 0:
             raise ConfigError(expected="sequences:N with N of 1 or more", got=repr(text), do="for example sequences:8")
         specs[0]["scope"] = f"sequences:{words.pop(0)}"
+    if name == "step-3.5" and words and words[0].isdigit():
+        specs[1]["groups"] = int(words.pop(0))
     for value in values:
         specs[0]["rate" if specs[0]["kind"] == "ExpertBias" else "coef"] = value
     for word in words:
