@@ -14,7 +14,7 @@ from .external.registry import register_router
 from .functional.convert import convert_coef
 from .functional.routing import Routing
 from .layers import Experts, MoE, Router, clip_grad_norm_, shard_experts
-from .policies import AuxLoss, ExpertBias, Sequences, Switch, ZLoss
+from .policies import AuxLoss, ExpertBias, Ratio, Sequences, Switch, Target, ZLoss
 
 __version__ = "0.1.0"
 
@@ -30,12 +30,14 @@ __all__ = [
     "MoE",
     "OutputError",
     "Ranks",
+    "Ratio",
     "Router",
     "RouterCarrier",
     "Routing",
     "Sequences",
     "StateError",
     "Switch",
+    "Target",
     "TokenLayout",
     "ZLoss",
     "clip_grad_norm_",

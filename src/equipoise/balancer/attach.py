@@ -71,7 +71,7 @@ def attach(
         _check_routers(routers, schedule, shards)
         check_degenerate(routers, schedule)
         terms = tuple(_term(loss, micro_sequences) for _, loss in schedule.losses)
-        norms = gradient_norms and bool(schedule) and all(r.traits.measures_norms for _, _, r in routers)
+        norms = _measures_norms(schedule, routers, gradient_norms)
         for layer in layers:
             router, traits = layer.router, layer.router.traits
             spec = StatsSpec(
@@ -109,6 +109,19 @@ def _layer(part: int, name: str, router: BalancedRouter) -> Layer:
     """With what `undo` has to know of its bias."""
     none, place = router.expert_bias is None, router.traits.bias_place
     return Layer(name, router, part=part, makes_bias=none, bias_place_before=place)
+
+
+def _measures_norms(schedule: Schedule, routers: Sequence[tuple[int, str, BalancedRouter]], wanted: bool) -> bool:
+    """Raises ConfigError where a coefficient is set by norms that are not there."""
+    without = [name for _, name, router in routers if not router.traits.measures_norms]
+    norms = wanted and bool(schedule) and not without
+    if schedule.needs_norms and routers and not norms:
+        raise ConfigError(
+            expected="routers whose gradient norms are measured, for a coefficient Ratio(...)",
+            got=f"{without[0]}, where autograd records none" if wanted else "gradient_norms=False",
+            do="use a number, or Target(maxvio=0.1)" if wanted else "leave gradient_norms on",
+        )
+    return norms
 
 
 def unbalanced_routers(parts: Sequence[nn.Module], layers: Sequence[Layer]) -> list[str]:

@@ -18,6 +18,7 @@ from ..policies.estimators import ESTIMATORS, shares_at
 from ..policies.losses import AuxLoss, coefficient
 from ..policies.schedule import Schedule
 from ..policies.scopes import Sequences
+from ..policies.self_setting import SelfSetting
 from .class_coefficients import class_coefficients
 from .layer_group import LayerGroup, MicroBatchCoefficients
 
@@ -73,9 +74,10 @@ def micro_batch_coefficients(
     z_L = zero_L
     for scheduled, policy in schedule.losses:
         if scheduled.active(micro.step):
-            coef = coefficient(policy, micro.step)
+            sets_itself = isinstance(policy.coef, SelfSetting)
+            coef = group.coefficients(scheduled.name, policy.coef) if sets_itself else coefficient(policy, micro.step)
             push_L = weight_L * (coef * spec.num_experts)
-            group.step_pushes |= coef > 0
+            group.step_pushes |= sets_itself or coef > 0
             terms.append(_term_coefficients(group, policy, scheduled.term, (taken_LS, own_LE), push_L, micro))
         else:
             terms.append((zero_LE, zero_L, zero_L))

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from ..distributed import Ranks
 from ..external.carrier import RouterCarrier
 from ..policies.expert_bias import ExpertBias
-from ..policies.losses import AuxLoss
+from ..policies.losses import AuxLoss, Coefficient
 from ..policies.schedule import Schedule, ScheduledPolicy
+from ..policies.self_setting import Ratio, Target
 from .declared_step import DeclaredStep
 from .layer_group import Layer
 from .metrics import StepStats
@@ -88,7 +89,7 @@ def _policy(scheduled: ScheduledPolicy) -> str:
     )
     match policy:
         case AuxLoss():
-            coef = "a schedule" if callable(policy.coef) else f"{policy.coef:g}"
+            coef = _coefficient(policy.coef)
             how = f", {policy.estimator}" if policy.estimates else ""
             of = "" if policy.tokens is None else f", tokens {policy.tokens!r} alone"
             return f"AuxLoss {policy.scope}, coef {coef}{how}{of}{_view(policy)}{window}"
@@ -97,6 +98,15 @@ def _policy(scheduled: ScheduledPolicy) -> str:
             scope = "" if policy.scope == ExpertBias.scope else f", scope {policy.scope}"
             return f"ExpertBias {policy.rule}, rate {policy.rate:g}{where}{scope}{_view(policy)}{window}"
     return f"ZLoss{window}"
+
+
+def _coefficient(coef: Coefficient) -> str:
+    match coef:
+        case Ratio(share):
+            return f"that sets itself: its gradient {share:g} of the language model's"
+        case Target(wanted):
+            return f"that sets itself: MaxVio {wanted:g}"
+    return "a schedule" if callable(coef) else f"{coef:g}"
 
 
 def _view(policy: AuxLoss | ExpertBias) -> str:

@@ -15,11 +15,14 @@ from ..autograd.sequence_shards import ShardedFractions
 from ..autograd.spec import StatsSpec
 from ..autograd.token_layout import TokenPlacement
 from ..devices import to_device
+from ..functional.load_view import target_excess
+from ..functional.metrics import maxvio
 from ..functional.quantile import pooled_quantile
 from ..functional.routing import PLACES
 from ..policies.estimators import LoadHistory
 from ..policies.expert_bias import ExpertBias
 from ..policies.schedule import Schedule
+from ..policies.self_setting import Ratio, SelfSetting
 from .load_histories import LoadHistories
 
 __all__ = ["Layer", "LayerGroup", "MicroBatchCoefficients", "group_layers"]
@@ -70,6 +73,7 @@ class LayerGroup:
     part: int
     histories: LoadHistories = field(init=False)
     momentum: dict[str, Tensor] = field(default_factory=dict)  # name of a policy -> (L, E) of its bias rule
+    coefs: dict[str, Tensor] = field(default_factory=dict)  # name of a policy -> (L,) where it sets its coefficient
     step_taken: Tensor | None = None  # sum of what forward measured: stands in where backward brought no gradient
     step_shift: Tensor | None = None  # what changes in it once the other shards of each sequence are known
     step_values: Tensor | None = None  # (L, N): sum over tokens of E <f, p> of the terms whose f the tap chose
@@ -159,6 +163,37 @@ class LayerGroup:
                     self.momentum[scheduled.name] = momentum_LE
                 new = new_LE.unbind()
                 write_all([self.layers[i].bias for i in rows], [new[i] for i in rows])
+
+    def coefficients(self, name: str, rule: SelfSetting) -> Tensor:
+        """(L,) of a policy that sets its coefficient, fp64."""
+        if name not in self.coefs:
+            self.coefs[name] = torch.full((len(self.layers),), rule.start, dtype=torch.float64, device=self.device)
+        return self.coefs[name]
+
+    def move_coefficients(self, schedule: Schedule, summed_LS: Tensor, step: int, keep: Tensor | None = None) -> None:
+        """Those that set themselves, after a step; arguments as of `move_biases`.
+
+        A layer without tokens, without a choice of experts or without anything to train keeps its own; a policy of one
+        class of tokens knows the load of that class alone.
+        """
+        spec = self.spec
+        for scheduled, policy in schedule.losses:
+            if not (isinstance(policy.coef, SelfSetting) and scheduled.active(step)):
+                continue
+            counts_LE, routed_L = self.counts(summed_LS), spec.scalar(summed_LS, "routed_tokens")
+            if policy.tokens is not None:
+                counts_LE, _, routed_L = spec.of_class(summed_LS, policy.tokens)
+            if isinstance(policy.coef, Ratio):
+                squares_L = spec.term_norm(summed_LS, scheduled.term) / spec.lm_norm(summed_LS)
+                seen_L = torch.where(squares_L >= 0, squares_L, torch.nan).sqrt()
+            else:
+                seen_L = maxvio(counts_LE) if policy.view is None else target_excess(policy.view, counts_LE)
+            learns_L = to_device([float(layer.trainable) for layer in self.layers], routed_L.device)
+            chooses_L = (counts_LE.sum(dim=1) < routed_L * spec.num_experts) & (counts_LE.sum(dim=1) > 0)
+            seen_L = torch.where(chooses_L & (learns_L > 0), seen_L, torch.nan)
+            old_L = self.coefficients(scheduled.name, policy.coef)
+            new_L = policy.coef.after(old_L, seen_L)
+            self.coefs[scheduled.name] = new_L if keep is None else torch.where(keep, new_L, old_L)
 
     def _rule(self, policy: ExpertBias, summed_LS: Tensor) -> Tensor | None:
         """(L, E) the step of a rule that is not of the step's counts alone."""

@@ -38,7 +38,8 @@ class StepStats:
     spec: StatsSpec
     places: Sequence[int]  # (n) of each layer in the model's order
     sums: Tensor  # (n, spec.step_size) fp64
-    biases: Sequence[tuple[list[int], Tensor | None]]  # of this rank's layers: rows, (rows, E), NaN where there is none
+    # Of this rank's layers, for the next step: rows; biases (rows, E), NaN where there is none; coefficients (rows,)
+    own: Sequence[tuple[list[int], Tensor | None, dict[str, Tensor]]]
 
     @property
     def counts(self) -> Tensor:
@@ -82,8 +83,10 @@ def metrics(committed: Sequence[StepStats], schedule: Schedule, step: int, *, la
     found["layers_without_tokens"] = sum(number != number for number in loads["topk_score"])
     language, tokens = sum(policies.pop("language")), policies.pop("tokens")
     for key, numbers in policies.items():
-        if key.endswith(("loss", "maxvio")):
+        if key.endswith(("loss", "maxvio", "coef")):
             found |= {key: fmean(of_layers)} if (of_layers := _known(numbers)) else {}
+            if layers and key.endswith("coef"):
+                found |= {f"layer_{i:02d}/{key}": number for i, number in enumerate(numbers) if number == number}
         elif committed[0].spec.norms and language > 0 and sum(numbers) >= 0:
             # not known where autograd left the accumulators alone (``backward(inputs=...)``): left out, not 0
             found[key] = math.sqrt(sum(numbers) / language)
@@ -129,19 +132,23 @@ def _layer_metrics(one: StepStats) -> dict[str, Tensor]:
     }
     if not one.spec.observe_only:  # in backward nothing was looked at
         found["recompute_flips"] = one.spec.step_column(one.sums, "recompute_flips")
-    for rows, bias in one.biases:
+    for rows, bias, _ in one.own:
         if bias is not None:
-            largest = found.setdefault("bias_max", torch.full_like(one.sums[:, 0], torch.nan))
-            at = to_device(rows, largest.device).long()
-            found["bias_max"] = largest.index_copy(0, at, bias.abs().amax(dim=1).double().to(largest.device))
+            _put(found, "bias_max", one, rows, bias.abs().amax(dim=1))
     return found
+
+
+def _put(found: dict[str, Tensor], key: str, one: StepStats, rows: list[int], values: Tensor) -> None:
+    """A number of this rank's own layers, NaN at the others."""
+    known_n = found.get(key, torch.full_like(one.sums[:, 0], torch.nan))
+    found[key] = known_n.index_copy(0, to_device(rows, known_n.device).long(), values.double().to(known_n.device))
 
 
 def _policies(one: StepStats, schedule: Schedule, step: int) -> dict[str, Tensor]:
     """For each policy the loss value (1 = balanced) and the squared norm of its gradient at the router, (n,) each.
 
     Where it sees groups or targets, also by how much the busiest group is above its own; of a class of tokens, the
-    busiest expert of that class.
+    busiest expert of that class; where it sets its coefficient, that of the next step.
     """
     spec, sums, routed = one.spec, one.sums, one.of("routed_tokens")
     nan = torch.nan
@@ -152,6 +159,9 @@ def _policies(one: StepStats, schedule: Schedule, step: int) -> dict[str, Tensor
         of = chosen if policy.tokens is None else torch.where(one.chooses, spec.of_class(sums, policy.tokens)[2], nan)
         found[f"{scheduled.name}/loss"] = values / of
         found[f"{scheduled.name}/gradient_ratio"] = spec.term_norm(sums, scheduled.term)
+        for rows, _, coefs in one.own:
+            if scheduled.name in coefs:
+                _put(found, f"{scheduled.name}/coef", one, rows, coefs[scheduled.name])
     for scheduled, policy in (pair for pair in (*schedule.losses, *schedule.biases) if pair[0].active(step)):
         name = policy.tokens if isinstance(policy, AuxLoss) else None
         counts = (one.counts if name is None else spec.of_class(sums, name)[0]) * one.chooses.unsqueeze(1)

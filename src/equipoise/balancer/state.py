@@ -51,7 +51,7 @@ def put_biases(layers: Sequence[Layer], biases: Mapping[str, Tensor | None]) -> 
 
 
 def _state_names(schedule: Schedule) -> dict[str, str]:
-    """Name of a policy -> what its momentum is saved under."""
+    """Name of a policy -> what its momentum or coefficient is saved under."""
     return {one.name: one.state_name for one in schedule if one.state_name is not None}
 
 
@@ -60,7 +60,7 @@ def states_of(groups: Sequence[LayerGroup], schedule: Schedule) -> dict[str, dic
     states: dict[str, dict[str, Any]] = {}
     names = _state_names(schedule)
     for group in groups:
-        history = group.history
+        history, coefs = group.history, {at: coef_L.cpu() for at, coef_L in group.coefs.items()}
         for i, layer in enumerate(group.layers):
             bias_E = layer.router.expert_bias
             states[layer.name] = {
@@ -68,6 +68,7 @@ def states_of(groups: Sequence[LayerGroup], schedule: Schedule) -> dict[str, dic
                 "previous_E": None if history.previous_E is None else history.previous_E[i].clone(),
                 "ema_E": [(decay, ema_LE[i].clone()) for decay, ema_LE in history.ema_E.items()],
                 "momentum_E": [(names[at], momentum_LE[i].clone()) for at, momentum_LE in group.momentum.items()],
+                "coefs": [(names[at], float(coef_L[i])) for at, coef_L in coefs.items()],
                 "expert_bias_E": None if bias_E is None else bias_E.detach().clone(),
                 "bias_place": layer.router.traits.bias_place,
             }
@@ -110,7 +111,8 @@ def _unfit(layers: Mapping[str, Layer], states: Mapping[str, dict[str, Any]], sc
         if name in states:
             lines += [f"{name}: {what}" for what in _unfit_layer(layer, states[name])]
     known = set(_state_names(schedule).values())
-    rules = dict.fromkeys(rule for state in states.values() for rule, _ in state["momentum_E"] if rule not in known)
+    saved = [rule for state in states.values() for rule, _ in (*state["momentum_E"], *state.get("coefs", ()))]
+    rules = dict.fromkeys(rule for rule in saved if rule not in known)
     return lines + [f"policy {rule!r} is in the state, not in the balancer" for rule in rules]
 
 
@@ -168,6 +170,11 @@ def _load(group: LayerGroup, states: Mapping[str, dict[str, Any]], schedule: Sch
         history.previous_E, history.ema_E = stacked([one["previous_E"] for one in past]), keyed("ema_E", past)
     momenta = keyed("momentum_E")
     group.momentum = {at: momenta[name] for at, name in _state_names(schedule).items() if name in momenta}
+    group.coefs = {}
+    for at, rule in schedule.self_setting:
+        coef_L = group.coefficients(at.name, rule)
+        rows = [dict(state.get("coefs", ())).get(at.state_name) for state in mine]
+        group.coefs[at.name] = coef_L.new_tensor([rule.start if row is None else row for row in rows])
     for layer, state in zip(group.layers, mine, strict=True):
         if state["expert_bias_E"] is not None and layer.router.expert_bias is not None:
             layer.router.expert_bias.copy_(state["expert_bias_E"])

@@ -365,6 +365,7 @@ class StepCycle:
             for group, summed in mine:
                 good = None if keep is None else keep.to(group.device)
                 group.move_biases(self._schedule, summed, self._step, good)
+                group.move_coefficients(self._schedule, summed, self._step, good)
                 group.histories.commit(summed, decays, good)
         if keep is not None:  # of a bad step, which is said one step later, nothing is to be seen
             before = [None] * len(tables) if self._committed is None else [one.sums for one in self._committed]
@@ -373,7 +374,7 @@ class StepCycle:
                 for (table, summed), old in zip(tables, before, strict=True)
             ]
         self._committed = [
-            StepStats(table.spec, table.places, summed, [(rows, group.biases()) for group, rows in table.own])
+            StepStats(table.spec, table.places, summed, [(rows, g.biases(), dict(g.coefs)) for g, rows in table.own])
             for table, summed in tables
         ]
 

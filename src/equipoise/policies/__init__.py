@@ -8,6 +8,7 @@ from .from_data import policies_from
 from .losses import AuxLoss, ZLoss
 from .schedule import Schedule
 from .scopes import SCOPES, Sequences
+from .self_setting import Ratio, Target
 from .switch import Policy, Switch
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "AuxLoss",
     "ExpertBias",
     "Policy",
+    "Ratio",
     "Schedule",
     "Sequences",
     "Switch",
+    "Target",
     "ZLoss",
     "policies_from",
 ]

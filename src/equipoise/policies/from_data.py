@@ -11,6 +11,7 @@ from typing import Any, get_args
 from ..errors import ConfigError, unknown_name
 from .names import LIBRARY, SCHEDULES, Numbers, read_name
 from .scopes import Sequences
+from .self_setting import SELF_SETTING, SelfSetting
 from .switch import Policy
 
 __all__ = ["KINDS", "OnePolicy", "RateSchedule", "as_list", "build", "policies_from"]
@@ -112,6 +113,8 @@ def build(spec: Mapping[str, Any], steps: int | None) -> Policy:
     for key in settings:
         if key not in known:
             raise unknown_name(f"setting of {kind}", key, known)
+    if isinstance(settings.get("coef"), Mapping):
+        settings["coef"] = _sets_itself(settings["coef"])
     scope = settings.get("scope")
     if isinstance(scope, str) and scope.startswith("sequences:"):
         settings["scope"] = Sequences(_count(scope))
@@ -131,6 +134,21 @@ def build(spec: Mapping[str, Any], steps: int | None) -> Policy:
             got=str(error),
             do="numbers stand without quotes, e.g. coef = 0.02; `equipoise train --help` lists what each policy takes",
         ) from None
+
+
+def _sets_itself(spec: Mapping[str, Any]) -> SelfSetting:
+    """``{ratio: 0.01}``, ``{target: 0.1, rate: 0.05}``."""
+    named = [name for name in spec if name in SELF_SETTING]
+    if len(named) != 1:
+        raise unknown_name("coefficient that sets itself", next(iter(spec), None), SELF_SETTING)
+    made = SELF_SETTING[named[0]]
+    first, *others = (one.name for one in fields(made))
+    more = {key: _number(value) for key, value in spec.items() if key != named[0]}
+    for key in more:
+        if key not in others:
+            raise unknown_name(f"setting of {named[0]}", key, others)
+    limits = {"limits": tuple(more["limits"])} if isinstance(more.get("limits"), list) else {}
+    return made(**{first: _number(spec[named[0]]), **more, **limits})
 
 
 def _number(value: Any) -> Any:

@@ -10,12 +10,13 @@ from ..errors import ConfigError
 from ..functional.load_view import LoadView
 from .estimators import check_estimator
 from .scopes import Scope, Sequences, check_policy_name, check_scope
+from .self_setting import SelfSetting
 from .token_classes import check_tokens
 from .views import keep_view
 
-__all__ = ["AuxLoss", "ZLoss", "coefficient"]
+__all__ = ["AuxLoss", "Coefficient", "ZLoss", "coefficient"]
 
-Coefficient = float | Callable[[int], float]
+Coefficient = float | Callable[[int], float] | SelfSetting
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class AuxLoss:
         scope: over which tokens f is measured: "sequence", "document", Sequences(n), "micro_batch", "data_parallel",
             "global_batch" (arXiv 2501.11873), or the control "shuffle": f of as many random tokens of the global batch
             as the micro-batch has (table 2 there; needs a counting pass when a step has several micro-batches).
-        coef: a number, or a function of the step (0 = first). Megatron's convention; papers use 1e-4 .. 2e-2.
+        coef: a number, or a function of the step (0 = first). Megatron's convention; papers use 1e-4 .. 2e-2. Or what
+            sets itself, in each layer: ``Ratio(0.01)``, ``Target(maxvio=0.1)``.
         estimator: for "global_batch" under gradient accumulation: "prefix", "previous", "ema", "filled" or
             "exact" (see ``policies.estimators``).
         counts: "dispatched", or "unbiased" for the top-k without selection bias and groups (DeepSeek-V3 eq. 18), which
@@ -133,20 +135,30 @@ class ZLoss:
 
     def __post_init__(self) -> None:
         check_policy_name(self.name)
+        if isinstance(self.coef, SelfSetting):
+            raise ConfigError(
+                expected="a z-loss with a number or a function of the step", got=repr(self.coef), do="papers use 1e-3"
+            )
         _check_coefficient(self.coef)
 
 
 def coefficient(policy: AuxLoss | ZLoss, step: int) -> float:
-    """The coefficient of a policy at a step (0 = first).
+    """The coefficient of a policy at a step (0 = first); of one that sets itself, the first.
 
     >>> coefficient(ZLoss(coef=lambda step: 0.5 ** step), 2)
     0.25
     """
+    if isinstance(policy.coef, SelfSetting):
+        return policy.coef.start
     return policy.coef(step) if callable(policy.coef) else policy.coef
 
 
 def _check_coefficient(coef: Coefficient) -> None:
-    if not callable(coef) and not (isinstance(coef, int | float) and 0 <= coef < float("inf")):
+    if callable(coef) or isinstance(coef, SelfSetting):
+        return
+    if not (isinstance(coef, int | float) and 0 <= coef < float("inf")):
         raise ConfigError(
-            expected="a coefficient >= 0, or a function of the step", got=repr(coef), do="papers use 1e-4 .. 2e-2"
+            expected="a coefficient >= 0, a function of the step, Ratio or Target",
+            got=repr(coef),
+            do="papers use 1e-4 .. 2e-2",
         )

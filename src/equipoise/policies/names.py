@@ -9,14 +9,15 @@
     shuffle               f over random tokens of the step, as many as a micro-batch has (table 2 there)
     loss-free             a bias on the selection, no loss (arXiv 2408.15664)
     quantile              the same, set each step to what would have given equal loads (Kimi K3, arXiv 2607.24653)
-    deepseek-v3           the same with a small loss per sequence (arXiv 2412.19437)
     z                     the z-loss on the router's logits; useful beside another one
+    deepseek-v3, qwen3, ...   as released models were balanced (`policies.recipes`): step-3.5:8 for 8 groups
 
 Details follow a name, in any order: ``@`` a coefficient or a rate (``global@0.02``, ``loss-free@1e-3``), ``:`` an
 estimator (``global:prefix``), of a bias a rule or a schedule (``loss-free:proportional``), where it acts
 (``loss-free:multiply``, ``loss-free:logits``) and whose load moves it (``loss-free:micro_batch``, a control, known
-to be worse), or, where a model is made for the strategy, a gate (``micro:sigmoid``). ``+`` combines, and
-``micro->global:100`` switches from one to the other after 100 steps.
+to be worse), or, where a model is made for the strategy, a gate (``micro:sigmoid``). A loss sets its coefficient itself
+with ``global:ratio@0.01`` (a share of the language model's gradient) and ``global:target@0.1`` (a MaxVio). ``+``
+combines, and ``micro->global:100`` switches from one to the other after 100 steps.
 """
 
 from __future__ import annotations
@@ -32,10 +33,13 @@ from ..errors import ConfigError, unknown_name
 from ..functional.routing import GATES, PLACES
 from .estimators import ESTIMATORS
 from .expert_bias import BIAS_SCOPES, RULES
+from .recipes import RECIPES
+from .self_setting import SELF_SETTING
 
 __all__ = ["LIBRARY", "NAMES", "SCHEDULES", "Named", "Numbers", "flat", "read_name", "usual_gate"]
 
 SCHEDULES = ("constant", "linear", "cosine")  # of a bias rate
+SETTING_OUT_FOR = {"ratio": 0.01, "target": 0.1}  # without a number
 MICRO_SHARE = 0.01  # of the global coefficient, for the micro-batch loss beside it
 
 GLOBAL: dict[str, Any] = {"kind": "AuxLoss", "scope": "global_batch"}
@@ -53,8 +57,8 @@ NAMES: dict[str, tuple[dict[str, Any], ...]] = {
     "shuffle": ({"kind": "AuxLoss", "scope": "shuffle"},),
     "loss-free": (BIAS,),
     "quantile": ({"kind": "ExpertBias", "rule": "quantile"},),
-    "deepseek-v3": (BIAS, {"kind": "AuxLoss", "scope": "sequence", "coef": 1e-4, "counts": "unbiased"}),
     "z": ({"kind": "ZLoss", "coef": 1e-3},),
+    **{name: recipe.policies for name, recipe in RECIPES.items()},
 }
 
 
@@ -125,6 +129,12 @@ def read_name(text: str, numbers: Numbers = LIBRARY, *, gates: Sequence[str] = (
         name, values, words = _split(term, text)
         specs, gate = _term(name, values, words, text, numbers, gates)
         if name == "micro" and before[0] == "global":
+            if not values and isinstance(before[2][0]["coef"], dict):
+                raise ConfigError(
+                    expected="a number for micro beside a coefficient that sets itself",
+                    got=repr(text),
+                    do="for example global:ratio@0.01+micro@1e-4",
+                )
             if not values:
                 specs[0]["coef"] = before[2][0]["coef"] * MICRO_SHARE
             elif not before[1]:
@@ -211,12 +221,17 @@ def _term(
         if not words or not words[0].isdigit() or int(words[0]) == 0:
             raise ConfigError(expected="sequences:N with N of 1 or more", got=repr(text), do="for example sequences:8")
         specs[0]["scope"] = f"sequences:{words.pop(0)}"
+    if name == "step-3.5" and words and words[0].isdigit():
+        specs[1]["groups"] = int(words.pop(0))
     for value in values:
         specs[0]["rate" if specs[0]["kind"] == "ExpertBias" else "coef"] = value
     for word in words:
         key = _detail(name, word, specs[0], gates)
         if key == "gate":
             gate = word
+        elif key == "coef":
+            start = numbers.coef if values else specs[0]["coef"]
+            specs[0]["coef"] = {word: values[0] if values else SETTING_OUT_FOR[word], "start": start}
         else:
             specs[0][key] = word
             if word == "quantile" and not values:
@@ -227,6 +242,8 @@ def _term(
 def _detail(name: str, word: str, spec: Mapping[str, Any], gates: Sequence[str]) -> str:
     """Which setting of its policy a word after a name is."""
     choices: dict[str, Sequence[str]] = {"gate": tuple(gates)}
+    if spec["kind"] == "AuxLoss":
+        choices["coef"] = tuple(SELF_SETTING)
     if spec.get("scope") == "global_batch":
         choices["estimator"] = tuple(ESTIMATORS)
     elif spec["kind"] == "ExpertBias":

@@ -14,6 +14,7 @@ from .estimators import shares_at
 from .expert_bias import ExpertBias
 from .losses import AuxLoss, ZLoss
 from .scopes import Sequences
+from .self_setting import Ratio, SelfSetting
 from .switch import Policy, Switch
 
 __all__ = ["Schedule", "ScheduledPolicy"]
@@ -53,10 +54,10 @@ class Schedule:
 
     def __init__(self, policies: Sequence[Policy]) -> None:
         flat = [one for index, policy in enumerate(policies) for one in _flatten(policy, index, 0, None)]
-        terms = iter(range(len(flat)))
+        terms, names = iter(range(len(flat))), _names([one.policy for one in flat])
         self._all = tuple(
             replace(one, name=name, state_name=state, term=next(terms) if isinstance(one.policy, AuxLoss) else -1)
-            for one, name, state in zip(flat, _names([one.policy for one in flat]), _state_names(flat), strict=True)
+            for one, name, state in zip(flat, names, _state_names(flat, names), strict=True)
         )
         self.losses = tuple((one, one.policy) for one in self._all if isinstance(one.policy, AuxLoss))
         self.z_losses = tuple((one, one.policy) for one in self._all if isinstance(one.policy, ZLoss))
@@ -78,6 +79,16 @@ class Schedule:
     def balances_load(self) -> bool:
         """Whether a policy pushes loads: one with a coefficient or rate of 0 only measures."""
         return any(loss.coef != 0 for _, loss in self.losses) or any(bias.rate != 0 for _, bias in self.biases)
+
+    @property
+    def self_setting(self) -> list[tuple[ScheduledPolicy, SelfSetting]]:
+        """The losses that set their coefficients, and how."""
+        return [(one, loss.coef) for one, loss in self.losses if isinstance(loss.coef, SelfSetting)]
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether a coefficient is set by the norms of gradients."""
+        return any(isinstance(rule, Ratio) for _, rule in self.self_setting)
 
     @property
     def micro_rules(self) -> tuple[str, ...]:
@@ -172,14 +183,17 @@ def _names(policies: Sequence[AuxLoss | ZLoss | ExpertBias]) -> list[str]:
     return names
 
 
-def _state_names(flat: Sequence[ScheduledPolicy]) -> list[str | None]:
-    """For rules with memory: by what they are and not by their place, so that one is found wherever it is put.
+def _state_names(flat: Sequence[ScheduledPolicy], names_of_metrics: Sequence[str]) -> list[str | None]:
+    """For rules with memory: by what they are and not by their place, so that one is found wherever it is put; for
+    coefficients that set themselves by the name of their policy.
 
     Their options are part of it, because the memory of other options does not fit.
     """
     names: list[str | None] = []
-    for one in flat:
+    for one, of_metrics in zip(flat, names_of_metrics, strict=True):
         policy, name = one.policy, None
+        if isinstance(policy, AuxLoss) and isinstance(policy.coef, SelfSetting):
+            name = f"coefficient of {of_metrics}"
         if isinstance(policy, ExpertBias) and policy.rule == "momentum":
             seen = "" if policy.view is None else f", {policy.view}"
             name = f"momentum(kappa={policy.kappa}, beta={policy.beta}{seen})"

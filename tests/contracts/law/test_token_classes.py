@@ -23,7 +23,19 @@ from contracts.law._token_class_cases import (
     policy_of,
     reference,
 )
-from equipoise import AuxLoss, Balancer, ConfigError, InputError, MoE, Ranks, Router, Sequences, TokenLayout
+from equipoise import (
+    AuxLoss,
+    Balancer,
+    ConfigError,
+    InputError,
+    MoE,
+    Ranks,
+    Ratio,
+    Router,
+    Sequences,
+    Target,
+    TokenLayout,
+)
 from equipoise.distributed import Group
 from equipoise.storage.balancer_file import pack_state, unpack_state
 
@@ -381,3 +393,19 @@ def test_without_a_policy_of_a_class_masks_of_classes_change_nothing():
         assert layer.gate.balance_state is not None
         assert layer.gate.balance_state.spec.classes == ()
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("coef", [Ratio(0.1, decay=0.5), Target(maxvio=0.2, rate=0.5)])
+def test_a_coefficient_that_sets_itself_looks_at_the_class_alone(coef):
+    """By the class's own MaxVio, or its gradient; a step without the class leaves it as it was."""
+    model = class_net(experts=(6,), top_k=(2,))
+    balancer = Balancer(model, [AuxLoss("global_batch", coef, tokens="image")])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    class_step(model, balancer, optimizer, [make_kinds()])
+    metrics = balancer.metrics()
+    seen = metrics["balance/global_image/" + ("gradient_ratio" if isinstance(coef, Ratio) else "maxvio")]
+    wanted = float(coef.after(torch.tensor([1e-2], dtype=torch.float64), torch.tensor([seen], dtype=torch.float64)))
+    assert metrics["balance/global_image/coef"] == pytest.approx(wanted, rel=1e-9) != 1e-2
+    whole = make_kinds()
+    class_step(model, balancer, optimizer, [whole._replace(kinds_BS=torch.zeros_like(whole.kinds_BS))])
+    assert balancer.metrics()["balance/global_image/coef"] == metrics["balance/global_image/coef"]
