@@ -214,7 +214,7 @@ def class_step(
 ) -> dict[str, Tensor]:
     if declared is not None:
         balancer.begin_step(tokens=declared, micro_batches=len(step))
-    if balancer.needs_counting:
+    if balancer.needs_counting and len(step) > 1:
         with balancer.counting():
             for micro in step:
                 model(micro.x_BSD, micro)
