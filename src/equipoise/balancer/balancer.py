@@ -312,6 +312,7 @@ class Balancer(StepCycle):
             reduction=self._reduction,
             raises=self._faults.raises,
             last=self._committed or (),
+            step=self._step - 1,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from ..policies.schedule import Schedule, ScheduledPolicy
 from ..policies.self_setting import Ratio, Target
 from .declared_step import DeclaredStep
 from .layer_group import Layer
-from .metrics import StepStats
+from .metrics import StepStats, shown_signals
+from .signals import SIGNALS
 
 __all__ = ["describe"]
 
@@ -32,6 +33,7 @@ def describe(
     reduction: str,
     raises: bool,
     last: Sequence[StepStats],
+    step: int,
 ) -> str:
     """See ``Balancer.describe``."""
     rows = [("router", "class", "E", "K", "gate", "bias", "learns"), *map(_row, layers)]
@@ -48,6 +50,7 @@ def describe(
         "a step ends": f"with {ends_with}, as the last one did" if ends_with else _step_to_come(),
         "ranks": _ranks(ranks),
         "the last step": _sizes(last, ranks),
+        "signals": _signals(shown_signals(last, schedule, step)) if last else "none yet",
         "switched off": "; ".join(switched_off) or "nothing of the model's own",
         "on a fault": "raises, on all ranks" if raises else "warns, leaves the step unbalanced and goes on",
     }
@@ -151,6 +154,15 @@ def _sizes(last: Sequence[StepStats], ranks: Ranks) -> str:
     data, micro, whole = max(ranks.data.size // shards, 1), together or sequences / calls, sequences / shards
     sizes = f"{micro:g} (micro_batch), {micro * data:g} (data_parallel), {whole:g} (global_batch)"
     return f"took f over 1 sequence (sequence), {sizes}; data ranks: {data}, micro-batches: {whole / micro / data:g}"
+
+
+def _signals(shown: Mapping[str, list[int]]) -> str:
+    """What a step shows that people miss, and what to do."""
+    lines = []
+    for name, layers in shown.items():
+        which = ", ".join(map(str, layers[:4])) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
+        lines.append(f"{name}, layer {which}: {SIGNALS[name].says}; {SIGNALS[name].do}")
+    return "; ".join(lines) or "none"
 
 
 def _merged(lines: list[str], most: int = 12) -> list[str]:

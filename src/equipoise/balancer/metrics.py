@@ -16,10 +16,12 @@ from ..autograd.spec import StatsSpec
 from ..devices import to_device
 from ..functional.load_view import target_excess
 from ..functional.metrics import cv, dead_experts, maxvio, normalized_entropy
+from ..functional.routing import PLACES
 from ..policies.losses import AuxLoss
 from ..policies.schedule import Schedule
+from .signals import SIGNALS, signals
 
-__all__ = ["StepStats", "metrics"]
+__all__ = ["StepStats", "metrics", "shown_signals"]
 
 
 FLIPS = (
@@ -68,10 +70,7 @@ def metrics(committed: Sequence[StepStats], schedule: Schedule, step: int, *, la
 
     What a layer without tokens, or without a choice, cannot know is left out of both. ``layers``: those of one as well.
     """
-    loads, policies = (
-        _numbers(committed, _layer_metrics),
-        _numbers(committed, lambda one: _policies(one, schedule, step)),
-    )
+    loads, policies, widths = _by_layer(committed, schedule, step)
     known = {key: _known(numbers) for key, numbers in loads.items()}
     found = {
         f"layer_{i:02d}/{key}": numbers[i]
@@ -81,7 +80,11 @@ def metrics(committed: Sequence[StepStats], schedule: Schedule, step: int, *, la
     }
     found |= {key: sum(numbers) if key in SUMMED else fmean(numbers) for key, numbers in known.items() if numbers}
     found["layers_without_tokens"] = sum(number != number for number in loads["topk_score"])
-    language, tokens = sum(policies.pop("language")), policies.pop("tokens")
+    of_language, tokens = policies.pop("language"), policies.pop("tokens")
+    if schedule:
+        shown = signals(loads, policies, of_language, widths)
+        found |= {f"signals/{name}": len(shown.get(name, ())) for name in SIGNALS}
+    language = sum(of_language)
     for key, numbers in policies.items():
         if key.endswith(("loss", "maxvio", "coef")):
             found |= {key: fmean(of_layers)} if (of_layers := _known(numbers)) else {}
@@ -94,6 +97,24 @@ def metrics(committed: Sequence[StepStats], schedule: Schedule, step: int, *, la
     if found.get("recompute_flips"):
         warnings.warn(FLIPS, stacklevel=3)
     return {f"balance/{key}": float(number) for key, number in found.items()}
+
+
+def shown_signals(committed: Sequence[StepStats], schedule: Schedule, step: int) -> dict[str, list[int]]:
+    """Name of a signal -> layers that show it, see `signals`."""
+    if not (committed and schedule):
+        return {}
+    loads, policies, widths = _by_layer(committed, schedule, step)
+    return signals(loads, policies, policies["language"], widths)
+
+
+def _by_layer(
+    committed: Sequence[StepStats], schedule: Schedule, step: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]], list[float]]:
+    """Loads, policies, and how far biases on scores are apart; of all layers."""
+    loads = _numbers(committed, _layer_metrics)
+    widths = loads.pop("bias_range", [])
+    policies = _numbers(committed, lambda one: _policies(one, schedule, step))
+    return loads, policies, widths if schedule.bias_place == PLACES[0] else []
 
 
 def _known(numbers: Sequence[float]) -> list[float]:
@@ -135,6 +156,7 @@ def _layer_metrics(one: StepStats) -> dict[str, Tensor]:
     for rows, bias, _ in one.own:
         if bias is not None:
             _put(found, "bias_max", one, rows, bias.abs().amax(dim=1))
+            _put(found, "bias_range", one, rows, bias.amax(dim=1) - bias.amin(dim=1))
     return found
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from contracts.law._external import Block, Chain, D, Gate
 from contracts.law._model import DIM, gradients, loss_of, make_step, net, train_step
 from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, Router, StateError, ZLoss
+from equipoise.balancer.signals import SIGNALS
 
 
 def saved_by(run) -> tuple[list[tuple], Tensor]:
@@ -65,7 +66,7 @@ def test_it_measures_what_a_policy_without_a_coefficient_measures(mode):
     assert not any("flips" in key for key in looked), "nobody looked at what ran again"
     assert looked == {key: pytest.approx(measured[key], rel=1e-12) for key in looked}
     assert {key.split("/")[-1] for key in measured.keys() - looked.keys()} == {
-        "loss", "gradient_ratio", "recompute_flips", "bias_max"}  # fmt: skip
+        "loss", "gradient_ratio", "recompute_flips", "bias_max", *SIGNALS}  # fmt: skip
 
 
 def test_numbers_of_each_layer_can_be_left_out():
@@ -74,7 +75,7 @@ def test_numbers_of_each_layer_can_be_left_out():
     train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.1), make_step())
     few, every = balancer.metrics(layers=False), balancer.metrics()
     assert few == {key: number for key, number in every.items() if "/layer_" not in key}
-    assert len(few) <= 16 < len(every)
+    assert len(few) <= 16 + len(SIGNALS) < len(every)
 
 
 def test_it_says_so():

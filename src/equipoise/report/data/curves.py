@@ -91,7 +91,10 @@ def charts(
 def training_metrics(runs: Sequence[Run], strategies: int = 1) -> list[str]:
     """Names of the metrics to draw: four of the trainer, then those of the balancer that are not of a single layer."""
     names = {name for run in runs for step in run.steps[-1:] + run.steps[:1] for name in step.balance}
-    known = sorted((name for name in names if "/layer_" not in name), key=lambda name: ("maxvio" not in name, name))
+    told = ("/layer_", "/signals/")  # signals are warnings: see `summarize`
+    known = sorted(
+        (one for one in names if not any(part in one for part in told)), key=lambda one: ("maxvio" not in one, one)
+    )
     return ["loss", "lr", "grad_norm", "tokens_per_second", *known[: max(6, MOST_CURVES // strategies - 4)]]
 
 

@@ -17,11 +17,12 @@ from .curves import charts, training_metrics
 from .formatting import clean, listed
 from .headline import headline
 from .order_statistics import random_maxvio
-from .run_view import RunView, mean, usable, view_run
+from .run_view import RunView, is_number, mean, usable, view_run
 from .statistics import estimate, paired_difference
 
 __all__ = ["summarize", "to_json"]
 
+SIGNALS = "balance/signals/"
 PREFERRED_BASELINE = "micro"  # the usual choice: differences read as what switching away from it changes
 
 
@@ -55,6 +56,7 @@ def summarize(runs: Sequence[Run], *, baseline: str | None = None, problems: Seq
         elif late := [str(run.seed) for run in one.runs if step is not None and run.seen_at != step]:
             seeds = f"seed {late[0]} was" if len(late) == 1 else f"seeds {listed(late)} were"
             warnings.append(f"{clean(one.name)}: {seeds} not evaluated at step {step} and left out.")
+    warnings += [line for label, group in groups.items() for line in _signals(label, group)]
     first = views[baseline][0]
     certain, quality = headline(strategies, baseline, step, same_text, others, first.config)
     return Comparison(
@@ -120,6 +122,22 @@ def _baseline(groups: Mapping[str, object], wanted: str | None) -> str:
     if wanted is not None and wanted not in groups:
         raise unknown_name("strategy of these runs", wanted, groups)
     return wanted or (PREFERRED_BASELINE if PREFERRED_BASELINE in groups else next(iter(groups)))
+
+
+def _signals(label: str, runs: Sequence[Run]) -> list[str]:
+    """What the balancer saw in the last step of a run, where most seeds show it."""
+    last = [run.steps[-1].balance for run in runs if run.steps]
+    names = dict.fromkeys(name for one in last for name in one if name.startswith(SIGNALS))
+    lines = []
+    for name in names:
+        layers = [number for one in last if is_number(number := one.get(name)) and number > 0]
+        if 2 * len(layers) > len(last):
+            lines.append(
+                f"{clean(label)} ended with the signal {clean(name.removeprefix(SIGNALS))} in "
+                f"{max(layers):.0f} layer{'s' * (max(layers) > 1)} ({len(layers)} of {len(last)} seeds): "
+                "docs/measures.md says what it means and what helps."
+            )
+    return lines
 
 
 def _strategy(

@@ -252,3 +252,19 @@ def test_a_seed_that_did_not_get_there_is_said_aloud(tmp_path):
     assert list(difference.by_seed) == [0, 1]
     assert micro is not None
     assert f"against micro ({math.sqrt(micro.by_seed[0] * micro.by_seed[1]):.1f}): " in found.quality
+
+
+def test_what_the_balancer_saw_at_the_end_is_a_warning_where_most_seeds_show_it(tmp_path):
+    """Two seeds of three in one strategy, one of three in the other; layers: the most of any."""
+    shown = {("micro", 0): 2.0, ("micro", 2): 1.0, ("global", 1): 3.0}
+    runs = []
+    for strategy in ("micro", "global"):
+        for seed in range(3):
+            run = read_run(write_run(tmp_path / f"{strategy}-{seed}", header(strategy, seed, steps=20)))
+            signals = {"balance/signals/outweighs": shown.get((strategy, seed), 0.0), "balance/signals/flat_gate": 0.0}
+            steps = [*run.steps[:-1], replace(run.steps[-1], balance=run.steps[-1].balance | signals)]
+            runs.append(replace(run, steps=steps))
+    found = summarize(runs)
+    (line,) = [line for line in found.warnings if "signal" in line]
+    assert line.startswith("micro ended with the signal outweighs in 2 layers (2 of 3 seeds): docs/measures.md says")
+    assert not any("signals" in name for name in found["micro"].charts.training)
