@@ -66,6 +66,12 @@ MUTATIONS = {
         "    return micro_batches / step_tokens_L.clamp(min=1) * (tokens_L > 0) / micro.ranks\n",
         "contracts/law/test_defects_ranks.py B01",
     ),
+    "a class of tokens divided by T and not by its T_c": Mutation(
+        "balancer/class_coefficients.py",
+        "push_L / share_L.clamp(min=torch.finfo(share_L.dtype).tiny)",
+        "push_L",
+        "contracts/law/test_token_classes.py every_scope_is_the_law",
+    ),
     "1/M: divided by micro-batches once more (B10)": Mutation(
         "balancer/layer_group.py",
         "        coefs_LP = unit_LP * scale.to(device=unit_LP.device, dtype=torch.float64).reshape(())\n",

@@ -309,7 +309,7 @@ class BalanceCallback(TrainerCallback):
     def _remembers(self) -> bool:
         """Whether the next step needs more than the Trainer's own files bring: biases, or loads of the past."""
         losses = [loss for _, loss in Schedule(self.policies).losses]
-        past = any(loss.scope == "global_batch" and loss.estimator in ("previous", "ema", "filled") for loss in losses)
+        past = any(loss.estimates and loss.estimator in ("previous", "ema", "filled") for loss in losses)
         return past or any(layer.router.expert_bias is not None for layer in self._balancer()._layers)
 
     def _load(self, folder: Path, step: int, before: Any, *, strict: bool = True) -> None:

@@ -81,6 +81,7 @@ def attach_balance_gradient(
         measured.fraction_NBE,
         measured.fraction_NTE,
         batch.token_mask_T,
+        measured.classes_CT,
         state.grad_coefs,
         spec,
         state.key,
@@ -135,6 +136,7 @@ class _BalanceGradient(torch.autograd.Function):
         fraction_NBE,
         fraction_NTE,
         mask_T,
+        classes_CT,
         grad_coefs,
         spec,
         key,
@@ -144,7 +146,7 @@ class _BalanceGradient(torch.autograd.Function):
         has_gradient = bool(spec.terms) or spec.z_loss
         logits_TE_or_none = logits_TE if has_gradient and (spec.z_loss or spec.gate != "softmax") else None
         probs_TE, ids_TK = (probs_TE, ids_TK) if has_gradient else (None, None)
-        kept = (probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE_or_none, ids_TK)
+        kept = (probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, classes_CT, logits_TE_or_none, ids_TK)
         ctx.save_for_backward(*kept, *save_coefs(ctx, grad_coefs))
         ctx.spec, ctx.key, ctx.logits_dtype = spec, key, logits_TE.dtype
         return weights_TK.view_as(weights_TK)
@@ -152,7 +154,8 @@ class _BalanceGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad_weights_TK,) = grad_outputs
-        probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, logits_TE, ids_TK, *in_graph = ctx.saved_tensors
+        kept = ctx.saved_tensors  # once: a checkpoint unpacks a tensor no second time
+        probs_TE, statistics, fraction_NBE, fraction_NTE, mask_T, classes_CT, logits_TE, ids_TK, *in_graph = kept
         spec, grad_coefs = ctx.spec, coefs_at_backward(in_graph, ctx, grad_weights_TK)
         if spec.shards > 1:
             probs_E = spec.probs(statistics)
@@ -163,7 +166,7 @@ class _BalanceGradient(torch.autograd.Function):
             gradient_TE, norms = None, grad_coefs.new_zeros(spec.norms_size)
         else:
             gradient_TE, squares = logit_gradient(
-                spec, grad_coefs, probs_TE, fraction_NBE, fraction_NTE, mask_T, logits_TE
+                spec, grad_coefs, probs_TE, fraction_NBE, fraction_NTE, mask_T, classes_CT, logits_TE
             )
             gradient_TE, zero = gradient_TE.to(ctx.logits_dtype), grad_coefs.new_zeros(())
             lm_square = zero  # recorded by _RecordLogitGrad
@@ -171,7 +174,7 @@ class _BalanceGradient(torch.autograd.Function):
                 lm_square = lm_square_norm(spec, grad_weights_TK, ids_TK, probs_TE, logits_TE)
             norms = torch.stack([lm_square, *(zero if square is None else square for square in squares)])
         counted = torch.cat([statistics, norms]) * spec.count_flag(grad_coefs)
-        return grad_weights_TK, gradient_TE, counted, *[None] * 9
+        return grad_weights_TK, gradient_TE, counted, *[None] * 10
 
 
 class _RecordLogitGrad(torch.autograd.Function):

@@ -22,12 +22,22 @@ def logit_gradient(
     fraction_NBE: Tensor,
     fraction_NTE: Tensor | None,
     mask_T: Tensor | None,
+    classes_CT: Tensor | None,
     logits_TE: Tensor | None,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """(gradient for the logits (T, E), squared norm per term and of the z-loss (N + 1), None where not measured)."""
+    """(gradient for the logits (T, E), squared norm per term and of the z-loss (N + 1), None where not measured).
+
+    ``classes_CT``: the tokens of each class of the spec; a term of a class pushes no other.
+    """
     num_sequences = fraction_NBE.shape[1]
     probs_BSE = probs_TE.view(num_sequences, probs_TE.shape[0] // num_sequences, spec.num_experts)
     q_N = _weighted_fractions(spec, grad_coefs, probs_BSE, fraction_NBE, fraction_NTE)
+    if classes_CT is not None:
+        rows_CBS1 = classes_CT.view(len(classes_CT), *probs_BSE.shape[:2], 1)
+        names = [term.tokens for term in spec.terms]
+        q_N = [
+            q if name is None else q * rows_CBS1[spec.classes.index(name)] for q, name in zip(q_N, names, strict=True)
+        ]
     if not spec.norms and len(q_N) > 1:  # without norms the terms need no separate pass
         q_N = [torch.stack(torch.broadcast_tensors(*q_N)).sum(dim=0)]
     outer_TE = _common_factor(spec, logits_TE, mask_T, probs_TE.dtype)

@@ -40,14 +40,15 @@ class LossTerm(NamedTuple):
     sequences: int = 1  # for "sequences": how many neighbouring ones share an f
     unbiased: bool = False  # f of the top-k without selection bias and groups, as in DeepSeek-V3's sequence loss
     view: LoadView | None = None  # groups, costs and targets that f is seen through
+    tokens: str | None = None  # the class whose tokens alone are counted and pushed; None: all
 
 
 class StatsSpec(NamedTuple):
     """What one router measures; constant while a balancer is attached, so that a compiled graph may rely on it.
 
     Statistics, (..., size): counts E, probabilities E, [unbiased counts E], E for each micro-batch rule, [E bins of
-    offsets], SCALARS, N loss values; then what backward alone knows: squared gradient norms of the language model, of
-    the N terms and of the z-loss.
+    offsets], for each class of tokens counts E, probabilities E and tokens 1, SCALARS, N loss values; then what
+    backward alone knows: squared gradient norms of the language model, of the N terms and of the z-loss.
     Coefficients, (coefs_size,): a row of E for each term, a factor for each term, the z-loss factor, the count flag.
     A row of the step, (..., step_size): the statistics, N deferred loss values, STEP_COLUMNS.
 
@@ -82,6 +83,11 @@ class StatsSpec(NamedTuple):
         return any(term.unbiased for term in self.terms)
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of tokens that a term asks for, each once."""
+        return tuple(dict.fromkeys(term.tokens for term in self.terms if term.tokens is not None))
+
+    @property
     def inside(self) -> bool:
         """Whether something is measured per sequence, so that it matters how the tokens lie."""
         return any(term.kind == "sequences" for term in self.terms)
@@ -98,6 +104,10 @@ class StatsSpec(NamedTuple):
 
     @property
     def _scalars_at(self) -> int:
+        return self._classes_at + len(self.classes) * (2 * self.num_experts + 1)
+
+    @property
+    def _classes_at(self) -> int:
         return self._offsets_at + self.quantile * self.num_experts * BINS
 
     @property
@@ -139,7 +149,17 @@ class StatsSpec(NamedTuple):
 
     def offset_counts(self, statistics: Tensor) -> Tensor:
         """(..., E, B) tokens by what the bias of an expert would have to change by for them to choose it."""
-        return statistics[..., self._offsets_at : self._scalars_at].unflatten(-1, (self.num_experts, BINS))
+        return statistics[..., self._offsets_at : self._classes_at].unflatten(-1, (self.num_experts, BINS))
+
+    def of_class(self, statistics: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """(counts (..., E), sums of the gate probabilities (..., E), number of tokens (...)) of a class of tokens."""
+        experts = self.num_experts
+        at = self._classes_at + self.classes.index(name) * (2 * experts + 1)
+        return (
+            statistics[..., at : at + experts],
+            statistics[..., at + experts : at + 2 * experts],
+            statistics.select(-1, at + 2 * experts),
+        )
 
     @property
     def needs_selection(self) -> bool:

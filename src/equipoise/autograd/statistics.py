@@ -19,11 +19,13 @@ from ..functional.routing import count_choices, gate_probs, gate_slope, without_
 from ..functional.updates import RULES
 from .router_state import ShardCounts
 from .spec import SCALARS, LossTerm, StatsSpec
+from .token_classes import ClassStats, class_statistics
 from .token_layout import TokenLayout
 
 __all__ = ["Measured", "group_counts", "measure", "micro_batches", "rule_sums", "shared_counts", "violations"]
 
 SEQUENCE = LossTerm("sequences", 1)
+DocumentCounts = dict[tuple[bool, str | None], Tensor]  # (unbiased or not, class of tokens) -> (R, E)
 
 
 class Measured(NamedTuple):
@@ -35,6 +37,7 @@ class Measured(NamedTuple):
     fraction_NTE: Tensor | None  # f of the document terms per token
     gram_EE: Tensor | None
     shard_counts: ShardCounts | None  # where the spec is sharded
+    classes_CT: Tensor | None = None  # the valid tokens of each class, where the spec has any
 
 
 @torch.no_grad()
@@ -65,16 +68,17 @@ def measure(
         unbiased_TK = logits_TE.topk(ids_TK.shape[1], dim=-1).indices  # K of this call: it may change while one trains
         unbiased_BE = count_choices(unbiased_TK, num_experts, batch.token_mask_T, num_sequences).double()
 
-    fractions, loads = _fractions([SEQUENCE, micro_batches(spec), *spec.terms], counts_BE, unbiased_BE)
-    kinds = {term.unbiased for term in spec.terms if term.kind == "document"}
-    of_documents = {kind: _document_counts(unbiased_TK if kind else ids_TK, spec, batch) for kind in sorted(kinds)}
-    values, documents = _term_values(spec, fractions[2:], of_documents, probs_BE, valid_TE, batch)
+    of_class = class_statistics(spec, ids_TK, valid_TE, batch, num_sequences) if spec.classes else {}
+    fractions, loads = _fractions([SEQUENCE, micro_batches(spec), *spec.terms], counts_BE, unbiased_BE, of_class)
+    of_documents = _of_documents(spec, ids_TK, unbiased_TK, batch, of_class)
+    values, documents = _term_values(spec, fractions[2:], of_documents, probs_BE, valid_TE, batch, of_class)
     counts_E = counts_BE.sum(dim=0)
     parts = [counts_E, probs_BE.sum(dim=0)] + ([] if unbiased_BE is None else [unbiased_BE.sum(dim=0)])
     offset_TE = choice_offsets(logits_TE, ids_TK, spec.gate, selection) if spec.needs_selection else None
     parts += rule_sums(spec, counts_BE, offset_TE, batch.token_mask_T)
     if spec.quantile and offset_TE is not None:
         parts.append(count_offsets(offset_TE, batch.token_mask_T).flatten())
+    parts += [part for one in of_class.values() for part in one.summed]
     scalars = _scalars(spec, logits_TE, valid_TE, ids_TK, counts_BE, counts_E, batch)
     scalars["maxvio_sequence"], scalars["maxvio_micro_batch"] = loads
     if batch.num_sequences is None:  # which tokens are one sequence is not known, so nothing is said of sequences
@@ -92,27 +96,44 @@ def measure(
         torch.stack(documents) if documents else None,
         _gram(valid_TE, gate_slope(logits_TE, spec.gate)) if spec.gram else None,
         shard_counts,
+        torch.stack([one.mask_T for one in of_class.values()]) if of_class else None,
     )
 
 
 def _term_values(
     spec: StatsSpec,
     fractions: list[Tensor | None],
-    of_documents: dict[bool, Tensor],  # unbiased or not -> (R, E) counts
+    of_documents: DocumentCounts,
     probs_BE: Tensor,
     valid_TE: Tensor,
     batch: TokenLayout,
+    of_class: dict[str, ClassStats],
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """(sum over tokens of E <f, p> for each term, None where forward does not know f; f of the document terms)."""
     values, documents = [], []
     for term, fraction_BE in zip(spec.terms, fractions, strict=True):
         if term.kind == "document":
-            fraction_TE = seen_load(term.view, load_fractions(of_documents[term.unbiased]))[batch.document_T]
+            counts_RE = of_documents[term.unbiased, term.tokens]
+            fraction_TE = seen_load(term.view, load_fractions(counts_RE))[batch.document_T]
             documents.append(fraction_TE.to(valid_TE.dtype))
-            values.append(spec.num_experts * (fraction_TE * valid_TE).sum(dtype=torch.float64))
+            own_TE = valid_TE if term.tokens is None else valid_TE * of_class[term.tokens].mask_T.unsqueeze(-1)
+            values.append(spec.num_experts * (fraction_TE * own_TE).sum(dtype=torch.float64))
         else:
-            values.append(None if fraction_BE is None else spec.num_experts * (fraction_BE * probs_BE).sum())
+            own_BE = probs_BE if term.tokens is None else of_class[term.tokens].probs_BE
+            values.append(None if fraction_BE is None else spec.num_experts * (fraction_BE * own_BE).sum())
     return values, documents
+
+
+def _of_documents(
+    spec: StatsSpec, ids_TK: Tensor, unbiased_TK: Tensor, batch: TokenLayout, of_class: dict[str, ClassStats]
+) -> DocumentCounts:
+    """The counts of each document that the document terms are made of."""
+    found: DocumentCounts = {}
+    kinds = {(term.unbiased, term.tokens) for term in spec.terms if term.kind == "document"}
+    for unbiased, name in sorted(kinds, key=lambda kind: (kind[0], kind[1] or "")):
+        own = batch if name is None else batch._replace(token_mask_T=of_class[name].mask_T)
+        found[unbiased, name] = _document_counts(unbiased_TK if unbiased else ids_TK, spec, own)
+    return found
 
 
 def micro_batches(spec: StatsSpec) -> LossTerm:
@@ -155,7 +176,7 @@ def violations(fraction_BE: Tensor) -> Tensor:
 
 
 def _fractions(
-    terms: list[LossTerm], counts_BE: Tensor, unbiased_BE: Tensor | None
+    terms: list[LossTerm], counts_BE: Tensor, unbiased_BE: Tensor | None, of_class: dict[str, ClassStats]
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """(f of each term, (B, E) or (1, E) where all sequences share it, None where forward does not know it;
     MaxVio summed over the sequences and over the micro-batches, which are the first two terms)."""
@@ -166,6 +187,7 @@ def _fractions(
     rows = []
     for key in distinct:
         chosen_BE = counts_BE if unbiased_BE is None or not key.unbiased else unbiased_BE
+        chosen_BE = chosen_BE if key.tokens is None else of_class[key.tokens].counts_BE
         rows.append(chosen_BE if one else group_counts(chosen_BE, key))
     sizes = [len(row_RE) for row_RE in rows]
     found_RE = load_fractions(torch.cat(rows) if len(rows) > 1 else rows[0])
@@ -252,7 +274,7 @@ def _tables(
     tokens: Tensor,
     counts_CBE: Tensor,
     probs_BE: Tensor,
-    of_documents: dict[bool, Tensor],
+    of_documents: DocumentCounts,
     valid_TE: Tensor,
     batch: TokenLayout,
 ) -> ShardCounts:
@@ -260,7 +282,7 @@ def _tables(
         return ShardCounts(tokens, counts_CBE, probs_BE, None, None, None)
     any_RE = next(iter(of_documents.values()))
     kinds = [False, True][: len(counts_CBE)]
-    counts_CRE = torch.stack([of_documents.get(kind, torch.zeros_like(any_RE)) for kind in kinds])
+    counts_CRE = torch.stack([of_documents.get((kind, None), torch.zeros_like(any_RE)) for kind in kinds])
     assert batch.document_T is not None
     probs_RE = torch.zeros_like(any_RE, dtype=torch.float64).index_add_(0, batch.document_T, valid_TE.double())
     return ShardCounts(tokens, counts_CBE, probs_BE, counts_CRE.double(), probs_RE, batch.document_T)

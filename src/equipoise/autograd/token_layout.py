@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,16 +21,27 @@ class TokenLayout(NamedTuple):
     that measures inside a micro-batch is refused. ``document_T`` numbers the documents of a pack inside the
     micro-batch: integers in [0, T), or in [0, T * shards) where other ranks hold the rest of each sequence.
     ``valid_T``: the tokens that are no padding, where a router gets only some of them; ``token_mask_T`` then leaves
-    out what goes to another router too.
+    out what goes to another router too. ``classes``: for each class of tokens its name and a mask (T,), True where a
+    token is of it; a token may be of several, or of none. Padding is of none, whatever a mask says.
 
     >>> TokenLayout().rows, TokenLayout(num_sequences=4).rows
     (1, 4)
+    >>> TokenLayout(2, classes={"image": torch.tensor([True, True, False, False])}).tensors
+    (tensor([ True,  True, False, False]),)
     """
 
     num_sequences: int | None = None
     token_mask_T: Tensor | None = None
     document_T: Tensor | None = None
     valid_T: Tensor | None = None
+    classes: Mapping[str, Tensor] | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that were said."""
+        of_classes = () if self.classes is None else self.classes.values()
+        said = (self.token_mask_T, self.document_T, self.valid_T, *of_classes)
+        return tuple(one for one in said if one is not None)
 
     @property
     def rows(self) -> int:
@@ -42,8 +54,10 @@ class TokenLayout(NamedTuple):
         >>> TokenLayout(2, torch.ones(4, dtype=torch.bool)).on(torch.device("meta")).token_mask_T.device
         device(type='meta')
         """
+        classes = None if self.classes is None else {name: mask.to(device) for name, mask in self.classes.items()}
         masks = (self.token_mask_T, self.document_T, self.valid_T)
-        return TokenLayout(self.num_sequences, *(None if mask is None else mask.to(device) for mask in masks))
+        mask_T, document_T, valid_T = (None if mask is None else mask.to(device) for mask in masks)
+        return TokenLayout(self.num_sequences, mask_T, document_T, valid_T, classes)
 
 
 Batch = TokenLayout  # its name in scripts that were written before it was public

@@ -208,6 +208,7 @@ def _check_free(routers: Sequence[FoundRouter]) -> None:
 
 
 def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule, shards: int) -> None:
+    _check_classes(schedule, shards)
     for _, name, router in routers:
         for view in schedule.views:
             view.members(router.num_experts)
@@ -234,6 +235,15 @@ def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule, shards: i
                 got=f"a bias in router {name!r} that nobody moves while the router learns",
                 do="add ExpertBias(), or ExpertBias(rate=0.0) to keep it as it is; Balancer(model, []) only looks",
             )
+
+
+def _check_classes(schedule: Schedule, shards: int) -> None:
+    if shards > 1 and (names := [loss.tokens for _, loss in schedule.losses if loss.tokens is not None]):
+        raise ConfigError(
+            expected="whole sequences for a policy of one class of tokens",
+            got=f"tokens={names[0]!r}, and sequences cut over {shards} ranks",
+            do="leave tokens out: the load of a class is not added up over parts of a sequence",
+        )
 
 
 def _check_selects(name: str, router: BalancedRouter, shards: int, schedule: Schedule) -> None:

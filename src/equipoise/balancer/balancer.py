@@ -248,8 +248,8 @@ class Balancer(StepCycle):
     def layout(self, lies: TokenLayout) -> AbstractContextManager[None]:
         """Around forwards of another library's model: how their tokens lie, over what its arguments tell.
 
-        For masks that say who sees whom, and documents that nothing else numbers. Holds for routers whose tokens are
-        as many: ``with balancer.layout(TokenLayout(B, token_mask_T)): loss = model(...).loss``.
+        For masks that say who sees whom, documents and classes that nothing else tells. Holds for routers whose tokens
+        are as many: ``with balancer.layout(TokenLayout(B, token_mask_T)): loss = model(...).loss``.
         """
         return declared_layout([one for layer in self._layers if (one := layer.router.batch_context) is not None], lies)
 

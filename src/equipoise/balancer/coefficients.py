@@ -19,6 +19,7 @@ from ..policies.losses import AuxLoss, coefficient
 from ..policies.schedule import Schedule
 from ..policies.scopes import Sequences
 from ..policies.self_setting import SelfSetting
+from .class_coefficients import class_coefficients
 from .layer_group import LayerGroup, MicroBatchCoefficients
 
 __all__ = ["MicroStep", "micro_batch_coefficients", "tokens_said"]
@@ -45,7 +46,7 @@ def micro_batch_coefficients(
     schedule: Schedule,
     measured: ForwardStats,
     summed: Sequence[Sequence[ShardCounts]],
-    global_LE: Tensor,
+    global_LX: Tensor,
     micro: MicroStep,
     scale: Tensor,
 ) -> MicroBatchCoefficients:
@@ -53,16 +54,16 @@ def micro_batch_coefficients(
 
     Args:
         summed: of each router its tables over all shards, one per call; empty where sequences are whole.
-        global_LE: the counts, summed over ranks as ``micro.summed`` says.
+        global_LX: its loads, summed over ranks as ``micro.summed`` says.
         scale: d(step's loss) / d(this micro-batch's loss): 1/M, GradScaler's scale, ...
     """
     spec = group.spec
-    local_LE = group.counts(measured.statistics_LS) if micro.ranks > 1 else global_LE
+    local_LX = group.histories.loads(measured.statistics_LS) if micro.ranks > 1 else global_LX
     if micro.summed == "step" and micro.ranks > 1:
-        group.history.add_micro_step(local_LE, shared_E=global_LE)
+        group.histories.add_micro_step(local_LX, local_LX, global_LX, shares=True)
     else:
         shares = micro.ranks == 1 or (micro.summed == "micro_step" and shares_at(micro.number))
-        group.history.add_micro_step(global_LE, local_LE, shares=shares)
+        group.histories.add_micro_step(global_LX, local_LX, shares=shares)
     taken_LS, own_LE, own_tokens_L, sharded = _corrected(group, measured, summed)
     weight_L = _token_weight(group, taken_LS, own_tokens_L, micro)
     trainable = [layer.trainable for layer in group.layers]
@@ -159,6 +160,8 @@ def _term_coefficients(
     ``seen``: the statistics of this micro-batch, and the counts of its sequences over all their shards.
     """
     spec, (taken_LS, own_LE) = group.spec, seen
+    if policy.tokens is not None:
+        return class_coefficients(group, policy, taken_LS, push_L, micro.number)
     probs_LE, zero_L = spec.probs(taken_LS), torch.zeros_like(push_L)
     match policy.scope:
         case Sequences(n):

@@ -38,7 +38,7 @@ def keep_counted(groups: Sequence[LayerGroup], taken: Sequence[Tensor], sums: St
     """Gives each group the counts of all ranks, and its pools."""
     for group, counted_LS in zip(groups, sums.start_counts(taken)(), strict=True):
         group.counted = counted_LS
-        group.history.counted_E = group.counts(counted_LS)
+        group.histories.keep_counted(counted_LS)
         pools = [state.pooled_ids for state in group.states if state.pooled_ids]
         group.pools = [tokens.gather_rows(torch.cat(pool)) for pool in pools]
         for state in group.states:

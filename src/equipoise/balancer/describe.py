@@ -93,8 +93,9 @@ def _policy(scheduled: ScheduledPolicy) -> str:
     match policy:
         case AuxLoss():
             coef = _coefficient(policy.coef)
-            how = f", {policy.estimator}" if policy.scope == "global_batch" else ""
-            return f"AuxLoss {policy.scope}, coef {coef}{how}{_view(policy)}{window}"
+            how = f", {policy.estimator}" if policy.estimates else ""
+            of = "" if policy.tokens is None else f", tokens {policy.tokens!r} alone"
+            return f"AuxLoss {policy.scope}, coef {coef}{how}{of}{_view(policy)}{window}"
         case ExpertBias():
             where = "" if policy.place == ExpertBias.place else f", place {policy.place}"
             scope = "" if policy.scope == ExpertBias.scope else f", scope {policy.scope}"

@@ -23,6 +23,7 @@ from ..policies.estimators import LoadHistory
 from ..policies.expert_bias import ExpertBias
 from ..policies.schedule import Schedule
 from ..policies.self_setting import Ratio, SelfSetting
+from .load_histories import LoadHistories
 
 __all__ = ["Layer", "LayerGroup", "MicroBatchCoefficients", "group_layers"]
 
@@ -70,7 +71,7 @@ class LayerGroup:
     layers: list[Layer]
     spec: StatsSpec
     part: int
-    history: LoadHistory = field(default_factory=LoadHistory)
+    histories: LoadHistories = field(init=False)
     momentum: dict[str, Tensor] = field(default_factory=dict)  # name of a policy -> (L, E) of its bias rule
     coefs: dict[str, Tensor] = field(default_factory=dict)  # name of a policy -> (L,) where it sets its coefficient
     step_taken: Tensor | None = None  # sum of what forward measured: stands in where backward brought no gradient
@@ -82,6 +83,14 @@ class LayerGroup:
     step_split = False  # a backward of chosen inputs (zero-bubble schedules): autograd does not fill the accumulators
     counted: Tensor | None = None  # statistics of a counting pass, all ranks
     pools: list[Tensor] | None = None  # its expert ids (N, K) at each layer, for the shuffle control
+
+    def __post_init__(self) -> None:
+        self.histories = LoadHistories(self.spec)
+
+    @property
+    def history(self) -> LoadHistory:
+        """Of all tokens."""
+        return self.histories.whole
 
     @property
     def states(self) -> list[RouterState]:
@@ -96,7 +105,7 @@ class LayerGroup:
         return self.spec.counts(statistics_LS)
 
     def forget_step(self) -> None:
-        self.history.forget_step()
+        self.histories.forget_step()
         self.step_taken = self.step_shift = self.step_values = self.counted = self.pools = None
         self.step_windows, self.step_errors = {}, []
         self.step_pushes = self.step_split = False
@@ -164,18 +173,21 @@ class LayerGroup:
     def move_coefficients(self, schedule: Schedule, summed_LS: Tensor, step: int, keep: Tensor | None = None) -> None:
         """Those that set themselves, after a step; arguments as of `move_biases`.
 
-        A layer without tokens, without a choice of experts or without anything to train keeps its own.
+        A layer without tokens, without a choice of experts or without anything to train keeps its own; a policy of one
+        class of tokens knows the load of that class alone.
         """
-        spec, counts_LE = self.spec, self.counts(summed_LS)
+        spec = self.spec
         for scheduled, policy in schedule.losses:
             if not (isinstance(policy.coef, SelfSetting) and scheduled.active(step)):
                 continue
+            counts_LE, routed_L = self.counts(summed_LS), spec.scalar(summed_LS, "routed_tokens")
+            if policy.tokens is not None:
+                counts_LE, _, routed_L = spec.of_class(summed_LS, policy.tokens)
             if isinstance(policy.coef, Ratio):
                 squares_L = spec.term_norm(summed_LS, scheduled.term) / spec.lm_norm(summed_LS)
                 seen_L = torch.where(squares_L >= 0, squares_L, torch.nan).sqrt()
             else:
                 seen_L = maxvio(counts_LE) if policy.view is None else target_excess(policy.view, counts_LE)
-            routed_L = spec.scalar(summed_LS, "routed_tokens")
             learns_L = to_device([float(layer.trainable) for layer in self.layers], routed_L.device)
             chooses_L = (counts_LE.sum(dim=1) < routed_L * spec.num_experts) & (counts_LE.sum(dim=1) > 0)
             seen_L = torch.where(chooses_L & (learns_L > 0), seen_L, torch.nan)

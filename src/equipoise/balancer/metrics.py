@@ -17,6 +17,7 @@ from ..devices import to_device
 from ..functional.load_view import target_excess
 from ..functional.metrics import cv, dead_experts, maxvio, normalized_entropy
 from ..functional.routing import PLACES
+from ..policies.losses import AuxLoss
 from ..policies.schedule import Schedule
 from .signals import SIGNALS, signals
 
@@ -168,22 +169,28 @@ def _put(found: dict[str, Tensor], key: str, one: StepStats, rows: list[int], va
 def _policies(one: StepStats, schedule: Schedule, step: int) -> dict[str, Tensor]:
     """For each policy the loss value (1 = balanced) and the squared norm of its gradient at the router, (n,) each.
 
-    Where it sees groups or targets, also by how much the busiest group is above its own; where it sets its coefficient,
-    that of the next step.
+    Where it sees groups or targets, also by how much the busiest group is above its own; of a class of tokens, the
+    busiest expert of that class; where it sets its coefficient, that of the next step.
     """
     spec, sums, routed = one.spec, one.sums, one.of("routed_tokens")
-    chosen = torch.where(one.chooses, routed, torch.nan)
+    nan = torch.nan
+    chosen = torch.where(one.chooses, routed, nan)
     found = {"tokens": one.of("tokens"), "language": spec.lm_norm(sums)}
-    for scheduled, _ in (pair for pair in schedule.losses if pair[0].active(step)):
+    for scheduled, policy in (pair for pair in schedule.losses if pair[0].active(step)):
         values = spec.values(sums)[:, scheduled.term] + spec.deferred_values(sums)[:, scheduled.term]
-        found[f"{scheduled.name}/loss"] = values / chosen
+        of = chosen if policy.tokens is None else torch.where(one.chooses, spec.of_class(sums, policy.tokens)[2], nan)
+        found[f"{scheduled.name}/loss"] = values / of
         found[f"{scheduled.name}/gradient_ratio"] = spec.term_norm(sums, scheduled.term)
         for rows, _, coefs in one.own:
             if scheduled.name in coefs:
                 _put(found, f"{scheduled.name}/coef", one, rows, coefs[scheduled.name])
     for scheduled, policy in (pair for pair in (*schedule.losses, *schedule.biases) if pair[0].active(step)):
+        name = policy.tokens if isinstance(policy, AuxLoss) else None
+        counts = (one.counts if name is None else spec.of_class(sums, name)[0]) * one.chooses.unsqueeze(1)
         if policy.view is not None:
-            found[f"{scheduled.name}/maxvio"] = target_excess(policy.view, one.counts * one.chooses.unsqueeze(1))
+            found[f"{scheduled.name}/maxvio"] = target_excess(policy.view, counts)
+        elif name is not None:
+            found[f"{scheduled.name}/maxvio"] = maxvio(counts)
     for scheduled, _ in (pair for pair in schedule.z_losses if pair[0].active(step)):
         found[f"{scheduled.name}/loss"] = one.of("lse_square") / routed
         found[f"{scheduled.name}/gradient_ratio"] = spec.term_norm(sums, len(spec.terms))

@@ -72,6 +72,14 @@ def states_of(groups: Sequence[LayerGroup], schedule: Schedule) -> dict[str, dic
                 "expert_bias_E": None if bias_E is None else bias_E.detach().clone(),
                 "bias_place": layer.router.traits.bias_place,
             }
+            if group.histories.of_class:
+                states[layer.name]["classes"] = {
+                    name: {
+                        "previous_E": None if past.previous_E is None else past.previous_E[i].clone(),
+                        "ema_E": [(decay, ema_LX[i].clone()) for decay, ema_LX in past.ema_E.items()],
+                    }
+                    for name, past in group.histories.of_class.items()
+                }
     return states
 
 
@@ -139,15 +147,17 @@ def _may_be_overwritten(now_E: Tensor, saved_E: Tensor) -> bool:
 def _load(group: LayerGroup, states: Mapping[str, dict[str, Any]], schedule: Schedule, without: set[str]) -> None:
     nothing: dict[str, Any] = {"previous_E": None, "ema_E": [], "momentum_E": [], "expert_bias_E": None}
     mine = [nothing if layer.name in without else states.get(layer.name, nothing) for layer in group.layers]
-    zero_E = torch.zeros(group.spec.num_experts, dtype=torch.float64)
 
     def stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
-        if all(row is None for row in rows):
+        known = [row.cpu().double() for row in rows if row is not None]
+        if not known:
             return None
-        return torch.stack([zero_E if row is None else row.cpu().double() for row in rows]).to(group.device)
+        found = iter(known)
+        whole = torch.stack([torch.zeros_like(known[0]) if row is None else next(found) for row in rows])
+        return whole.to(group.device)
 
-    def keyed(name: str) -> dict[Any, Tensor]:
-        rows = [dict(state[name]) for state in mine]
+    def keyed(name: str, of: Sequence[Mapping[str, Any]] = mine) -> dict[Any, Tensor]:
+        rows = [dict(state[name]) for state in of]
         found = {
             key: stacked([row.get(key) for row in rows]) for key in dict.fromkeys(key for row in rows for key in row)
         }
@@ -155,6 +165,9 @@ def _load(group: LayerGroup, states: Mapping[str, dict[str, Any]], schedule: Sch
 
     group.history.previous_E = stacked([state["previous_E"] for state in mine])
     group.history.ema_E = keyed("ema_E")
+    for name, history in group.histories.of_class.items():
+        past = [state.get("classes", {}).get(name, nothing) for state in mine]
+        history.previous_E, history.ema_E = stacked([one["previous_E"] for one in past]), keyed("ema_E", past)
     momenta = keyed("momentum_E")
     group.momentum = {at: momenta[name] for at, name in _state_names(schedule).items() if name in momenta}
     group.coefs = {}

@@ -102,14 +102,14 @@ class StepCycle:
         if not is_whole_backward():
             for group in groups:
                 group.step_split = True
-        counts = [group.counts(one.statistics_LS) for group, one in zip(groups, taken, strict=True)]
+        counts = [group.histories.loads(one.statistics_LS) for group, one in zip(groups, taken, strict=True)]
         counted = groups[0].counted is not None
         needs = self._schedule.counts_needed(self._step, number, counted=counted, measuring=bool(self._estimators))
         if needs == "none" or (needs == "step" and ranks.size == 1):
             counts_of = lambda: counts  # noqa: E731, nothing to wait for
         else:
             if needs == "step":
-                before = [group.history.local_E for group in groups]
+                before = [group.histories.local for group in groups]
                 counts = [one if old is None else old + one for one, old in zip(counts, before, strict=True)]
             counts_of = self._sums.start_counts(counts)
         about = (self._reduction, declared.tokens, declared.micro_batches, ranks.size, ranks.rank, self._estimators)
@@ -121,9 +121,9 @@ class StepCycle:
             sharded = iter(of_layers)
             return [
                 micro_batch_coefficients(
-                    group, self._schedule, one, [next(sharded) for _ in group.layers], counts_LE, micro, scale
+                    group, self._schedule, one, [next(sharded) for _ in group.layers], loads_LX, micro, scale
                 )
-                for group, one, counts_LE in zip(groups, taken, counts_of(), strict=True)
+                for group, one, loads_LX in zip(groups, taken, counts_of(), strict=True)
             ]
 
         return coefficients
@@ -366,7 +366,7 @@ class StepCycle:
                 good = None if keep is None else keep.to(group.device)
                 group.move_biases(self._schedule, summed, self._step, good)
                 group.move_coefficients(self._schedule, summed, self._step, good)
-                group.history.commit(group.counts(summed), decays, good)
+                group.histories.commit(summed, decays, good)
         if keep is not None:  # of a bad step, which is said one step later, nothing is to be seen
             before = [None] * len(tables) if self._committed is None else [one.sums for one in self._committed]
             tables = [

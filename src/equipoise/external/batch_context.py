@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..torch_internals import current_backward
 from .call_arguments import CallArguments
 from .padding import mask_of_calls, padding_unknown
+from .token_kinds import token_kinds
 
 __all__ = ["BatchContext", "declared_layout"]
 
@@ -41,6 +42,7 @@ class BatchContext:
         self.backward_id = -1  # of the backward that recomputes the model; -1 in forward
         self.declared: TokenLayout | None = None  # by the user with balancer.layout(), in place of what is read
         self.declared_used = False
+        self.reads_kinds = False  # a policy of the routers is of one class of tokens
         self.forward_pass: ForwardPass | None = None
         self._placed: dict[tuple[int, int, bool | None], TokenPlacement] = {}  # of this forward, for all of its layers
         self._on_devices: dict[tuple[int, torch.device], tuple[TokenPlacement, TokenPlacement]] = {}
@@ -113,7 +115,7 @@ class BatchContext:
             return TokenPlacement(tokens, self.declared)
         around = [call for call in calls if call.shape is not None]
         around = [call for call in around if call.running] or around
-        if images is not None and (placed := _of_modality(around, tokens, images)) is not None:
+        if images is not None and (placed := _of_modality(around, tokens, images, self.reads_kinds)) is not None:
             return placed
         first = next((call for call in around if call.num_tokens == tokens), None)
         if first is not None:
@@ -124,7 +126,8 @@ class BatchContext:
             )
             if mask_BS is None:
                 mask_BS = inside_BS
-            layout = TokenLayout(alike[0].rows, _flat(mask_BS), _flat(document_BS))
+            classes = token_kinds(alike) if self.reads_kinds else None
+            layout = TokenLayout(alike[0].rows, _flat(mask_BS), _flat(document_BS), classes=classes)
             return TokenPlacement(tokens, layout, unread=unread)
         if not around:
             return TokenPlacement(tokens, TokenLayout())
@@ -150,8 +153,8 @@ class BatchContext:
 
     def on(self, placed: TokenPlacement, device: torch.device) -> TokenPlacement:
         """The same on a router's device; its tensors are moved once a forward."""
-        tensors = (*placed.batch[1:], placed.rows_T)
-        if all(tensor is None or tensor.device == device for tensor in tensors):
+        tensors = (*placed.batch.tensors, *(() if placed.rows_T is None else (placed.rows_T,)))
+        if all(tensor.device == device for tensor in tensors):
             return placed
         rows_T = None if placed.rows_T is None else placed.rows_T.to(device)
         if torch.compiler.is_compiling():
@@ -236,7 +239,7 @@ def _flat(x_BS: Tensor | None) -> Tensor | None:
     return None if x_BS is None else x_BS.reshape(-1)
 
 
-def _of_modality(calls: Sequence[CallArguments], tokens: int, images: bool) -> TokenPlacement | None:
+def _of_modality(calls: Sequence[CallArguments], tokens: int, images: bool, reads_kinds: bool) -> TokenPlacement | None:
     """For a router of image or text tokens only: which tokens of the batch are its own."""
     for i, call in enumerate(calls):
         if not (isinstance(call.image_tokens, Tensor) and call.image_tokens.shape == call.shape):
@@ -244,8 +247,10 @@ def _of_modality(calls: Sequence[CallArguments], tokens: int, images: bool) -> T
         own_T = (call.image_tokens != 0).reshape(-1) == images
         rows_T = own_T.nonzero().view(-1)
         if len(rows_T) == tokens:
-            mask_BS, unread = mask_of_calls([other for other in calls[i:] if other.shape == call.shape])
+            alike = [other for other in calls[i:] if other.shape == call.shape]
+            mask_BS, unread = mask_of_calls(alike)
             valid_T = torch.ones_like(own_T) if mask_BS is None else mask_BS.reshape(-1)
-            layout = TokenLayout(call.rows, own_T & valid_T, _flat(call.documents()[0]), valid_T)
+            classes = token_kinds(alike) if reads_kinds else None
+            layout = TokenLayout(call.rows, own_T & valid_T, _flat(call.documents()[0]), valid_T, classes)
             return TokenPlacement(tokens, layout, rows_T, unread=unread)
     return None

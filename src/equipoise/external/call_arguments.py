@@ -27,8 +27,8 @@ class CallArguments:
 
     Reads, by name or by position, ``input_ids`` or ``inputs_embeds`` (B, S, ...); a padding mask (see
     `equipoise.external.padding`); the documents of packed rows from ``seq_idx`` (B, S), ``cu_seq_lens_q`` (N + 1,), or
-    ``position_ids`` (B, S) where they do not increase by one; and ``moe_mm_token_type_ids`` (B, S), not 0 for the
-    tokens of an image.
+    ``position_ids`` (B, S) where they do not increase by one; ``moe_mm_token_type_ids`` (B, S), not 0 for the tokens
+    of an image; and what `equipoise.external.token_kinds` makes classes of.
 
     Args:
         module: the module whose calls are recorded.
@@ -50,6 +50,9 @@ class CallArguments:
         self.sequence_ids: Any = None
         self.boundaries: Any = None
         self.image_tokens: Any = None
+        self.kinds: Any = None
+        self.ids: Any = None
+        self.config = getattr(module, "config", None)
 
     @staticmethod
     def takes_tokens(module: nn.Module) -> bool:
@@ -73,6 +76,8 @@ class CallArguments:
         self.sequence_ids = given.get("seq_idx")
         self.boundaries = next((given[k] for k in BOUNDARIES if given.get(k) is not None), None)
         self.image_tokens = given.get("moe_mm_token_type_ids")
+        self.kinds = self.image_tokens if given.get("mm_token_type_ids") is None else given["mm_token_type_ids"]
+        self.ids = given.get("input_ids")
 
     @property
     def num_tokens(self) -> int:

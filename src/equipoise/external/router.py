@@ -115,6 +115,7 @@ class ExternalRouter:
     def balance_state(self, state: RouterState | None) -> None:
         """Attaches the balance gradient to the outputs from now on; None stops that, but keeps a bias of ours."""
         self._balance_state, self._call = state, None
+        self.batch_context.reads_kinds = state is not None and bool(state.spec.classes)
         if state is not None and self._hook is None:
             self._hook = self.module.register_forward_hook(self._hooked, with_kwargs=True)
         elif state is None:
@@ -284,7 +285,11 @@ def _same(one: TokenPlacement, other: TokenPlacement) -> bool:
     """Synchronizes with the device only if the tensors are distinct objects."""
     if one is other:
         return True
-    pairs = zip((*one.batch[1:], one.rows_T), (*other.batch[1:], other.rows_T), strict=True)
+    pairs = list(zip((*one.batch[1:-1], one.rows_T), (*other.batch[1:-1], other.rows_T), strict=True))
+    classes, others = (dict(placed.batch.classes or {}) for placed in (one, other))
+    if classes.keys() != others.keys():
+        return False
+    pairs += [(mask_T, others[name]) for name, mask_T in classes.items()]
     return one.batch.num_sequences == other.batch.num_sequences and all(
         a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
     )

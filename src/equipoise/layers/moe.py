@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..autograd.token_classes import check_class_masks
 from ..autograd.token_layout import TokenLayout
 from ..devices import host_readable
 from ..errors import InputError
@@ -83,7 +85,12 @@ class MoE(nn.Module):
         self.shared_experts: SwiGLU | None = SwiGLU(dim, shared) if shared else None
 
     def forward(
-        self, x_BSD: Tensor, *, token_mask_BS: Tensor | None = None, document_ids_BS: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        *,
+        token_mask_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None,
+        token_classes_BS: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """(B, S, D), (S, B, D) or (T, D) in, the same shape out.
 
@@ -91,8 +98,9 @@ class MoE(nn.Module):
             token_mask_BS: True = a real token. Padding gets an output but is neither counted nor balanced.
             document_ids_BS: the document of each token inside its sequence, integers in [0, S), for scope "document";
                 where other ranks hold the rest of each sequence, numbered through the whole of it.
+            token_classes_BS: name of a class of tokens -> True where a token is of it, for policies with ``tokens=``.
 
-        Both are (B, S) whatever ``batch_first``, as PyTorch's padding masks are.
+        All are (B, S) whatever ``batch_first``, as PyTorch's padding masks are.
         """
         if x_BSD.dim() not in (2, 3):
             raise InputError(
@@ -101,11 +109,18 @@ class MoE(nn.Module):
                 do="merge what lies between: x.flatten(1, -2) of (B, H, W, D) is (B, S, D)",
             )
         if x_BSD.dim() == 3 and self.batch_first is False:
-            swapped = self._forward(x_BSD.transpose(0, 1), token_mask_BS, document_ids_BS)
-            return swapped.transpose(0, 1)
-        return self._forward(x_BSD, token_mask_BS, document_ids_BS)
+            return self._forward(x_BSD.transpose(0, 1), token_mask_BS, document_ids_BS, token_classes_BS).transpose(
+                0, 1
+            )
+        return self._forward(x_BSD, token_mask_BS, document_ids_BS, token_classes_BS)
 
-    def _forward(self, x_BSD: Tensor, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None) -> Tensor:
+    def _forward(
+        self,
+        x_BSD: Tensor,
+        token_mask_BS: Tensor | None,
+        document_ids_BS: Tensor | None,
+        token_classes_BS: Mapping[str, Tensor] | None,
+    ) -> Tensor:
         sequences = x_BSD.unsqueeze(0) if x_BSD.dim() == 2 else x_BSD
         num_sequences, length, dim = sequences.shape
         x_TD = sequences.reshape(-1, dim)
@@ -118,6 +133,10 @@ class MoE(nn.Module):
         if not known:  # documents tell by themselves where flat tokens belong, but not which of two axes is the batch
             documents_T = batch.document_T if x_BSD.dim() == 2 else None
             batch = batch._replace(num_sequences=None, document_T=documents_T)
+        if token_classes_BS:
+            shape = (num_sequences, length) if x_BSD.dim() == 3 else (length,)
+            check_class_masks(token_classes_BS, shape, "token_classes_BS")
+            batch = batch._replace(classes={name: mask.reshape(-1) for name, mask in token_classes_BS.items()})
         routing = self.gate(x_TD, batch)
         y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK)
         if self.shared_experts is not None:

@@ -12,6 +12,7 @@ from ..autograd.balance_gradient import attach_balance_gradient, record_logit_gr
 from ..autograd.finite import check_logits
 from ..autograd.protocol import RouterTraits
 from ..autograd.router_state import RouterState
+from ..autograd.token_classes import check_class_masks
 from ..autograd.token_layout import TokenLayout
 from ..errors import InputError
 from ..functional.quantile import Selection
@@ -129,7 +130,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, batch: TokenLayout | None = None) -> Routing:
         """Routes T tokens; ``batch`` says how they lie in sequences (default: one sequence, no padding).
 
-        Raises InputError for a wrong width, a mask of the wrong length, or NaN logits.
+        Raises InputError for a wrong width, a mask of the wrong length or kind, or NaN logits.
         """
         batch = self._checked(x_TD, batch or TokenLayout())
         with without_autocast(x_TD):  # fp32 even where the model computes in bf16
@@ -194,12 +195,16 @@ class Router(nn.Module):
                     got=str(tuple(tensor.shape)),
                     do="pass the mask of the same tokens that reach the layer",
                 )
-        mask_T, document_T = batch.token_mask_T, batch.document_T
+        mask_T, document_T, classes = batch.token_mask_T, batch.document_T, batch.classes
         check_mask_dtype(mask_T)
+        if classes is not None:
+            check_class_masks(classes, (tokens,))
+            classes = {name: class_T.to(x_TD.device) for name, class_T in classes.items()}
         return TokenLayout(
             batch.num_sequences,
             None if mask_T is None else mask_T.to(x_TD.device, torch.bool),
             None if document_T is None else document_T.to(x_TD.device, torch.long),
+            classes=classes,
         )
 
     expert_bias_multiply, expert_bias_logits = _named_after("multiply"), _named_after("logits")

@@ -11,6 +11,7 @@ from ..functional.load_view import LoadView
 from .estimators import check_estimator
 from .scopes import Scope, Sequences, check_policy_name, check_scope
 from .self_setting import SelfSetting
+from .token_classes import check_tokens
 from .views import keep_view
 
 __all__ = ["AuxLoss", "Coefficient", "ZLoss", "coefficient"]
@@ -38,7 +39,10 @@ class AuxLoss:
         costs: of each expert, above 0: a load counts by it (HMoE, arXiv 2408.10681: the experts' widths).
         targets: the share of the load that each group, without groups each expert, is to have; they sum to 1. Default:
             as many as it has of the experts. See ``functional.load_view`` for the equation.
-        name: of its metrics, ``balance/<name>/loss``; default: "global", "micro", or the scope.
+        tokens: a class of tokens, by the name that layouts have for it ("image"): f and P are of its tokens alone, and
+            the mean is over them. ``estimator`` is then also, at every scope, that of their number in the step.
+        name: of its metrics, ``balance/<name>/loss``; default: "global", "micro", or the scope, "global_image" of a
+            class.
 
     Raises ConfigError for a negative coefficient, an unknown name, or a combination that has no meaning.
 
@@ -57,6 +61,7 @@ class AuxLoss:
     groups: int | Sequence[Sequence[int]] | None = None
     costs: Sequence[float] | None = None
     targets: Sequence[float] | None = None
+    tokens: str | None = None
     view: LoadView | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
@@ -65,6 +70,8 @@ class AuxLoss:
         check_scope(self.scope)
         check_estimator(self.estimator)
         _check_coefficient(self.coef)
+        if self.tokens is not None:
+            check_tokens(self.tokens, self.scope, self.counts)
         if self.counts not in ("dispatched", "unbiased"):
             raise ConfigError(
                 expected="counts: 'dispatched' or 'unbiased'", got=repr(self.counts), do="choose one of them"
@@ -86,26 +93,31 @@ class AuxLoss:
             case Sequences(n):
                 return LossTerm("sequences", n, unbiased, self.view)
             case "sequence":
-                return LossTerm("sequences", 1, unbiased, self.view)
+                return LossTerm("sequences", 1, unbiased, self.view, self.tokens)
             case "document" | "micro_batch":
-                return LossTerm(str(self.scope), 1, unbiased, self.view)
-        return LossTerm("deferred")
+                return LossTerm(str(self.scope), 1, unbiased, self.view, self.tokens)
+        return LossTerm("deferred", tokens=self.tokens)
+
+    @property
+    def estimates(self) -> bool:
+        """Whether ``estimator`` is asked: for f of the step, or for how many tokens of a class it has."""
+        return self.scope == "global_batch" or self.tokens is not None
 
     @property
     def needs_counting(self) -> bool:
         """A step of several micro-batches needs a counting pass first."""
-        return self.scope == "shuffle" or (self.scope == "global_batch" and self.estimator == "exact")
+        return self.scope == "shuffle" or (self.estimates and self.estimator == "exact")
 
     @property
     def shares(self) -> bool:
         """At some micro-steps (`policies.estimators.shares_at`) it has to know what all ranks counted in this step."""
-        return self.scope == "global_batch" and self.estimator == "filled"
+        return self.estimates and self.estimator == "filled"
 
     def needs_current(self, *, counted: bool) -> bool:
         """At each micro-step it has to know the counts of the other ranks; after a counting pass "exact" does not."""
-        if counted and self.needs_counting:
-            return False
-        return self.scope == "data_parallel" or (self.scope == "global_batch" and self.estimator in ("prefix", "exact"))
+        if self.scope == "data_parallel":
+            return True
+        return self.estimates and self.estimator in ("prefix", "exact") and not (counted and self.needs_counting)
 
 
 @dataclass(frozen=True)

@@ -215,4 +215,5 @@ def _kind(policy: AuxLoss | ZLoss | ExpertBias) -> str:
             return "bias"
         case AuxLoss(scope=Sequences(n)):
             return f"sequences_{n}"
-    return NAMES.get(str(policy.scope), str(policy.scope))
+    kind = NAMES.get(str(policy.scope), str(policy.scope))
+    return kind if policy.tokens is None else f"{kind}_{policy.tokens}"
