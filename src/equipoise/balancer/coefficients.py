@@ -74,10 +74,14 @@ def micro_batch_coefficients(
     z_L = zero_L
     for scheduled, policy in schedule.losses:
         if scheduled.active(micro.step):
-            sets_itself = isinstance(policy.coef, SelfSetting)
-            coef = group.coefficients(scheduled.name, policy.coef) if sets_itself else coefficient(policy, micro.step)
+            coef: Tensor | float
+            if isinstance(policy.coef, SelfSetting):
+                coef, pushes = group.coefficients(scheduled.name, policy.coef), True
+            else:
+                coef = coefficient(policy, micro.step)
+                pushes = coef > 0
             push_L = weight_L * (coef * spec.num_experts)
-            group.step_pushes |= sets_itself or coef > 0
+            group.step_pushes |= pushes
             terms.append(_term_coefficients(group, policy, scheduled.term, (taken_LS, own_LE), push_L, micro))
         else:
             terms.append((zero_LE, zero_L, zero_L))

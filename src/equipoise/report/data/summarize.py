@@ -130,7 +130,7 @@ def _signals(label: str, runs: Sequence[Run]) -> list[str]:
     names = dict.fromkeys(name for one in last for name in one if name.startswith(SIGNALS))
     lines = []
     for name in names:
-        layers = [number for one in last if is_number(number := one.get(name)) and number > 0]
+        layers = [number for one in last if is_number(number := one.get(name, 0.0)) and number > 0]
         if 2 * len(layers) > len(last):
             lines.append(
                 f"{clean(label)} ended with the signal {clean(name.removeprefix(SIGNALS))} in "
