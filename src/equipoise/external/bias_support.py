@@ -54,6 +54,7 @@ def why_no_replay(spec: RouterSpec) -> str:
     return ""
 
 
+@torch.no_grad()
 def why_other_weights(live: RouterOutput, spec: RouterSpec) -> str:
     """What of a call's weights does not follow from its logits, in whatever mode it runs; "" if all do. Waits."""
     z_TE = live.logits_TE.float()

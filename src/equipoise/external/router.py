@@ -132,6 +132,12 @@ class ExternalRouter:
         self._routing_calls = calls
         self._keep_hook()
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether its hook does something; not after a replay, where it waits for a recompute that comes too late."""
+        replays = self._routing_calls is not None and not self._routing_calls.ended
+        return self._balance_state is not None or self.own_bias is not None or replays
+
     def _keep_hook(self) -> None:
         """A hook as long as there is something to do; a bias of ours stays with the model."""
         wanted = self._balance_state is not None or self._routing_calls is not None
@@ -229,6 +235,7 @@ class ExternalRouter:
             return None
         return parsed.replace(weights_TK, None if self.own_bias is None and replayed_T2 is None else ids_TK)
 
+    @torch.compiler.disable
     def _check_replays(self, live: RouterOutput) -> None:
         """Once. Raises ConfigError where weights for other experts cannot be made of its logits."""
         if not self._replays and (why := why_other_weights(live, self.spec)):
@@ -346,10 +353,10 @@ def _same(one: TokenPlacement, other: TokenPlacement) -> bool:
 
 
 def attached_routers(model: nn.Module) -> list[tuple[str, ExternalRouter]]:
-    """The routers of a model that have a hook: a balancer is attached, or an earlier one left its bias."""
+    """The routers of a model that do something: of a balancer, of the bias that one left, of a record or a replay."""
     return [
         (name, router)
         for name, module in model.named_modules()
         for hook in module._forward_hooks.values()
-        if isinstance(router := getattr(hook, "__self__", None), ExternalRouter)
+        if isinstance(router := getattr(hook, "__self__", None), ExternalRouter) and router.is_attached
     ]
