@@ -1,12 +1,13 @@
 """The calls of a router whose choices are recorded, or replayed: what it dispatches in place of what it would choose.
 
-A router hands its choice to `dispatch` and weighs what comes back by its live scores; nothing else of it changes.
+A router hands its choice to ``dispatch`` and weighs what comes back by its live scores; nothing else of it changes.
+``dispatch`` is no part of a compiled graph; it is made with the object, so that who only imports this loads no compiler.
 Legend: T tokens, E experts, K experts per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,9 @@ class Dispatch(NamedTuple):
     replayed_T2: Tensor | None = None
 
 
+Choose = Callable[[Tensor, Tensor], Dispatch]  # (choice (T, K), logits (T, E)) -> what is dispatched
+
+
 class RecordedCalls:
     """Keeps what a router chooses, a tensor (T, K) a call, in the fewest bytes that hold E.
 
@@ -41,9 +45,14 @@ class RecordedCalls:
     def __init__(self, num_experts: int) -> None:
         self.ids: list[Tensor] = []
         self._dtype = torch.int16 if num_experts <= torch.iinfo(torch.int16).max else torch.int32
+        self.dispatch: Choose = torch.compiler.disable(self._dispatch)
 
-    @torch.compiler.disable
-    def dispatch(self, live_TK: Tensor, logits_TE: Tensor) -> Dispatch:  # noqa: ARG002, as `ReplayedCalls`
+    def take(self) -> list[Tensor]:
+        """What was recorded; it is no longer held here."""
+        ids, self.ids = self.ids, []
+        return ids
+
+    def _dispatch(self, live_TK: Tensor, logits_TE: Tensor) -> Dispatch:  # noqa: ARG002, as `ReplayedCalls`
         """The choice itself. That of a recompute is one that was recorded in its forward."""
         if not recomputes():
             self.ids.append(live_TK.detach().to(self._dtype))  # always a copy: a router's ids are int64
@@ -76,6 +85,7 @@ class ReplayedCalls:
         self._given: list[_Given] = []
         self._has_graph = False  # a forward with gradient was given a record: its backward may recompute it
         self._leaves: Any = None  # where the context is over: the router to take oneself away from
+        self.dispatch: Choose = torch.compiler.disable(self._dispatch)
 
     @property
     def left_over(self) -> int:
@@ -89,12 +99,11 @@ class ReplayedCalls:
 
     def end(self, router: Any) -> None:
         """The context is over. Stays at a router whose backward may still come, to tell one that recomputes."""
-        self._leaves = router
+        self._leaves, self._recorded, self._given = router, [], []
         if not self._has_graph:
             router.routing_calls = None
 
-    @torch.compiler.disable
-    def dispatch(self, live_TK: Tensor, logits_TE: Tensor) -> Dispatch:
+    def _dispatch(self, live_TK: Tensor, logits_TE: Tensor) -> Dispatch:
         """What was recorded for this call.
 
         Raises InputError for more calls, other tokens or another K than were recorded, StateError for a recompute that

@@ -54,7 +54,7 @@ def record_routing(model: nn.Module, *, example: Mapping[str, Any] | None = None
         yield record
     finally:
         _take_away(routers)
-        record.ids = {name: calls.ids for name, calls in kept.items()}
+        record.ids = {name: calls.take() for name, calls in kept.items()}
 
 
 @contextmanager

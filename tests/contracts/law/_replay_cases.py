@@ -23,9 +23,12 @@ def one_rank_replays(replaying: int) -> dict[str, Any]:
             if replays and m == 1 and dist.get_rank() == replaying:
                 with record_routing(other) as record, torch.no_grad():
                     loss_of(other, micro)
-                seen, hooks = [], []
-                for router in balancer.routers.values():
-                    hooks.append(router.register_forward_hook(lambda _m, _a, routing: seen.append(routing.logits_TE)))
+                seen: list[torch.Tensor] = []
+
+                def see(_router: Any, _args: Any, routing: Any, seen: list[torch.Tensor] = seen) -> None:
+                    seen.append(routing.logits_TE)
+
+                hooks = [router.register_forward_hook(see) for router in balancer.routers.values()]
                 with replay_routing(model, record):
                     (balancer.tap(loss_of(model, micro)) / 2).backward()
                 for hook in hooks:

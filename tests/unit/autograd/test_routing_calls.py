@@ -72,11 +72,11 @@ def test_forwards_that_cannot_be_told_apart_are_an_error_unless_their_records_ag
         if agrees:
             in_backward(lambda calls=calls: calls.dispatch(LIVE_TK, logits(0)))
         else:
-            with pytest.raises(StateError, match="(?s)told apart.*2 of router 'gate'.*with block of its own"):
+            with pytest.raises(StateError, match=r"(?s)told apart.*2 of router 'gate'.*with block of its own"):
                 in_backward(lambda calls=calls: calls.dispatch(LIVE_TK, logits(0)))
 
 
 def test_a_recompute_of_a_forward_before_the_context_is_an_error():
     calls = ReplayedCalls("gate", [LIVE_TK])
-    with pytest.raises(StateError, match="(?s)a recompute with 2 tokens whose forward came before.*do: "):
+    with pytest.raises(StateError, match=r"(?s)a recompute with 2 tokens whose forward came before.*do: "):
         in_backward(lambda: calls.dispatch(LIVE_TK, logits(0)))

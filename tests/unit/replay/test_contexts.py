@@ -170,8 +170,9 @@ class Carried(nn.Module):
 
 
 def test_a_carried_router_is_refused_by_name():
-    with pytest.raises(ConfigError, match="(?s)'balance', a RouterCarrier.*engine's own switch"), record_routing(
-        Carried()
+    with (
+        pytest.raises(ConfigError, match=r"(?s)'balance', a RouterCarrier.*engine's own switch"),
+        record_routing(Carried()),
     ):
         pass
 
@@ -202,7 +203,7 @@ class Block(nn.Module):
 def test_another_librarys_router_replays_with_and_without_a_balancer():
     torch.manual_seed(0)
     model, x = nn.Sequential(Block(Gate()), Block(Gate())), torch.randn(12, 8)
-    example = {"input": x}
+    example = {"x": x}
     with record_routing(model, example=example) as record:
         before = model(x)
     other = RoutingRecord({name: [(ids + 1) % 4 for ids in calls] for name, calls in record.ids.items()})
@@ -226,18 +227,20 @@ def test_weights_that_do_not_follow_from_logits_are_refused():
     model, x = nn.Sequential(Block(Gate(0.5))), torch.randn(12, 8)
     register_router(Gate, gate="softmax")
     try:
-        with pytest.raises(ConfigError, match=r"(?s)Gate \(0.gate\): its weights hold more"), replay_routing(
-            model, RoutingRecord({"0.gate": []}), example={"input": x}
+        with (
+            pytest.raises(ConfigError, match=r"(?s)Gate \(0.gate\): its weights hold more"),
+            replay_routing(model, RoutingRecord({"0.gate": []}), example={"x": x}),
         ):
             pass
     finally:
         registry.REGISTERED.pop(Gate)
     with torch.no_grad():
         model[0].gate.factor.fill_(1.0)
-    with record_routing(model, example={"input": x}) as record:
+    with record_routing(model, example={"x": x}) as record:
         model(x)
-    with pytest.raises(ConfigError, match="(?s)the weights of 12 of 12 tokens do not follow"), replay_routing(
-        model, record, example={"input": x}
+    with (
+        pytest.raises(ConfigError, match="(?s)the weights of 12 of 12 tokens do not follow"),
+        replay_routing(model, record, example={"x": x}),
     ):
         model[0].gate.factor.data.fill_(2.0)  # as noise in training would: not seen by the example run
         model(x)
