@@ -1,7 +1,7 @@
 """The calls of a router whose choices are recorded, or replayed: what it dispatches in place of what it would choose.
 
 A router hands its choice to ``dispatch`` and weighs what comes back by its live scores; nothing else of it changes.
-``dispatch`` is no part of a compiled graph; it is made with the object, so that who only imports this loads no compiler.
+``dispatch`` is in no compiled graph; it is made with its object, so that who imports this loads no compiler.
 Legend: T tokens, E experts, K experts per token.
 """
 

@@ -195,15 +195,15 @@ class Block(nn.Module):
         super().__init__()
         self.gate, self.table = gate, nn.Parameter(torch.randn(4, 8))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        _, weights, ids = self.gate(input)
-        return input + (weights.unsqueeze(-1) * self.table[ids]).sum(dim=-2)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, weights, ids = self.gate(x)
+        return x + (weights.unsqueeze(-1) * self.table[ids]).sum(dim=-2)
 
 
 def test_another_librarys_router_replays_with_and_without_a_balancer():
     torch.manual_seed(0)
     model, x = nn.Sequential(Block(Gate()), Block(Gate())), torch.randn(12, 8)
-    example = {"x": x}
+    example = {"input": x}
     with record_routing(model, example=example) as record:
         before = model(x)
     other = RoutingRecord({name: [(ids + 1) % 4 for ids in calls] for name, calls in record.ids.items()})
@@ -229,19 +229,21 @@ def test_weights_that_do_not_follow_from_logits_are_refused():
     try:
         with (
             pytest.raises(ConfigError, match=r"(?s)Gate \(0.gate\): its weights hold more"),
-            replay_routing(model, RoutingRecord({"0.gate": []}), example={"x": x}),
+            replay_routing(model, RoutingRecord({"0.gate": []}), example={"input": x}),
         ):
             pass
     finally:
         registry.REGISTERED.pop(Gate)
     with torch.no_grad():
         model[0].gate.factor.fill_(1.0)
-    with record_routing(model, example={"x": x}) as record:
+    with record_routing(model, example={"input": x}) as record:
         model(x)
-    with (
-        pytest.raises(ConfigError, match="(?s)the weights of 12 of 12 tokens do not follow"),
-        replay_routing(model, record, example={"x": x}),
-    ):
-        model[0].gate.factor.data.fill_(2.0)  # as noise in training would: not seen by the example run
-        model(x)
+
+    def replay() -> None:
+        with replay_routing(model, record, example={"input": x}):
+            model[0].gate.factor.data.fill_(2.0)  # as noise in training would: not seen by the example run
+            model(x)
+
+    with pytest.raises(ConfigError, match=r"(?s)the weights of 12 of 12 tokens do not follow"):
+        replay()
     assert not model[0].gate._forward_hooks

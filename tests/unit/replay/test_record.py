@@ -21,7 +21,8 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path):
     torch.save(record.state_dict(), tmp_path / "record.pt")
     again = RoutingRecord(torch.load(tmp_path / "record.pt", weights_only=True))
     assert repr(again) == repr(record) == "RoutingRecord(2 routers, 2 calls, 10 tokens)"
-    assert all(torch.equal(one, other) for name in "ab" for one, other in zip(again.ids[name], record.ids[name]))
+    pairs = [pair for name in "ab" for pair in zip(again.ids[name], record.ids[name], strict=True)]
+    assert len(pairs) == 4 and all(torch.equal(*pair) for pair in pairs)
     assert again.ids["a"][0].dtype == torch.int16 and record.to("cpu").ids["b"][1].device.type == "cpu"
 
 
