@@ -98,9 +98,12 @@ class ReplayedCalls:
         return self._leaves is not None
 
     def end(self, router: Any) -> None:
-        """The context is over. Stays at a router whose backward may still come, to tell one that recomputes."""
+        """The context is over. Stays at a router whose backward may still come, to tell one that recomputes.
+
+        That of a reentrant checkpoint has no graph in its forward: while a router trains, it may come.
+        """
         self._leaves, self._recorded, self._given = router, [], []
-        if not self._has_graph:
+        if not (self._has_graph or router.training):
             router.routing_calls = None
 
     def _dispatch(self, live_TK: Tensor, logits_TE: Tensor) -> Dispatch:

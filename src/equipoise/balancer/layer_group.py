@@ -136,8 +136,6 @@ class LayerGroup:
         """
         rows = [i for i, layer in enumerate(self.layers) if layer.trainable]
         counts_LE = self.counts(summed_LS)
-        moves_L1 = self.spec.scalar(summed_LS, "replayed_choices").unsqueeze(1) == 0
-        moves_L1 = moves_L1 if keep is None else moves_L1 & keep
         for scheduled, policy in schedule.biases:
             if rows and scheduled.active(step):
                 bias_LE = stack_on([layer.bias for layer in self.layers], counts_LE.device)
@@ -147,10 +145,10 @@ class LayerGroup:
                 if len(rows) < len(self.layers):
                     own = to_device([layer.trainable for layer in self.layers], old_LE.device).unsqueeze(1) > 0
                     momentum_LE = torch.where(own, momentum_LE, old_LE)
-                new_LE, momentum_LE = (
-                    torch.where(moves_L1, new_LE, bias_LE),
-                    torch.where(moves_L1, momentum_LE, old_LE),
-                )
+                moves_L1 = self.spec.scalar(summed_LS, "replayed_choices").unsqueeze(1) == 0
+                moves_L1 = moves_L1 if keep is None else moves_L1 & keep
+                new_LE = torch.where(moves_L1, new_LE, bias_LE)
+                momentum_LE = torch.where(moves_L1, momentum_LE, old_LE)
                 if scheduled.state_name is not None:
                     self.momentum[scheduled.name] = momentum_LE
                 new = new_LE.unbind()

@@ -84,6 +84,9 @@ class RoutingRecord:
         """
         joined = {}
         for name, calls in self.ids.items():
+            if not calls:  # a router that did not run
+                joined[name] = []
+                continue
             lengths = [len(one) / num_sequences for one in calls]
             missing = 0 if length is None else length - sum(lengths)
             if any(one % 1 for one in lengths) or missing < 0:
@@ -93,7 +96,7 @@ class RoutingRecord:
                     got=f"calls of {', '.join(str(len(one)) for one in calls[:8])} tokens at {name!r}",
                     do="pass the B of the recorded batches, and the S of the batch to replay",
                 )
-            parts = [one.view(num_sequences, -1, one.shape[-1]) for one in calls]
+            parts = [one.reshape(num_sequences, -1, one.shape[-1]) for one in calls]
             if missing:
                 parts.append(parts[-1].new_full((num_sequences, int(missing), parts[-1].shape[-1]), -1))
             joined[name] = [torch.cat(parts, dim=1).flatten(0, 1)]

@@ -251,10 +251,11 @@ def test_a_compiled_model_replays():
     assert_same(*found)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # reentrant under no_grad
 def test_a_recompute_after_the_context_is_an_error_and_a_plain_backward_is_none():
     step = make_step(0)
     record = recorded(1, step)
-    for mode in ("plain", "non_reentrant"):
+    for mode in ("plain", "non_reentrant", "reentrant"):
         model = net(mode=mode, gate="sigmoid")
         with replay_routing(model, record):
             loss = loss_of(model, step[0])
