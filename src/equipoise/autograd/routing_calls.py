@@ -45,7 +45,7 @@ class RecordedCalls:
     def __init__(self, num_experts: int) -> None:
         self.ids: list[Tensor] = []
         self._dtype = torch.int16 if num_experts <= torch.iinfo(torch.int16).max else torch.int32
-        self.dispatch: Choose = torch.compiler.disable(self._dispatch)
+        self.dispatch: Choose = torch.compiler.disable(self._dispatch)  # type: ignore[assignment]
 
     def take(self) -> list[Tensor]:
         """What was recorded; it is no longer held here."""
@@ -85,7 +85,7 @@ class ReplayedCalls:
         self._given: list[_Given] = []
         self._has_graph = False  # a forward with gradient was given a record: its backward may recompute it
         self._leaves: Any = None  # where the context is over: the router to take oneself away from
-        self.dispatch: Choose = torch.compiler.disable(self._dispatch)
+        self.dispatch: Choose = torch.compiler.disable(self._dispatch)  # type: ignore[assignment]
 
     @property
     def left_over(self) -> int:

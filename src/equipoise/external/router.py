@@ -219,9 +219,9 @@ class ExternalRouter:
                 masked=True,
             )
             weights_TK = again_TK.to(weights_TK.dtype)
-        replayed_T2 = None
+        choice_TK, replayed_T2 = ids_TK, None
         if self._routing_calls is not None:
-            choice_TK, (ids_TK, replayed_T2) = ids_TK, self._routing_calls.dispatch(ids_TK, logits_TE)
+            ids_TK, replayed_T2 = self._routing_calls.dispatch(choice_TK, logits_TE)
         if replayed_T2 is not None:
             self._check_replays(RouterOutput(logits_TE, weights_TK, choice_TK))
             made_TK, _ = weigh(logits_TE, ids_TK, gate=self.gate, normalize=self.spec.normalize, scale=self.spec.scale)

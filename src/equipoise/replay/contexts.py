@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..autograd.protocol import is_balanced_router
@@ -129,7 +130,7 @@ def _routers(model: nn.Module, example: Mapping[str, Any] | None) -> Routers:
 
 def _matched(routers: Routers, record: RoutingRecord) -> dict[str, list[Tensor]]:
     """What was recorded for each router, by its name, or the end of it. Checks both."""
-    found = {}
+    names = {}
     for name, router in routers.items():
         if isinstance(router, ExternalRouter) and (why := why_no_replay(router.spec)):
             raise ConfigError(
@@ -141,28 +142,34 @@ def _matched(routers: Routers, record: RoutingRecord) -> dict[str, list[Tensor]]
         alike = [other for other in record.ids if f".{other}".endswith(f".{name}") or f".{name}".endswith(f".{other}")]
         alike = [name] if name in record.ids else alike
         if len(alike) == 1:
-            found[name] = record.ids[alike[0]]
-            _check_ids(name, router.num_experts, found[name])
-    if not len(found) == len(routers) == len(record.ids):
-        missing = [name for name in routers if name not in found]
+            names[name] = alike[0]
+    if not len(set(names.values())) == len(routers) == len(record.ids):
+        missing = [name for name in routers if name not in names]
         raise InputError(
             expected=f"a record of these {len(routers)} routers: {', '.join(list(routers)[:3])}, ...",
             got=f"one of {len(record.ids)}: {', '.join(list(record.ids)[:3])}, ..."
             + (f"; nothing for {missing[0]!r}" if missing else ""),
             do="record a model of the same layers; RoutingRecord({name: ids, ...}) renames or leaves out",
         )
+    found = {name: record.ids[other] for name, other in names.items()}
+    _check_ids(routers, found)
     return found
 
 
-def _check_ids(name: str, num_experts: int, calls: list[Tensor]) -> None:
+def _check_ids(routers: Routers, recorded: Mapping[str, list[Tensor]]) -> None:
     """Waits for the device that a record lies on, once."""
-    largest = max((int(one.max()) for one in calls if one.numel()), default=-1)
-    if largest >= num_experts:
-        raise InputError(
-            expected=f"expert ids below {num_experts} at router {name!r}",
-            got=f"an id of {largest}",
-            do="replay a record of a model with as many experts",
-        )
+    calls = [(name, ids_TK) for name, of_router in recorded.items() for ids_TK in of_router if ids_TK.numel()]
+    if not calls:
+        return
+    device = calls[0][1].device
+    largest = torch.stack([ids_TK.amax().to(device, torch.int64) for _, ids_TK in calls]).tolist()
+    for (name, _), most in zip(calls, largest, strict=True):
+        if most >= routers[name].num_experts:
+            raise InputError(
+                expected=f"expert ids below {routers[name].num_experts} at router {name!r}",
+                got=f"an id of {most}",
+                do="replay a record of a model with as many experts",
+            )
 
 
 def _check_all_ran(given: Mapping[str, ReplayedCalls]) -> None:

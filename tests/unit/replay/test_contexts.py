@@ -121,6 +121,11 @@ def fewer_layers(_model: Any, record: Any) -> None:
         pass
 
 
+def one_record_for_two(model: Any, record: Any) -> None:
+    with replay_routing(model, RoutingRecord({"gate": record.ids["0.gate"], "other": record.ids["1.gate"]})):
+        pass
+
+
 def more_layers(_model: Any, record: Any) -> None:
     with replay_routing(model_of(layers=3), record):
         pass
@@ -145,6 +150,7 @@ def no_router(_model: Any, record: Any) -> None:
         (too_few_calls, InputError, r"as many calls.*got: 1 fewer at router '1.gate'.*do:  .*record\[0\]"),
         (fewer_experts, InputError, "ids below 3 at router '0.gate'.*got: an id of 3.*do: "),
         (fewer_layers, InputError, "these 1 routers.*got: one of 2: 0.gate, 1.gate.*do: "),
+        (one_record_for_two, InputError, "these 2 routers.*got: one of 2: gate, other.*do: "),
         (more_layers, InputError, "these 3 routers.*nothing for '2.gate'.*do: "),
         (nested, StateError, "one record_routing or replay_routing at a time.*do:  leave the first"),
         (no_router, ConfigError, "got: .*do: "),
