@@ -133,10 +133,10 @@ class ExternalRouter:
         self._keep_hook()
 
     @property
-    def is_attached(self) -> bool:
-        """Whether its hook does something; not after a replay, where it waits for a recompute that comes too late."""
-        replays = self._routing_calls is not None and not self._routing_calls.ended
-        return self._balance_state is not None or self.own_bias is not None or replays
+    def only_waits(self) -> bool:
+        """Whether its hook does nothing but wait, after a replay, for a recompute that comes too late."""
+        waits = self._routing_calls is not None and self._routing_calls.ended
+        return waits and self._balance_state is None and self.own_bias is None
 
     def _keep_hook(self) -> None:
         """A hook as long as there is something to do; a bias of ours stays with the model."""
@@ -354,10 +354,10 @@ def _same(one: TokenPlacement, other: TokenPlacement) -> bool:
 
 
 def attached_routers(model: nn.Module) -> list[tuple[str, ExternalRouter]]:
-    """The routers of a model that do something: of a balancer, of the bias that one left, of a record or a replay."""
+    """The routers of a model that have a hook: of a balancer, of the bias that one left, of a record or a replay."""
     return [
         (name, router)
         for name, module in model.named_modules()
         for hook in module._forward_hooks.values()
-        if isinstance(router := getattr(hook, "__self__", None), ExternalRouter) and router.is_attached
+        if isinstance(router := getattr(hook, "__self__", None), ExternalRouter) and not router.only_waits
     ]

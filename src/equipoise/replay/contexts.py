@@ -111,7 +111,8 @@ def _routers(model: nn.Module, example: Mapping[str, Any] | None) -> Routers:
     """By name, wrappers left out. Raises ConfigError where there are none, or one that has no ``routing_calls``."""
     found: Routers = {name: module for name, module in model.named_modules() if is_balanced_router(module)}
     if not found:
-        found = dict(find_external_routers(model, example))
+        with torch.inference_mode(False), torch.enable_grad():  # whether weights are used is seen in the graph
+            found = dict(find_external_routers(model, example))
         for router in found.values():
             if router.balance_state is None:
                 router.batch_context.remove()  # how tokens lie is a balancer's question

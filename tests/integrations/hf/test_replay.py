@@ -173,6 +173,14 @@ def test_a_generation_with_a_cache_is_one_call_of_the_whole_sequences():
         model(input_ids=ids_BS)
 
 
+def test_a_rollout_in_inference_mode_is_trained():
+    model = build("qwen3_moe")
+    with torch.inference_mode(), record_routing(model) as record:
+        loss_of(model, inputs())
+    with replay_routing(model, record):
+        loss_of(model, inputs()).backward()
+
+
 def test_an_adapter_is_trained_on_the_record_of_its_base():
     peft = pytest.importorskip("peft")
     record = recorded(build("qwen3_moe"), inputs())
