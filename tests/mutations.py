@@ -41,12 +41,24 @@ MUTATIONS = {
     ),
     "counted in forward, so twice under recompute (B20, B22)": Mutation(
         "autograd/balance_gradient.py",
-        "    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE, selection)\n",
-        "    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE, selection)\n"
+        "    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE, selection, replayed_T2)\n",
+        "    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE, selection, replayed_T2)\n"
         "    if state.grad_accumulator.grad is None:\n"
         "        state.grad_accumulator.grad = torch.zeros_like(state.grad_accumulator)\n"
         "    state.grad_accumulator.grad[: spec.forward_size] += measured.statistics\n",
         "contracts/law/test_modes.py bit_equal and selective",
+    ),
+    "a replayed step moves the bias (B31)": Mutation(
+        "balancer/layer_group.py",
+        'self.spec.scalar(summed_LS, "replayed_choices").unsqueeze(1) == 0',
+        'self.spec.scalar(summed_LS, "replayed_choices").unsqueeze(1) >= 0',
+        "contracts/law/test_replay.py no_bias",
+    ),
+    "a recompute is given the last record": Mutation(
+        "autograd/routing_calls.py",
+        "given = self._given_before(logits_TE) if again else self._next(live_TK, logits_TE)",
+        "given = self._given[-1] if again else self._next(live_TK, logits_TE)",
+        "contracts/law/test_replay.py several_forwards",
     ),
     "the count flag ignored: two backwards count twice": Mutation(
         "autograd/balance_gradient.py",

@@ -15,6 +15,7 @@ from .functional.convert import convert_coef
 from .functional.routing import Routing
 from .layers import Experts, MoE, Router, clip_grad_norm_, shard_experts
 from .policies import AuxLoss, ExpertBias, Ratio, Sequences, Switch, Target, ZLoss
+from .replay import RoutingRecord, record_routing, replay_routing
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "Router",
     "RouterCarrier",
     "Routing",
+    "RoutingRecord",
     "Sequences",
     "StateError",
     "Switch",
@@ -42,7 +44,9 @@ __all__ = [
     "ZLoss",
     "clip_grad_norm_",
     "convert_coef",
+    "record_routing",
     "register_router",
+    "replay_routing",
     "shard_experts",
 ]
 

@@ -22,7 +22,7 @@ FLOORS = (
     ("functional", "kernels", "distributed", "storage"),
     ("autograd", "report"),
     ("policies", "layers", "external", "plan", "plot", "doctor"),
-    ("balancer",),
+    ("balancer", "replay"),
     ("adapters", "conformance"),
     ("lab",),
     ("inspection", "evidence"),

@@ -10,7 +10,7 @@ PLACES = 15  # with the Trainer's own 20 numbers at each logging step, however d
 WORST = "maxvio_global"  # one layer that collapses is lost in a mean
 FIRST = (  # in the order of what they tell about a run; behind the first row stand the policies
     ("maxvio_global", f"{WORST}_worst", "dead_experts", "tokens", "skipped_steps", "faulty_steps"),
-    ("recompute_flips", "layers_without_tokens", "bias_max", "maxvio_micro_batch", "maxvio_sequence"),
+    ("replay_gap", "recompute_flips", "layers_without_tokens", "bias_max", "maxvio_micro_batch", "maxvio_sequence"),
     ("topk_score", "entropy_global", "cv_global", "maxvio_gate"),
 )
 

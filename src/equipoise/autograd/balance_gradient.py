@@ -40,6 +40,7 @@ def attach_balance_gradient(
     training: bool,
     probs_TE: Tensor | None = None,
     selection: Selection | None = None,
+    replayed_T2: Tensor | None = None,
 ) -> Tensor:
     """Returns ``weights_TK`` unchanged; their backward adds the balance gradient at ``logits_TE`` and counts.
 
@@ -56,6 +57,7 @@ def attach_balance_gradient(
         training: of the router.
         probs_TE: the gate probabilities, from a router whose own backward keeps them: then they are kept once.
         selection: how the choice was made; the quantile rule alone asks for it.
+        replayed_T2: where ``ids_TK`` were recorded and not chosen, of `routing_calls.Dispatch`.
     """
     if not state.measures(training=training):
         return weights_TK
@@ -64,7 +66,7 @@ def attach_balance_gradient(
     if state.grad_accumulator.device != logits_TE.device:
         state.move(logits_TE.device)
     spec = state.spec if training else state.spec.observing
-    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE, selection)
+    measured = measure(spec, logits_TE, ids_TK, counts_BE, batch, probs_TE, selection, replayed_T2)
     if not training:
         record_evaluation(state, measured.statistics)
         return weights_TK

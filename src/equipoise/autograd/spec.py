@@ -26,6 +26,8 @@ SCALARS = (
     "maxvio_micro_batch",  # summed over those that are not empty
     "sequences",
     "nonempty_micro_batches",
+    "replayed_choices",  # of valid tokens, where recorded ids took the place of the router's choice
+    "replay_gap",  # those of them that the router would not have made
 )
 STEP_COLUMNS = ("bad_documents", "missing_gradient", "recompute_flips")  # behind the statistics in a row of the step
 
@@ -54,7 +56,7 @@ class StatsSpec(NamedTuple):
 
     >>> spec = StatsSpec(num_experts=4, top_k=2, gate="softmax", terms=(LossTerm("micro_batch"),))
     >>> spec.forward_size, spec.size, spec.coefs_size
-    (19, 22, 7)
+    (21, 24, 7)
     """
 
     num_experts: int

@@ -49,6 +49,7 @@ def measure(
     batch: TokenLayout,
     probs_TE: Tensor | None = None,
     selection: Selection | None = None,
+    replayed_T2: Tensor | None = None,
 ) -> Measured:
     """All statistics of one micro-batch at one router.
 
@@ -56,6 +57,7 @@ def measure(
         counts_BE: the dispatched choices per sequence.
         probs_TE: the gate probabilities, where the router has them for its weights.
         selection: how the choice was made, where the spec asks.
+        replayed_T2: of `routing_calls.Dispatch`.
     """
     num_sequences, num_experts = counts_BE.shape
     probs_TE = gate_probs(logits_TE, spec.gate) if probs_TE is None else probs_TE.detach()
@@ -74,13 +76,11 @@ def measure(
     values, documents = _term_values(spec, fractions[2:], of_documents, probs_BE, valid_TE, batch, of_class)
     counts_E = counts_BE.sum(dim=0)
     parts = [counts_E, probs_BE.sum(dim=0)] + ([] if unbiased_BE is None else [unbiased_BE.sum(dim=0)])
-    offset_TE = choice_offsets(logits_TE, ids_TK, spec.gate, selection) if spec.needs_selection else None
-    parts += rule_sums(spec, counts_BE, offset_TE, batch.token_mask_T)
-    if spec.quantile and offset_TE is not None:
-        parts.append(count_offsets(offset_TE, batch.token_mask_T).flatten())
+    parts += _of_rules(spec, logits_TE, ids_TK, counts_BE, batch, selection)
     parts += [part for one in of_class.values() for part in one.summed]
     scalars = _scalars(spec, logits_TE, valid_TE, ids_TK, counts_BE, counts_E, batch)
     scalars["maxvio_sequence"], scalars["maxvio_micro_batch"] = loads
+    scalars["replayed_choices"], scalars["replay_gap"] = _replayed(replayed_T2, batch.token_mask_T)
     if batch.num_sequences is None:  # which tokens are one sequence is not known, so nothing is said of sequences
         scalars["nonempty_sequences"] = scalars["maxvio_sequence"] = None
     statistics = torch.cat([*parts, _stacked([*(scalars[name] for name in SCALARS), *values])])
@@ -98,6 +98,22 @@ def measure(
         shard_counts,
         torch.stack([one.mask_T for one in of_class.values()]) if of_class else None,
     )
+
+
+def _of_rules(
+    spec: StatsSpec,
+    logits_TE: Tensor,
+    ids_TK: Tensor,
+    counts_BE: Tensor,
+    batch: TokenLayout,
+    selection: Selection | None,
+) -> list[Tensor]:
+    """What bias rules ask for: those of each micro-batch, and the bins of offsets."""
+    offset_TE = choice_offsets(logits_TE, ids_TK, spec.gate, selection) if spec.needs_selection else None
+    parts = list(rule_sums(spec, counts_BE, offset_TE, batch.token_mask_T))
+    if spec.quantile and offset_TE is not None:
+        parts.append(count_offsets(offset_TE, batch.token_mask_T).flatten())
+    return parts
 
 
 def _term_values(
@@ -238,7 +254,7 @@ def _scalars(
     counts_E: Tensor,
     batch: TokenLayout,
 ) -> dict[str, Tensor | None]:
-    """The SCALARS, but for those of the loads."""
+    """The SCALARS, but for those of the loads and of a replay."""
     mask_T, sequences = batch.token_mask_T, len(counts_BE) if len(logits_TE) else 0
     # counted, and not reckoned from the choices: how many a token makes may change while one trains
     routed = counts_E.new_full((), len(logits_TE)) if mask_T is None else mask_T.sum().double()
@@ -268,6 +284,14 @@ def _scalars(
         "sequences": rows,
         "nonempty_micro_batches": groups,
     }
+
+
+def _replayed(replayed_T2: Tensor | None, mask_T: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(choices replayed, those that the router would not have made) of the valid tokens."""
+    if replayed_T2 is None:
+        return None, None
+    replayed, gap = (replayed_T2 if mask_T is None else replayed_T2 * mask_T.unsqueeze(1)).sum(dim=0).unbind()
+    return replayed, gap
 
 
 def _tables(

@@ -54,6 +54,8 @@ def describe(
         "switched off": "; ".join(switched_off) or "nothing of the model's own",
         "on a fault": "raises, on all ranks" if raises else "warns, leaves the step unbalanced and goes on",
     }
+    if any(bool(one.of("replayed_choices").any()) for one in last):
+        facts["replay"] = "the last step dispatched recorded experts: loads and f are theirs, and no bias moved"
     wide = max(map(len, facts)) + 2
     lines = [
         textwrap.fill(text, WIDTH, initial_indent=f"{name:{wide}}", subsequent_indent=" " * wide)

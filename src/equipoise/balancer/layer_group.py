@@ -143,6 +143,7 @@ class LayerGroup:
     def move_biases(self, schedule: Schedule, summed_LS: Tensor, step: int, keep: Tensor | None = None) -> None:
         """The expert biases after a step, in place; of a frozen router it stays: other experts would answer (B48).
 
+        It stays where recorded ids were dispatched, too: no bias chose them (B31).
         ``summed_LS``: the rows of the step, all ranks. ``keep``: a scalar that is False where the step turns out to be
         bad; None: it is known to be good.
         """
@@ -157,8 +158,10 @@ class LayerGroup:
                 if len(rows) < len(self.layers):
                     own = to_device([layer.trainable for layer in self.layers], old_LE.device).unsqueeze(1) > 0
                     momentum_LE = torch.where(own, momentum_LE, old_LE)
-                if keep is not None:
-                    new_LE, momentum_LE = torch.where(keep, new_LE, bias_LE), torch.where(keep, momentum_LE, old_LE)
+                moves_L1 = self.spec.scalar(summed_LS, "replayed_choices").unsqueeze(1) == 0
+                moves_L1 = moves_L1 if keep is None else moves_L1 & keep
+                new_LE = torch.where(moves_L1, new_LE, bias_LE)
+                momentum_LE = torch.where(moves_L1, momentum_LE, old_LE)
                 if scheduled.state_name is not None:
                     self.momentum[scheduled.name] = momentum_LE
                 new = new_LE.unbind()
@@ -173,8 +176,8 @@ class LayerGroup:
     def move_coefficients(self, schedule: Schedule, summed_LS: Tensor, step: int, keep: Tensor | None = None) -> None:
         """Those that set themselves, after a step; arguments as of `move_biases`.
 
-        A layer without tokens, without a choice of experts or without anything to train keeps its own; a policy of one
-        class of tokens knows the load of that class alone.
+        A layer without tokens, without a choice of experts (recorded ids are not its own) or without anything to train
+        keeps its own; a policy of one class of tokens knows the load of that class alone.
         """
         spec = self.spec
         for scheduled, policy in schedule.losses:
@@ -190,6 +193,7 @@ class LayerGroup:
                 seen_L = maxvio(counts_LE) if policy.view is None else target_excess(policy.view, counts_LE)
             learns_L = to_device([float(layer.trainable) for layer in self.layers], routed_L.device)
             chooses_L = (counts_LE.sum(dim=1) < routed_L * spec.num_experts) & (counts_LE.sum(dim=1) > 0)
+            chooses_L = chooses_L & (spec.scalar(summed_LS, "replayed_choices") == 0)
             seen_L = torch.where(chooses_L & (learns_L > 0), seen_L, torch.nan)
             old_L = self.coefficients(scheduled.name, policy.coef)
             new_L = policy.coef.after(old_L, seen_L)

@@ -151,6 +151,8 @@ def _layer_metrics(one: StepStats) -> dict[str, Tensor]:
         "dead_experts": dead_experts(counts),
         "topk_score": one.of("topk_score") / one.of("routed_tokens"),
     }
+    replayed = one.of("replayed_choices")
+    found["replay_gap"] = one.of("replay_gap") / torch.where(replayed > 0, replayed, torch.nan)
     if not one.spec.observe_only:  # in backward nothing was looked at
         found["recompute_flips"] = one.spec.step_column(one.sums, "recompute_flips")
     for rows, bias, _ in one.own:

@@ -1,4 +1,4 @@
-"""Checks whether a bias can be added to another library's router: its choice has to follow from its logits."""
+"""Checks whether other experts can be given to another library's router, by a bias or by a replay."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from .example_run import RouterCall, run_in_training
 from .gate_fitting import CLOSE, gate_weights
+from .output_formats import RouterOutput
 from .router_spec import RouterSpec
 
-__all__ = ["why_no_bias"]
+__all__ = ["why_no_bias", "why_no_replay", "why_other_weights"]
 
 RUNS = 8  # noise is random, and an example has few tokens
 
@@ -27,9 +28,7 @@ def why_no_bias(module: nn.Module, call: RouterCall, spec: RouterSpec) -> str:
         z_TE = logits_TE.float().clamp(min=1e-30).log() if spec.probabilities else logits_TE.float()
         dropped_T = (ids_TK < 0).any(dim=-1)
         moved_T = _not_the_best(z_TE, ids_TK, logits_TE.dtype) & ~dropped_T
-        made_TK = spec.scale * gate_weights(z_TE, ids_TK, spec.gate, spec.normalize)
-        close_T1 = CLOSE + _rounding(z_TE, logits_TE.dtype).unsqueeze(-1)
-        far_T = ((weights_TK.float() - made_TK).abs() > close_T1 * (made_TK.abs() + 1e-2)).any(dim=-1)
+        far_T = _weighs_otherwise(z_TE, weights_TK, ids_TK, spec, logits_TE.dtype)
         rows += len(ids_TK)
         dropped += int(dropped_T.sum())
         moved += int(moved_T.sum())
@@ -44,6 +43,32 @@ def why_no_bias(module: nn.Module, call: RouterCall, spec: RouterSpec) -> str:
     return (
         f"in training mode the weights of {weighed} of {rows} tokens do not follow from its logits" if weighed else ""
     )
+
+
+def why_no_replay(spec: RouterSpec) -> str:
+    """Why its weights cannot be made for experts that it did not choose, or why they would not run; "" if they can."""
+    if spec.ids_ignored:
+        return spec.ids_ignored
+    if not spec.gate_fits or not spec.exact:
+        return "its weights hold more than scores of its logits, or it drops choices"
+    return ""
+
+
+@torch.no_grad()
+def why_other_weights(live: RouterOutput, spec: RouterSpec) -> str:
+    """What of a call's weights does not follow from its logits, in whatever mode it runs; "" if all do. Waits."""
+    z_TE = live.logits_TE.float()
+    dropped_T = (live.ids_TK < 0).any(dim=-1)
+    far_T = _weighs_otherwise(z_TE, live.weights_TK, live.ids_TK, spec, live.logits_TE.dtype)
+    other = int((far_T | dropped_T).sum())
+    return f"the weights of {other} of {len(far_T)} tokens do not follow from its logits" if other else ""
+
+
+def _weighs_otherwise(z_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor, spec: RouterSpec, dtype: torch.dtype) -> Tensor:
+    """(T,) True where the weights are not the gate's, up to the rounding of the returned dtype."""
+    made_TK = spec.scale * gate_weights(z_TE, ids_TK, spec.gate, spec.normalize)
+    close_T1 = CLOSE + _rounding(z_TE, dtype).unsqueeze(-1)
+    return ((weights_TK.float() - made_TK).abs() > close_T1 * (made_TK.abs() + 1e-2)).any(dim=-1)
 
 
 def _not_the_best(z_TE: Tensor, ids_TK: Tensor, dtype: torch.dtype) -> Tensor:

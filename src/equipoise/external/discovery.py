@@ -82,8 +82,11 @@ def find_external_routers(
     fit = fit_spec_to_observe if look else fit_spec
     specs = {name: fit(modules[name], name, call) for name, call in found.calls.items()}
     if not look:
-        no_bias = _check_block_uses_output(found, specs, biases)
-        specs = {name: spec._replace(no_bias=no_bias.get(name, spec.no_bias)) for name, spec in specs.items()}
+        ignored = _check_block_uses_output(found, specs, biases)
+        specs = {
+            name: spec._replace(no_bias=ignored.get(name, spec.no_bias), ids_ignored=ignored.get(name, ""))
+            for name, spec in specs.items()
+        }
     for name, spec in specs.items():
         if not spec.gate_fits:
             warnings.warn(

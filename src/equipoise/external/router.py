@@ -13,17 +13,18 @@ from ..autograd.balance_gradient import attach_balance_gradient
 from ..autograd.finite import check_logits
 from ..autograd.protocol import RouterTraits
 from ..autograd.router_state import RouterState
+from ..autograd.routing_calls import RecordedCalls, ReplayedCalls
 from ..autograd.token_layout import TokenPlacement
 from ..errors import ConfigError, InputError, StateError
 from ..functional.quantile import Selection
-from ..functional.routing import PLACES, choose, count_choices
+from ..functional.routing import PLACES, choose, count_choices, weigh
 from ..torch_internals import current_backward
 from .batch_context import BatchContext
-from .bias_support import why_no_bias
+from .bias_support import why_no_bias, why_other_weights
 from .correction_bias import CorrectionBias
 from .example_run import RouterCall
 from .gate_fitting import log_probabilities
-from .output_formats import parse_output
+from .output_formats import RouterOutput, parse_output
 from .padding import padding_unknown
 from .router_spec import RouterSpec
 
@@ -66,6 +67,8 @@ class ExternalRouter:
         self._bias_place = PLACES[0]  # of a bias of ours
         self._correction_bias, self._call = correction_bias, call
         self._balance_state: RouterState | None = None
+        self._routing_calls: RecordedCalls | ReplayedCalls | None = None
+        self._replays = False  # it was looked at whether its weights can be made for other experts
         self._hook: Any = None
         self._recomputed = (-1, 0)  # the backward that recomputes pieces of a forward, and how many it has recomputed
 
@@ -116,13 +119,34 @@ class ExternalRouter:
         """Attaches the balance gradient to the outputs from now on; None stops that, but keeps a bias of ours."""
         self._balance_state, self._call = state, None
         self.batch_context.reads_kinds = state is not None and bool(state.spec.classes)
-        if state is not None and self._hook is None:
-            self._hook = self.module.register_forward_hook(self._hooked, with_kwargs=True)
-        elif state is None:
+        if state is None:
             self.batch_context.remove()
-            if self._hook is not None and self.own_bias is None:
-                self._hook.remove()
-                self._hook = None
+        self._keep_hook()
+
+    @property
+    def routing_calls(self) -> RecordedCalls | ReplayedCalls | None:
+        """What records its choices, or takes their place; with a balancer or without."""
+        return self._routing_calls
+
+    @routing_calls.setter
+    def routing_calls(self, calls: RecordedCalls | ReplayedCalls | None) -> None:
+        self._routing_calls = calls
+        self._keep_hook()
+
+    @property
+    def only_waits(self) -> bool:
+        """Whether its hook does nothing but wait, after a replay, for a recompute that comes too late."""
+        waits = self._routing_calls is not None and self._routing_calls.ended
+        return waits and self._balance_state is None and self.own_bias is None
+
+    def _keep_hook(self) -> None:
+        """A hook as long as there is something to do; a bias of ours stays with the model."""
+        wanted = self._balance_state is not None or self._routing_calls is not None
+        if wanted and self._hook is None:
+            self._hook = self.module.register_forward_hook(self._hooked, with_kwargs=True)
+        elif not wanted and self._hook is not None and self.own_bias is None:
+            self._hook.remove()
+            self._hook = None
 
     @property
     def expert_bias(self) -> Tensor | None:
@@ -196,13 +220,42 @@ class ExternalRouter:
                 masked=True,
             )
             weights_TK = again_TK.to(weights_TK.dtype)
+        choice_TK, replayed_T2 = ids_TK, None
+        if self._routing_calls is not None:
+            ids_TK, replayed_T2 = self._routing_calls.dispatch(choice_TK, logits_TE)
+        if replayed_T2 is not None:
+            self._check_replays(RouterOutput(logits_TE, weights_TK, choice_TK))
+            made_TK, _ = weigh(logits_TE, ids_TK, gate=self.gate, normalize=self.spec.normalize, scale=self.spec.scale)
+            as_chosen_T1 = (ids_TK == choice_TK).all(dim=-1, keepdim=True)  # there its own weights, to the last bit
+            weights_TK = torch.where(as_chosen_T1, weights_TK, made_TK.to(weights_TK.dtype))
         if self._balance_state is not None and self._balance_state.measures(training=module.training):
-            weights_TK = self._attach(self._balance_state, weights_TK, logits_TE[:, : self.num_experts], ids_TK)
+            weights_TK = self._attach(
+                self._balance_state, weights_TK, logits_TE[:, : self.num_experts], ids_TK, replayed_T2
+            )
         if weights_TK is parsed.parts.weights_TK:  # nothing changed
             return None
-        return parsed.replace(weights_TK, None if self.own_bias is None else ids_TK)
+        return parsed.replace(weights_TK, None if self.own_bias is None and replayed_T2 is None else ids_TK)
 
-    def _attach(self, state: RouterState, weights_TK: Tensor, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    def _check_replays(self, live: RouterOutput) -> None:
+        """Once, in eager mode. Raises ConfigError where weights for other experts cannot be made of its logits."""
+        if self._replays or torch.compiler.is_compiling():
+            return
+        if why := why_other_weights(live, self.spec):
+            raise ConfigError(
+                expected="a router whose weights follow from its logits, for a replay",
+                got=f"{type(self.module).__name__} ({self.name}): {why}",
+                do="let it return the logits that its weights are made of (docs/own-router.md)",
+            )
+        self._replays = True
+
+    def _attach(
+        self,
+        state: RouterState,
+        weights_TK: Tensor,
+        logits_TE: Tensor,
+        ids_TK: Tensor,
+        replayed_T2: Tensor | None,
+    ) -> Tensor:
         placed = self.batch_context.on(self._placed(state, len(ids_TK)), ids_TK.device)
         self._check(placed, state)
         batch, rows_T, given_TK = placed.batch, placed.rows_T, weights_TK
@@ -212,6 +265,8 @@ class ExternalRouter:
             weights_TK, logits_TE, ids_TK = (
                 x.new_zeros(whole, x.shape[1]).index_copy(0, rows_T, x) for x in (weights_TK, logits_TE, ids_TK)
             )
+            if replayed_T2 is not None:
+                replayed_T2 = replayed_T2.new_zeros(whole, 2).index_copy(0, rows_T, replayed_T2)
         choices = self.num_experts + self.idle
         if self.spec.may_drop:
             ids_TK = ids_TK.masked_fill(ids_TK < 0, choices - 1)
@@ -220,7 +275,15 @@ class ExternalRouter:
         if state.spec.needs_selection:
             selection = Selection(self.expert_bias, self._bias_place, *(self._groups or (1, 1)), masked=True)
         tied_TK = attach_balance_gradient(
-            state, weights_TK, logits_TE, ids_TK, counts_BE, batch, training=self.module.training, selection=selection
+            state,
+            weights_TK,
+            logits_TE,
+            ids_TK,
+            counts_BE,
+            batch,
+            training=self.module.training,
+            selection=selection,
+            replayed_T2=replayed_T2,
         )
         if tied_TK is weights_TK:
             return given_TK
@@ -296,10 +359,10 @@ def _same(one: TokenPlacement, other: TokenPlacement) -> bool:
 
 
 def attached_routers(model: nn.Module) -> list[tuple[str, ExternalRouter]]:
-    """The routers of a model that have a hook: a balancer is attached, or an earlier one left its bias."""
+    """The routers of a model that have a hook: of a balancer, of the bias that one left, of a record or a replay."""
     return [
         (name, router)
         for name, module in model.named_modules()
         for hook in module._forward_hooks.values()
-        if isinstance(router := getattr(hook, "__self__", None), ExternalRouter)
+        if isinstance(router := getattr(hook, "__self__", None), ExternalRouter) and not router.only_waits
     ]

@@ -35,6 +35,7 @@ class RouterSpec(NamedTuple):
     swapped: bool = False  # K = E, and the second of its two float tensors is the logits
     may_drop: bool = False  # ids of -1 are possible: dropped choices
     gate_fits: bool = True  # False: no gate fits its weights, and ``gate`` is an assumption
+    ids_ignored: str = ""  # why other ids than its own would change nothing; "" if they do, or nobody looked
 
 
 def fit_spec(module: nn.Module, name: str, call: RouterCall) -> RouterSpec:

@@ -32,6 +32,7 @@ __all__ = [
     "inside_best_groups",
     "route",
     "select_experts",
+    "weigh",
     "without_autocast",
 ]
 
@@ -251,8 +252,8 @@ def choose(
         if masked:
             chosen_by_TE = chosen_by_TE.masked_fill(logits_TE == float("-inf"), float("-inf"))
         ids_TK = select_experts(chosen_by_TE, top_k, num_groups, top_groups, masked=masked)
-    weights_TK, probs_TE = _weights(logits_TE, ids_TK, gate, normalize)
-    return (weights_TK * scale if scale != 1.0 else weights_TK), ids_TK, probs_TE
+    weights_TK, probs_TE = weigh(logits_TE, ids_TK, gate=gate, normalize=normalize, scale=scale)
+    return weights_TK, ids_TK, probs_TE
 
 
 def _chosen_by(z_TE: Tensor, gate: str, bias_E: Tensor | None, place: str, *, grouped: bool) -> Tensor:
@@ -307,8 +308,20 @@ def check_routing(num_experts: int, top_k: int, gate: str, num_groups: int = 1, 
         )
 
 
+def weigh(
+    logits_TE: Tensor, ids_TK: Tensor, *, gate: str, normalize: bool, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """(weights (T, K) of these experts, unbiased and with gradient; p (T, E) where they were taken from it).
+
+    >>> weigh(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[2, 0]]), gate="softmax", normalize=True, scale=2.0)
+    (tensor([[0.2384, 1.7616]]), None)
+    """
+    weights_TK, probs_TE = _weights(logits_TE, ids_TK, gate, normalize)
+    return (weights_TK * scale if scale != 1.0 else weights_TK), probs_TE
+
+
 def _weights(logits_TE: Tensor, ids_TK: Tensor, gate: str, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Unbiased weights of the chosen experts. Only the K chosen logits are touched wherever the algebra allows it."""
+    """Without the scale. Only the K chosen logits are touched wherever the algebra allows it."""
     if gate == "softmax" and not normalize:
         probs_TE = gate_scores(logits_TE, gate)
         return probs_TE.gather(-1, ids_TK), probs_TE

@@ -271,7 +271,7 @@ def _summarize(
     width = max(_power(num_experts), 2)
     if not plain_BE.numel():
         plain_BE = counts_BE  # without a bias the choices are those
-    statistics = probs_BE.new_empty(size)
+    statistics = probs_BE.new_zeros(size)  # what a replay alone fills is none of the kernels'
     fraction_NBE = torch.zeros(terms, num_sequences, num_experts, dtype=torch.float64, device=counts_BE.device)
     load("triton_statistics").statistics[(1,)](
         counts_BE, plain_BE, probs_BE, scalars_B2, statistics, num_sequences, min(micro, num_sequences), top_k,

@@ -12,6 +12,7 @@ from ..autograd.balance_gradient import attach_balance_gradient, record_logit_gr
 from ..autograd.finite import check_logits
 from ..autograd.protocol import RouterTraits
 from ..autograd.router_state import RouterState
+from ..autograd.routing_calls import RecordedCalls, ReplayedCalls
 from ..autograd.token_classes import check_class_masks
 from ..autograd.token_layout import TokenLayout
 from ..errors import InputError
@@ -23,6 +24,7 @@ from ..functional.routing import (
     check_routing,
     choose,
     count_choices,
+    weigh,
     without_autocast,
 )
 from ..kernels import RouterForm, gate_fits, gate_logits
@@ -57,7 +59,8 @@ class Router(nn.Module):
             which may let it act elsewhere: ``bias_place``, one of the places of ``functional.route``. Checkpoints name
             it ``expert_bias_multiply`` or ``expert_bias_logits`` then, so that nobody takes it for another.
 
-    ``balance_state`` is None until a ``Balancer`` attaches one.
+    ``balance_state`` is None until a ``Balancer`` attaches one, ``routing_calls`` outside of ``record_routing`` and
+    ``replay_routing``.
 
     >>> router = Router(dim=8, num_experts=4, top_k=2)
     >>> routing = router(torch.randn(6, 8))
@@ -90,6 +93,7 @@ class Router(nn.Module):
         self.scale, self.num_groups, self.top_groups = scale, num_groups, top_groups
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.balance_state: RouterState | None = None
+        self.routing_calls: RecordedCalls | ReplayedCalls | None = None
         self.register_buffer("expert_bias", None)
         if selection_bias:
             self.enable_selection_bias()
@@ -140,7 +144,7 @@ class Router(nn.Module):
                 wide = torch.promote_types(x_TD.dtype, torch.float32)
                 raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         state = self.balance_state
-        if fuses(raw_TE, self.top_k, self.num_groups, state, batch):
+        if self.routing_calls is None and fuses(raw_TE, self.top_k, self.num_groups, state, batch):
             form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
             biased = self.expert_bias, self.bias_place
             return fused_route(raw_TE, form, *biased, state, batch, training=self.training)
@@ -158,6 +162,11 @@ class Router(nn.Module):
             normalize=self.normalize,
             scale=self.scale,
         )
+        replayed_T2 = None
+        if self.routing_calls is not None:
+            ids_TK, replayed_T2 = self.routing_calls.dispatch(ids_TK, raw_TE)
+        if replayed_T2 is not None:
+            weights_TK, probs_TE = weigh(logits_TE, ids_TK, gate=self.gate, normalize=self.normalize, scale=self.scale)
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         if state is not None:
             weights_TK = attach_balance_gradient(
@@ -170,6 +179,7 @@ class Router(nn.Module):
                 training=self.training,
                 probs_TE=probs_TE,
                 selection=Selection(self.expert_bias, self.bias_place, self.num_groups, self.top_groups),
+                replayed_T2=replayed_T2,
             )
         return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))
 

@@ -10,7 +10,19 @@ import torch
 from contracts.law._model import aux, loss_of, make_step, net, new_history, train_step, twin
 from contracts.law._reference import naive_maxvio, reference_step
 from contracts.law._self_setting_cases import coefficients
-from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, MoE, Ratio, Switch, Target, ZLoss
+from equipoise import (
+    AuxLoss,
+    Balancer,
+    ConfigError,
+    ExpertBias,
+    MoE,
+    Ratio,
+    Switch,
+    Target,
+    ZLoss,
+    record_routing,
+    replay_routing,
+)
 from equipoise.policies import policies_from
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -100,6 +112,20 @@ def test_a_layer_that_shows_nothing_keeps_its_coefficient():
     train_step(model, balancer, optimizer, [micro])
     found = [balancer.state_dict()["layers"][f"blocks.{i}.gate"]["coefs"][0][1] for i in range(3)]
     assert found[0] == pytest.approx(0.1 * 2.718281828459045**0.5) and found[1:] == [0.1, 0.1]
+
+
+def test_a_load_that_was_replayed_moves_none():
+    model = net(experts=(6, 6), top_k=(2, 2))
+    balancer = Balancer(model, [AuxLoss("global_batch", RULES["target"])])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    (micro,) = make_step(0)
+    with record_routing(model) as record:
+        model(micro.x_BSD)
+    with replay_routing(model, record):
+        train_step(model, balancer, optimizer, [micro])
+    assert balancer.metrics()[KEY] == RULES["target"].start
+    train_step(model, balancer, optimizer, [micro])
+    assert balancer.metrics()[KEY] != RULES["target"].start
 
 
 def test_it_acts_in_its_own_steps_and_beside_others():

@@ -1,0 +1,132 @@
+"""What routers chose, call after call: a record that is cut, joined, moved and saved.
+
+Legend: T tokens of a call, B sequences of S tokens, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+
+__all__ = ["RoutingRecord"]
+
+
+class RoutingRecord:
+    """The expert ids of each router, (T, K) a call, as `record_routing` yields them and `replay_routing` takes them.
+
+    Args:
+        ids: router name -> its calls in their order, integer ids (T, K) on any device. A row of -1 is a token of which
+            nothing is known: it goes where the router chooses. An engine that serves rollouts gives such tensors too;
+            `record_routing` shows the names.
+
+    Raises InputError for ids that are no integers (T, K), repeated or below 0 in a row that is not -1 throughout.
+
+    ``torch.save(record.state_dict(), path)`` and ``RoutingRecord(torch.load(path))`` keep one on disk.
+
+    >>> record = RoutingRecord({"gate": [torch.tensor([[0, 3], [1, 2]])]})
+    >>> record
+    RoutingRecord(1 router, 1 call, 2 tokens)
+    >>> record.tokens(torch.tensor([1])).ids
+    {'gate': [tensor([[1, 2]])]}
+    """
+
+    def __init__(self, ids: Mapping[str, Sequence[Tensor]]) -> None:
+        self.ids = {name: list(calls) for name, calls in ids.items()}
+        for name, calls in self.ids.items():
+            for i, ids_TK in enumerate(calls):
+                if why := _why_no_ids(ids_TK):
+                    raise InputError(
+                        expected=f"integer expert ids (T, K) in call {i} of {name!r}, distinct, or -1 in all of a row",
+                        got=why,
+                        do="flatten (B, S, K) to (B * S, K); write -1 for all K of a token that has no record",
+                    )
+
+    @property
+    def num_calls(self) -> int:
+        """The most calls that a router has."""
+        return max(map(len, self.ids.values()), default=0)
+
+    def __getitem__(self, call: int | slice) -> RoutingRecord:
+        """Call number ``call`` of every router, or a range of them: one micro-batch of several.
+
+        >>> RoutingRecord({"gate": [torch.tensor([[0]]), torch.tensor([[1]])]})[1].ids
+        {'gate': [tensor([[1]])]}
+        """
+        at = call if isinstance(call, slice) else slice(call, call + 1 or None)
+        if not isinstance(call, slice) and not -self.num_calls <= call < self.num_calls:
+            raise IndexError(f"call {call} of a record of {self.num_calls}")
+        return self._with({name: calls[at] for name, calls in self.ids.items()})
+
+    def tokens(self, index_T: Tensor) -> RoutingRecord:
+        """Of every call these tokens, by number or a mask (T,): sequences dropped, reordered, cut into micro-batches.
+
+        For sequences 2 and 0 of (B, S): ``record.tokens(torch.arange(B * S).view(B, S)[[2, 0]].flatten())``.
+        """
+        return self._with({name: [one[index_T.to(one.device)] for one in calls] for name, calls in self.ids.items()})
+
+    def joined(self, num_sequences: int, length: int | None = None) -> RoutingRecord:
+        """All calls as one, sequence by sequence: a prompt and the tokens that followed it one by one, with a cache.
+
+        Args:
+            num_sequences: B, the same in every call.
+            length: S of the batch to replay; what is not recorded behind a sequence (its last token, which no forward
+                has seen) is -1. Default: what was recorded.
+
+        Raises InputError where a call's tokens are not B sequences, or ``length`` is less than what was recorded.
+
+        >>> calls = [torch.tensor([[0], [1], [2], [3]]), torch.tensor([[4], [5]])]  # two prompts of two tokens; a step
+        >>> RoutingRecord({"gate": calls}).joined(2, length=4).ids["gate"][0].T
+        tensor([[ 0,  1,  4, -1,  2,  3,  5, -1]])
+        """
+        joined = {}
+        for name, calls in self.ids.items():
+            if not calls:  # a router that did not run
+                joined[name] = []
+                continue
+            lengths = [len(one) / num_sequences for one in calls]
+            missing = 0 if length is None else length - sum(lengths)
+            if any(one % 1 for one in lengths) or missing < 0:
+                raise InputError(
+                    expected=f"calls of {num_sequences} sequences"
+                    + ("" if length is None else f", of {length} tokens together at most"),
+                    got=f"calls of {', '.join(str(len(one)) for one in calls[:8])} tokens at {name!r}",
+                    do="pass the B of the recorded batches, and the S of the batch to replay",
+                )
+            parts = [one.reshape(num_sequences, -1, one.shape[-1]) for one in calls]
+            if missing:
+                parts.append(parts[-1].new_full((num_sequences, int(missing), parts[-1].shape[-1]), -1))
+            joined[name] = [torch.cat(parts, dim=1).flatten(0, 1)]
+        return self._with(joined)
+
+    def to(self, device: torch.device | str) -> RoutingRecord:
+        """On another device; a record may lie on the CPU while the model does not."""
+        return self._with({name: [one.to(device) for one in calls] for name, calls in self.ids.items()})
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """The plain tensors, for ``torch.save``; ``RoutingRecord(state)`` is the record again."""
+        return {name: list(calls) for name, calls in self.ids.items()}
+
+    @staticmethod
+    def _with(ids: dict[str, list[Tensor]]) -> RoutingRecord:
+        """Of ids that were looked at before."""
+        record = RoutingRecord({})
+        record.ids = ids
+        return record
+
+    def __repr__(self) -> str:
+        tokens = sum(map(len, next(iter(self.ids.values()), [])))
+        parts = (len(self.ids), "router"), (self.num_calls, "call"), (tokens, "token")
+        return f"RoutingRecord({', '.join(f'{n} {one}' + 's' * (n != 1) for n, one in parts)})"
+
+
+def _why_no_ids(ids_TK: Tensor) -> str:
+    if ids_TK.dim() != 2 or ids_TK.is_floating_point() or ids_TK.is_complex() or ids_TK.dtype == torch.bool:
+        return f"{ids_TK.dtype} of shape {tuple(ids_TK.shape)}"
+    unknown_T1 = (ids_TK == -1).all(dim=1, keepdim=True)
+    twice_TK = ids_TK.sort(dim=1).values.diff(dim=1) == 0
+    bad_T = ((ids_TK < 0).any(dim=1) | twice_TK.any(dim=1)) & ~unknown_T1.squeeze(1)
+    return f"{ids_TK[bad_T][0].tolist()}, and {int(bad_T.sum())} such rows" if bool(bad_T.any()) else ""

@@ -1,0 +1,69 @@
+"""A record of routing: cut, joined, moved, saved, and what is no record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from equipoise import InputError, RoutingRecord
+
+
+def record_of(*lengths: int, top_k: int = 2) -> RoutingRecord:
+    draw = torch.Generator().manual_seed(0)
+    calls = [torch.rand(n, 6, generator=draw).topk(top_k).indices.to(torch.int16) for n in lengths]
+    return RoutingRecord({"a": calls, "b": [5 - one for one in calls]})
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path: Path):
+    record = record_of(4, 6)
+    torch.save(record.state_dict(), tmp_path / "record.pt")
+    again = RoutingRecord(torch.load(tmp_path / "record.pt", weights_only=True))
+    assert repr(again) == repr(record) == "RoutingRecord(2 routers, 2 calls, 10 tokens)"
+    pairs = [pair for name in "ab" for pair in zip(again.ids[name], record.ids[name], strict=True)]
+    assert len(pairs) == 4 and all(torch.equal(*pair) for pair in pairs)
+    assert again.ids["a"][0].dtype == torch.int16 and record.to("cpu").ids["b"][1].device.type == "cpu"
+
+
+def test_calls_and_tokens_are_taken_by_number_slice_and_mask():
+    record = record_of(4, 4, 4)
+    assert torch.equal(record[-1].ids["b"][0], record.ids["b"][2])
+    assert record[1:].num_calls == 2 and torch.equal(record[1:].ids["a"][0], record.ids["a"][1])
+    with pytest.raises(IndexError, match="call 3 of a record of 3"):
+        record[3]
+    mask_T = torch.tensor([True, False, True, True])
+    assert torch.equal(record.tokens(mask_T).ids["a"][1], record.ids["a"][1][mask_T])
+    assert RoutingRecord({})[:].num_calls == 0
+
+
+def test_joined_lies_sequence_by_sequence():
+    """Prompts of 3 tokens, then two steps of one: token s of sequence b is row b * S + s."""
+    record = record_of(2 * 3, 2, 2)
+    joined_BSK = record.joined(2, length=6).ids["a"][0].view(2, 6, 2)
+    for b in range(2):
+        by_loops = [record.ids["a"][0][b * 3 + s] for s in range(3)] + [record.ids["a"][c][b] for c in (1, 2)]
+        assert torch.equal(joined_BSK[b, :5], torch.stack(by_loops)) and (joined_BSK[b, 5] == -1).all()
+    assert record.joined(2).ids["b"][0].shape == (10, 2)
+
+
+@pytest.mark.parametrize(("sequences", "length"), [(4, None), (2, 4)])
+def test_what_cannot_be_joined(sequences: int, length: int | None):
+    with pytest.raises(InputError, match=rf"(?s)calls of {sequences} sequences.*6, 2, 2 tokens at 'a'.*pass the B"):
+        record_of(6, 2, 2).joined(sequences, length)
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (torch.zeros(4, 2), "torch.float32 of shape"),
+        (torch.zeros(2, 4, 2).long(), r"torch.int64 of shape \(2, 4, 2\)"),
+        (torch.tensor([[0, 1], [-1, 2]]), r"\[-1, 2\], and 1 such rows"),
+        (torch.tensor([[3, 3], [2, 2]]), r"\[3, 3\], and 2 such rows"),
+    ],
+    ids=["floats", "not flat", "half a row", "twice"],
+)
+def test_what_is_no_record(ids: torch.Tensor, said: str):
+    with pytest.raises(InputError, match=rf"(?s)integer expert ids \(T, K\) in call 0 of 'a'.*got: {said}.*do: "):
+        RoutingRecord({"a": [ids]})
+    assert RoutingRecord({"a": [torch.tensor([[-1, -1], [0, 1]])]}).num_calls == 1
