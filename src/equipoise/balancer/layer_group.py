@@ -161,9 +161,8 @@ class LayerGroup:
                 moves_L1 = self.spec.scalar(summed_LS, "replayed_choices").unsqueeze(1) == 0
                 moves_L1 = moves_L1 if keep is None else moves_L1 & keep
                 new_LE = torch.where(moves_L1, new_LE, bias_LE)
-                momentum_LE = torch.where(moves_L1, momentum_LE, old_LE)
                 if scheduled.state_name is not None:
-                    self.momentum[scheduled.name] = momentum_LE
+                    self.momentum[scheduled.name] = torch.where(moves_L1, momentum_LE, old_LE)
                 new = new_LE.unbind()
                 write_all([self.layers[i].bias for i in rows], [new[i] for i in rows])
 

@@ -70,7 +70,7 @@ def metrics(committed: Sequence[StepStats], schedule: Schedule, step: int, *, la
 
     What a layer without tokens, or without a choice, cannot know is left out of both. ``layers``: those of one as well.
     """
-    loads, policies, widths = _by_layer(committed, schedule, step)
+    loads, policies = _by_layer(committed, schedule, step)
     known = {key: _known(numbers) for key, numbers in loads.items()}
     found = {
         f"layer_{i:02d}/{key}": numbers[i]
@@ -82,7 +82,7 @@ def metrics(committed: Sequence[StepStats], schedule: Schedule, step: int, *, la
     found["layers_without_tokens"] = sum(number != number for number in loads["topk_score"])
     of_language, tokens = policies.pop("language"), policies.pop("tokens")
     if schedule:
-        shown = signals(loads, policies, of_language, widths)
+        shown = signals(_on_scores(loads, schedule), policies, of_language)
         found |= {f"signals/{name}": len(shown.get(name, ())) for name in SIGNALS}
     language = sum(of_language)
     for key, numbers in policies.items():
@@ -103,18 +103,20 @@ def shown_signals(committed: Sequence[StepStats], schedule: Schedule, step: int)
     """Name of a signal -> layers that show it, see `signals`."""
     if not (committed and schedule):
         return {}
-    loads, policies, widths = _by_layer(committed, schedule, step)
-    return signals(loads, policies, policies["language"], widths)
+    loads, policies = _by_layer(committed, schedule, step)
+    return signals(_on_scores(loads, schedule), policies, policies["language"])
 
 
 def _by_layer(
     committed: Sequence[StepStats], schedule: Schedule, step: int
-) -> tuple[dict[str, list[float]], dict[str, list[float]], list[float]]:
-    """Loads, policies, and how far biases on scores are apart; of all layers."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     loads = _numbers(committed, _layer_metrics)
-    widths = loads.pop("bias_range", [])
-    policies = _numbers(committed, lambda one: _policies(one, schedule, step))
-    return loads, policies, widths if schedule.bias_place == PLACES[0] else []
+    return loads, _numbers(committed, lambda one: _policies(one, schedule, step))
+
+
+def _on_scores(loads: dict[str, list[float]], schedule: Schedule) -> dict[str, list[float]]:
+    """Without the biases that are no part of a score."""
+    return {key: of for key, of in loads.items() if key != "bias_max" or schedule.bias_place == PLACES[0]}
 
 
 def _known(numbers: Sequence[float]) -> list[float]:
@@ -151,14 +153,12 @@ def _layer_metrics(one: StepStats) -> dict[str, Tensor]:
         "dead_experts": dead_experts(counts),
         "topk_score": one.of("topk_score") / one.of("routed_tokens"),
     }
-    replayed = one.of("replayed_choices")
-    found["replay_gap"] = one.of("replay_gap") / torch.where(replayed > 0, replayed, torch.nan)
+    found["replay_gap"] = one.of("replay_gap") / one.of("replayed_choices")  # NaN where there was none
     if not one.spec.observe_only:  # in backward nothing was looked at
         found["recompute_flips"] = one.spec.step_column(one.sums, "recompute_flips")
     for rows, bias, _ in one.own:
         if bias is not None:
             _put(found, "bias_max", one, rows, bias.abs().amax(dim=1))
-            _put(found, "bias_range", one, rows, bias.amax(dim=1) - bias.amin(dim=1))
     return found
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 __all__ = ["SIGNALS", "Signal", "signals"]
 
 FLAT, UNEVEN = 0.1, 0.5  # MaxVio of the mean probabilities, of the loads
-WIDE = 1.0  # all that two scores of a sigmoid or a softmax can differ by
+WIDE = 1.0  # the largest score of a sigmoid or a softmax
 
 
 class Signal(NamedTuple):
@@ -37,7 +37,7 @@ SIGNALS = {
         "take a smaller coefficient, or Ratio(0.01)",
     ),
     "wide_bias": Signal(
-        "biases differ by more than scores can: experts are chosen whatever a token's scores are",
+        "a bias is larger than any score: its expert is chosen, or never, whatever a token's scores are",
         "take a smaller rate, or one that decays; look for a layer whose loads no bias can even out",
     ),
 }
@@ -47,15 +47,13 @@ def signals(
     loads: Mapping[str, Sequence[float]],
     policies: Mapping[str, Sequence[float]],
     language: Sequence[float] = (),
-    bias_range: Sequence[float] = (),
 ) -> dict[str, list[int]]:
     """Name of a signal -> the layers that show it, in the model's order; without those that none shows.
 
     Args:
-        loads: of each layer ``maxvio_global`` and ``maxvio_gate``.
+        loads: of each layer ``maxvio_global``, ``maxvio_gate`` and, where biases are added to scores, ``bias_max``.
         policies: of each layer ``<name>/loss``, and as ``<name>/gradient_ratio`` the squared norm of its gradient.
         language: of each layer the squared norm of the language model's gradient.
-        bias_range: of each layer the largest bias on its scores less the least.
     """
     nothing = [math.nan] * max(map(len, loads.values()), default=0)
     uneven, gate = loads.get("maxvio_global", nothing), loads.get("maxvio_gate", nothing)
@@ -64,6 +62,6 @@ def signals(
     found = {
         "flat_gate": [i for i, flat in enumerate(gate) if pushed and flat < FLAT and uneven[i] > UNEVEN],
         "outweighs": [i for i, own in enumerate(language) if any(0 < own < square[i] for square in squares)],
-        "wide_bias": [i for i, width in enumerate(bias_range) if width > WIDE],
+        "wide_bias": [i for i, width in enumerate(loads.get("bias_max", ())) if width > WIDE],
     }
     return {name: layers for name, layers in found.items() if layers}
