@@ -307,10 +307,10 @@ class BalanceCallback(TrainerCallback):
         return Path(self._trainer._get_output_dir(self._trial)) / f"checkpoint-{state.global_step}"
 
     def _remembers(self) -> bool:
-        """Whether the next step needs more than the Trainer's own files bring: biases, or loads of the past."""
-        losses = [loss for _, loss in Schedule(self.policies).losses]
-        past = any(loss.estimates and loss.estimator in ("previous", "ema", "filled") for loss in losses)
-        return past or any(layer.router.expert_bias is not None for layer in self._balancer()._layers)
+        """Whether the next step needs more than the Trainer's own files bring: biases, coefficients, past loads."""
+        plan, layers = Schedule(self.policies), self._balancer()._layers
+        past = any(loss.estimates and loss.estimator in ("previous", "ema", "filled") for _, loss in plan.losses)
+        return past or bool(plan.self_setting) or any(layer.router.expert_bias is not None for layer in layers)
 
     def _load(self, folder: Path, step: int, before: Any, *, strict: bool = True) -> None:
         """The state of a checkpoint. ``before``: what its training said that it keeps; None: it was not balanced."""

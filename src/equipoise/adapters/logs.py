@@ -26,8 +26,9 @@ def worth_logging(metrics: Mapping[str, float], *, layers: bool) -> dict[str, fl
     if layers:
         return metrics
     of_model = {name.partition("/")[2]: name for name in metrics if "/layer_" not in name}
-    of_policies = [name for name in of_model if name.endswith(("/loss", "/gradient_ratio"))]
+    of_policies = [name for name in of_model if name.endswith(("/loss", "/gradient_ratio", "/coef"))]
+    of_policies += [name for name in of_model if name.startswith("signals/") and metrics[of_model[name]]]
     losses = sorted(of_policies, key=lambda name: name.endswith("ratio"))
     known = [name for name in (*FIRST[0], *losses, *FIRST[1], *FIRST[2]) if name in of_model]
-    others = [name for name in of_model if name not in known]
+    others = [name for name in of_model if name not in known and not name.startswith("signals/")]
     return {of_model[name]: metrics[of_model[name]] for name in (*known, *others)[:PLACES]}

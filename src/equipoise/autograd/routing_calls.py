@@ -8,6 +8,7 @@ Legend: T tokens, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ class Dispatch(NamedTuple):
     replayed_T2: Tensor | None = None
 
 
+MOST = 64  # forwards of contexts that are over which are remembered
+NEAR = 2.0**-6  # of the spread of a sum: rounding of a recompute in bf16 is below, another batch far above
 Choose = Callable[[Tensor, Tensor], Dispatch]  # (choice (T, K), logits (T, E)) -> what is dispatched
 
 
@@ -44,6 +47,7 @@ class RecordedCalls:
 
     def __init__(self, num_experts: int) -> None:
         self.ids: list[Tensor] = []
+        self.before: list[_Given] = []  # of replays that are over: their recompute may still come
         self._dtype = torch.int16 if num_experts <= torch.iinfo(torch.int16).max else torch.int32
         self.dispatch: Choose = torch.compiler.disable(self._dispatch)  # type: ignore[assignment]
 
@@ -52,9 +56,11 @@ class RecordedCalls:
         ids, self.ids = self.ids, []
         return ids
 
-    def _dispatch(self, live_TK: Tensor, logits_TE: Tensor) -> Dispatch:  # noqa: ARG002, as `ReplayedCalls`
+    def _dispatch(self, live_TK: Tensor, logits_TE: Tensor) -> Dispatch:
         """The choice itself. That of a recompute is one that was recorded in its forward."""
-        if not recomputes():
+        if recomputes():
+            _refuse_late("", self.before, logits_TE)
+        else:
             self.ids.append(live_TK.detach().to(self._dtype))  # always a copy: a router's ids are int64
         return Dispatch(live_TK)
 
@@ -83,6 +89,7 @@ class ReplayedCalls:
     def __init__(self, name: str, recorded: Sequence[Tensor]) -> None:
         self.name, self._recorded = name, recorded
         self._given: list[_Given] = []
+        self.before: list[_Given] = []  # of contexts that are over: their recompute may still come
         self._has_graph = False  # a forward with gradient was given a record: its backward may recompute it
         self._leaves: Any = None  # where the context is over: the router to take oneself away from
         self.dispatch: Choose = torch.compiler.disable(self._dispatch)  # type: ignore[assignment]
@@ -102,9 +109,12 @@ class ReplayedCalls:
 
         That of a reentrant checkpoint has no graph in its forward: while a router trains, it may come.
         """
-        self._leaves, self._recorded, self._given = router, [], []
-        if not (self._has_graph or router.training):
+        if self._has_graph or router.training:
+            late = [given.without_ids() for given in self._given if not given.recomputed]
+            self.before = [*self.before, *late][-MOST:]
+        elif not self.before:
             router.routing_calls = None
+        self._leaves, self._recorded, self._given = router, [], []
 
     def _dispatch(self, live_TK: Tensor, logits_TE: Tensor) -> Dispatch:
         """What was recorded for this call.
@@ -114,13 +124,10 @@ class ReplayedCalls:
         """
         again = recomputes()
         if self.ended:
-            if again:
-                raise StateError(
-                    expected="backward inside replay_routing, where activation checkpointing runs the routers again",
-                    got=f"a recompute of router {self.name!r} after its end: other experts would answer",
-                    do="call backward() inside the with block",
-                )
-            self._leaves.routing_calls = None
+            if again:  # of a replayed forward, or of one that chose for itself
+                _refuse_late(self.name, self.before, logits_TE)
+            else:
+                self._leaves.routing_calls = None
             return Dispatch(live_TK)
         given = self._given_before(logits_TE) if again else self._next(live_TK, logits_TE)
         ids_TK = given.ids_TK.to(live_TK.device, torch.int64, non_blocking=True)
@@ -148,11 +155,13 @@ class ReplayedCalls:
                 "rearrange a record for another",
             )
         self._has_graph = self._has_graph or torch.is_grad_enabled()
-        self._given.append(_Given(ids_TK, _fingerprint(logits_TE)))
+        self._given.append(_Given(ids_TK, _fingerprint(logits_TE), len(ids_TK)))
         return self._given[-1]
 
     def _given_before(self, logits_TE: Tensor) -> _Given:
-        alike = [given for given in self._given if len(given.ids_TK) == len(logits_TE)]
+        alike = [given for given in self._given if given.tokens == len(logits_TE)]
+        if late := [given for given in self.before if given.tokens == len(logits_TE)]:
+            _refuse_late(self.name, late, logits_TE, but=alike)
         if not alike:
             raise StateError(
                 expected=f"the forward of router {self.name!r} inside replay_routing, and its recompute too",
@@ -160,6 +169,7 @@ class ReplayedCalls:
                 do="open the with block around the forward as well",
             )
         if len(alike) == 1:
+            alike[0].recomputed = True
             return alike[0]
         own_E = _fingerprint(logits_TE)
         far_C = (torch.stack([given.logits_E.to(own_E.device) for given in alike]) - own_E).abs().sum(dim=1)
@@ -170,17 +180,43 @@ class ReplayedCalls:
                 got=f"{len(nearest)} of router {self.name!r} with the same logits and other recorded ids",
                 do="replay each of them in a with block of its own, backward included",
             )
+        nearest[0].recomputed = True
         return nearest[0]
 
     def __reduce__(self):  # a copied model replays nothing
         return type(None), ()
 
 
-class _Given(NamedTuple):
-    """A call that was given its record."""
+@dataclass
+class _Given:
+    """A call that was given its record; once its context is over, without it."""
 
     ids_TK: Tensor
     logits_E: Tensor
+    tokens: int
+    recomputed: bool = False
+
+    def without_ids(self) -> _Given:
+        return _Given(self.ids_TK[:0], self.logits_E, self.tokens)
+
+
+def _refuse_late(name: str, late: Sequence[_Given], logits_TE: Tensor, but: Sequence[_Given] = ()) -> None:
+    """Raises StateError where a recompute is that of a forward whose context is over, and not of one of ``but``."""
+    late = [given for given in late if given.tokens == len(logits_TE)]
+    if not late:
+        return
+    own_E, spread_E = _fingerprint(logits_TE), _spread(logits_TE)
+
+    def far(given: _Given) -> float:
+        return float(((given.logits_E.to(own_E.device) - own_E).abs() / spread_E).max())
+
+    nearest = min(map(far, late))
+    if nearest <= NEAR and all(nearest <= far(given) for given in but):
+        raise StateError(
+            expected="backward inside replay_routing, where activation checkpointing runs the routers again",
+            got=f"a recompute of router {name!r} after its end: other experts would answer",
+            do="call backward() inside the with block",
+        )
 
 
 @torch.no_grad()
@@ -189,3 +225,10 @@ def _fingerprint(logits_TE: Tensor) -> Tensor:
     z_TE = logits_TE.detach().double().nan_to_num(neginf=0.0)
     place_T1 = torch.linspace(1, 2, len(z_TE), dtype=z_TE.dtype, device=z_TE.device).unsqueeze(1)
     return (place_T1 * z_TE).sum(dim=0)
+
+
+@torch.no_grad()
+def _spread(logits_TE: Tensor) -> Tensor:
+    """(E,) how far the sums of two unlike batches lie apart."""
+    z_TE = logits_TE.detach().double().nan_to_num(neginf=0.0)
+    return z_TE.square().sum(dim=0).sqrt().clamp(min=torch.finfo(torch.float64).tiny)

@@ -175,7 +175,7 @@ class LayerGroup:
     def move_coefficients(self, schedule: Schedule, summed_LS: Tensor, step: int, keep: Tensor | None = None) -> None:
         """Those that set themselves, after a step; arguments as of `move_biases`.
 
-        A layer without tokens, without a choice of experts (recorded ids are not its own) or without anything to train
+        A layer without tokens, without a choice of experts, without anything to train, or one of whose gradients is 0
         keeps its own; a policy of one class of tokens knows the load of that class alone.
         """
         spec = self.spec
@@ -186,13 +186,13 @@ class LayerGroup:
             if policy.tokens is not None:
                 counts_LE, _, routed_L = spec.of_class(summed_LS, policy.tokens)
             if isinstance(policy.coef, Ratio):
-                squares_L = spec.term_norm(summed_LS, scheduled.term) / spec.lm_norm(summed_LS)
-                seen_L = torch.where(squares_L >= 0, squares_L, torch.nan).sqrt()
-            else:
+                own_L, text_L = spec.term_norm(summed_LS, scheduled.term), spec.lm_norm(summed_LS)
+                seen_L = torch.where((own_L > 0) & (text_L > 0), own_L / text_L, torch.nan).sqrt()
+            else:  # of a replay the load is another router's
                 seen_L = maxvio(counts_LE) if policy.view is None else target_excess(policy.view, counts_LE)
+                seen_L = torch.where(spec.scalar(summed_LS, "replayed_choices") == 0, seen_L, torch.nan)
             learns_L = to_device([float(layer.trainable) for layer in self.layers], routed_L.device)
             chooses_L = (counts_LE.sum(dim=1) < routed_L * spec.num_experts) & (counts_LE.sum(dim=1) > 0)
-            chooses_L = chooses_L & (spec.scalar(summed_LS, "replayed_choices") == 0)
             seen_L = torch.where(chooses_L & (learns_L > 0), seen_L, torch.nan)
             old_L = self.coefficients(scheduled.name, policy.coef)
             new_L = policy.coef.after(old_L, seen_L)

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..autograd.spec import StatsSpec
 from ..devices import to_device
 from ..functional.load_view import target_excess
-from ..functional.metrics import cv, dead_experts, maxvio, normalized_entropy
+from ..functional.metrics import cv, dead_experts, maxvio, maxvio_noise_floor, normalized_entropy
 from ..functional.routing import PLACES
-from ..policies.losses import AuxLoss
+from ..policies.losses import AuxLoss, coefficient
 from ..policies.schedule import Schedule
 from .signals import SIGNALS, signals
 
@@ -30,6 +30,7 @@ FLIPS = (
 )
 
 
+BOUNDED = ("sigmoid", "softmax")  # gates whose scores lie between 0 and 1
 SUMMED = ("dead_experts", "recompute_flips")  # over layers, where others are averaged
 
 
@@ -71,6 +72,7 @@ def metrics(committed: Sequence[StepStats], schedule: Schedule, step: int, *, la
     What a layer without tokens, or without a choice, cannot know is left out of both. ``layers``: those of one as well.
     """
     loads, policies = _by_layer(committed, schedule, step)
+    widths = loads.pop("bias_range", [])
     known = {key: _known(numbers) for key, numbers in loads.items()}
     found = {
         f"layer_{i:02d}/{key}": numbers[i]
@@ -82,7 +84,13 @@ def metrics(committed: Sequence[StepStats], schedule: Schedule, step: int, *, la
     found["layers_without_tokens"] = sum(number != number for number in loads["topk_score"])
     of_language, tokens = policies.pop("language"), policies.pop("tokens")
     if schedule:
-        shown = signals(_on_scores(loads, schedule), policies, of_language)
+        shown = _signals(
+            committed,
+            schedule,
+            step,
+            loads | {"bias_range": widths},
+            policies | {"language": of_language, "tokens": tokens},
+        )
         found |= {f"signals/{name}": len(shown.get(name, ())) for name in SIGNALS}
     language = sum(of_language)
     for key, numbers in policies.items():
@@ -103,8 +111,7 @@ def shown_signals(committed: Sequence[StepStats], schedule: Schedule, step: int)
     """Name of a signal -> layers that show it, see `signals`."""
     if not (committed and schedule):
         return {}
-    loads, policies = _by_layer(committed, schedule, step)
-    return signals(_on_scores(loads, schedule), policies, policies["language"])
+    return _signals(committed, schedule, step, *_by_layer(committed, schedule, step))
 
 
 def _by_layer(
@@ -114,9 +121,23 @@ def _by_layer(
     return loads, _numbers(committed, lambda one: _policies(one, schedule, step))
 
 
-def _on_scores(loads: dict[str, list[float]], schedule: Schedule) -> dict[str, list[float]]:
-    """Without the biases that are no part of a score."""
-    return {key: of for key, of in loads.items() if key != "bias_max" or schedule.bias_place == PLACES[0]}
+def _signals(
+    committed: Sequence[StepStats],
+    schedule: Schedule,
+    step: int,
+    loads: dict[str, list[float]],
+    policies: dict[str, list[float]],
+) -> dict[str, list[int]]:
+    acting = [one.name for one, loss in schedule.losses if one.active(step) and coefficient(loss, step) > 0]
+    chance = [0.0] * len(loads["maxvio_global"])
+    for one in committed:
+        for place in one.places:
+            tokens = int(policies["tokens"][place])
+            chance[place] = maxvio_noise_floor(tokens, one.spec.top_k, one.spec.num_experts)
+    if schedule.bias_place != PLACES[0]:
+        loads = {key: numbers for key, numbers in loads.items() if key != "bias_range"}
+    pushes = [policies[f"{name}/gradient_ratio"] for name in acting]
+    return signals(loads, chance=chance, pushes=pushes if acting else None, language=policies["language"])
 
 
 def _known(numbers: Sequence[float]) -> list[float]:
@@ -158,7 +179,10 @@ def _layer_metrics(one: StepStats) -> dict[str, Tensor]:
         found["recompute_flips"] = one.spec.step_column(one.sums, "recompute_flips")
     for rows, bias, _ in one.own:
         if bias is not None:
-            _put(found, "bias_max", one, rows, bias.abs().amax(dim=1))
+            low, high = bias.aminmax(dim=1)
+            _put(found, "bias_max", one, rows, torch.maximum(high, -low))
+            if one.spec.gate in BOUNDED:
+                _put(found, "bias_range", one, rows, high - low)
     return found
 
 

@@ -1,6 +1,6 @@
 """What people miss in the numbers of a step, named, with what to do. Pure: from a number a layer to a list of layers.
 
->>> signals({"maxvio_global": [1.2, 0.1], "maxvio_gate": [0.01, 0.01]}, {"micro/loss": [1.0, 1.0]})
+>>> signals({"maxvio_global": [1.2, 0.1], "maxvio_gate": [0.01, 0.01]}, pushes=[])
 {'flat_gate': [0]}
 >>> SIGNALS["flat_gate"].says
 'loads are uneven and the gate is flat, so the balance loss is at its least and pushes no more'
@@ -8,14 +8,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 __all__ = ["SIGNALS", "Signal", "signals"]
 
-FLAT, UNEVEN = 0.1, 0.5  # MaxVio of the mean probabilities, of the loads
-WIDE = 1.0  # the largest score of a sigmoid or a softmax
+FLAT, UNEVEN = 0.1, 0.5  # MaxVio of the mean probabilities; of the loads, above what chance shows
+WIDE = 1.0  # all that two scores of a sigmoid or a softmax can differ by
 
 
 class Signal(NamedTuple):
@@ -32,12 +31,12 @@ SIGNALS = {
         "a larger coefficient flattens more: use ExpertBias, which counts choices, or a smaller one",
     ),
     "outweighs": Signal(
-        "the balance gradient is larger than the language model's at the router, which learns to balance and not to "
-        "choose",
+        "the gradient of a balance loss is larger than the language model's at the router, which learns to balance and "
+        "not to choose",
         "take a smaller coefficient, or Ratio(0.01)",
     ),
     "wide_bias": Signal(
-        "a bias is larger than any score: its expert is chosen, or never, whatever a token's scores are",
+        "biases differ by more than scores can: some experts are chosen before others whatever a token's scores are",
         "take a smaller rate, or one that decays; look for a layer whose loads no bias can even out",
     ),
 }
@@ -45,23 +44,26 @@ SIGNALS = {
 
 def signals(
     loads: Mapping[str, Sequence[float]],
-    policies: Mapping[str, Sequence[float]],
+    *,
+    chance: Sequence[float] = (),
+    pushes: Sequence[Sequence[float]] | None = None,
     language: Sequence[float] = (),
 ) -> dict[str, list[int]]:
     """Name of a signal -> the layers that show it, in the model's order; without those that none shows.
 
     Args:
-        loads: of each layer ``maxvio_global``, ``maxvio_gate`` and, where biases are added to scores, ``bias_max``.
-        policies: of each layer ``<name>/loss``, and as ``<name>/gradient_ratio`` the squared norm of its gradient.
+        loads: of each layer ``maxvio_global``, ``maxvio_gate`` and, where biases are added to scores of at most 1,
+            ``bias_range``.
+        chance: of each layer the MaxVio of random routing.
+        pushes: of each balance loss that acts the squared norm of its gradient at each layer; None: none acts.
         language: of each layer the squared norm of the language model's gradient.
     """
-    nothing = [math.nan] * max(map(len, loads.values()), default=0)
-    uneven, gate = loads.get("maxvio_global", nothing), loads.get("maxvio_gate", nothing)
-    pushed = any(key.endswith("/loss") for key in policies)
-    squares = [numbers for key, numbers in policies.items() if key.endswith("/gradient_ratio")]
+    uneven, gate = loads.get("maxvio_global", ()), loads.get("maxvio_gate", ())
+    floor = chance or [0.0] * len(uneven)
+    flat = [i for i, one in enumerate(uneven) if one > UNEVEN + floor[i] and gate[i] < FLAT]
     found = {
-        "flat_gate": [i for i, flat in enumerate(gate) if pushed and flat < FLAT and uneven[i] > UNEVEN],
-        "outweighs": [i for i, own in enumerate(language) if any(0 < own < square[i] for square in squares)],
-        "wide_bias": [i for i, width in enumerate(loads.get("bias_max", ())) if width > WIDE],
+        "flat_gate": flat if pushes is not None else [],
+        "outweighs": [i for i, own in enumerate(language) if any(0 < own < square[i] for square in pushes or ())],
+        "wide_bias": [i for i, width in enumerate(loads.get("bias_range", ())) if width > WIDE],
     }
     return {name: layers for name, layers in found.items() if layers}

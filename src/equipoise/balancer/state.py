@@ -174,7 +174,8 @@ def _load(group: LayerGroup, states: Mapping[str, dict[str, Any]], schedule: Sch
     for at, rule in schedule.self_setting:
         coef_L = group.coefficients(at.name, rule)
         rows = [dict(state.get("coefs", ())).get(at.state_name) for state in mine]
-        group.coefs[at.name] = coef_L.new_tensor([rule.start if row is None else row for row in rows])
+        known = [rule.start if row is None else min(max(row, rule.limits[0]), rule.limits[1]) for row in rows]
+        group.coefs[at.name] = coef_L.new_tensor(known)
     for layer, state in zip(group.layers, mine, strict=True):
         if state["expert_bias_E"] is not None and layer.router.expert_bias is not None:
             layer.router.expert_bias.copy_(state["expert_bias_E"])

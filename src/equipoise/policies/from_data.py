@@ -147,7 +147,7 @@ def _sets_itself(spec: Mapping[str, Any]) -> SelfSetting:
     for key in more:
         if key not in others:
             raise unknown_name(f"setting of {named[0]}", key, others)
-    limits = {"limits": tuple(more["limits"])} if isinstance(more.get("limits"), list) else {}
+    limits = {"limits": tuple(map(_number, more["limits"]))} if isinstance(more.get("limits"), list) else {}
     return made(**{first: _number(spec[named[0]]), **more, **limits})
 
 

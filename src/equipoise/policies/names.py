@@ -229,6 +229,8 @@ def _term(
         key = _detail(name, word, specs[0], gates)
         if key == "gate":
             gate = word
+        elif key == "coef" and isinstance(specs[0]["coef"], dict):
+            raise ConfigError(expected="one way to set a coefficient", got=repr(text), do="write ratio or target")
         elif key == "coef":
             start = numbers.coef if values else specs[0]["coef"]
             specs[0]["coef"] = {word: values[0] if values else SETTING_OUT_FOR[word], "start": start}

@@ -44,7 +44,8 @@ RECIPES: dict[str, Recipe] = {
     "step-3.5": Recipe(
         (SIGN, {"kind": "AuxLoss", "scope": "micro_batch", "coef": 1e-3, "groups": 8}),
         "sigmoid",
-        "arXiv 2602.10604: rate 1e-3, loss over the ranks of expert parallelism 1e-3",
+        "arXiv 2602.10604: rate 1e-3, 0 in the anneal after 14.6 T tokens; loss over the ranks of expert parallelism "
+        "1e-3, off in mid-training",
         "the number of ranks (8 here; step-3.5:N for another) and the scope of the loss",
     ),
     "trinity": Recipe(

@@ -193,7 +193,8 @@ def _state_names(flat: Sequence[ScheduledPolicy], names_of_metrics: Sequence[str
     for one, of_metrics in zip(flat, names_of_metrics, strict=True):
         policy, name = one.policy, None
         if isinstance(policy, AuxLoss) and isinstance(policy.coef, SelfSetting):
-            name = f"coefficient of {of_metrics}"
+            seen = "" if policy.view is None else f", {policy.view}"
+            name = f"coefficient of {of_metrics}: {type(policy.coef).__name__}{seen}"
         if isinstance(policy, ExpertBias) and policy.rule == "momentum":
             seen = "" if policy.view is None else f", {policy.view}"
             name = f"momentum(kappa={policy.kappa}, beta={policy.beta}{seen})"

@@ -194,6 +194,8 @@ def _enter(routers: Routers, calls: Mapping[str, RecordedCalls | ReplayedCalls])
                 do="leave the first with block before the next",
             )
     for name, router in routers.items():
+        if router.routing_calls is not None:
+            calls[name].before = router.routing_calls.before
         router.routing_calls = calls[name]
 
 

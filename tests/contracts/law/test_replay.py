@@ -270,3 +270,38 @@ def test_a_recompute_after_the_context_is_an_error_and_a_plain_backward_is_none(
         assert all(router.gate.routing_calls is None for router in model.blocks)
         model.zero_grad()
         loss_of(model, step[0]).backward()
+
+
+@pytest.mark.parametrize("mode", ["non_reentrant", "reentrant"])
+def test_a_recompute_of_an_earlier_context_takes_nothing_of_the_next(mode: str):
+    """A context for each micro-batch: backward of both at the end is an error, of each inside its own what it was."""
+    step = make_step(0, micro_batches=2)
+    records, found = [recorded(1, [micro]) for micro in step], []
+    model = net(mode=mode, gate="sigmoid")
+    with replay_routing(model, records[0]):
+        first = loss_of(model, step[0])
+    with replay_routing(model, records[1]):
+        second = loss_of(model, step[1])
+        with pytest.raises(StateError, match="backward inside replay_routing"):
+            (first + second).backward()
+    for one in (mode, "plain"):
+        model = net(mode=one, gate="sigmoid")
+        for micro, record in zip(step, records, strict=True):
+            with replay_routing(model, record):
+                loss_of(model, micro).backward()
+        found.append(gradients(model))
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # reentrant under no_grad
+@pytest.mark.parametrize("mode", ["non_reentrant", "reentrant"])
+def test_a_live_forward_may_be_recomputed_after_a_replay(mode: str):
+    step, found = make_step(0, micro_batches=2), []
+    for one in (mode, "plain"):
+        model = net(mode=one, gate="sigmoid")
+        live = loss_of(model, step[0])
+        with replay_routing(model, recorded(1, [step[1]])), torch.no_grad():
+            loss_of(model, step[1])
+        live.backward()
+        found.append(gradients(model))
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())

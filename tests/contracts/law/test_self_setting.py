@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,11 +92,15 @@ def test_a_resumed_run_goes_on_with_them(kind):
     *_, resumed = run(range(2, 4), state)
     assert resumed == whole
     plain = Balancer(net(experts=(5, 6), top_k=(2, 2)), [AuxLoss("global_batch", 0.1)])
-    with pytest.raises(ConfigError, match="coefficient of global"):
+    with pytest.raises(ConfigError, match=r"coefficient of global: (Ratio|Target)"):
         plain.load_state_dict(state[1])
-    assert plain.load_state_dict(state[1], strict=False) == [
-        "policy 'coefficient of global' is in the state, not in the balancer"
-    ]
+    (left,) = plain.load_state_dict(state[1], strict=False)
+    assert left == f"policy 'coefficient of global: {type(RULES[kind]).__name__}' is in the state, not in the balancer"
+    other = Balancer(
+        net(experts=(5, 6), top_k=(2, 2)), [AuxLoss("global_batch", replace(RULES[kind], limits=(2.0, 9.0), start=3))]
+    )
+    other.load_state_dict(state[1], strict=False)
+    assert other.state_dict()["layers"]["blocks.0.gate"]["coefs"][0][1] == 2.0, "inside its own limits"
 
 
 @pytest.mark.filterwarnings("ignore:.*frozen", "ignore:not balanced")
@@ -108,7 +113,7 @@ def test_a_layer_that_shows_nothing_keeps_its_coefficient():
     (micro,) = make_step(0)
     empty = micro._replace(mask_BS=torch.zeros(2, 5, dtype=torch.bool))
     train_step(model, balancer, optimizer, [empty])
-    assert balancer.state_dict()["layers"]["blocks.0.gate"]["coefs"] == [("coefficient of global", 0.1)]
+    assert balancer.state_dict()["layers"]["blocks.0.gate"]["coefs"] == [("coefficient of global: Target", 0.1)]
     train_step(model, balancer, optimizer, [micro])
     found = [balancer.state_dict()["layers"][f"blocks.{i}.gate"]["coefs"][0][1] for i in range(3)]
     assert found[0] == pytest.approx(0.1 * 2.718281828459045**0.5) and found[1:] == [0.1, 0.1]
@@ -126,6 +131,26 @@ def test_a_load_that_was_replayed_moves_none():
     assert balancer.metrics()[KEY] == RULES["target"].start
     train_step(model, balancer, optimizer, [micro])
     assert balancer.metrics()[KEY] != RULES["target"].start
+    balancer.remove()
+    balancer = Balancer(model, [AuxLoss("global_batch", RULES["ratio"])])  # its gradient acts on the live p
+    with replay_routing(model, record):
+        train_step(model, balancer, optimizer, [micro])
+    assert balancer.metrics()[KEY] != RULES["ratio"].start
+
+
+@pytest.mark.parametrize("estimator", ["filled", "previous"])
+def test_a_gradient_of_0_is_no_measurement(estimator):
+    """The language model's (equal rewards, all labels masked), and the policy's own before it knows any f."""
+    model = net(experts=(6, 6), top_k=(2, 2))
+    balancer = Balancer(model, [AuxLoss("global_batch", RULES["ratio"], estimator=estimator)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    (micro,) = make_step(0)
+    if estimator == "filled":
+        (balancer.tap(loss_of(model, micro)) * 0).backward()
+        optimizer.step()
+    else:
+        train_step(model, balancer, optimizer, [micro])
+    assert balancer.metrics()[KEY] == RULES["ratio"].start
 
 
 def test_it_acts_in_its_own_steps_and_beside_others():
@@ -190,6 +215,7 @@ def test_a_maxvio_is_met_and_a_looser_one_takes_less():
         (lambda: policies_from([{"kind": "AuxLoss", "coef": {"ratio": 0.1, "rate": 1}}]), "setting of ratio"),
         (lambda: policies_from("loss-free:ratio"), "a detail of loss-free"),
         (lambda: policies_from("global:ratio+micro"), "a number for micro"),
+        (lambda: policies_from("global:ratio:target@0.1"), "one way to set a coefficient"),
     ],
 )
 def test_what_has_no_meaning_is_refused(make, said):
@@ -200,7 +226,7 @@ def test_what_has_no_meaning_is_refused(make, said):
 def test_a_file_and_a_name_say_the_same():
     want = [AuxLoss("global_batch", Ratio(0.05))]
     assert policies_from("global:ratio@0.05") == policies_from([{"kind": "AuxLoss", "coef": {"ratio": "5e-2"}}]) == want
-    (loss,) = policies_from([{"kind": "AuxLoss", "coef": {"target": 0.2, "rate": 0.1, "limits": [1e-3, 0.5]}}])
+    (loss,) = policies_from([{"kind": "AuxLoss", "coef": {"target": 0.2, "rate": 0.1, "limits": ["1e-3", 0.5]}}])
     assert loss.coef == Target(0.2, rate=0.1, limits=(1e-3, 0.5))
     assert policies_from("micro:target")[0].coef == Target(0.1)
     balancer = Balancer(net(gate="sigmoid"), [*want, ExpertBias()])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from contracts.law._model import make_step, net, train_step
-from equipoise import AuxLoss, Balancer, ExpertBias, TokenLayout
+from equipoise import AuxLoss, Balancer, ExpertBias, TokenLayout, ZLoss
 from equipoise.balancer.signals import SIGNALS
 from equipoise.layers import Router
 
@@ -52,6 +52,13 @@ def test_a_flat_gate_and_uneven_loads():
         twin.blocks[0].gate.weight.mul_(1e-7)
     train_step(twin, measured, torch.optim.SGD(twin.parameters(), lr=0.0), make_step(0, 2))
     assert shown(measured) == {}, "without a loss nothing is at its least"
+    for policies in ([ZLoss(coef=100.0), ExpertBias("proportional", 1e-3)], [AuxLoss(coef=0.0)]):
+        twin = net(experts=(6,), top_k=(2,))
+        other = Balancer(twin, policies)
+        with torch.no_grad():
+            twin.blocks[0].gate.weight.mul_(1e-7)
+        train_step(twin, other, torch.optim.SGD(twin.parameters(), lr=0.0), make_step(0, 2))
+        assert shown(other) == {}, "no balance loss acts"
 
 
 def test_a_balance_gradient_that_outweighs():
@@ -66,19 +73,19 @@ def test_a_balance_gradient_that_outweighs():
 
 
 @pytest.mark.parametrize("place", ["scores", "logits"])
-def test_a_bias_that_is_larger_than_a_score(place):
+def test_biases_that_differ_by_more_than_scores_can(place):
     """On logits there is no such bound."""
     router = Router(dim=4, num_experts=4, top_k=2, gate="sigmoid")
     balancer = Balancer(router, [ExpertBias(rate=0.0, place=place)])
     optimizer = torch.optim.SGD(router.parameters(), lr=0.0)
     x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     assert router.expert_bias is not None
-    for largest in (0.9, 1.1):
-        router.expert_bias.copy_(torch.tensor([largest, 0.0, 0.1, -0.5]))
+    for largest in (0.4, 0.6):  # 5 on all of them changes no choice
+        router.expert_bias.copy_(5 + torch.tensor([largest, 0.0, 0.1, -0.5]))
         balancer.tap(router(x, TokenLayout(1)).weights_TK.square().sum()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        assert shown(balancer) == ({"wide_bias": 1.0} if place == "scores" and largest == 1.1 else {})
+        assert shown(balancer) == ({"wide_bias": 1.0} if place == "scores" and largest == 0.6 else {})
 
 
 def test_every_signal_says_what_to_do():

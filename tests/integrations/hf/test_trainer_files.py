@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 pytest.importorskip("accelerate", reason="the hf extra is not installed")
 
-from equipoise import ConfigError, DataError, OutputError
+from equipoise import ConfigError, DataError, OutputError, Ratio, Target
 from integrations.hf._trainer import as_rank, checkpoint, make, train
 from integrations.hf.families import build
 
@@ -57,6 +57,19 @@ def test_a_resumed_run_is_the_run(tmp_path, family):
         assert all(torch.equal(got[name], want[name]) for name in want)
     assert steps_of(again, 3) == steps_of(whole, 3)
     assert steps_of(again, 3)[0]["balance/policy_0/loss"] > 0.9  # 0 without the step before
+
+
+@pytest.mark.parametrize(
+    "rule", [Ratio(0.1, start=0.3, decay=0.5, limits=(1e-3, 9.0)), Target(0.2, start=0.3, rate=0.5)]
+)
+def test_a_coefficient_that_sets_itself_goes_on(tmp_path, rule):
+    """All that such a policy remembers is its number: a Trainer keeps it where nothing else is to be kept."""
+    policies = [{"kind": "aux", "scope": "micro_batch", "coef": rule}]
+    whole = train(policies, 4, 2, 4, str(tmp_path), family="gpt_oss", **SAVES)
+    again = train(policies, 4, 2, 4, str(tmp_path / "new"), family="gpt_oss", resume=checkpoint(tmp_path, 2))
+    assert steps_of(again, 3) == steps_of(whole, 3)
+    shown = [step["balance/policy_0/coef"] for step in steps_of(whole, 1)]
+    assert len(set(shown)) == len(shown) >= 3
 
 
 @pytest.mark.parametrize("family", ["minimax_m2", "ernie4_5_moe"])
