@@ -110,8 +110,7 @@ class ReplayedCalls:
         That of a reentrant checkpoint has no graph in its forward: while a router trains, it may come.
         """
         if self._has_graph or router.training:
-            late = [given.without_ids() for given in self._given if not given.recomputed]
-            self.before = [*self.before, *late][-MOST:]
+            self.before = [*self.before, *(given.without_ids() for given in self._given)][-MOST:]
         elif not self.before:
             router.routing_calls = None
         self._leaves, self._recorded, self._given = router, [], []
@@ -197,7 +196,7 @@ class _Given:
     recomputed: bool = False
 
     def without_ids(self) -> _Given:
-        return _Given(self.ids_TK[:0], self.logits_E, self.tokens)
+        return _Given(self.ids_TK.new_empty(0), self.logits_E, self.tokens, self.recomputed)  # no view of a record
 
 
 def _refuse_late(name: str, late: Sequence[_Given], logits_TE: Tensor, but: Sequence[_Given] = ()) -> None:
@@ -214,7 +213,7 @@ def _refuse_late(name: str, late: Sequence[_Given], logits_TE: Tensor, but: Sequ
     if nearest <= NEAR and all(nearest <= far(given) for given in but):
         raise StateError(
             expected="backward inside replay_routing, where activation checkpointing runs the routers again",
-            got=f"a recompute of router {name!r} after its end: other experts would answer",
+            got=f"a recompute{f' of router {name!r}' if name else ''} after its end: other experts would answer",
             do="call backward() inside the with block",
         )
 

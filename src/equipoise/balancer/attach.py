@@ -111,7 +111,7 @@ def _layer(part: int, name: str, router: BalancedRouter) -> Layer:
     return Layer(name, router, part=part, makes_bias=none, bias_place_before=place)
 
 
-def _measures_norms(schedule: Schedule, routers: Sequence[tuple[int, str, BalancedRouter]], wanted: bool) -> bool:
+def _measures_norms(schedule: Schedule, routers: Sequence[FoundRouter], wanted: bool) -> bool:
     """Raises ConfigError where a coefficient is set by norms that are not there."""
     without = [name for _, name, router in routers if not router.traits.measures_norms]
     norms = wanted and bool(schedule) and not without

@@ -72,7 +72,8 @@ def metrics(committed: Sequence[StepStats], schedule: Schedule, step: int, *, la
     What a layer without tokens, or without a choice, cannot know is left out of both. ``layers``: those of one as well.
     """
     loads, policies = _by_layer(committed, schedule, step)
-    widths = loads.pop("bias_range", [])
+    shown = _signals(committed, schedule, step, loads, policies) if schedule else {}
+    loads.pop("bias_range", None)  # for a signal alone
     known = {key: _known(numbers) for key, numbers in loads.items()}
     found = {
         f"layer_{i:02d}/{key}": numbers[i]
@@ -82,17 +83,9 @@ def metrics(committed: Sequence[StepStats], schedule: Schedule, step: int, *, la
     }
     found |= {key: sum(numbers) if key in SUMMED else fmean(numbers) for key, numbers in known.items() if numbers}
     found["layers_without_tokens"] = sum(number != number for number in loads["topk_score"])
-    of_language, tokens = policies.pop("language"), policies.pop("tokens")
+    language, tokens = sum(policies.pop("language")), policies.pop("tokens")
     if schedule:
-        shown = _signals(
-            committed,
-            schedule,
-            step,
-            loads | {"bias_range": widths},
-            policies | {"language": of_language, "tokens": tokens},
-        )
         found |= {f"signals/{name}": len(shown.get(name, ())) for name in SIGNALS}
-    language = sum(of_language)
     for key, numbers in policies.items():
         if key.endswith(("loss", "maxvio", "coef")):
             found |= {key: fmean(of_layers)} if (of_layers := _known(numbers)) else {}

@@ -33,7 +33,7 @@ from ..errors import ConfigError, unknown_name
 from ..functional.routing import GATES, PLACES
 from .estimators import ESTIMATORS
 from .expert_bias import BIAS_SCOPES, RULES
-from .recipes import RECIPES
+from .recipes import RECIPES, SIGN
 from .self_setting import SELF_SETTING
 
 __all__ = ["LIBRARY", "NAMES", "SCHEDULES", "Named", "Numbers", "flat", "read_name", "usual_gate"]
@@ -44,7 +44,6 @@ MICRO_SHARE = 0.01  # of the global coefficient, for the micro-batch loss beside
 
 GLOBAL: dict[str, Any] = {"kind": "AuxLoss", "scope": "global_batch"}
 MICRO: dict[str, Any] = {"kind": "AuxLoss", "scope": "micro_batch"}
-BIAS: dict[str, Any] = {"kind": "ExpertBias", "rule": "sign"}
 
 NAMES: dict[str, tuple[dict[str, Any], ...]] = {
     "none": (),
@@ -55,7 +54,7 @@ NAMES: dict[str, tuple[dict[str, Any], ...]] = {
     "document": ({"kind": "AuxLoss", "scope": "document"},),
     "sequences": ({"kind": "AuxLoss", "scope": "sequences"},),
     "shuffle": ({"kind": "AuxLoss", "scope": "shuffle"},),
-    "loss-free": (BIAS,),
+    "loss-free": (SIGN,),
     "quantile": ({"kind": "ExpertBias", "rule": "quantile"},),
     "z": ({"kind": "ZLoss", "coef": 1e-3},),
     **{name: recipe.policies for name, recipe in RECIPES.items()},

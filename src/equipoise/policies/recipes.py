@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["RECIPES", "Recipe"]
+__all__ = ["RECIPES", "SIGN", "Recipe"]
 
 SIGN: dict[str, Any] = {"kind": "ExpertBias", "rule": "sign"}  # rate 1e-3 where a name stands without one
 DEEPSEEK: tuple[dict[str, Any], ...] = (

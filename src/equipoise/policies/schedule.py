@@ -184,10 +184,10 @@ def _names(policies: Sequence[AuxLoss | ZLoss | ExpertBias]) -> list[str]:
 
 
 def _state_names(flat: Sequence[ScheduledPolicy], names_of_metrics: Sequence[str]) -> list[str | None]:
-    """For rules with memory: by what they are and not by their place, so that one is found wherever it is put; for
-    coefficients that set themselves by the name of their policy.
+    """For rules with memory: by what they are and not by their place, so that one is found wherever it is put.
 
-    Their options are part of it, because the memory of other options does not fit.
+    Their options are part of it, because the memory of other options does not fit. A coefficient that sets itself is
+    known by the name of its policy, its rule and what it sees.
     """
     names: list[str | None] = []
     for one, of_metrics in zip(flat, names_of_metrics, strict=True):

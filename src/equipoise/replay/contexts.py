@@ -195,7 +195,7 @@ def _enter(routers: Routers, calls: Mapping[str, RecordedCalls | ReplayedCalls])
             )
     for name, router in routers.items():
         if router.routing_calls is not None:
-            calls[name].before = router.routing_calls.before
+            calls[name].before = [one for one in router.routing_calls.before if not one.recomputed]
         router.routing_calls = calls[name]
 
 

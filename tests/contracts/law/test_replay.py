@@ -305,3 +305,16 @@ def test_a_live_forward_may_be_recomputed_after_a_replay(mode: str):
         live.backward()
         found.append(gradients(model))
     assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
+@pytest.mark.parametrize("mode", ["non_reentrant"])
+def test_a_second_backward_after_the_context_is_an_error_too(mode: str):
+    step = make_step(0)
+    model, record = net(mode=mode, gate="sigmoid"), recorded(1, step)
+    with replay_routing(model, record):
+        loss = loss_of(model, step[0])
+        loss.backward(retain_graph=True)
+    with pytest.raises(StateError, match="backward inside replay_routing"):
+        loss.backward()
+    held = [one.ids_TK.untyped_storage().nbytes() for block in model.blocks for one in block.gate.routing_calls.before]
+    assert held and not any(held), "a record that is over is not kept alive"

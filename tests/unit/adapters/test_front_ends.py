@@ -22,6 +22,7 @@ from equipoise.adapters.front_end import EngineCallback, Settings
 from equipoise.errors import ConfigError
 from equipoise.policies import policies_from
 from equipoise.policies.names import NAMES
+from equipoise.policies.recipes import RECIPES
 from integrations.hf._trainer import Text, arguments_of, in_order, little_garbage, model, quiet
 
 TRANSFORMERS = Engine("transformers", "transformers", importlib.metadata.version("transformers"))
@@ -182,6 +183,11 @@ def test_the_page_on_policies_is_what_is_read():
         name for cell in re.findall(r"^\| (`.*?) \|", text, flags=re.MULTILINE) for name in re.findall(r"`(.*?)`", cell)
     }
     assert {name.partition(":")[0] for name in names} == set(NAMES)
+    for name, recipe in RECIPES.items():
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` |")]
+        assert row.endswith(f"| {recipe.source} | {recipe.missing or '-'} |")
+        kinds = [spec["kind"] for spec in recipe.policies]
+        assert re.findall(r"`(\w+)\(", row) == kinds
     for word in re.findall(r"`((?:global|micro|loss-free|sequences)[@:>+-][^` ]*)`", text):
         if word not in ("micro:sigmoid", "loss-free:proportional@R"):
             assert policies_from(word, steps=10**6), word
