@@ -65,6 +65,8 @@ class Target:
     """A coefficient that rises where MaxVio is above a wanted one, and falls where it is below.
 
     What is compared is the MaxVio of a step's whole load, of one layer; of a policy that sees groups or targets theirs.
+    It is a ceiling: nothing unbalances a layer that is better. Where a larger coefficient helps no more, because it
+    outweighs everything already or the gate is flat, it climbs to its limit; ``balance/signals`` tells.
 
     Args:
         maxvio: that is wanted, above 0. Below what chance shows (``functional.maxvio_noise_floor``) it is never met,
