@@ -1,6 +1,6 @@
 """How large a step a softmax gate can take: the MaxVio that a bias starts from, and what it goes on swinging by.
 
-    python benchmarks/bias_rates.py                                   # three minutes
+    python benchmarks/bias_rates.py                                   # a minute or two
     python benchmarks/bias_rates.py --experts 1024 --shares 0.1       # one size alone
 
 Normal logits, those of each expert shifted once and for all by 0.7 of a standard deviation, are routed anew at each
