@@ -44,7 +44,10 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "claims", nargs="*", metavar="NAME", help="claims to train and judge; list, or none: all that there are"
+        "claims",
+        nargs="*",
+        metavar="NAME",
+        help="claims to train and judge; list, or none: train nothing, show what there is",
     )
     parser.add_argument("--all", action="store_true", help="every claim, in the order of the list")
     parser.add_argument("--from-records", action="store_true", help="train nothing, judge what is on record")
@@ -88,16 +91,17 @@ def run(arguments: argparse.Namespace) -> int:
     claims = read_claims(arguments.evidence)
     records = arguments.records or arguments.evidence / RECORDS
     chosen = claims if arguments.all else _chosen(claims, [name for name in arguments.claims if name != "list"])
+    listed = "list" in arguments.claims or not chosen
     code = 0
-    if chosen and not arguments.from_records:
+    if not (listed or arguments.from_records):
         code = _train(chosen, records, arguments)
     judged = judge_all(claims, read_summaries(records) if records.is_dir() else [])
     names = {claim.name for claim in chosen or claims}
     if arguments.html:
         write_html([one for one in judged if one.claim.name in names], arguments.html)
         print(f"html: {arguments.html}")
-    if not chosen:
-        print(render_list(judged))
+    if listed:
+        print(render_list([one for one in judged if one.claim.name in names]))
         return 0
     print("\n\n".join(render_verdict(one) for one in judged if one.claim.name in names))
     if arguments.again:

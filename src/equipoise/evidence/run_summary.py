@@ -5,20 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import DataError
 from ..lab.config.schema import RunConfig
 from ..lab.training.numerics import NUMERICS
+from ..plan.cluster import Cluster
+from ..plan.forecast import forecast
+from ..plan.loads import RecordedCounts
+from ..plan.typical_skews import Strategy
 from ..report.data.run_view import flatten, mean, view_run
 from ..storage.codec import FieldError, Rules, decode, encode, without_nan
 from ..storage.files import write_whole
 from ..storage.run_record import Run
 
-__all__ = ["MEASURES", "RunSummary", "read_summaries", "run_key", "summarize_run", "write_summaries"]
+__all__ = [
+    "MEASURES",
+    "RunSummary",
+    "predicted_step_cost",
+    "read_summaries",
+    "run_key",
+    "summarize_run",
+    "write_summaries",
+]
 
 # Of a run's configuration, what does not change its numbers, and the seed, which tells runs of one key apart.
 APART = {"train.seed", "train.eval_every", "train.checkpoint_every", "train.load_every", "train.log",
@@ -26,6 +40,7 @@ APART = {"train.seed", "train.eval_every", "train.checkpoint_every", "train.load
 # Settings that came after runs were recorded, with the value that leaves those runs as they were: a new setting must
 # not rename them.
 LATER: dict[str, Any] = {}
+RANKS = 4  # that share out the experts, for `predicted_step_cost`
 TRAIL = 20  # steps between two stored points of a training curve
 SCOPES = ("global", "micro_batch", "sequence")  # of MaxVio
 RULES = Rules(null_is_nan=True)
@@ -53,6 +68,7 @@ class RunSummary:
     tokens: int = 0
     seconds: float = math.nan
     torch: str = ""
+    step_cost: float = math.nan  # `predicted_step_cost`; NaN also where it was not yet measured
 
     @property
     def mean_loss(self) -> float:
@@ -71,6 +87,9 @@ MEASURES: dict[str, tuple[str, Callable[[RunSummary], float]]] = {
     ),
     "information": ("nats between expert and domain", lambda run: run.information),
     "topk_score": ("sum of the K gate probabilities", lambda run: run.topk_score),
+    "step_cost": (
+        f"what imbalance adds to a step, with experts on {RANKS} ranks (equipoise plan)", lambda run: run.step_cost
+    ),
     "gradient_ratio": (
         "balance gradient over that of the language model, at the router",
         lambda run: (
@@ -113,6 +132,7 @@ def summarize_run(run: Run, config: RunConfig) -> RunSummary:
             "information_shuffled": _round(mean(last.mutual_information_shuffled)),
             "topk_score": _round(mean(score for layers in last.topk_score for score in layers)),
             "dead_experts": sum(last.dead_experts),
+            "step_cost": _round(predicted_step_cost(last.counts, run.header.top_k)),
         }
     names = sorted({name for step in view.window for name in step.balance if "/layer_" not in name})
     trail = [
@@ -133,6 +153,25 @@ def summarize_run(run: Run, config: RunConfig) -> RunSummary:
         seconds=round(run.end.seconds, 1),
         torch=run.header.versions.get("torch", ""),
     )
+
+
+def predicted_step_cost(counts_DLE: Sequence[Sequence[Sequence[int]]], top_k: int) -> float:
+    """What `equipoise plan` says that imbalance adds to a step, as a share of the step with even load.
+
+    Each of `RANKS` ranks holds as many neighbouring experts and routes text of one domain, as that domain's held-out
+    text was routed; the rest of the cluster is plan's default. NaN where the experts cannot be shared out.
+
+    >>> round(predicted_step_cost([[[8, 0, 8, 0, 0, 8, 8, 0]]], top_k=1), 3)  # even over pairs of experts
+    0.0
+    >>> predicted_step_cost([[[8, 8, 8, 8, 0, 0, 0, 0]]], top_k=1) > 0.05
+    True
+    """
+    experts = len(counts_DLE[0][0])
+    if experts % RANKS:
+        return math.nan
+    cluster = Cluster(experts=experts, top_k=top_k, ep=RANKS)
+    routed = Strategy("held-out text", RecordedCounts(np.array(counts_DLE)), "counts of domains")
+    return forecast(cluster, [routed], up_to=0).rows[0].cost
 
 
 def read_summaries(folder: Path) -> list[RunSummary]:
@@ -159,10 +198,16 @@ def write_summaries(folder: Path, runs: Iterable[RunSummary]) -> None:
         files.setdefault(path, {})[run.corpus, run.seed, run.key] = run
     folder.mkdir(parents=True, exist_ok=True)
     for path, known in files.items():
-        lines = [json.dumps(without_nan(asdict(known[at])), allow_nan=False) for at in sorted(known)]
+        lines = [json.dumps(_plain_record(known[at]), allow_nan=False) for at in sorted(known)]
         text = ("\n".join(lines) + "\n").encode()
         if not path.exists() or path.read_bytes() != text:
             write_whole(path, text)
+
+
+def _plain_record(run: RunSummary) -> dict[str, Any]:
+    """Without numbers that were not measured when it ran, so that a later measure rewrites no earlier record."""
+    plain = without_nan(asdict(run))
+    return {name: value for name, value in plain.items() if not (value is None and name == "step_cost")}
 
 
 def _diverged(run: Run) -> bool:

@@ -6,6 +6,7 @@
     global+micro          the same with 1 % of its coefficient on each micro-batch (table 5 there)
     sequence · document   f over one sequence, or one document of a packed sequence
     sequences:8           f over 8 sequences: one point of a Balance-BSZ sweep
+    groups:8              the classic loss over 8 groups of experts, as ranks hold them (Step-3.5, arXiv 2602.10604)
     shuffle               f over random tokens of the step, as many as a micro-batch has (table 2 there)
     loss-free             a bias on the selection, no loss (arXiv 2408.15664)
     quantile              the same, set each step to what would have given equal loads (Kimi K3, arXiv 2607.24653)
@@ -36,10 +37,11 @@ from .expert_bias import BIAS_SCOPES, RULES
 from .recipes import RECIPES, SIGN
 from .self_setting import SELF_SETTING
 
-__all__ = ["LIBRARY", "NAMES", "SCHEDULES", "Named", "Numbers", "flat", "read_name", "usual_gate"]
+__all__ = ["LIBRARY", "NAMES", "NUMBERED", "SCHEDULES", "Named", "Numbers", "flat", "read_name", "usual_gate"]
 
 SCHEDULES = ("constant", "linear", "cosine")  # of a bias rate
 SETTING_OUT_FOR = {"ratio": 0.01, "target": 0.1}  # without a number
+NUMBERED = ("sequences", "groups")  # names that are nothing without a number
 MICRO_SHARE = 0.01  # of the global coefficient, for the micro-batch loss beside it
 
 GLOBAL: dict[str, Any] = {"kind": "AuxLoss", "scope": "global_batch"}
@@ -53,6 +55,7 @@ NAMES: dict[str, tuple[dict[str, Any], ...]] = {
     "sequence": ({"kind": "AuxLoss", "scope": "sequence"},),
     "document": ({"kind": "AuxLoss", "scope": "document"},),
     "sequences": ({"kind": "AuxLoss", "scope": "sequences"},),
+    "groups": ({**MICRO, "groups": None},),
     "shuffle": ({"kind": "AuxLoss", "scope": "shuffle"},),
     "loss-free": (SIGN,),
     "quantile": ({"kind": "ExpertBias", "rule": "quantile"},),
@@ -216,12 +219,14 @@ def _term(
     gate = usual_gate(specs)
     if not specs and (values or words):
         raise ConfigError(expected="'none' without details", got=repr(text), do="remove them")
+    numbered = name in (*NUMBERED, "step-3.5") and bool(words) and words[0].isdigit()
+    number = int(words.pop(0)) if numbered else 0
+    if (numbered or name in NUMBERED) and number == 0:
+        raise ConfigError(expected=f"{name}:N with N of 1 or more", got=repr(text), do=f"for example {name}:8")
     if name == "sequences":
-        if not words or not words[0].isdigit() or int(words[0]) == 0:
-            raise ConfigError(expected="sequences:N with N of 1 or more", got=repr(text), do="for example sequences:8")
-        specs[0]["scope"] = f"sequences:{words.pop(0)}"
-    if name == "step-3.5" and words and words[0].isdigit():
-        specs[1]["groups"] = int(words.pop(0))
+        specs[0]["scope"] = f"sequences:{number}"
+    elif number:
+        specs[-1]["groups"] = number
     for value in values:
         specs[0]["rate" if specs[0]["kind"] == "ExpertBias" else "coef"] = value
     for word in words:

@@ -52,9 +52,10 @@ def folders(tmp_path: Path, corpus_file: Path, *, steps=6, seeds=2) -> list[str]
 
 def test_a_claim_from_nothing_to_the_page(tmp_path, corpus_file, capsys):
     where = folders(tmp_path, corpus_file)
-    for nothing in ([], ["list"]):
+    for nothing in ([], ["list"], ["list", "T1"], ["list", "--all"]):
         assert main(["reproduce", *nothing, *where]) == 0
-        assert "not run" in capsys.readouterr().out
+        said = capsys.readouterr()
+        assert "not run" in said.out and "to train" not in said.err
     assert main(["reproduce", "--all", *where]) == 0
     said = capsys.readouterr()
     assert "4 runs to train" in said.err and "global - micro" in said.out

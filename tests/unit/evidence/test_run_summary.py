@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from equipoise.errors import DataError
 from equipoise.evidence import run_summary
-from equipoise.evidence.run_summary import MEASURES, read_summaries, run_key, write_summaries
+from equipoise.evidence.run_summary import MEASURES, predicted_step_cost, read_summaries, run_key, write_summaries
 from equipoise.lab.config.schema import RunConfig, TrainConfig
+from equipoise.plan.cluster import Cluster
+from equipoise.plan.cost import work
 from unit.evidence._made import claim_in, run_of, runs_of
 
 
@@ -54,6 +57,20 @@ def test_records_come_back_and_stay(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "records").iterdir()} == before
 
 
+def test_a_measure_that_came_later_rewrites_no_earlier_run(tmp_path):
+    claim = claim_in(tmp_path / "claims")
+    early, late = run_of(claim, "treated", 0, 3.0), run_of(claim, "treated", 1, 3.0, step_cost=0.25)
+    write_summaries(tmp_path, [early])
+    (path,) = tmp_path.glob("*.jsonl")
+    before = path.read_text()
+    write_summaries(tmp_path, [late])
+    assert path.read_text().startswith(before) and "step_cost" not in before
+    assert [MEASURES["step_cost"][1](run) for run in read_summaries(tmp_path)] == [
+        pytest.approx(math.nan, nan_ok=True),
+        0.25,
+    ]
+
+
 def test_a_run_again_takes_the_place_of_the_old_one(tmp_path):
     claim = claim_in(tmp_path / "claims")
     write_summaries(tmp_path, [run_of(claim, "treated", 0, 3.0)])
@@ -76,3 +93,15 @@ def test_a_diverged_run_has_every_measure_but_no_number(tmp_path):
                  maxvio=dict.fromkeys(("global", "micro_batch", "sequence"), nan), training={})  # fmt: skip
     values = {name: read(run) for name, (_, read) in MEASURES.items()}
     assert all(value != value for value in values.values())
+
+
+def test_the_step_of_the_slowest_of_four_ranks():
+    """By hand: 4 of 8 tokens go to the first of 4 ranks, so it takes twice the mean, and so do all that wait for it."""
+    cluster = Cluster(experts=8, top_k=1, ep=4)
+    one = work(cluster)
+    for counts_E, factor in (([2, 2, 1, 1, 1, 0, 1, 0], 2.0), ([2, 0, 0, 2, 1, 1, 2, 0], 1.0)):
+        slower = (one.dense + factor * one.waited) / (one.dense + one.waited) - 1
+        assert predicted_step_cost([[counts_E]], top_k=1) == pytest.approx(slower, rel=0.02, abs=1e-3)
+    apart = [[[4, 4, 0, 0, 0, 0, 0, 0]], [[0, 0, 4, 4, 0, 0, 0, 0]]]  # two domains, each on a rank of its own
+    assert predicted_step_cost(apart, top_k=1) > predicted_step_cost([[[1, 1, 1, 1, 0, 0, 0, 0]]], top_k=1)
+    assert math.isnan(predicted_step_cost([[[1, 1, 1]]], top_k=1))

@@ -11,7 +11,7 @@ from equipoise import AuxLoss, Balancer, ExpertBias, MoE, Sequences, Switch, ZLo
 from equipoise.errors import ConfigError
 from equipoise.policies import policies_from
 from equipoise.policies.from_data import RateSchedule
-from equipoise.policies.names import NAMES, Numbers, read_name
+from equipoise.policies.names import NAMES, NUMBERED, Numbers, read_name
 
 SHORT = Numbers(coef=0.5, estimator="exact", rate=0.25, schedule="linear")
 
@@ -53,8 +53,9 @@ def test_what_a_file_says_is_what_python_would_say(data, policies):
 def test_a_name_without_numbers_has_those_of_the_policies_themselves():
     """In a training engine: what ``AuxLoss("global_batch")`` is in Python, ``global`` is in its file."""
     for name, kinds in NAMES.items():
-        for built, spec in zip(policies_from(name.replace("sequences", "sequences:1")), kinds, strict=True):
+        for built, spec in zip(policies_from(f"{name}:1" if name in NUMBERED else name), kinds, strict=True):
             given = {key: value for key, value in spec.items() if key not in ("kind", "scope", "coef", "counts")}
+            given |= {"groups": 1} if name == "groups" else {}
             mine = {one.name: getattr(built, one.name) for one in dataclasses.fields(built)}
             usual = type(built)(**({"rule": spec["rule"]} if "rule" in spec else {}))  # each rule has a rate of its own
             for key, value in dataclasses.asdict(usual).items():

@@ -16,11 +16,11 @@ from ...errors import ConfigError, unknown_name
 from ...functional.routing import PLACES
 from ...policies import Policy
 from ...policies.from_data import KINDS, build
-from ...policies.names import NAMES, Numbers, flat, read_name, usual_gate
+from ...policies.names import NAMES, NUMBERED, Numbers, flat, read_name, usual_gate
 from ...policies.schedule import Schedule
 from .schema import GATES, ModelConfig, RunConfig
 
-__all__ = ["NAMES", "Strategy", "describe_names", "parse_strategy", "slug", "strategy_of"]
+__all__ = ["NAMES", "NUMBERED", "Strategy", "describe_names", "parse_strategy", "slug", "strategy_of"]
 
 # Of a short run much is lost while routers move fast: the f of the current step. Where the step does not fit one pass
 # (`lab.training.micro_batching`) it costs a counting pass. The papers' coefficient is 1e-2, in runs 1000 times longer;
@@ -87,11 +87,11 @@ def describe_names() -> str:
     """
     lines = []
     for name in NAMES:
-        label = "sequences:N" if name == "sequences" else name
-        for spec in parse_strategy("sequences:1" if name == "sequences" else name).policies or ({},):
+        label = f"{name}:N" if name in NUMBERED else name
+        for spec in parse_strategy(f"{name}:1" if name in NUMBERED else name).policies or ({},):
             shown = {key: spec[key] for key in ("scope", "rule") if key in spec} | spec
-            if name == "sequences":
-                shown["scope"] = label
+            if name in NUMBERED:
+                shown |= {"scope": label} if name == "sequences" else {"groups": "N"}
             settings = ", ".join(f"{key}={value!r}" for key, value in shown.items() if key != "kind")
             lines.append(f"  {label:<15}" + (f"{spec['kind']}({settings})" if spec else "no policy"))
             label = ""

@@ -12,7 +12,15 @@ from equipoise import policies as library
 from equipoise.errors import ConfigError, EquipoiseError
 from equipoise.functional import routing
 from equipoise.lab.config.schema import GATES, ModelConfig, RunConfig
-from equipoise.lab.config.strategies import NAMES, Strategy, describe_names, parse_strategy, slug, strategy_of
+from equipoise.lab.config.strategies import (
+    NAMES,
+    NUMBERED,
+    Strategy,
+    describe_names,
+    parse_strategy,
+    slug,
+    strategy_of,
+)
 from equipoise.policies.from_data import RateSchedule
 
 STEPS = 300
@@ -36,6 +44,8 @@ def built(name):
         ("shuffle", [AuxLoss("shuffle", 0.02)]),
         ("sequences:8", [AuxLoss(Sequences(8), 0.02)]),
         ("sequences:8@0.1", [AuxLoss(Sequences(8), 0.1)]),
+        ("groups:4", [AuxLoss("micro_batch", 0.02, groups=4)]),
+        ("groups:4@0.1", [AuxLoss("micro_batch", 0.1, groups=4)]),
         ("micro+z@1e-2", [AuxLoss("micro_batch", 0.02), ZLoss(1e-2)]),
         ("loss-free:constant@1e-3", [ExpertBias("sign", 1e-3)]),
         ("loss-free:multiply:constant", [ExpertBias("sign", 1e-2, place="multiply")]),
@@ -221,7 +231,7 @@ def test_the_gates_that_a_name_may_have_are_those_of_the_library():
 
 def test_every_name_in_the_list_can_be_built():
     for name in NAMES:
-        parse_strategy("sequences:2" if name == "sequences" else name).build(STEPS)
+        parse_strategy(f"{name}:2" if name in NUMBERED else name).build(STEPS)
 
 
 def test_folder_names_are_safe_and_differ():
@@ -240,11 +250,12 @@ def test_the_list_in_the_help_is_what_is_built_and_fits_a_terminal():
     for line in lines:
         name = line[2:17].strip() or name
         shown.setdefault(name, []).append(line[17:])
-    assert list(shown) == ["sequences:N" if name == "sequences" else name for name in NAMES]
+    assert list(shown) == [f"{name}:N" if name in NUMBERED else name for name in NAMES]
     assert shown.pop("none") == ["no policy"]
     for name, texts in shown.items():
         cosine = RateSchedule("cosine", STEPS)
-        plain = [text.replace("'sequences:N'", "Sequences(8)").replace("'cosine'", "cosine") for text in texts]
+        plain = [text.replace("'sequences:N'", "Sequences(8)").replace("'N'", "8") for text in texts]
+        plain = [text.replace("'cosine'", "cosine") for text in plain]
         policies = [eval(text, vars(library) | {"cosine": cosine}) for text in plain]
         assert policies == built(name.replace(":N", ":8"))
 
