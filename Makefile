@@ -18,7 +18,7 @@ PIP      = $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help engine-names env compare reproduce evidence test test-all test-oldest engine-env test-engines invariance mutations faults \
-        check house format dist bench bench-grid lock clean
+        check docs house format dist bench bench-grid lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -70,6 +70,10 @@ check: env  ## ruff (lint and format) and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: .venv-docs/.installed  ## the documentation as a site, with the reference of every public name: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+	@echo "site: build/site/index.html"
+
 house:  ## draw the rooms of the library, their floors and who imports whom: docs/house.svg
 	PYTHONPATH=tests $(PYTHON) -m meta.house
 
@@ -100,6 +104,11 @@ lock:  ## choose all versions again and write requirements.lock
 	  build/lock/bin/python -m pip freeze --exclude equipoise | sed 's/+[a-z0-9.]*$$//'; } > build/requirements.lock
 	mv build/requirements.lock requirements.lock
 	rm -rf build/lock
+
+.venv-docs/.installed: docs/requirements.lock
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	@touch $@
 
 # The locks are whole: nothing is resolved, so that no other torch comes along.
 .venv-%/.installed: tests/engines/%/requirements.lock pyproject.toml

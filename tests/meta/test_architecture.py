@@ -169,7 +169,7 @@ def test_importing_the_report_parts_loads_no_optional_package_at_once():
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 200
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 100
 
 
 def test_the_version_is_one():

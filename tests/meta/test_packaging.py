@@ -127,7 +127,7 @@ def test_a_package_index_finds_the_pictures_and_pages(metadata):
     raw = HOME.replace("github.com", "raw.githubusercontent.com")
     assert pictures == [f"{raw}/v{VERSION}/docs/experts.svg"]
     links = re.findall(r"\]\(([^)]+)\)", readme)
-    assert f"{HOME}/blob/v{VERSION}/docs/parallel.md" in links
+    assert f"{HOME}/blob/v{VERSION}/docs/policies.md" in links
     assert all(link.startswith("https://") for link in links)
     relative = re.findall(r"\]\(((?!https?:)[^)]+)\)", text_of("README.md"))
     assert len(relative) == sum(link.startswith((HOME, raw)) for link in links) > 5  # each of them, and only once
