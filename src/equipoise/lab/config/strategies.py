@@ -64,6 +64,12 @@ class Strategy:
 
     def check(self, config: RunConfig) -> None:
         """Refuses at once what would be refused when the run starts: a wrong setting, a rule that this gate breaks."""
+        if of_class := [spec for spec in flat(self.policies) if spec.get("tokens") is not None]:
+            raise ConfigError(
+                expected="policies of all tokens: the lab's text says nothing of classes",
+                got=f"{of_class[0]['kind']} with tokens={of_class[0]['tokens']!r}",
+                do="leave tokens out; in a training loop of your own masks name them (docs/policies.md)",
+            )
         model = self.apply(config.model)
         for _, bias in Schedule(self.build(config.train.steps)).biases:
             bias.check_gate(model.gate, model.experts)
