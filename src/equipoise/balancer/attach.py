@@ -90,10 +90,7 @@ def attach(
                 bias_classes=schedule.bias_classes,
             )
             layer.balance_state = RouterState(spec, _device(router), layer.name)
-        if schedule.biases:  # one that was there is taken over last: what is refused before has changed nothing
-            for layer in sorted(layers, key=lambda layer: bool(layer.biases_before)):
-                for tokens in schedule.biased:
-                    _enable_bias(layer.router, schedule.bias_place, tokens)
+        _add_biases(layers, schedule)
         for part in {part for part, _, router in routers if schedule and router.batch_context is not None}:
             own_loss.switch_off(parts[part])
         if schedule:
@@ -105,6 +102,13 @@ def attach(
         _unhook(router for _, _, router in routers)
         raise
     return layers, own_loss
+
+
+def _add_biases(layers: Sequence[Layer], schedule: Schedule) -> None:
+    """One that was there is taken over last: what is refused before has changed nothing."""
+    for layer in sorted(layers, key=lambda layer: bool(layer.biases_before)):
+        for tokens in schedule.biased:
+            _enable_bias(layer.router, schedule.bias_place, tokens)
 
 
 def _layer(part: int, name: str, router: BalancedRouter) -> Layer:
