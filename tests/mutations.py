@@ -84,6 +84,18 @@ MUTATIONS = {
         "push_L",
         "contracts/law/test_token_classes.py every_scope_is_the_law",
     ),
+    "the bias of a class moved by the load of all tokens": Mutation(
+        "balancer/layer_group.py",
+        "counts_LE = self.counts(summed_LS) if of is None else self.spec.of_class(summed_LS, of)[0]",
+        "counts_LE = self.counts(summed_LS)",
+        "contracts/law/test_class_bias.py move_by_the_load",
+    ),
+    "the bias of a class added for padding too": Mutation(
+        "autograd/token_classes.py",
+        "return own if valid_T is None else {name: mask_T & valid_T.to(device) for name, mask_T in own.items()}",
+        "return own",
+        "contracts/law/test_class_bias.py no_class_is_chosen_for",
+    ),
     "1/M: divided by micro-batches once more (B10)": Mutation(
         "balancer/layer_group.py",
         "        coefs_LP = unit_LP * scale.to(device=unit_LP.device, dtype=torch.float64).reshape(())\n",

@@ -78,10 +78,18 @@ class SavedBiases(NamedTuple):
 
 
 def biases_beside(folder: str | Path) -> SavedBiases | None:
-    """None where a folder has none. Raises DataError."""
+    """None where a folder has none. Raises DataError, also for biases of classes of tokens."""
     if (file := state_file(folder)) is None:
         return None
     state = read_state(file)
+    if classes := sorted({name for one in state.get("layers", {}).values() for name in one.get("class_biases", ())}):
+        raise DataError(
+            expected=f"biases of all tokens alone in {file}",
+            got=f"one of tokens {classes[0]!r}, which only a training puts back",
+            do="load the model's own weights, which have it unless they are an adapter's; then make its Balancer, with "
+            f"ExpertBias(rate=0.0, tokens={classes[0]!r}), and call load_state_dict with read_state of "
+            "equipoise.storage.balancer_file",
+        )
     biases = {plain_name(name): bias_E for name, bias_E in state.get("biases", {}).items() if bias_E is not None}
     return SavedBiases(file, biases, saved_place(state)) if biases else None
 
@@ -123,7 +131,7 @@ def put_biases(balancer: Balancer, biases: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for layer in balancer._layers:
             if (bias_E := biases.get(plain_name(layer.name))) is not None:
-                layer.bias.copy_(bias_E)
+                layer.biases[None].copy_(bias_E)
 
 
 def plain_name(name: str) -> str:

@@ -310,7 +310,7 @@ class BalanceCallback(TrainerCallback):
         """Whether the next step needs more than the Trainer's own files bring: biases, coefficients, past loads."""
         plan, layers = Schedule(self.policies), self._balancer()._layers
         past = any(loss.estimates and loss.estimator in ("previous", "ema", "filled") for _, loss in plan.losses)
-        return past or bool(plan.self_setting) or any(layer.router.expert_bias is not None for layer in layers)
+        return past or bool(plan.self_setting) or any(layer.biases for layer in layers)
 
     def _load(self, folder: Path, step: int, before: Any, *, strict: bool = True) -> None:
         """The state of a checkpoint. ``before``: what its training said that it keeps; None: it was not balanced."""
@@ -362,11 +362,11 @@ class BalanceCallback(TrainerCallback):
 
     def _warn_of_biases(self) -> None:
         """Of biases that move and are in no file that ``save_model`` writes."""
-        routers = [layer.router for layer in self._balancer()._layers if layer.trainable and self._moves_biases]
+        layers = [layer for layer in self._balancer()._layers if layer.trainable and self._moves_biases]
         adapter = hasattr(self._model(), "peft_config")  # of which PEFT saves no buffer but those of modules_to_save
         buffers = self._model().named_buffers()
         saved = {b.data_ptr() for name, b in buffers if not adapter or "modules_to_save" in name}
-        lost = any(router.expert_bias is not None and router.expert_bias.data_ptr() not in saved for router in routers)
+        lost = any(bias_E.data_ptr() not in saved for layer in layers for bias_E in layer.biases.values())
         if lost and self._trainer.is_world_process_zero():
             warnings.warn(
                 f"ExpertBias moves biases that the files of {'a LoRA adapter' if adapter else 'this model'} do not "

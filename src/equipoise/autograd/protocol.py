@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, TypeGuard
 
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..functional.routing import PLACES
 from .router_state import RouterState
 
-__all__ = ["BalancedRouter", "RouterTraits", "is_balanced_router"]
+__all__ = ["BalancedRouter", "ClassBiasedRouter", "RouterTraits", "has_class_biases", "is_balanced_router"]
 
 MEMBERS = (
     "balance_state",
@@ -46,6 +46,7 @@ class RouterTraits(NamedTuple):
     bias_place: str = PLACES[0]  # where its selection bias acts: see `functional.route`
     bias_places: tuple[str, ...] = PLACES[:1]  # and may act: what `enable_selection_bias` takes
     selects: bool = False  # it says with each call how it chose (`Selection`), which the quantile rule asks for
+    class_biases: bool = False  # it is a `ClassBiasedRouter`
 
     @property
     def weights_form(self) -> tuple[bool, float] | None:
@@ -115,6 +116,33 @@ class BalancedRouter(Protocol):
     def disable_selection_bias(self) -> None:
         """Takes away a bias that `enable_selection_bias` added."""
         ...
+
+
+class ClassBiasedRouter(BalancedRouter, Protocol):
+    """A router that can have biases of its own for the tokens of single classes: ``traits.class_biases`` says so.
+
+    It is told with each call which tokens these are, also in evaluation, and adds them as
+    `equipoise.functional.class_bias.token_biases` does. ``tokens`` None is the bias of all tokens.
+    """
+
+    @property
+    def class_biases(self) -> Mapping[str, Tensor]:
+        """Name of a class of tokens -> the bias (E,) of its tokens, fp32."""
+        ...
+
+    def enable_selection_bias(self, place: str = ..., tokens: str | None = ...) -> None: ...
+
+    def disable_selection_bias(self, tokens: str | None = ...) -> None: ...
+
+
+def has_class_biases(router: BalancedRouter) -> TypeGuard[ClassBiasedRouter]:
+    """Whether a class of tokens may have a bias of its own there.
+
+    >>> from equipoise import Router
+    >>> has_class_biases(Router(dim=8, num_experts=4, top_k=2))
+    True
+    """
+    return router.traits.class_biases
 
 
 def is_balanced_router(module: nn.Module) -> TypeGuard[BalancedRouter]:

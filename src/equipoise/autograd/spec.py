@@ -73,12 +73,13 @@ class StatsSpec(NamedTuple):
     observe_only: bool = False  # no policy: forward's statistics are all there is, and backward is left as it was
     micro_rules: tuple[str, ...] = ()  # bias rules that are asked of each micro-batch's load and summed over them
     quantile: bool = False  # what each bias would have to change by, counted in bins: see `functional.quantile`
+    bias_classes: tuple[str, ...] = ()  # whose tokens have a bias of their own
 
     @property
     def observing(self) -> StatsSpec:
         """Of the same router, without what only a policy asks for."""
         few = {"terms": (), "z_loss": False, "norms": False, "gram": False, "shards": 1, "observe_only": True}
-        return self._replace(**few, micro_rules=(), quantile=False)
+        return self._replace(**few, micro_rules=(), quantile=False, bias_classes=())
 
     @property
     def unbiased(self) -> bool:
@@ -86,7 +87,12 @@ class StatsSpec(NamedTuple):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes of tokens that a term asks for, each once."""
+        """The classes of tokens that a term or a bias asks for, each once."""
+        return tuple(dict.fromkeys((*self.term_classes, *self.bias_classes)))
+
+    @property
+    def term_classes(self) -> tuple[str, ...]:
+        """Those of terms, whose load in the step is estimated."""
         return tuple(dict.fromkeys(term.tokens for term in self.terms if term.tokens is not None))
 
     @property

@@ -37,7 +37,7 @@ class Measured(NamedTuple):
     fraction_NTE: Tensor | None  # f of the document terms per token
     gram_EE: Tensor | None
     shard_counts: ShardCounts | None  # where the spec is sharded
-    classes_CT: Tensor | None = None  # the valid tokens of each class, where the spec has any
+    classes_CT: Tensor | None = None  # the valid tokens of each class, where a term is of one
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def measure(
         torch.stack(documents) if documents else None,
         _gram(valid_TE, gate_slope(logits_TE, spec.gate)) if spec.gram else None,
         shard_counts,
-        torch.stack([one.mask_T for one in of_class.values()]) if of_class else None,
+        torch.stack([one.mask_T for one in of_class.values()]) if spec.term_classes else None,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..autograd.protocol import BalancedRouter, is_balanced_router
+from ..autograd.protocol import BalancedRouter, has_class_biases, is_balanced_router
 from ..autograd.router_state import RouterState
 from ..autograd.spec import LossTerm, StatsSpec
 from ..errors import ConfigError, StateError
@@ -21,7 +21,7 @@ from ..functional.routing import PLACES
 from ..policies.losses import AuxLoss
 from ..policies.schedule import Schedule
 from .degenerate import FoundRouter, check_degenerate
-from .layer_group import Layer
+from .layer_group import Layer, biases_of
 
 __all__ = ["attach", "detach", "part_of", "unbalanced_routers", "undo"]
 
@@ -87,11 +87,10 @@ def attach(
                 observe_only=not schedule,
                 micro_rules=schedule.micro_rules,
                 quantile=schedule.pools_quantiles,
+                bias_classes=schedule.bias_classes,
             )
             layer.balance_state = RouterState(spec, _device(router), layer.name)
-        if schedule.biases:  # one that was there is taken over last: what is refused before has changed nothing
-            for layer in sorted(layers, key=lambda layer: not layer.makes_bias):
-                _enable_bias(layer.router, schedule.bias_place)
+        _add_biases(layers, schedule)
         for part in {part for part, _, router in routers if schedule and router.batch_context is not None}:
             own_loss.switch_off(parts[part])
         if schedule:
@@ -105,10 +104,17 @@ def attach(
     return layers, own_loss
 
 
+def _add_biases(layers: Sequence[Layer], schedule: Schedule) -> None:
+    """One that was there is taken over last: what is refused before has changed nothing."""
+    for layer in sorted(layers, key=lambda layer: bool(layer.biases_before)):
+        for tokens in schedule.biased:
+            _enable_bias(layer.router, schedule.bias_place, tokens)
+
+
 def _layer(part: int, name: str, router: BalancedRouter) -> Layer:
     """With what `undo` has to know of its bias."""
-    none, place = router.expert_bias is None, router.traits.bias_place
-    return Layer(name, router, part=part, makes_bias=none, bias_place_before=place)
+    before, place = tuple(biases_of(router)), router.traits.bias_place
+    return Layer(name, router, part=part, biases_before=before, bias_place_before=place)
 
 
 def _measures_norms(schedule: Schedule, routers: Sequence[FoundRouter], wanted: bool) -> bool:
@@ -171,10 +177,14 @@ def detach(layers: Sequence[Layer], own_loss: OwnLoss) -> None:
 def undo(layers: Sequence[Layer], own_loss: OwnLoss) -> None:
     """After an error: also a bias that was added goes again."""
     for layer in layers:
-        if layer.makes_bias:
-            layer.router.disable_selection_bias()
-        elif layer.router.traits.bias_place != layer.bias_place_before:
-            _enable_bias(layer.router, layer.bias_place_before)
+        router, before = layer.router, layer.biases_before
+        for tokens in [one for one in layer.biases if one not in before]:
+            if tokens is None:
+                router.disable_selection_bias()
+            elif has_class_biases(router):
+                router.disable_selection_bias(tokens)
+        if before and router.traits.bias_place != layer.bias_place_before:
+            _enable_bias(router, layer.bias_place_before, before[0])
     detach(layers, own_loss)
 
 
@@ -214,6 +224,8 @@ def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule, shards: i
             view.members(router.num_experts)
         for _, policy in schedule.biases:
             policy.check_gate(router.gate, router.num_experts)
+        if schedule.bias_classes and not has_class_biases(router):
+            raise _no_class_biases(name, router, schedule.bias_classes[0])
         if schedule.biases:
             _check_place(name, router, schedule.bias_place)
         if any(bias.rule == "quantile" for _, bias in schedule.biases):
@@ -224,17 +236,19 @@ def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule, shards: i
                 got=f"router {name!r}, which returns probabilities: the logsumexp of their logarithms is always 0",
                 do="leave ZLoss out for this model",
             )
-        if (
-            schedule
-            and router.expert_bias is not None
-            and not schedule.biases
-            and any(p.requires_grad for p in router.parameters())
-        ):
-            raise ConfigError(
-                expected="a policy for the expert bias that this model chooses with",
-                got=f"a bias in router {name!r} that nobody moves while the router learns",
-                do="add ExpertBias(), or ExpertBias(rate=0.0) to keep it as it is; Balancer(model, []) only looks",
-            )
+        if schedule and any(p.requires_grad for p in router.parameters()):
+            _check_moved(name, router, schedule)
+
+
+def _check_moved(name: str, router: BalancedRouter, schedule: Schedule) -> None:
+    for tokens in [one for one in biases_of(router) if one not in schedule.biased]:
+        of, such = ("", "") if tokens is None else (f" of tokens {tokens!r}", f"tokens={tokens!r}")
+        raise ConfigError(
+            expected="a policy for the expert bias that this model chooses with",
+            got=f"a bias{of} in router {name!r} that nobody moves while the router learns",
+            do=f"add ExpertBias({such}), or ExpertBias(rate=0.0{such and f', {such}'}) to keep it as it is; "
+            "Balancer(model, []) only looks",
+        )
 
 
 def _check_classes(schedule: Schedule, shards: int) -> None:
@@ -244,6 +258,14 @@ def _check_classes(schedule: Schedule, shards: int) -> None:
             got=f"tokens={names[0]!r}, and sequences cut over {shards} ranks",
             do="leave tokens out: the load of a class is not added up over parts of a sequence",
         )
+
+
+def _no_class_biases(name: str, router: BalancedRouter, tokens: str) -> ConfigError:
+    return ConfigError(
+        expected=f"a router that can have a bias for a class of tokens (equipoise.Router), for tokens={tokens!r}",
+        got=f"router {name!r}, a {type(router.module).__name__}, whose bias is one for all tokens",
+        do=f"use AuxLoss(tokens={tokens!r}), or ExpertBias() of all tokens",
+    )
 
 
 def _check_selects(name: str, router: BalancedRouter, shards: int, schedule: Schedule) -> None:
@@ -266,15 +288,18 @@ def _check_selects(name: str, router: BalancedRouter, shards: int, schedule: Sch
 
 
 def _check_place(name: str, router: BalancedRouter, place: str) -> None:
-    traits, bias_E = router.traits, router.expert_bias
+    traits, biases = router.traits, biases_of(router)
     if place not in traits.bias_places:
-        whose = f", whose bias is {router.bias_owner}" if bias_E is not None else ""
+        whose = f", whose bias is {router.bias_owner}" if biases else ""
         raise ConfigError(
             expected=f"a place where the bias of router {name!r} can act: {', '.join(traits.bias_places)}",
             got=f"ExpertBias(place={place!r}){whose}",
             do="leave place out: the code of such a model or router adds the bias where it always does",
         )
-    if bias_E is not None and traits.bias_place != place and not bias_E.is_meta and bool(bias_E.any()):
+    moved = (
+        [one for one in biases.values() if not one.is_meta and bool(one.any())] if traits.bias_place != place else []
+    )
+    if moved:
         raise ConfigError(
             expected=f"ExpertBias(place={traits.bias_place!r}), where the bias of router {name!r} acts",
             got=f"place={place!r} for a bias that is not zero: other experts would answer",
@@ -282,9 +307,12 @@ def _check_place(name: str, router: BalancedRouter, place: str) -> None:
         )
 
 
-def _enable_bias(router: BalancedRouter, place: str) -> None:
+def _enable_bias(router: BalancedRouter, place: str, tokens: str | None) -> None:
     """Routers that know one place alone take no argument."""
-    if place == PLACES[0]:
+    if tokens is not None:
+        assert has_class_biases(router)
+        router.enable_selection_bias(place, tokens)
+    elif place == PLACES[0]:
         router.enable_selection_bias()
     else:
         router.enable_selection_bias(place)

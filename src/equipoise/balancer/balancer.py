@@ -16,7 +16,6 @@ from ..autograd.token_layout import TokenLayout
 from ..distributed import Ranks
 from ..errors import ConfigError, InputError, StateError
 from ..external.batch_context import declared_layout
-from ..policies.expert_bias import ExpertBias
 from ..policies.schedule import Schedule
 from ..policies.switch import Policy
 from .attach import attach, detach, part_of, undo
@@ -26,7 +25,7 @@ from .describe import describe
 from .evaluation import evaluating
 from .faults import Faults, no_counting, no_forward
 from .metrics import StepStats, metrics
-from .state import VERSION, load_states, put_biases, states_of
+from .state import VERSION, keeping_biases, load_states, put_biases, states_of
 from .step import StepCycle
 from .step_detector import Steps
 from .tap import TappedForward, tap_loss
@@ -363,15 +362,13 @@ class Balancer(StepCycle):
         >>> average.gate.expert_bias
         tensor([0., 1., 2., 3.])
         """
-        biases = {layer.name: layer.router.expert_bias for layer in self._layers}
-        if all(bias_E is None for bias_E in biases.values()):
+        if not (policies := keeping_biases(self._layers)):
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            place = next(one.router.traits.bias_place for one in self._layers if biases[one.name] is not None)
-            other = Balancer(to, [ExpertBias(rate=0.0, place=place)], ranks=Ranks(), example=self._example)
+            other = Balancer(to, policies, ranks=Ranks(), example=self._example)
         try:
-            put_biases(other._layers, biases)
+            put_biases(other._layers, {layer.name: layer.biases for layer in self._layers})
         finally:
             other.remove()
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from ..distributed import Ranks
 from ..external.carrier import RouterCarrier
 from ..policies.expert_bias import ExpertBias
-from ..policies.losses import AuxLoss, Coefficient
+from ..policies.losses import AuxLoss, Coefficient, ZLoss
 from ..policies.schedule import Schedule, ScheduledPolicy
 from ..policies.self_setting import Ratio, Target
 from .declared_step import DeclaredStep
@@ -92,16 +92,16 @@ def _policy(scheduled: ScheduledPolicy) -> str:
         if not scheduled.start and scheduled.end is None
         else f" from step {scheduled.start} to {scheduled.end or 'the end'}"
     )
+    of = "" if isinstance(policy, ZLoss) or policy.tokens is None else f", tokens {policy.tokens!r} alone"
     match policy:
         case AuxLoss():
             coef = _coefficient(policy.coef)
             how = f", {policy.estimator}" if policy.estimates else ""
-            of = "" if policy.tokens is None else f", tokens {policy.tokens!r} alone"
             return f"AuxLoss {policy.scope}, coef {coef}{how}{of}{_view(policy)}{window}"
         case ExpertBias():
             where = "" if policy.place == ExpertBias.place else f", place {policy.place}"
             scope = "" if policy.scope == ExpertBias.scope else f", scope {policy.scope}"
-            return f"ExpertBias {policy.rule}, rate {policy.rate:g}{where}{scope}{_view(policy)}{window}"
+            return f"ExpertBias {policy.rule}, rate {policy.rate:g}{where}{scope}{of}{_view(policy)}{window}"
     return f"ZLoss{window}"
 
 

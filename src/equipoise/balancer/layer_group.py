@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..autograd.protocol import BalancedRouter
+from ..autograd.protocol import BalancedRouter, has_class_biases
 from ..autograd.router_state import RouterState, clear_pending, stack_on, write_all
 from ..autograd.sequence_shards import ShardedFractions
 from ..autograd.spec import StatsSpec
@@ -25,7 +25,7 @@ from ..policies.schedule import Schedule
 from ..policies.self_setting import Ratio, SelfSetting
 from .load_histories import LoadHistories
 
-__all__ = ["Layer", "LayerGroup", "MicroBatchCoefficients", "group_layers"]
+__all__ = ["Layer", "LayerGroup", "MicroBatchCoefficients", "biases_of", "group_layers"]
 
 
 class MicroBatchCoefficients(NamedTuple):
@@ -36,6 +36,18 @@ class MicroBatchCoefficients(NamedTuple):
     placed: list[list[TokenPlacement]]  # of each router of another library: how the tokens lay, for a recompute
 
 
+def biases_of(router: BalancedRouter) -> dict[str | None, Tensor]:
+    """The biases that a router has: under None that of all tokens, under a class's name that of its tokens alone.
+
+    >>> from equipoise import Router
+    >>> list(biases_of(Router(dim=8, num_experts=4, top_k=2, selection_bias=True)))
+    [None]
+    """
+    bias_E = router.expert_bias
+    of_all: dict[str | None, Tensor] = {} if bias_E is None else {None: bias_E}
+    return of_all | dict(router.class_biases) if has_class_biases(router) else of_all
+
+
 @dataclass
 class Layer:
     """One router of the model."""
@@ -44,15 +56,13 @@ class Layer:
     router: BalancedRouter
     balance_state: RouterState = field(init=False)
     part: int = 0  # of the model, where it comes in parts (pipeline stages of one rank)
-    makes_bias: bool = False  # it had no bias before
+    biases_before: tuple[str | None, ...] = ()  # as `biases_of` has them
     bias_place_before: str = PLACES[0]
 
     @property
-    def bias(self) -> Tensor:
-        """The router's bias, where it has one."""
-        bias_E = self.router.expert_bias
-        assert bias_E is not None
-        return bias_E
+    def biases(self) -> dict[str | None, Tensor]:
+        """See `biases_of`."""
+        return biases_of(self.router)
 
     @property
     def trainable(self) -> bool:
@@ -143,15 +153,18 @@ class LayerGroup:
     def move_biases(self, schedule: Schedule, summed_LS: Tensor, step: int, keep: Tensor | None = None) -> None:
         """The expert biases after a step, in place; of a frozen router it stays: other experts would answer (B48).
 
-        It stays where recorded ids were dispatched, too: no bias chose them (B31).
+        It stays where recorded ids were dispatched, too: no bias chose them (B31). That of a class is moved by the load
+        of its tokens, and stays where the step had none.
         ``summed_LS``: the rows of the step, all ranks. ``keep``: a scalar that is False where the step turns out to be
         bad; None: it is known to be good.
         """
         rows = [i for i, layer in enumerate(self.layers) if layer.trainable]
-        counts_LE = self.counts(summed_LS)
         for scheduled, policy in schedule.biases:
             if rows and scheduled.active(step):
-                bias_LE = stack_on([layer.bias for layer in self.layers], counts_LE.device)
+                of = policy.tokens
+                counts_LE = self.counts(summed_LS) if of is None else self.spec.of_class(summed_LS, of)[0]
+                biases = [layer.biases[of] for layer in self.layers]
+                bias_LE = stack_on(biases, counts_LE.device)
                 old_LE = self.momentum.get(scheduled.name, torch.zeros_like(counts_LE))
                 rule_LE = self._rule(policy, summed_LS)
                 new_LE, momentum_LE = policy.step(bias_LE, counts_LE, old_LE, step, rule_LE)
@@ -159,12 +172,13 @@ class LayerGroup:
                     own = to_device([layer.trainable for layer in self.layers], old_LE.device).unsqueeze(1) > 0
                     momentum_LE = torch.where(own, momentum_LE, old_LE)
                 moves_L1 = self.spec.scalar(summed_LS, "replayed_choices").unsqueeze(1) == 0
+                moves_L1 = moves_L1 if of is None else moves_L1 & (counts_LE.sum(dim=1, keepdim=True) > 0)
                 moves_L1 = moves_L1 if keep is None else moves_L1 & keep
                 new_LE = torch.where(moves_L1, new_LE, bias_LE)
                 if scheduled.state_name is not None:
                     self.momentum[scheduled.name] = torch.where(moves_L1, momentum_LE, old_LE)
                 new = new_LE.unbind()
-                write_all([self.layers[i].bias for i in rows], [new[i] for i in rows])
+                write_all([biases[i] for i in rows], [new[i] for i in rows])
 
     def coefficients(self, name: str, rule: SelfSetting) -> Tensor:
         """(L,) of a policy that sets its coefficient, fp64."""

@@ -1,4 +1,4 @@
-"""What is known of the loads of a group of layers: of all tokens, and of each class of tokens that a policy asks for.
+"""What is known of the loads of a group of layers: of all tokens, and of each class of tokens that a loss is of.
 
 One tensor of loads travels between ranks, (L, X): the counts of all tokens, and behind them `class_load` of each class.
 Without classes it is the counts alone, untouched.
@@ -28,7 +28,7 @@ class LoadHistories:
     def __init__(self, spec: StatsSpec) -> None:
         self._spec = spec
         self.whole = LoadHistory()
-        self.of_class = {name: LoadHistory() for name in spec.classes}
+        self.of_class = {name: LoadHistory() for name in spec.term_classes}
         self._all = [self.whole, *self.of_class.values()]
 
     def loads(self, statistics_LS: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..devices import to_device
 from ..functional.load_view import target_excess
 from ..functional.metrics import cv, dead_experts, maxvio, maxvio_noise_floor, normalized_entropy
 from ..functional.routing import PLACES
-from ..policies.losses import AuxLoss, coefficient
+from ..policies.losses import coefficient
 from ..policies.schedule import Schedule
 from .signals import SIGNALS, signals
 
@@ -204,7 +204,7 @@ def _policies(one: StepStats, schedule: Schedule, step: int) -> dict[str, Tensor
             if scheduled.name in coefs:
                 _put(found, f"{scheduled.name}/coef", one, rows, coefs[scheduled.name])
     for scheduled, policy in (pair for pair in (*schedule.losses, *schedule.biases) if pair[0].active(step)):
-        name = policy.tokens if isinstance(policy, AuxLoss) else None
+        name = policy.tokens
         counts = (one.counts if name is None else spec.of_class(sums, name)[0]) * one.chooses.unsqueeze(1)
         if policy.view is not None:
             found[f"{scheduled.name}/maxvio"] = target_excess(policy.view, counts)

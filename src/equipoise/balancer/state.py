@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..functional.routing import PLACES
+from ..policies.expert_bias import ExpertBias
 from ..policies.schedule import Schedule
 from ..torch_internals import WRAPPED
 from .layer_group import Layer, LayerGroup
 
-__all__ = ["VERSION", "load_states", "put_biases", "states_of"]
+__all__ = ["VERSION", "keeping_biases", "load_states", "put_biases", "states_of"]
 
 VERSION = 2
 ROUNDING = 2.0**-8  # of a bias that went through bf16, as a share of the largest
@@ -29,15 +30,25 @@ def _inner(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("module", *WRAPPED))
 
 
+def keeping_biases(layers: Sequence[Layer]) -> list[ExpertBias]:
+    """Policies of biases that are those of these layers, and stay as they are; [] where there are none."""
+    place = next((layer.router.traits.bias_place for layer in layers if layer.biases), PLACES[0])
+    kinds = dict.fromkeys(tokens for layer in layers for tokens in layer.biases)
+    return [ExpertBias(rate=0.0, place=place, tokens=tokens) for tokens in kinds]
+
+
 @torch.no_grad()
-def put_biases(layers: Sequence[Layer], biases: Mapping[str, Tensor | None]) -> None:
-    """Into the routers of the same names. Raises ConfigError where there are others, before anything is changed."""
-    known = {_inner(name): bias_E for name, bias_E in biases.items()}
+def put_biases(layers: Sequence[Layer], biases: Mapping[str, Mapping[str | None, Tensor]]) -> None:
+    """Into the routers of the same names. Raises ConfigError where there are others, before anything is changed.
+
+    ``biases``: name of a router -> what `biases_of` returns.
+    """
+    known = {_inner(name): of_router for name, of_router in biases.items()}
     other = [layer.name for layer in layers if _inner(layer.name) not in known]
     other += [
         layer.name
         for layer in layers
-        if (bias_E := known.get(_inner(layer.name))) is not None and len(bias_E) != layer.router.num_experts
+        if any(len(bias_E) != layer.router.num_experts for bias_E in known.get(_inner(layer.name), {}).values())
     ]
     if other or len(layers) < len(known):
         raise ConfigError(
@@ -46,8 +57,8 @@ def put_biases(layers: Sequence[Layer], biases: Mapping[str, Tensor | None]) -> 
             do="pass a copy of the whole balanced model",
         )
     for layer in layers:
-        if (bias_E := known[_inner(layer.name)]) is not None:
-            layer.bias.copy_(bias_E)
+        for tokens, bias_E in known[_inner(layer.name)].items():
+            layer.biases[tokens].copy_(bias_E)
 
 
 def _state_names(schedule: Schedule) -> dict[str, str]:
@@ -62,16 +73,18 @@ def states_of(groups: Sequence[LayerGroup], schedule: Schedule) -> dict[str, dic
     for group in groups:
         history, coefs = group.history, {at: coef_L.cpu() for at, coef_L in group.coefs.items()}
         for i, layer in enumerate(group.layers):
-            bias_E = layer.router.expert_bias
+            biases = {tokens: bias_E.detach().clone() for tokens, bias_E in layer.biases.items()}
             states[layer.name] = {
                 "num_experts": layer.router.num_experts,
                 "previous_E": None if history.previous_E is None else history.previous_E[i].clone(),
                 "ema_E": [(decay, ema_LE[i].clone()) for decay, ema_LE in history.ema_E.items()],
                 "momentum_E": [(names[at], momentum_LE[i].clone()) for at, momentum_LE in group.momentum.items()],
                 "coefs": [(names[at], float(coef_L[i])) for at, coef_L in coefs.items()],
-                "expert_bias_E": None if bias_E is None else bias_E.detach().clone(),
+                "expert_bias_E": biases.pop(None, None),
                 "bias_place": layer.router.traits.bias_place,
             }
+            if biases:
+                states[layer.name]["class_biases"] = biases
             if group.histories.of_class:
                 states[layer.name]["classes"] = {
                     name: {
@@ -119,20 +132,25 @@ def _unfit(layers: Mapping[str, Layer], states: Mapping[str, dict[str, Any]], sc
 def _unfit_layer(layer: Layer, state: Mapping[str, Any]) -> list[str]:
     if state["num_experts"] != layer.router.num_experts:
         return [f"{state['num_experts']} experts in the state, {layer.router.num_experts} in the model"]
-    saved_E, bias_E = state["expert_bias_E"], layer.router.expert_bias
-    if saved_E is None:
-        return []
-    if bias_E is None:
-        lost = "a bias in the state, and no policy that would keep it: add ExpertBias(rate=0.0)"
-        return [lost] if bool(saved_E.any()) else []
-    saved, now = state.get("bias_place", PLACES[0]), layer.router.traits.bias_place
-    if saved != now and bool(saved_E.any()):
-        return [f"a bias that acts with place={saved!r} in the state, and ExpertBias with place={now!r}"]
+    saved, biases = _saved_biases(state), layer.biases
+    for tokens in [one for one, saved_E in saved.items() if one not in biases and bool(saved_E.any())]:
+        of, such = ("", "") if tokens is None else (f" of tokens {tokens!r}", f", tokens={tokens!r}")
+        return [f"a bias{of} in the state, and no policy that would keep it: add ExpertBias(rate=0.0{such})"]
+    both = [(biases[tokens].detach().cpu(), saved_E.cpu()) for tokens, saved_E in saved.items() if tokens in biases]
+    there, now = state.get("bias_place", PLACES[0]), layer.router.traits.bias_place
+    if there != now and any(bool(saved_E.any()) for _, saved_E in both):
+        return [f"a bias that acts with place={there!r} in the state, and ExpertBias with place={now!r}"]
     if layer.router.bias_owner == "the balancer's":
         return []  # beside another library's router: it is in no weights, so this state alone has it
-    if not _may_be_overwritten(bias_E.detach().cpu(), saved_E.cpu()):
+    if not all(_may_be_overwritten(*pair) for pair in both):
         return ["other expert biases in the model's weights than in the state"]
     return []
+
+
+def _saved_biases(state: Mapping[str, Any]) -> dict[str | None, Tensor]:
+    """Those of a router's state, as `biases_of` has them."""
+    of_all = state["expert_bias_E"]
+    return ({} if of_all is None else {None: of_all}) | state.get("class_biases", {})
 
 
 def _may_be_overwritten(now_E: Tensor, saved_E: Tensor) -> bool:
@@ -177,5 +195,7 @@ def _load(group: LayerGroup, states: Mapping[str, dict[str, Any]], schedule: Sch
         known = [rule.start if row is None else min(max(row, rule.limits[0]), rule.limits[1]) for row in rows]
         group.coefs[at.name] = coef_L.new_tensor(known)
     for layer, state in zip(group.layers, mine, strict=True):
-        if state["expert_bias_E"] is not None and layer.router.expert_bias is not None:
-            layer.router.expert_bias.copy_(state["expert_bias_E"])
+        biases = layer.biases
+        for tokens, saved_E in _saved_biases(state).items():
+            if tokens in biases:
+                biases[tokens].copy_(saved_E)

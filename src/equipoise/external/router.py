@@ -211,7 +211,7 @@ class ExternalRouter:
                 logits_TE,
                 self.top_k,
                 gate=self.gate,
-                selection_bias_E=self.own_bias,
+                selection_bias=self.own_bias,
                 bias_place=self._bias_place,
                 num_groups=1,
                 top_groups=1,

@@ -35,7 +35,7 @@ _FIRST = (127 - 10) << PARTS  # those of FINEST
 class Selection(NamedTuple):
     """How a router chose, as far as its logits do not tell."""
 
-    bias_E: Tensor | None
+    bias: Tensor | None  # (E,), or (T, E) where classes of tokens have biases of their own
     place: str = PLACES[0]
     num_groups: int = 1
     top_groups: int = 1
@@ -59,10 +59,10 @@ def choice_offsets(logits_TE: Tensor, ids_TK: Tensor, gate: str, selection: Sele
             got="none of its bias and its groups",
             do="pass selection=Selection(...) to attach_balance_gradient",
         )
-    bias_E, place, num_groups, top_groups, masked = selection
+    bias, place, num_groups, top_groups, masked = selection
     wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
     by_TE = wide_TE if place == "logits" else gate_scores(wide_TE, gate)
-    by_TE = by_TE if bias_E is None else by_TE + bias_E
+    by_TE = by_TE if bias is None else by_TE + bias
     none_TE = wide_TE == float("-inf") if masked else None
     if num_groups > 1:
         groups_by_TE = gate_scores(by_TE, gate) if place == "logits" else by_TE

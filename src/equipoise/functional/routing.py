@@ -215,7 +215,7 @@ def route(
         logits_TE,
         top_k,
         gate=gate,
-        selection_bias_E=selection_bias_E,
+        selection_bias=selection_bias_E,
         bias_place=bias_place,
         num_groups=num_groups,
         top_groups=top_groups,
@@ -231,7 +231,7 @@ def choose(
     top_k: int,
     *,
     gate: str,
-    selection_bias_E: Tensor | None,
+    selection_bias: Tensor | None,
     num_groups: int,
     top_groups: int,
     normalize: bool,
@@ -239,16 +239,16 @@ def choose(
     bias_place: str = "scores",
     masked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``route`` without its checks and without counting.
+    """``route`` without its checks and without counting; ``selection_bias`` may be that of each token, (T, E).
 
     ``masked``: logits may be -inf, as those of another library's router; that costs two operations beside a bias.
 
     Returns (weights_TK, expert_ids_TK, p (T, E) where the weights were taken from it).
     """
-    if selection_bias_E is None and num_groups == 1:
+    if selection_bias is None and num_groups == 1:
         ids_TK = select_experts(logits_TE.detach(), top_k)  # every gate grows with its logit: no score needed to choose
     else:
-        chosen_by_TE = _chosen_by(logits_TE.detach(), gate, selection_bias_E, bias_place, grouped=num_groups > 1)
+        chosen_by_TE = _chosen_by(logits_TE.detach(), gate, selection_bias, bias_place, grouped=num_groups > 1)
         if masked:
             chosen_by_TE = chosen_by_TE.masked_fill(logits_TE == float("-inf"), float("-inf"))
         ids_TK = select_experts(chosen_by_TE, top_k, num_groups, top_groups, masked=masked)
@@ -256,17 +256,17 @@ def choose(
     return weights_TK, ids_TK, probs_TE
 
 
-def _chosen_by(z_TE: Tensor, gate: str, bias_E: Tensor | None, place: str, *, grouped: bool) -> Tensor:
+def _chosen_by(z_TE: Tensor, gate: str, bias: Tensor | None, place: str, *, grouped: bool) -> Tensor:
     """What the choice is made by, (T, E): scores, or logits where nothing but their order matters."""
-    if bias_E is None:
+    if bias is None:
         return gate_scores(z_TE, gate)
     match place:
         case "scores":
-            return gate_scores(z_TE, gate) + bias_E
+            return gate_scores(z_TE, gate) + bias
         case "multiply":
-            return gate_scores(z_TE, gate) * (1 + bias_E)
+            return gate_scores(z_TE, gate) * (1 + bias)
         case "logits":
-            biased_TE = _wide(z_TE) + bias_E
+            biased_TE = _wide(z_TE) + bias
             return gate_scores(biased_TE, gate) if grouped else biased_TE  # groups add up scores
     raise unknown_name("place of a bias", place, PLACES)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,10 @@ from ..autograd.finite import check_logits
 from ..autograd.protocol import RouterTraits
 from ..autograd.router_state import RouterState
 from ..autograd.routing_calls import RecordedCalls, ReplayedCalls
-from ..autograd.token_classes import check_class_masks
+from ..autograd.token_classes import check_class_masks, class_masks
 from ..autograd.token_layout import TokenLayout
 from ..errors import InputError
+from ..functional.class_bias import token_biases
 from ..functional.quantile import Selection
 from ..functional.routing import (
     PLACES,
@@ -32,14 +34,17 @@ from .fused_router import fused_route, fuses
 
 __all__ = ["Router", "bias_name"]
 
+BIAS_NAME = re.compile(rf"expert_bias(?:_({'|'.join(PLACES[1:])}))?(?:_of_([^.]+))?")
 
-def bias_name(place: str) -> str:
-    """What a checkpoint calls the bias of a router: by where it acts.
 
-    >>> bias_name("scores"), bias_name("logits")
-    ('expert_bias', 'expert_bias_logits')
+def bias_name(place: str, tokens: str | None = None) -> str:
+    """What a checkpoint calls a bias of a router: by where it acts, and by the class of its tokens.
+
+    >>> bias_name("scores"), bias_name("logits"), bias_name("logits", "image")
+    ('expert_bias', 'expert_bias_logits', 'expert_bias_logits_of_image')
     """
-    return "expert_bias" if place == PLACES[0] else f"expert_bias_{place}"
+    of = "" if tokens is None else f"_of_{tokens}"
+    return ("expert_bias" if place == PLACES[0] else f"expert_bias_{place}") + of
 
 
 def _named_after(place: str) -> property:
@@ -59,6 +64,10 @@ class Router(nn.Module):
             which may let it act elsewhere: ``bias_place``, one of the places of ``functional.route``. Checkpoints name
             it ``expert_bias_multiply`` or ``expert_bias_logits`` then, so that nobody takes it for another.
 
+    ``ExpertBias(tokens="image")`` adds ``expert_bias_of_image`` (E,), kept alike, which acts at the same place for the
+    tokens of that class alone (see ``functional.class_bias``). A router with such a bias asks with each call which
+    tokens these are, in evaluation and generation too, and chooses in plain PyTorch.
+
     ``balance_state`` is None until a ``Balancer`` attaches one, ``routing_calls`` outside of ``record_routing`` and
     ``replay_routing``.
 
@@ -72,6 +81,7 @@ class Router(nn.Module):
 
     expert_bias: Tensor | None
     bias_place = PLACES[0]
+    bias_classes: tuple[str, ...] = ()  # in the order of their names: the sum of their biases depends on it
 
     def __init__(
         self,
@@ -101,8 +111,8 @@ class Router(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.dim))
-        if self.expert_bias is not None:
-            nn.init.zeros_(self.expert_bias)
+        for bias_E in self._biases().values():
+            nn.init.zeros_(bias_E)
 
     @property
     def module(self) -> nn.Module:
@@ -110,33 +120,70 @@ class Router(nn.Module):
 
     @property
     def traits(self) -> RouterTraits:
-        return RouterTraits(self.normalize, self.scale, bias_place=self.bias_place, bias_places=PLACES, selects=True)
+        return RouterTraits(
+            self.normalize, self.scale, bias_place=self.bias_place, bias_places=PLACES, selects=True, class_biases=True
+        )
 
     @property
     def bias_owner(self) -> str:
-        return "none" if self.expert_bias is None else "the router's"
+        return "the router's" if self._biases() else "none"
+
+    @property
+    def class_biases(self) -> dict[str, Tensor]:
+        """Name of a class of tokens -> the bias (E,) of its tokens alone."""
+        return {name: getattr(self, bias_name(self.bias_place, name)) for name in self.bias_classes}
+
+    def _biases(self) -> dict[str, Tensor]:
+        """All of them, under the names of their buffers."""
+        of_all = {} if self.expert_bias is None else {"expert_bias": self.expert_bias}
+        return of_all | {bias_name(self.bias_place, name): bias_E for name, bias_E in self.class_biases.items()}
 
     @property
     def batch_context(self) -> None:
         """Told with each call: see ``forward``."""
         return
 
-    def disable_selection_bias(self) -> None:
-        """Takes the bias away."""
-        self.expert_bias, self.bias_place = None, PLACES[0]
+    def disable_selection_bias(self, tokens: str | None = None) -> None:
+        """Takes the bias away, of all tokens or of a class."""
+        own = self.class_biases
+        if tokens is None:
+            self.expert_bias = None
+        else:
+            own.pop(tokens, None)
+        self._keep(own, self.bias_place if own or self.expert_bias is not None else PLACES[0])
 
-    def enable_selection_bias(self, place: str = PLACES[0]) -> None:
-        """Adds the bias, zero, if there is none yet; it acts there from now on."""
-        self.bias_place = place
-        if self.expert_bias is None:
-            self.expert_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=self.weight.device)
+    def enable_selection_bias(self, place: str = PLACES[0], tokens: str | None = None) -> None:
+        """Adds the bias, zero, if there is none yet, of all tokens or of a class; all act there from now on."""
+        own, zero_E = self.class_biases, torch.zeros(self.num_experts, dtype=torch.float32, device=self.weight.device)
+        if tokens is not None:
+            own.setdefault(tokens, zero_E)
+        elif self.expert_bias is None:
+            self.expert_bias = zero_E
+        self._keep(own, place)
+
+    def _keep(self, of_classes: dict[str, Tensor], place: str) -> None:
+        """These and no others, under the names that they have at this place."""
+        for name in self.bias_classes:
+            delattr(self, bias_name(self.bias_place, name))
+        self.bias_place, self.bias_classes = place, tuple(sorted(of_classes))
+        for name in self.bias_classes:
+            self.register_buffer(bias_name(place, name), of_classes[name])
+
+    def _selection_bias(self, batch: TokenLayout, tokens: int) -> Tensor | None:
+        """(E,), or (T, E) where a class has its own; InputError where nobody said which tokens are of it."""
+        if not self.bias_classes:
+            return self.expert_bias
+        masks, own = class_masks(self.bias_classes, batch, tokens, self.weight.device), self.class_biases
+        return token_biases(self.expert_bias, [(masks[name], own[name]) for name in own], self.bias_place)
 
     def forward(self, x_TD: Tensor, batch: TokenLayout | None = None) -> Routing:
         """Routes T tokens; ``batch`` says how they lie in sequences (default: one sequence, no padding).
 
-        Raises InputError for a wrong width, a mask of the wrong length or kind, or NaN logits.
+        Raises InputError for a wrong width, a mask of the wrong length or kind, NaN logits, or a class of tokens that
+        has a bias of its own and is not in ``batch.classes``.
         """
         batch = self._checked(x_TD, batch or TokenLayout())
+        selection_bias = self._selection_bias(batch, len(x_TD))
         with without_autocast(x_TD):  # fp32 even where the model computes in bf16
             if gate_fits(x_TD, self.weight):
                 raw_TE = gate_logits(x_TD, self.weight)
@@ -144,7 +191,8 @@ class Router(nn.Module):
                 wide = torch.promote_types(x_TD.dtype, torch.float32)
                 raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         state = self.balance_state
-        if self.routing_calls is None and fuses(raw_TE, self.top_k, self.num_groups, state, batch):
+        plain = self.routing_calls is not None or bool(self.bias_classes)
+        if not plain and fuses(raw_TE, self.top_k, self.num_groups, state, batch):
             form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
             biased = self.expert_bias, self.bias_place
             return fused_route(raw_TE, form, *biased, state, batch, training=self.training)
@@ -155,7 +203,7 @@ class Router(nn.Module):
             logits_TE,
             self.top_k,
             gate=self.gate,
-            selection_bias_E=self.expert_bias,
+            selection_bias=selection_bias,
             bias_place=self.bias_place,
             num_groups=self.num_groups,
             top_groups=self.top_groups,
@@ -178,7 +226,7 @@ class Router(nn.Module):
                 batch,
                 training=self.training,
                 probs_TE=probs_TE,
-                selection=Selection(self.expert_bias, self.bias_place, self.num_groups, self.top_groups),
+                selection=Selection(selection_bias, self.bias_place, self.num_groups, self.top_groups),
                 replayed_T2=replayed_T2,
             )
         return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))
@@ -233,33 +281,34 @@ class Router(nn.Module):
         ``load_state_dict(assign=True)`` keeps the file's dtype; the bias stays fp32 all the same.
         """
         state_dict = dict(state_dict)
-        for place in PLACES:
-            if (bias_E := state_dict.pop(key := prefix + bias_name(place), None)) is None:
+        for key in [key for key in state_dict if key.startswith(f"{prefix}expert_bias")]:
+            if (named := BIAS_NAME.fullmatch(key.removeprefix(prefix))) is None:
                 continue
-            if self.balance_state is not None and self.expert_bias is not None and place != self.bias_place:
+            (place, tokens), bias_E = named.groups(default=None), state_dict.pop(key)
+            place = place or PLACES[0]
+            if self.balance_state is not None and self._biases() and place != self.bias_place:
                 error_msgs.append(
                     f"expected a bias of place={self.bias_place!r}, as this router has it under its balancer; got "
                     f"{key!r}, of place={place!r}; load the weights first, then make the balancer with "
                     f"ExpertBias(place={place!r})"
                 )
                 continue
-            self.enable_selection_bias(place)
-            state_dict[f"{prefix}expert_bias"] = bias_E
+            self.enable_selection_bias(place, tokens)
+            state_dict[f"{prefix}expert_bias" if tokens is None else key] = bias_E
         names = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *names)
-        if self.expert_bias is not None and self.expert_bias.dtype != torch.float32:
-            self.expert_bias = self.expert_bias.float()
+        for name, bias_E in self._biases().items():
+            setattr(self, name, bias_E.float())
 
     def _apply(self, fn, recurse: bool = True):
-        """Casts and moves like any module, but the bias stays fp32 (B34, B38, B39) and is zero when it leaves meta."""
-        before = self.expert_bias
+        """Casts and moves like any module, but biases stay fp32 (B34, B38, B39) and are zero when they leave meta."""
+        before = self._biases()
         super()._apply(fn, recurse)
-        after = self.expert_bias
-        if before is not None and after is not None:
-            if before.is_meta and not after.is_meta:
-                self.expert_bias = torch.zeros_like(after, dtype=torch.float32)  # to_empty leaves garbage
+        for name, after in self._biases().items():
+            if before[name].is_meta and not after.is_meta:
+                setattr(self, name, torch.zeros_like(after, dtype=torch.float32))  # to_empty leaves garbage
             elif after.dtype != torch.float32:
-                self.expert_bias = before.to(device=after.device, dtype=torch.float32)
+                setattr(self, name, before[name].to(device=after.device, dtype=torch.float32))
         return self
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ from ..functional.routing import PLACES
 from ..functional.updates import RULES as RULES_OF_COUNTS
 from ..functional.updates import center, center_factors, momentum_step
 from .scopes import check_policy_name
+from .token_classes import check_class_name
 from .views import keep_view
 
 __all__ = ["BIAS_SCOPES", "RULES", "ExpertBias"]
@@ -55,6 +56,11 @@ class ExpertBias:
             Megatron-core and, over ranks, Marin take. Not with the momentum rule, whose memory is of one load a step.
         groups, targets: as of `AuxLoss`: the rule is driven by (target - load) / target of the group of an expert,
             whose experts move alike. The quantile rule knows targets and no groups.
+        tokens: a class of tokens, by the name that layouts have for it ("image"): a bias of its own for its tokens
+            alone, moved by their load alone. What several such policies and one of all tokens keep for a token adds up
+            (of place "multiply" the factors multiply). A step without a token of the class leaves its bias, and its
+            momentum, as they are. Only routers of this library can have one, and each call has to say which tokens are
+            of the class, in evaluation too. Not with the quantile rule, nor with scope "micro_batch".
 
     The bias has mean 0. To subtract a constant changes no choice by sums; for "multiply" the factors 1 + bias are
     divided by their mean, which changes none by products.
@@ -64,6 +70,11 @@ class ExpertBias:
     equipoise.errors.ConfigError: expected a rule: momentum, proportional, rms, sign
       got: 'sgn'
       do:  did you mean 'sign'?
+    >>> ExpertBias("quantile", tokens="image")
+    Traceback (most recent call last):
+    equipoise.errors.ConfigError: expected a rule of counts, with tokens=: sign, proportional, rms, momentum
+      got: rule='quantile'
+      do:  use rule='proportional'; ExpertBias('quantile') without tokens may stand beside it
     """
 
     rule: str = "sign"
@@ -76,6 +87,7 @@ class ExpertBias:
     scope: str = "global_batch"
     groups: int | Sequence[Sequence[int]] | None = None
     targets: Sequence[float] | None = None
+    tokens: str | None = None
     view: LoadView | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
@@ -98,6 +110,8 @@ class ExpertBias:
                 got=f"kappa={self.kappa}, beta={self.beta}",
                 do="kappa=2, beta=0.5 are the paper's values",
             )
+        if self.tokens is not None:
+            self._check_tokens()
         if self.rule == "quantile":
             self._check_quantile()
         if self.rule == "momentum" and self.scope == "micro_batch":
@@ -117,6 +131,27 @@ class ExpertBias:
                 expected="a rate below 1 for place='multiply': a step of 1 takes a factor of 1 to 0",
                 got=f"rate={self.rate}",
                 do="1e-3 is the paper's value",
+            )
+
+    def _check_tokens(self) -> None:
+        check_class_name(self.tokens)
+        if "." in str(self.tokens):
+            raise ConfigError(
+                expected="a class whose name can be part of a buffer's, for a bias of its own: without '.'",
+                got=f"tokens={self.tokens!r}",
+                do=f"call it {str(self.tokens).replace('.', '_')!r}, here and where masks are named",
+            )
+        if self.rule == "quantile":
+            raise ConfigError(
+                expected=f"a rule of counts, with tokens=: {', '.join(RULES[:-1])}",
+                got="rule='quantile'",
+                do="use rule='proportional'; ExpertBias('quantile') without tokens may stand beside it",
+            )
+        if self.scope == "micro_batch":
+            raise ConfigError(
+                expected="the load of the whole step, with tokens=",
+                got="scope='micro_batch', a control that knows no classes",
+                do="leave the scope out",
             )
 
     def _check_quantile(self) -> None:

@@ -42,7 +42,7 @@ class Schedule:
     """The policies of a balancer without switches, in order.
 
     Raises ConfigError for what is no policy, for a name that two policies share, and for biases that are to act at
-    different places: a router has one bias.
+    different places: those of a router act at one.
 
     >>> from equipoise.policies import AuxLoss, Switch, ZLoss
     >>> schedule = Schedule([Switch(at=5, to=AuxLoss("global_batch"), first=AuxLoss("micro_batch")), ZLoss()])
@@ -63,6 +63,7 @@ class Schedule:
         self.z_losses = tuple((one, one.policy) for one in self._all if isinstance(one.policy, ZLoss))
         self.biases = tuple((one, one.policy) for one in self._all if isinstance(one.policy, ExpertBias))
         self.bias_place = _one_place([bias for _, bias in self.biases])
+        self.biased = tuple(sorted({bias.tokens for _, bias in self.biases}, key=lambda name: name or ""))
 
     def __iter__(self) -> Iterator[ScheduledPolicy]:
         return iter(self._all)
@@ -89,6 +90,11 @@ class Schedule:
     def needs_norms(self) -> bool:
         """Whether a coefficient is set by the norms of gradients."""
         return any(isinstance(rule, Ratio) for _, rule in self.self_setting)
+
+    @property
+    def bias_classes(self) -> tuple[str, ...]:
+        """The classes of tokens that have a bias of their own; ``biased`` holds None too, where all tokens have one."""
+        return tuple(name for name in self.biased if name is not None)
 
     @property
     def micro_rules(self) -> tuple[str, ...]:
@@ -197,7 +203,8 @@ def _state_names(flat: Sequence[ScheduledPolicy], names_of_metrics: Sequence[str
             name = f"coefficient of {of_metrics}: {type(policy.coef).__name__}{seen}"
         if isinstance(policy, ExpertBias) and policy.rule == "momentum":
             seen = "" if policy.view is None else f", {policy.view}"
-            name = f"momentum(kappa={policy.kappa}, beta={policy.beta}{seen})"
+            of = "" if policy.tokens is None else f", tokens {policy.tokens!r}"
+            name = f"momentum(kappa={policy.kappa}, beta={policy.beta}{seen}{of})"
             if policy.name is not None:
                 name = f"{policy.name}: {name}"
             elif one.start or one.end is not None:
@@ -212,9 +219,10 @@ def _kind(policy: AuxLoss | ZLoss | ExpertBias) -> str:
     match policy:
         case ZLoss():
             return "z"
-        case ExpertBias():
-            return "bias"
         case AuxLoss(scope=Sequences(n)):
             return f"sequences_{n}"
-    kind = NAMES.get(str(policy.scope), str(policy.scope))
+        case ExpertBias():
+            kind = "bias"
+        case AuxLoss():
+            kind = NAMES.get(str(policy.scope), str(policy.scope))
     return kind if policy.tokens is None else f"{kind}_{policy.tokens}"

@@ -15,15 +15,15 @@ from torch import Tensor
 from ..errors import ConfigError
 from .scopes import Scope
 
-__all__ = ["check_tokens", "class_load", "of_class"]
+__all__ = ["check_class_name", "check_tokens", "class_load", "of_class"]
 
 SCOPES = ("sequence", "document", "micro_batch", "data_parallel", "global_batch")
 
 
-def check_tokens(tokens: object, scope: Scope, counts: str) -> None:
-    """Raises ConfigError for a name that cannot be part of a metric's, and for what is not measured of a class alone.
+def check_class_name(tokens: object) -> None:
+    """Raises ConfigError for a name that cannot be part of a metric's.
 
-    >>> check_tokens("image", "global_batch", "dispatched")
+    >>> check_class_name("image")
     """
     if not (isinstance(tokens, str) and re.fullmatch(r"[A-Za-z0-9_.-]+", tokens)):
         raise ConfigError(
@@ -31,6 +31,14 @@ def check_tokens(tokens: object, scope: Scope, counts: str) -> None:
             got=repr(tokens),
             do="for example tokens='image'; which tokens are of it is said with each call, beside the mask",
         )
+
+
+def check_tokens(tokens: object, scope: Scope, counts: str) -> None:
+    """Raises ConfigError as `check_class_name`, and for what a loss does not measure of a class alone.
+
+    >>> check_tokens("image", "global_batch", "dispatched")
+    """
+    check_class_name(tokens)
     if scope not in SCOPES:
         raise ConfigError(
             expected=f"a scope that is measured of a class of tokens alone: {', '.join(SCOPES)}",

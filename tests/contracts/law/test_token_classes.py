@@ -373,13 +373,15 @@ def test_a_router_called_by_itself_is_told_in_its_layout():
 
 
 def test_what_the_page_says_runs():
-    """docs/policies.md, its part on classes of tokens."""
+    """docs/policies.md, its part on classes of tokens: a loss, then a bias."""
     text = (Path(__file__).resolve().parents[3] / "docs" / "policies.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```python\n(.*?)```", text.partition("## Classes of tokens")[2], flags=re.DOTALL)
+    loss, bias = re.findall(r"```python\n(.*?)```", text.partition("## Classes of tokens")[2], flags=re.DOTALL)
     names: dict[str, Any] = {}
-    exec(compile(block, "policies.md", "exec"), names)
+    exec(compile(loss, "policies.md", "exec"), names)
     names["balancer"].step()
     assert names["balancer"].metrics()["balance/global_image/loss"] > 0
+    exec(compile(bias, "policies.md", "exec"), names)
+    assert names["layer"].gate.expert_bias_of_image.any()
 
 
 def test_without_a_policy_of_a_class_masks_of_classes_change_nothing():

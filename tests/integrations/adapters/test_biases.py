@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("safetensors")
 
 from equipoise.adapters.biases import biases_beside, plain_name
+from equipoise.errors import DataError
 from equipoise.storage.balancer_file import FILE, write_state
 
 
@@ -38,3 +39,11 @@ def test_an_adapters_folder_is_looked_for_above_and_no_other(tmp_path):
         found = biases_beside(folder)
         assert found is not None
         assert found[0] == tmp_path / FILE and list(found[1]) == ["gate"] and bool((found[1]["gate"] == 1).all())
+
+
+def test_a_bias_of_a_class_is_not_left_out_in_silence(tmp_path):
+    state = {"layers": {"gate": {"class_biases": {"image": torch.ones(4)}}}, "biases": {"gate": torch.ones(4)}}
+    write_state(state, tmp_path / FILE)
+    with pytest.raises(DataError, match="one of tokens 'image'") as caught:
+        biases_beside(tmp_path)
+    assert "ExpertBias(rate=0.0, tokens='image')" in caught.value.do

@@ -399,7 +399,7 @@ def test_logits_of_another_rank_are_refused(shape):
 def test_choose_is_route_without_counting():
     logits = torch.randn(9, 8)
     keywords = {"gate": "sigmoid", "num_groups": 2, "top_groups": 1, "normalize": True, "scale": 2.0}
-    weights, ids, _ = choose(logits, 2, selection_bias_E=None, **keywords)
+    weights, ids, _ = choose(logits, 2, selection_bias=None, **keywords)
     whole = route(logits, 2, **keywords)
     assert torch.equal(weights, whole.weights_TK)
     assert torch.equal(ids, whole.expert_ids_TK)

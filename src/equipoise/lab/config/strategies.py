@@ -59,7 +59,13 @@ class Strategy:
         return replace(model, gate=gate, selection_bias=model.selection_bias or self.selection_bias)
 
     def build(self, steps: int) -> list[Policy]:
-        """The policies for a run of so many steps. Raises ConfigError for settings that no policy has."""
+        """The policies for a run of so many steps. Raises ConfigError for classes, and settings that no policy has."""
+        if of_class := [spec for spec in flat(self.policies) if spec.get("tokens") is not None]:
+            raise ConfigError(
+                expected="policies of all tokens: the lab's text says nothing of classes",
+                got=f"{of_class[0]['kind']} with tokens={of_class[0]['tokens']!r}",
+                do="leave tokens out; in a training loop of your own masks name them (docs/policies.md)",
+            )
         return [build(spec, steps) for spec in self.policies]
 
     def check(self, config: RunConfig) -> None:

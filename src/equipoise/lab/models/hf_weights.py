@@ -135,8 +135,15 @@ def model_config(settings: Mapping[str, Any], folder: str) -> ModelConfig:
 def to_hugging_face(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """A state dict of ``LanguageModel`` with every key that its architecture expects, and no other.
 
-    A bias that pushed the selection of a softmax gate has no place in the file: ``architecture`` refuses it.
+    A bias that pushed the selection of a softmax gate has no place in the file: ``architecture`` refuses it. Nor has
+    one of a class of tokens, whose name is the error's here.
     """
+    if of_class := [key for key in state if BIAS in key and "_of_" in key.partition(BIAS)[2]]:
+        raise ConfigError(
+            expected="one selection bias for all tokens, as every class in transformers has it",
+            got=of_class[0],
+            do="train without ExpertBias(tokens=) to export; equipoise's own checkpoint keeps such a bias",
+        )
     if architecture(config) == "Qwen3MoeForCausalLM":
         return dict(state)
     renamed = {key.replace(BIAS, HF_BIAS): value for key, value in state.items()}

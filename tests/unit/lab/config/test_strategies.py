@@ -225,6 +225,14 @@ def test_a_rule_that_the_gate_breaks_is_refused_before_training():
         strategy_of(two).check(two)
 
 
+@pytest.mark.parametrize("kind", ["AuxLoss", "ExpertBias"])
+def test_classes_of_tokens_are_refused_before_training(kind):
+    """The lab's text has none: its routers would ask in vain."""
+    spec = {"kind": "Switch", "at": 3, "to": {"kind": kind, "tokens": "image"}}
+    with pytest.raises(ConfigError, match=f"{kind} with tokens='image'"):
+        strategy_of(RunConfig(strategy="mine", policies=(spec,))).build(STEPS)
+
+
 def test_the_gates_that_a_name_may_have_are_those_of_the_library():
     assert set(GATES) - {"auto"} == set(routing.GATES)
 

@@ -94,6 +94,16 @@ def test_a_bias_is_not_lost_on_the_way_back():
         from_hugging_face(state, dataclasses.replace(config, selection_bias=False))
 
 
+@pytest.mark.parametrize("place", ["scores", "logits"])
+def test_a_bias_of_a_class_has_no_place_in_the_file(place):
+    config = dataclasses.replace(TINY, gate="sigmoid", selection_bias=True)
+    model = randomized(config)
+    router = next(module for module in model.modules() if hasattr(module, "enable_selection_bias"))
+    router.enable_selection_bias(place, "image")
+    with pytest.raises(ConfigError, match=r"one selection bias for all tokens(.|\n)*_of_image"):
+        to_hugging_face(model.state_dict(), config)
+
+
 def test_weights_depend_on_the_seed_and_their_name_only():
     base = dict(LanguageModel(TINY, seed=3).named_parameters())
     variants = [
