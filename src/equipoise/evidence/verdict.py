@@ -76,7 +76,9 @@ class ClaimVerdict:
         for word in (MISSING, PARTIAL, REFUTED, UNDECIDED, CONFIRMED):
             if word in words:
                 return word
-        return SHOWN
+        pairs = [one.difference.n if one.difference else 0 for one in self.judged]
+        missing = any(n < one.contrast.seeds for n, one in zip(pairs, self.judged, strict=True))
+        return (PARTIAL if any(pairs) else MISSING) if missing else SHOWN
 
     @property
     def leading(self) -> Judged | None:

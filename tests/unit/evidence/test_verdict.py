@@ -28,6 +28,12 @@ def test_a_claim_is_judged_when_all_of_it_was_run(tmp_path):
     assert judged(claim, runs_of(claim, [-0.01, -0.012, -0.009, -0.011])).verdict == "in part"
 
 
+def test_a_claim_that_is_only_shown_is_run_too(tmp_path):
+    claim = claim_in(tmp_path, criterion="any", seeds=2)
+    words = [judged(claim, runs).verdict for runs in ([], runs_of(claim, [-0.01]), runs_of(claim, [-0.01, -0.02]))]
+    assert words == ["not run", "in part", ""]
+
+
 def test_a_row_shows_the_first_contrast_that_has_a_criterion_and_runs(tmp_path):
     more = '[[contrast]]\ncell = "else"\ntreated = "none"\nbaseline = "micro"\ncriterion = "lower"\nseeds = 4'
     claim = claim_in(tmp_path, criterion="any", more=more)
