@@ -203,7 +203,7 @@ def _layers(views: Sequence[RunView]) -> dict[str, list[float]]:
 
     layers = range(len(evaluations[0].counts[0]))
     names = ("mutual_information", "mutual_information_shuffled", "maxvio_global", "maxvio_micro_batch",
-             "maxvio_sequence", "dead_experts")  # fmt: skip
+             "maxvio_sequence", "dead_experts", "routing_churn")  # fmt: skip
     found = {name: by_layer([getattr(one, name) for one in evaluations]) for name in names}
     found["topk_score"] = by_layer([of_domain for one in evaluations for of_domain in one.topk_score])
     return found
