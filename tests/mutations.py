@@ -222,6 +222,18 @@ MUTATIONS = {
         "        rows = list(range(len(self.layers)))\n",
         "contracts/law/test_stated_results.py frozen_router",
     ),
+    "what moves no bias counts as drift": Mutation(
+        "balancer/bias_drift.py",
+        "torch.where(moved_L1 & (mean_L1 > 0), old_LE.lerp(",
+        "torch.where(mean_L1 > -1, old_LE.lerp(",
+        "contracts/law/test_bias_drift.py leaves",
+    ),
+    "routing compared with the first evaluation, for ever": Mutation(
+        "lab/training/routing_churn.py",
+        "self.ids_NLSK = self.ids_NLSK, ids_NLSK\n",
+        "self.ids_NLSK = self.ids_NLSK, ids_NLSK if self.ids_NLSK is None else self.ids_NLSK\n",
+        "unit/lab/training/test_evaluation.py churn",
+    ),
     "shards of a sequence not summed (B14)": Mutation(
         "autograd/sequence_shards.py",
         "    flat = shards.sum(torch.cat([part.flatten().to(device) for part in parts]))\n",

@@ -32,8 +32,8 @@ CEILINGS = {
     "global exact": (60, 180, 13, 262),
     "global previous": (60, 175, 13, 262),
     "global+micro": (78, 200, 20, 264),
-    "loss-free": (52, 189, 10, 4),  # of these 4 for how far biases lie apart, a signal
-    "deepseek-v3": (90, 206, 20, 264),  # of these 8 for that, and 3 since a bias stays where a replay dispatched
+    "loss-free": (52, 202, 10, 4),  # of these 4 for how far biases lie apart and 13 for how long they drift, signals
+    "deepseek-v3": (90, 219, 20, 264),  # of these 21 for both, and 3 since a bias stays where a replay dispatched
     "z": (66, 165, 18, 260),
     "look": (31, 150, 5, 0),
 }

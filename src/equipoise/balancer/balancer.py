@@ -315,7 +315,7 @@ class Balancer(StepCycle):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next step needs: the step, previous and ema loads, bias momentum; and the biases it belongs to.
+        """What the next step needs: the step, previous and ema loads, momentum, drift; and the biases it belongs to.
 
         Micro-batches since the last step are left out, as their gradients are from every checkpoint.
         """

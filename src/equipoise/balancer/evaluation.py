@@ -46,7 +46,7 @@ def _numbers(reduction: StepReduction, device: torch.device) -> dict[str, float]
     committed = []
     for table, summed in zip(reduction.tables, sums, strict=True):
         spec = table.spec.observing
-        own = [(rows, group.biases(), {}) for group, rows in table.own]
+        own = [(rows, group.biases(), None, {}) for group, rows in table.own]
         committed.append(StepStats(spec, table.places, summed[:, : spec.step_size], own))
     if not any(bool(one.of("calls").any()) for one in committed):
         raise StateError(

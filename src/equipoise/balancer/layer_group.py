@@ -23,6 +23,7 @@ from ..policies.estimators import LoadHistory
 from ..policies.expert_bias import ExpertBias
 from ..policies.schedule import Schedule
 from ..policies.self_setting import Ratio, SelfSetting
+from .bias_drift import bias_drift
 from .load_histories import LoadHistories
 
 __all__ = ["Layer", "LayerGroup", "MicroBatchCoefficients", "biases_of", "group_layers"]
@@ -84,6 +85,7 @@ class LayerGroup:
     histories: LoadHistories = field(init=False)
     momentum: dict[str, Tensor] = field(default_factory=dict)  # name of a policy -> (L, E) of its bias rule
     coefs: dict[str, Tensor] = field(default_factory=dict)  # name of a policy -> (L,) where it sets its coefficient
+    drift: Tensor | None = None  # (L, E) of the biases of all tokens, see `bias_drift`; None: none has moved
     step_taken: Tensor | None = None  # sum of what forward measured: stands in where backward brought no gradient
     step_shift: Tensor | None = None  # what changes in it once the other shards of each sequence are known
     step_values: Tensor | None = None  # (L, N): sum over tokens of E <f, p> of the terms whose f the tap chose
@@ -168,12 +170,14 @@ class LayerGroup:
                 old_LE = self.momentum.get(scheduled.name, torch.zeros_like(counts_LE))
                 rule_LE = self._rule(policy, summed_LS)
                 new_LE, momentum_LE = policy.step(bias_LE, counts_LE, old_LE, step, rule_LE)
-                if len(rows) < len(self.layers):
-                    own = to_device([layer.trainable for layer in self.layers], old_LE.device).unsqueeze(1) > 0
-                    momentum_LE = torch.where(own, momentum_LE, old_LE)
                 moves_L1 = self.spec.scalar(summed_LS, "replayed_choices").unsqueeze(1) == 0
                 moves_L1 = moves_L1 if of is None else moves_L1 & (counts_LE.sum(dim=1, keepdim=True) > 0)
                 moves_L1 = moves_L1 if keep is None else moves_L1 & keep
+                if len(rows) < len(self.layers):
+                    own_L = to_device([layer.trainable for layer in self.layers], old_LE.device)
+                    moves_L1 = moves_L1 & (own_L.unsqueeze(1) > 0)
+                if of is None and new_LE is not bias_LE:  # else its rate is 0
+                    self.drift = bias_drift(self.drift, counts_LE, policy.view, moves_L1)
                 new_LE = torch.where(moves_L1, new_LE, bias_LE)
                 if scheduled.state_name is not None:
                     self.momentum[scheduled.name] = torch.where(moves_L1, momentum_LE, old_LE)

@@ -31,6 +31,7 @@ FLIPS = (
 
 
 BOUNDED = ("sigmoid", "softmax")  # gates whose scores lie between 0 and 1
+FOR_SIGNALS = ("bias_range", "bias_drift")  # alone
 SUMMED = ("dead_experts", "recompute_flips")  # over layers, where others are averaged
 
 
@@ -41,8 +42,9 @@ class StepStats:
     spec: StatsSpec
     places: Sequence[int]  # (n) of each layer in the model's order
     sums: Tensor  # (n, spec.step_size) fp64
-    # Of this rank's layers, for the next step: rows; biases (rows, E), NaN where there is none; coefficients (rows,)
-    own: Sequence[tuple[list[int], Tensor | None, dict[str, Tensor]]]
+    # Of this rank's layers, for the next step: rows; biases, NaN where there is none, and their drift, (rows, E) each;
+    # coefficients (rows,)
+    own: Sequence[tuple[list[int], Tensor | None, Tensor | None, dict[str, Tensor]]]
 
     @property
     def counts(self) -> Tensor:
@@ -73,7 +75,8 @@ def metrics(committed: Sequence[StepStats], schedule: Schedule, step: int, *, la
     """
     loads, policies = _by_layer(committed, schedule, step)
     shown = _signals(committed, schedule, step, loads, policies) if schedule else {}
-    loads.pop("bias_range", None)  # for a signal alone
+    for key in FOR_SIGNALS:
+        loads.pop(key, None)
     known = {key: _known(numbers) for key, numbers in loads.items()}
     found = {
         f"layer_{i:02d}/{key}": numbers[i]
@@ -170,19 +173,24 @@ def _layer_metrics(one: StepStats) -> dict[str, Tensor]:
     found["replay_gap"] = one.of("replay_gap") / one.of("replayed_choices")  # NaN where there was none
     if not one.spec.observe_only:  # in backward nothing was looked at
         found["recompute_flips"] = one.spec.step_column(one.sums, "recompute_flips")
-    for rows, bias, _ in one.own:
+    for rows, bias, drift, _ in one.own:
         if bias is not None:
             low, high = bias.aminmax(dim=1)
-            _put(found, "bias_max", one, rows, torch.maximum(high, -low))
+            values = {"bias_max": torch.maximum(high, -low)}
             if one.spec.gate in BOUNDED:
-                _put(found, "bias_range", one, rows, high - low)
+                values["bias_range"] = high - low
+            if drift is not None:
+                values["bias_drift"] = drift.abs().amax(dim=1)
+            _put(found, one, rows, values)
     return found
 
 
-def _put(found: dict[str, Tensor], key: str, one: StepStats, rows: list[int], values: Tensor) -> None:
-    """A number of this rank's own layers, NaN at the others."""
-    known_n = found.get(key, torch.full_like(one.sums[:, 0], torch.nan))
-    found[key] = known_n.index_copy(0, to_device(rows, known_n.device).long(), values.double().to(known_n.device))
+def _put(found: dict[str, Tensor], one: StepStats, rows: list[int], values: dict[str, Tensor]) -> None:
+    """Numbers of this rank's own layers, NaN at the others."""
+    at = to_device(rows, one.sums.device).long()
+    for key, values_n in values.items():
+        known_n = found.get(key, torch.full_like(one.sums[:, 0], torch.nan))
+        found[key] = known_n.index_copy(0, at, values_n.double().to(known_n.device))
 
 
 def _policies(one: StepStats, schedule: Schedule, step: int) -> dict[str, Tensor]:
@@ -200,9 +208,9 @@ def _policies(one: StepStats, schedule: Schedule, step: int) -> dict[str, Tensor
         of = chosen if policy.tokens is None else torch.where(one.chooses, spec.of_class(sums, policy.tokens)[2], nan)
         found[f"{scheduled.name}/loss"] = values / of
         found[f"{scheduled.name}/gradient_ratio"] = spec.term_norm(sums, scheduled.term)
-        for rows, _, coefs in one.own:
+        for rows, _, _, coefs in one.own:
             if scheduled.name in coefs:
-                _put(found, f"{scheduled.name}/coef", one, rows, coefs[scheduled.name])
+                _put(found, one, rows, {f"{scheduled.name}/coef": coefs[scheduled.name]})
     for scheduled, policy in (pair for pair in (*schedule.losses, *schedule.biases) if pair[0].active(step)):
         name = policy.tokens
         counts = (one.counts if name is None else spec.of_class(sums, name)[0]) * one.chooses.unsqueeze(1)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from .bias_drift import LONG
+
 __all__ = ["SIGNALS", "Signal", "signals"]
 
 FLAT, UNEVEN = 0.1, 0.5  # MaxVio of the mean probabilities; of the loads, above what chance shows
@@ -39,6 +41,11 @@ SIGNALS = {
         "biases differ by more than scores can: some experts are chosen before others whatever a token's scores are",
         "take a smaller rate, or one that decays; look for a layer whose loads no bias can even out",
     ),
+    "drifting_bias": Signal(
+        "biases have moved one way for hundreds of steps, and an expert still has less than half of its share or more "
+        "than half too much: the balance is chased and not met",
+        "take a larger rate; or look for an expert that no bias can fill, because its logits are masked",
+    ),
 }
 
 
@@ -52,8 +59,8 @@ def signals(
     """Name of a signal -> the layers that show it, in the model's order; without those that none shows.
 
     Args:
-        loads: of each layer ``maxvio_global``, ``maxvio_gate`` and, where biases are added to scores of at most 1,
-            ``bias_range``.
+        loads: of each layer ``maxvio_global``, ``maxvio_gate`` and, where biases have moved, ``bias_drift``, the
+            largest of its experts; where they are added to scores of at most 1, ``bias_range``.
         chance: of each layer the MaxVio of random routing.
         pushes: of each balance loss that acts the squared norm of its gradient at each layer; None: none acts.
         language: of each layer the squared norm of the language model's gradient.
@@ -65,5 +72,6 @@ def signals(
         "flat_gate": flat if pushes is not None else [],
         "outweighs": [i for i, own in enumerate(language) if any(0 < own < square[i] for square in pushes or ())],
         "wide_bias": [i for i, width in enumerate(loads.get("bias_range", ())) if width > WIDE],
+        "drifting_bias": [i for i, drift in enumerate(loads.get("bias_drift", ())) if drift > LONG],
     }
     return {name: layers for name, layers in found.items() if layers}

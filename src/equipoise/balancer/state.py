@@ -80,6 +80,7 @@ def states_of(groups: Sequence[LayerGroup], schedule: Schedule) -> dict[str, dic
                 "ema_E": [(decay, ema_LE[i].clone()) for decay, ema_LE in history.ema_E.items()],
                 "momentum_E": [(names[at], momentum_LE[i].clone()) for at, momentum_LE in group.momentum.items()],
                 "coefs": [(names[at], float(coef_L[i])) for at, coef_L in coefs.items()],
+                "drift_E": None if group.drift is None else group.drift[i].clone(),
                 "expert_bias_E": biases.pop(None, None),
                 "bias_place": layer.router.traits.bias_place,
             }
@@ -188,6 +189,7 @@ def _load(group: LayerGroup, states: Mapping[str, dict[str, Any]], schedule: Sch
         history.previous_E, history.ema_E = stacked([one["previous_E"] for one in past]), keyed("ema_E", past)
     momenta = keyed("momentum_E")
     group.momentum = {at: momenta[name] for at, name in _state_names(schedule).items() if name in momenta}
+    group.drift = stacked([state.get("drift_E") for state in mine])
     group.coefs = {}
     for at, rule in schedule.self_setting:
         coef_L = group.coefficients(at.name, rule)

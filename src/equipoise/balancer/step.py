@@ -374,7 +374,9 @@ class StepCycle:
                 for (table, summed), old in zip(tables, before, strict=True)
             ]
         self._committed = [
-            StepStats(table.spec, table.places, summed, [(rows, g.biases(), dict(g.coefs)) for g, rows in table.own])
+            StepStats(
+                table.spec, table.places, summed, [(rows, g.biases(), g.drift, dict(g.coefs)) for g, rows in table.own]
+            )
             for table, summed in tables
         ]
 

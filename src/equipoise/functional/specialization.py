@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .routing import gate_log_scores
 
-__all__ = ["chosen", "coactivation", "information_bias", "log_probs", "overlap", "similarity"]
+__all__ = ["chosen", "churn", "coactivation", "information_bias", "log_probs", "overlap", "similarity"]
 
 
 def log_probs(logits_TE: Tensor, gate: str) -> Tensor:
@@ -51,6 +51,18 @@ def overlap(ids_TK: Tensor, other_TK: Tensor) -> Tensor:
     tensor([2, 1])
     """
     return (ids_TK.unsqueeze(-1) == other_TK.unsqueeze(-2)).any(dim=-1).sum(dim=-1)
+
+
+def churn(ids_TK: Tensor, before_TK: Tensor) -> Tensor:
+    """Share of a token's K choices that were not among its K before, (T,) fp64; NaN where a choice is -1, not known.
+
+    For K = 1 its mean is the share of tokens that change their expert: routing fluctuation (StableMoE, 2204.08396).
+
+    >>> churn(torch.tensor([[0, 1], [2, 3], [-1, -1]]), torch.tensor([[1, 0], [3, 4], [0, 1]]))
+    tensor([0.0000, 0.5000,    nan], dtype=torch.float64)
+    """
+    known_T = (ids_TK >= 0).all(dim=-1) & (before_TK >= 0).all(dim=-1)
+    return torch.where(known_T, 1 - overlap(ids_TK, before_TK).double() / ids_TK.shape[-1], torch.nan)
 
 
 def similarity(gram_EE: Tensor, mean_E: Tensor | None = None) -> Tensor:

@@ -5,12 +5,14 @@ Legend: T tokens of a call, B sequences of S tokens, K experts per token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..functional.specialization import churn
 
 __all__ = ["RoutingRecord"]
 
@@ -102,6 +104,33 @@ class RoutingRecord:
             joined[name] = [torch.cat(parts, dim=1).flatten(0, 1)]
         return self._with(joined)
 
+    def churn(self, other: RoutingRecord) -> dict[str, float]:
+        """Of each router the share of choices that ``other``, a record of the same tokens, does not have.
+
+        Over all calls: of each token the share of its K experts that are not among its K in the other record, mean over
+        the tokens that both know; NaN where there are none. Recorded on a fixed batch every so often, it says how much
+        of the routing is still changing (routing fluctuation, arXiv 2204.08396).
+
+        Raises InputError where the other record is of other routers, calls, tokens or K.
+
+        >>> earlier, later = RoutingRecord({"gate": [torch.tensor([[0, 3]])]}), torch.tensor([[3, 1]])
+        >>> RoutingRecord({"gate": [later]}).churn(earlier)
+        {'gate': 0.5}
+        """
+        for name in dict.fromkeys((*self.ids, *other.ids)):
+            own, others = _shapes(self.ids.get(name)), _shapes(other.ids.get(name))
+            if own != others:
+                raise InputError(
+                    expected="two records of the same routers, calls, tokens and K",
+                    got=f"at router {name!r} {own} here, {others} there",
+                    do="record the same batches with the same model both times; RoutingRecord({name: ids}) renames",
+                )
+        found = {}
+        for name, calls in self.ids.items():
+            parts = [churn(mine, one.to(mine.device)) for mine, one in zip(calls, other.ids[name], strict=True)]
+            found[name] = float(torch.cat(parts).nanmean()) if parts else math.nan
+        return found
+
     def to(self, device: torch.device | str) -> RoutingRecord:
         """On another device; a record may lie on the CPU while the model does not."""
         return self._with({name: [one.to(device) for one in calls] for name, calls in self.ids.items()})
@@ -121,6 +150,10 @@ class RoutingRecord:
         tokens = sum(map(len, next(iter(self.ids.values()), [])))
         parts = (len(self.ids), "router"), (self.num_calls, "call"), (tokens, "token")
         return f"RoutingRecord({', '.join(f'{n} {one}' + 's' * (n != 1) for n, one in parts)})"
+
+
+def _shapes(calls: Sequence[Tensor] | None) -> str:
+    return "nothing" if calls is None else f"{len(calls)} calls of {', '.join(str(tuple(one.shape)) for one in calls)}"
 
 
 def _why_no_ids(ids_TK: Tensor) -> str:

@@ -94,6 +94,8 @@ class Evaluation:
     dead_experts: list[int]  # [layer] experts that no held-out token picked
     mutual_information: list[float]  # [layer] nats between expert and domain
     mutual_information_shuffled: list[float]  # the same with shuffled domain labels: the floor
+    # [layer] share of choices that changed since the evaluation before; empty at the first, and in older records
+    routing_churn: list[float] = field(default_factory=list)
 
     @property
     def mean_loss(self) -> float:

@@ -67,3 +67,32 @@ def test_what_is_no_record(ids: torch.Tensor, said: str):
     with pytest.raises(InputError, match=rf"(?s)integer expert ids \(T, K\) in call 0 of 'a'.*got: {said}.*do: "):
         RoutingRecord({"a": [ids]})
     assert RoutingRecord({"a": [torch.tensor([[-1, -1], [0, 1]])]}).num_calls == 1
+
+
+def test_churn_is_the_share_of_choices_that_the_other_does_not_have():
+    """Against sets, over calls of unlike length; tokens that either does not know are left out."""
+    record, other = record_of(4, 6, top_k=3), record_of(6, 4, top_k=3)
+    other = RoutingRecord({name: calls[::-1] for name, calls in other.ids.items()})  # other choices, the same shapes
+    record.ids["a"][0][1] = -1
+    other.ids["a"][1][2] = -1
+    for name, share in record.churn(other).items():
+        pairs = zip(*(torch.cat(one.ids[name]).tolist() for one in (record, other)), strict=True)
+        known = [(set(new), set(old)) for new, old in pairs if -1 not in new + old]
+        assert len(known) == (8 if name == "a" else 10)
+        assert share == pytest.approx(sum(len(new - old) / 3 for new, old in known) / len(known))
+        assert 0 < share < 1 and other.churn(record)[name] == pytest.approx(share)
+    assert record.churn(record) == {"a": 0.0, "b": 0.0}
+    assert record.churn(RoutingRecord({name: [one.flip(1) for one in record.ids[name]] for name in "ab"})) == {
+        "a": 0.0,
+        "b": 0.0,
+    }, "the order of choices says nothing"
+    nothing = RoutingRecord({"a": [torch.full((2, 1), -1)], "b": []})
+    assert all(share != share for share in nothing.churn(nothing).values())
+
+
+@pytest.mark.parametrize("other", [record_of(4, 4), record_of(4), record_of(4, 6, top_k=1)])
+def test_churn_of_other_tokens_calls_or_k_is_refused(other: RoutingRecord):
+    with pytest.raises(InputError, match=r"(?s)the same routers, calls.*'a' 2 calls of \(4, 2\).*do: .*same batches"):
+        record_of(4, 6).churn(other)
+    with pytest.raises(InputError, match="'b' nothing here, 2 calls"):
+        RoutingRecord({"a": record_of(4, 6).ids["a"]}).churn(record_of(4, 6))

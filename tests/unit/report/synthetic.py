@@ -147,6 +147,7 @@ class _World:
             maxvio_sequence=(maxvio + 1.1).tolist(), maxvio_micro_batch=(maxvio + 0.6).tolist(),
             maxvio_global=maxvio.tolist(), dead_experts=(overall_LE == 0).sum(axis=-1).tolist(),
             mutual_information=information.tolist(), mutual_information_shuffled=[0.0004] * head.num_layers,
+            routing_churn=[0.1] * head.num_layers if step else [],
         )  # fmt: skip
 
     def fidelity(self, step: int) -> Fidelity:

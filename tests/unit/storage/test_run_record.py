@@ -105,6 +105,16 @@ def test_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path):
     assert run.header.config == {"data": {"path": None}}  # an absent option stays absent
 
 
+def test_an_evaluation_from_before_routing_churn_has_none(tmp_path):
+    file = write(tmp_path, HEADER, step(1), replace(EVALUATION, routing_churn=[0.25]), EVALUATION)
+    assert [one.routing_churn for one in read_run(tmp_path).evaluations] == [[0.25], []]
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    del lines[2]["routing_churn"]
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    run = read_run(tmp_path)
+    assert (run.evaluations, run.problems) == ([EVALUATION, EVALUATION], [])
+
+
 def test_a_diverged_loss_has_a_perplexity():
     assert replace(EVALUATION, loss={"a": 1e5}).perplexity == math.inf
     assert math.isnan(replace(EVALUATION, loss={}).perplexity)

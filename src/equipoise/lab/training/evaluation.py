@@ -15,6 +15,7 @@ from ...external.observe import Choices, ObservedRouter, capture, find_routers
 from ...functional.metrics import dead_experts, maxvio, mutual_information
 from ...functional.routing import count_choices, gate_probs
 from ...storage.run_record import Evaluation
+from .routing_churn import LastRouting, ids_dtype
 
 if TYPE_CHECKING:
     from ..data.packing import PackedData
@@ -37,17 +38,19 @@ def evaluate(
     mix: str = "micro_batch",
     seed: int = 0,
     group: Group = ALONE,
+    last: LastRouting | None = None,
 ) -> Evaluation:
     """Runs held-out sequences in evaluation mode, without gradient: the first ``sequences`` of each domain (0 = all).
 
     All balance numbers use equally many sequences of each domain. Micro-batches are made as in training: one domain
     each (``mix`` "micro_batch"), or dealt out in turn ("sequence"). ``seed`` is of the shuffled domain labels. The
-    ranks of ``group`` share the micro-batches; all get all results.
+    ranks of ``group`` share the micro-batches; all get all results. ``last`` knows what the evaluation of this text
+    before this one chose, and is told what this one did.
     Raises DataError where a domain has no held-out sequence.
     """
     labels_N, tokens_NS = _take(data, sequences, mix)
     batches = tokens_NS.split(max(1, PASS_TOKENS // tokens_NS.shape[1]))
-    loss_N, counts_NLE, score_NL = _measured(model, batches, group)
+    loss_N, counts_NLE, score_NL, ids_NLSK = _measured(model, batches, group)
 
     domains = range(len(data.domains))
     fair_N = _equal(labels_N, len(data.domains))
@@ -70,6 +73,7 @@ def evaluate(
         dead_experts=dead_experts(total_LE).long().tolist(),
         mutual_information=mutual_information(_by_domain(fair_NLE, fair_labels_N).movedim(0, -2)).tolist(),
         mutual_information_shuffled=shuffled_mutual_information(fair_NLE, fair_labels_N, seed=seed),
+        routing_churn=(last or LastRouting()).churn(ids_NLSK[fair_N]),
     )
 
 
@@ -91,7 +95,7 @@ def shuffled_mutual_information(counts_NLE: Tensor, labels_N: Tensor, *, seed: i
 
 
 def _measured(model: TrainableLM, batches: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
-    """Of every sequence: loss (N,), counts (N, L, E), score (N, L)."""
+    """Of every sequence: loss (N,), counts (N, L, E), score (N, L), ids (N, L, S, K)."""
     device = next(model.parameters()).device
     routers = find_routers(model, lambda: model.hidden(batches[0][:1, :-1].to(device)))
     results: list[tuple[Tensor, ...]] = []
@@ -106,6 +110,7 @@ def _measured(model: TrainableLM, batches: Sequence[Tensor], group: Group) -> tu
                     _sequence_losses(model, batch),
                     _sequence_counts(seen, routers, len(batch)),
                     _sequence_scores(seen, routers, len(batch)),
+                    _sequence_ids(seen, routers, len(batch)),
                 )
                 results.append(_of_all(found, [len(b) for b in batches[turn : turn + group.size]], group))
     finally:
@@ -173,6 +178,13 @@ def _sequence_scores(seen: Mapping[str, Choices], routers: Sequence[ObservedRout
         chosen_TK = gate_probs(logits_TE, router.gate).gather(-1, ids_TK)
         scores.append(chosen_TK.sum(dim=-1).view(num_sequences, -1).double().mean(dim=1))
     return torch.stack(scores, dim=1)
+
+
+def _sequence_ids(seen: Mapping[str, Choices], routers: Sequence[ObservedRouter], num_sequences: int) -> Tensor:
+    """(sequences, layers, S, K)"""
+    dtype = ids_dtype(max(router.num_experts + router.idle for router in routers))
+    ids = [seen[router.name].ids_TK.unflatten(0, (num_sequences, -1)).to(dtype) for router in routers]
+    return torch.stack(ids, dim=1)
 
 
 def _by_domain(counts_NLE: Tensor, labels_N: Tensor) -> Tensor:

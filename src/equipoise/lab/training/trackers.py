@@ -47,6 +47,7 @@ def evaluation_values(record: Evaluation) -> dict[str, float]:
     for layer, (maxvio, nats) in enumerate(zip(record.maxvio_global, record.mutual_information, strict=True)):
         values[f"heldout/layer_{layer:02d}/maxvio_global"] = maxvio
         values[f"heldout/layer_{layer:02d}/mutual_information"] = nats
+    values |= {f"heldout/layer_{layer:02d}/routing_churn": share for layer, share in enumerate(record.routing_churn)}
     return values
 
 

@@ -42,6 +42,7 @@ from .distributed import RankContext, ShardedModel, join
 from .evaluation import evaluate
 from .micro_batching import max_pass_size, num_passes, uses_shuffle
 from .process import keep_freed_memory, peak_memory, stop_signals, threads
+from .routing_churn import LastRouting
 from .trackers import Trackers, require
 
 __all__ = ["CHECKPOINTS", "learning_rate", "train"]
@@ -146,6 +147,7 @@ class _Run:
         self.random_state = torch.get_rng_state()
         self.step, self.saved = 0, 0  # the last step done, the last step saved
         self.seconds, self.tokens = 0.0, 0
+        self.last_routing = LastRouting()
 
     def start(self, earlier: Header | None) -> None:
         """Opens the record, and loads the newest checkpoint of the run that ``earlier`` began, if there is one."""
@@ -230,7 +232,7 @@ class _Run:
         train = self.config.train
         record = evaluate(self.model, self.data, step=self.step, sequences=train.eval_sequences,
                           sequences_per_micro_batch=train.sequences_per_micro_batch, mix=self.config.data.mix,
-                          seed=train.seed, group=self.context.group)  # fmt: skip
+                          seed=train.seed, group=self.context.group, last=self.last_routing)  # fmt: skip
         self._write(record)
         if self.trackers:
             self.trackers.evaluation(record)
@@ -240,6 +242,7 @@ class _Run:
         state = self.sharded.state(self.optimizer) | {
             "balancer": self.balancer.state_dict(),
             "random_state": self.random_state,
+            "last_routing": self.last_routing.ids_NLSK,
             "seconds": self.seconds,
             "tokens": self.tokens,
         }
@@ -272,6 +275,7 @@ class _Run:
         self.random_state = state["random_state"]
         torch.set_rng_state(self.random_state)
         self.step = self.saved = step
+        self.last_routing.ids_NLSK = state.get("last_routing")  # an older one has none
         self.seconds, self.tokens = state["seconds"], state["tokens"]
 
     def _max_pass_size(self) -> int:

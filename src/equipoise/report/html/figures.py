@@ -43,6 +43,7 @@ BY_LAYER = {
     "topk_score": "Top-K score",
     "maxvio_global": "MaxVio, all held-out text",
     "dead_experts": "Dead experts",
+    "routing_churn": "Routing churn since the evaluation before",
 }
 HEAD = 0.35  # fraction of a run whose loss is so high that it would flatten the rest
 

@@ -13,8 +13,11 @@ import torch.distributed as dist
 
 from equipoise.errors import DataError
 from equipoise.lab.config.schema import ParallelConfig, RunConfig
+from equipoise.lab.models.pretrained import prepare_text
 from equipoise.lab.models.transformer import LanguageModel
 from equipoise.lab.training.distributed import ShardedModel, join, reported_by_rank_0
+from equipoise.lab.training.evaluation import evaluate
+from equipoise.lab.training.routing_churn import LastRouting
 from equipoise.lab.training.trainer import train
 
 
@@ -39,6 +42,16 @@ def run_with_a_signal(config: RunConfig, folder: Path, layout: ParallelConfig, r
     except KeyboardInterrupt:
         return "stopped"
     return "finished"
+
+
+def evaluated_twice(config: RunConfig) -> list[float]:
+    """The routing churn between two models that know nothing."""
+    data, last = prepare_text(config.model, config.data), LastRouting()
+    with join(ParallelConfig()) as context:
+        for seed in (0, 1):
+            model = LanguageModel(config.model, seed=seed)
+            found = evaluate(model, data, step=seed, sequences=5, group=context.group, last=last)
+    return found.routing_churn
 
 
 def resume_and_warn(config: RunConfig, folder: Path, layout: ParallelConfig) -> list[str]:

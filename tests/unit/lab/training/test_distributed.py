@@ -14,6 +14,7 @@ from equipoise.lab.training.distributed import join
 from equipoise.lab.training.trainer import CHECKPOINTS, train
 from equipoise.storage import checkpoint
 from equipoise.storage.run_record import RECORD_NAME, read_run
+from unit.lab.training import distributed_cases
 from unit.lab.training.test_trainer import assert_same, numbers, weights
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -209,6 +210,14 @@ def test_evaluation_is_that_of_one_process_to_the_last_bit(ranks, tiny_run, tmp_
     ranks.run(f"{CASES}:run", config, tmp_path / "run", ParallelConfig(), size=4)
     here, there = (read_run(folder).evaluations for folder in (train(config, tmp_path / "alone"), tmp_path / "run"))
     assert here == there
+
+
+def test_routing_churn_is_that_of_one_process(ranks, tiny_run, tmp_path):
+    """Of two models, on ranks that each see a part of the text."""
+    config = tiny_run()
+    seen = ranks.run(f"{CASES}:evaluated_twice", config, size=2)
+    assert seen[0] == seen[1] == distributed_cases.evaluated_twice(config)
+    assert 0.1 < min(seen[0]) < 1
 
 
 def test_what_does_not_fit_is_refused_on_all_ranks_and_said_by_one(ranks, tiny_run, tmp_path):

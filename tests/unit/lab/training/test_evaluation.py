@@ -17,6 +17,7 @@ from equipoise.lab.config.schema import ModelConfig
 from equipoise.lab.data.packing import PackedData
 from equipoise.lab.models.transformer import LanguageModel
 from equipoise.lab.training.evaluation import evaluate, shuffled_mutual_information
+from equipoise.lab.training.routing_churn import LastRouting
 from equipoise.lab.training.trainer import train
 from equipoise.layers import Router
 from equipoise.storage.run_record import Evaluation, read_run
@@ -126,6 +127,30 @@ def test_mutual_information(found, slow):
         assert 0 <= found.mutual_information_shuffled[layer] < nats / 2
 
 
+def test_routing_churn_is_what_changed_since_the_evaluation_before(found, slow):
+    """Against a model whose routers see every second expert's logits with another sign; domains count alike."""
+    assert found.routing_churn == []
+    model, last = sharp(), LastRouting()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, Router):
+                module.weight[::2] *= -1
+    assert evaluate(model, packed(), step=1, last=last).routing_churn == []
+    before = last.ids_NLSK
+    assert before is not None and before.dtype == torch.uint8 and before.shape == (18, 3, LENGTH, TOP_K)
+    churn = evaluate(sharp(), packed(), step=2, last=last).routing_churn
+    sequences = [sequence for domain in slow for sequence in domain[:6]]
+    for layer in range(3):
+        pairs = [
+            (set(old), new)
+            for of_sequence, sequence in zip(before[:, layer].tolist(), sequences, strict=True)
+            for old, new in zip(of_sequence, sequence["chosen"][layer], strict=True)
+        ]
+        assert churn[layer] == pytest.approx(mean(len(new - old) / TOP_K for old, new in pairs))
+    assert min(churn) > 0.1 and max(churn) < 1
+    assert evaluate(sharp(), packed(), step=3, last=last).routing_churn == [0.0] * 3
+
+
 def test_micro_batches_of_mixed_sequences():
     mixed = evaluate(sharp(), packed((6, 6, 6)), step=1, sequences_per_micro_batch=3, mix="sequence")
     plain = evaluate(sharp(), packed((6, 6, 6)), step=1, sequences_per_micro_batch=3)
@@ -182,7 +207,7 @@ def test_evaluation_does_not_touch_training(tiny_run, tmp_path):
     assert [(s.loss, s.grad_norm, s.balance) for s in often.steps] == [
         (s.loss, s.grad_norm, s.balance) for s in never.steps
     ]
-    assert often.evaluations[-1] == never.evaluations[-1]
+    assert dataclasses.replace(often.evaluations[-1], routing_churn=[]) == never.evaluations[-1]
 
 
 def test_a_domain_without_heldout_text_is_an_error():

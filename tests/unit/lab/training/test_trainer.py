@@ -73,6 +73,8 @@ def test_a_run_leaves_a_complete_record(tiny_run, tmp_path):
     assert run.fidelities[0].in_use == ["prefix"]
     assert [evaluation.step for evaluation in run.evaluations] == [3, 6]
     assert run.evaluations[-1].perplexity < run.evaluations[0].perplexity < 300
+    assert [len(evaluation.routing_churn) for evaluation in run.evaluations] == [0, 2]
+    assert 0 < max(run.evaluations[-1].routing_churn) < 1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -99,6 +101,23 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, strategy):
     assert run.status == "finished" and run.end.tokens == read_run(whole).end.tokens
     headers = [json.loads(line) for line in (killed / RECORD_NAME).read_text().splitlines() if '"header"' in line]
     assert [header["resumed_at"] for header in headers] == [0, 3]
+
+
+def test_a_checkpoint_from_before_routing_churn_resumes_without_it(tiny_run, tmp_path):
+    config = tiny_run()
+    folder = train(config, tmp_path / "run")
+    wanted = numbers(folder)
+    step, state = checkpoint.load(folder / CHECKPOINTS, 3)
+    assert state.pop("last_routing").dtype == torch.uint8
+    checkpoint.save(folder / CHECKPOINTS, step, state)  # that of step 6 goes: it is a later one
+    with open(folder / RECORD_NAME, "rb+") as file:  # as a run that was killed
+        file.truncate(file.read().rindex(b'{"kind": "end"'))
+    train(config, folder, resume=True)
+    assert [one.routing_churn for one in read_run(folder).evaluations] == [[], []]
+    for line in wanted:
+        if "routing_churn" in line:
+            line["routing_churn"] = []
+    assert numbers(folder) == wanted
 
 
 def test_resume_in_bf16_with_recompute_is_bit_equal_too(tiny_run, tmp_path):

@@ -268,3 +268,24 @@ def test_what_the_balancer_saw_at_the_end_is_a_warning_where_most_seeds_show_it(
     (line,) = [line for line in found.warnings if "signal" in line]
     assert line.startswith("micro ended with the signal outweighs in 2 layers (2 of 3 seeds): docs/measures.md says")
     assert not any("signals" in name for name in found["micro"].charts.training)
+
+
+def test_routing_that_still_changes_at_the_end_is_a_warning_where_most_seeds_show_it(tmp_path):
+    """In the last evaluation alone; what an older record does not have warns of nothing."""
+    shares = {
+        "micro": ([], [0.5, 0.1, 0.5], [0.1, 0.6, 0.1]),
+        "global": ([0.5], [], []),
+        "loss-free": ([0.1, math.nan],),
+    }
+    runs = []
+    for strategy, of_seeds in shares.items():
+        for seed, churn in enumerate(of_seeds):
+            run = read_run(write_run(tmp_path / f"{strategy}-{seed}", header(strategy, seed, steps=100)))
+            early, last = replace(run.evaluations[0], routing_churn=[0.9] * 3), run.evaluations[-1]
+            runs.append(replace(run, evaluations=[early, replace(last, routing_churn=churn)]))
+    found = summarize(runs)
+    (line,) = [line for line in found.warnings if "signal" in line]
+    assert line.startswith("micro ended with the signal routing_churn in 2 layers (2 of 3 seeds): docs/measures.md")
+    values = {one.name: one.values["routing_churn"] for one in found.strategies}
+    assert values["micro"].mean == pytest.approx((1.1 / 3 + 0.8 / 3) / 2)
+    assert found["micro"].layers["routing_churn"] == pytest.approx([0.3, 0.35, 0.3])
