@@ -15,7 +15,7 @@ from equipoise.report.html.widgets import Part
 
 EVIL = "<script>alert(1)</script><img src=http://example.org/x>\"'&%{x}</title>\u2028\u202e"
 VOID = {"meta", "br", "img", "link", "wbr", "input"}
-HOSTILE = ("<img src=x onerror=alert(1)>", "\"&'</script>", "' onfocus='alert(1)", "{{ 7 * 7 }}{% raw %}", EVIL)
+HOSTILE = ("<img src=x onerror=alert(1)>", "\"&'</script>", '" onfocus="alert(1)', "{{ 7 * 7 }}{% raw %}", EVIL)
 
 
 def drawn(*parts: Part) -> str:
