@@ -28,10 +28,10 @@ from meta.house import (
 )
 
 PYTHON = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
-OPTIONAL = {"accelerate", "axolotl", "datasets", "lightning", "llamafactory", "lm_eval", "megatron", "mlflow",
-            "nemo_automodel", "olmo_core", "omegaconf", "pandas", "peft", "plotly", "pyarrow", "pydantic", "ray",
-            "rich", "safetensors", "swift", "tensorboard", "tokenizers", "torchtitan", "transformers", "triton", "trl",
-            "wandb", "yaml", "zstandard"}  # fmt: skip
+OPTIONAL = {"accelerate", "axolotl", "datasets", "jinja2", "lightning", "llamafactory", "lm_eval", "markupsafe",
+            "megatron", "mlflow", "nemo_automodel", "olmo_core", "omegaconf", "pandas", "peft", "plotly", "pyarrow",
+            "pydantic", "ray", "rich", "safetensors", "swift", "tensorboard", "tokenizers", "torchtitan",
+            "transformers", "triton", "trl", "wandb", "yaml", "zstandard"}  # fmt: skip
 EDGE = {"adapters", "cli", "conformance", "doctor", "inspection", "lab", "report"}  # the only rooms that may use them
 EXCEPTIONS = {"evidence": {"lm_eval"}, "kernels": {"triton"}, "storage": {"safetensors"}}
 # the only files that may name torch.distributed
@@ -165,7 +165,7 @@ def test_importing_the_library_loads_no_optional_package():
 
 
 def test_importing_the_report_parts_loads_no_optional_package_at_once():
-    assert not loaded("import equipoise.report") & {"plotly", "pandas"}
+    assert not loaded("import equipoise.report") & {"jinja2", "plotly", "pandas"}
 
 
 def test_the_readme_is_short():

@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 EXTRAS = {
+    "jinja2": "report",
     "lm_eval": "downstream",
     "plotly": "report",
     "pyarrow": "lab",

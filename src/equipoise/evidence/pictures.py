@@ -1,22 +1,38 @@
-"""Small pictures for the HTML page, as SVG whose colours are the page's: an interval, curves over steps, domains."""
+"""Small pictures for the HTML page, as what picture.html.jinja draws: an interval, curves over steps, domains."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ..report.data.curves import Curve
 from ..report.data.formatting import clip, signed
 from ..report.data.statistics import Difference
-from ..report.html.widgets import minus, safe
+from ..report.html.rendering import slug
 from .verdict import Judged
 
-__all__ = ["curves_picture", "domains_picture", "extent", "interval_picture", "round_up", "slug_of"]
+__all__ = ["Picture", "curves_picture", "domains_picture", "extent", "interval_picture", "round_up"]
 
 WIDE = 520  # of a chart, in units of its own: half pixels, so that whole numbers are exact enough
 
+Text = tuple[str, int, int, str]  # side that stands at x ("start", "end", "" for the middle), x, y, text
 
-def interval_picture(judged: Judged, reach: float) -> str:
+
+@dataclass(frozen=True)
+class Picture:
+    """Paths are (CSS class, SVG path data), drawn in this order on the band; ``label`` is said in place of texts."""
+
+    kind: str
+    wide: int
+    high: int
+    paths: Sequence[tuple[str, str]]
+    texts: Sequence[Text]
+    margin: tuple[int, int] | None = None  # left end and width of the band for an "equal"
+    label: str = ""
+
+
+def interval_picture(judged: Judged, reach: float) -> Picture | None:
     """A line for the interval, a large dot for the mean, small ones for seeds, a band for the margin of an "equal".
 
     Args:
@@ -24,23 +40,23 @@ def interval_picture(judged: Judged, reach: float) -> str:
     """
     difference, around = judged.difference, judged.contrast.around
     if difference is None:
-        return ""
+        return None
     x = _scale(-reach, reach, 16, 324)
-    parts = []
+    margin = None
     if judged.margin is not None:
         left, right = x(around - judged.margin), x(around + judged.margin)
-        parts.append(f'<rect class="margin" x="{left}" y="4" width="{right - left}" height="44"/>')
-    parts += [_path("axis", "M16 54H324M16 48v12M324 48v12"), _path("zero", f"M{x(0)} 4V60")]
-    parts.append(_path("seeds", _dots((x(value), 40) for value in difference.by_seed.values())))
+        margin = (left, right - left)
+    paths = [("axis", "M16 54H324M16 48v12M324 48v12"), ("zero", f"M{x(0)} 4V60"),
+             ("seeds", _dots((x(value), 40) for value in difference.by_seed.values()))]  # fmt: skip
     if difference.low is not None and difference.high is not None:
-        parts.append(_path("interval", f"M{x(difference.low)} 18H{x(difference.high)}"))
-    parts.append(_path("mean", _dots([(x(difference.mean), 18)])))
-    parts += [_text(16, 82, f"{-reach:g}", "start"), _text(x(0), 82, "0"), _text(324, 82, f"{reach:+g}", "end")]
-    return _svg(f"pic {slug_of(judged.verdict)}", 340, 88, parts)
+        paths.append(("interval", f"M{x(difference.low)} 18H{x(difference.high)}"))
+    paths.append(("mean", _dots([(x(difference.mean), 18)])))
+    texts = [("start", 16, 82, f"{-reach:g}"), ("", x(0), 82, "0"), ("end", 324, 82, f"{reach:+g}")]
+    return Picture(f"pic {slug(judged.verdict or 'shown')}", 340, 88, paths, texts, margin)
 
 
-def curves_picture(curves: Sequence[tuple[str, Curve | None]], label: str, *, zero: bool = False) -> str:
-    """Lines over training steps, each on its band; "" where there is nothing to draw.
+def curves_picture(curves: Sequence[tuple[str, Curve | None]], label: str, *, zero: bool = False) -> Picture | None:
+    """Lines over training steps, each on its band; None where there is nothing to draw.
 
     Args:
         curves: (CSS class, curve). label: said in place of the picture. zero: the vertical axis holds zero, and its
@@ -48,7 +64,7 @@ def curves_picture(curves: Sequence[tuple[str, Curve | None]], label: str, *, ze
     """
     known = [(name, curve) for name, curve in curves if curve is not None]
     if not known:
-        return ""
+        return None
     values = [value for _, curve in known for part in (curve.mean, curve.low, curve.high) for value in part or []]
     values += [0.0] if zero else []
     low, high = min(values), max(values)
@@ -56,10 +72,10 @@ def curves_picture(curves: Sequence[tuple[str, Curve | None]], label: str, *, ze
     last, right = max(1, *(curve.steps[-1] for _, curve in known)), WIDE - 16
     x, y = _scale(0, last, 88, right), _scale(low - room, high + room, 236, 16)
     ticks = _ticks(low - room, high + room)
-    parts = [_path("grid", "".join(f"M88 {y(tick)}H{right}" for tick in ticks))]
-    parts += [_path("zero", f"M88 {y(0)}H{right}")] if zero else []
-    parts += [_text(76, y(tick) + 8, f"{tick:+g}" if zero and tick else f"{tick:g}", "end") for tick in ticks]
-    parts += [_text(88, 272, "0", "start"), _text(right, 272, f"{last} steps", "end")]
+    paths = [("grid", "".join(f"M88 {y(tick)}H{right}" for tick in ticks))]
+    paths += [("zero", f"M88 {y(0)}H{right}")] if zero else []
+    texts = [("end", 76, y(tick) + 8, f"{tick:+g}" if zero and tick else f"{tick:g}") for tick in ticks]
+    texts += [("start", 88, 272, "0"), ("end", right, 272, f"{last} steps")]
     for name, curve in known:
         line, *edges = (
             [(x(step), y(value)) for step, value in zip(curve.steps, part, strict=True)]
@@ -67,32 +83,32 @@ def curves_picture(curves: Sequence[tuple[str, Curve | None]], label: str, *, ze
             if part is not None
         )
         if edges:
-            parts.append(_path(f"band {name}", f"{_through(edges[0] + edges[1][::-1])}z"))
-        parts.append(_path(f"line {name}", _through(line)))
+            paths.append((f"band {name}", f"{_through(edges[0] + edges[1][::-1])}z"))
+        paths.append((f"line {name}", _through(line)))
         if len(line) == 1:  # a line through one point would not be seen
-            parts.append(_path(f"dots {name}", _dots(line)))
-    return _svg("chart", WIDE, 280, parts, label)
+            paths.append((f"dots {name}", _dots(line)))
+    return Picture("chart", WIDE, 280, paths, texts, label=label)
 
 
-def domains_picture(domains: Mapping[str, Difference]) -> str:
-    """A row for each domain: its mean difference with its interval, and the number; "" without domains."""
+def domains_picture(domains: Mapping[str, Difference]) -> Picture | None:
+    """A row for each domain: its mean difference with its interval, and the number; None without domains."""
     if not domains:
-        return ""
+        return None
     reach = round_up(max(extent(difference) for difference in domains.values()))
     x, bottom = _scale(-reach, reach, 208, 412), 36 * len(domains) + 8
-    parts = [_path("zero", f"M{x(0)} 4V{bottom}"), _path("axis", f"M208 {bottom}H412")]
+    texts: list[Text] = []
     lines, means = "", []
     for place, (name, one) in enumerate(domains.items()):
         y = 36 * place + 24
-        parts += [_text(0, y + 8, clip(name, 16), "start"), _text(WIDE - 4, y + 8, signed(one.mean, 3), "end")]
+        texts += [("start", 0, y + 8, clip(name, 16)), ("end", WIDE - 4, y + 8, signed(one.mean, 3))]
         if one.low is not None and one.high is not None:
             lines += f"M{x(one.low)} {y}H{x(one.high)}"
         means.append((x(one.mean), y))
-    parts += [_path("interval", lines)] if lines else []
-    parts.append(_path("mean", _dots(means)))
-    parts += [_text(208, bottom + 28, f"{-reach:g}"), _text(x(0), bottom + 28, "0"),
-              _text(412, bottom + 28, f"{reach:+g}")]  # fmt: skip
-    return _svg("chart", WIDE, bottom + 36, parts)
+    texts += [("", 208, bottom + 28, f"{-reach:g}"), ("", x(0), bottom + 28, "0"),
+              ("", 412, bottom + 28, f"{reach:+g}")]  # fmt: skip
+    paths = [("zero", f"M{x(0)} 4V{bottom}"), ("axis", f"M208 {bottom}H412"), ("interval", lines),
+             ("mean", _dots(means))]  # fmt: skip
+    return Picture("chart", WIDE, bottom + 36, [path for path in paths if path[1]], texts)
 
 
 def extent(difference: Difference | None, around: float = 0.0, margin: float | None = None) -> float:
@@ -116,11 +132,6 @@ def round_up(value: float, steps: Sequence[float] = (1, 1.5, 2, 3, 4, 5, 6, 8, 1
     return next(found for step in steps if (found := round(step * 10.0**power, 12 - power)) >= value)
 
 
-def slug_of(verdict: str) -> str:
-    """A verdict as a CSS class."""
-    return verdict.replace(" ", "-") or "shown"
-
-
 def _ticks(low: float, high: float) -> list[float]:
     """Two to five round numbers between the ends.
 
@@ -142,18 +153,3 @@ def _through(points: Iterable[tuple[int, int]]) -> str:
 def _dots(points: Iterable[tuple[int, int]]) -> str:
     """Lines of no length: their round ends are dots as wide as the stroke."""
     return "".join(f"M{x} {y}h0" for x, y in points)
-
-
-def _path(kind: str, data: str) -> str:
-    return f'<path class="{kind}" d="{data}"/>'
-
-
-def _text(x: int, y: int, text: str, anchor: str = "middle") -> str:
-    side = "" if anchor == "middle" else f' class="{anchor}"'
-    return f'<text{side} x="{x}" y="{y}">{minus(safe(text))}</text>'
-
-
-def _svg(kind: str, wide: int, high: int, parts: Iterable[str], label: str = "") -> str:
-    """Read out as its label, or as the texts in it."""
-    said = f' role="img" aria-label="{minus(safe(label))}"' if label else ""
-    return f'<svg class="{kind}" viewBox="0 0 {wide} {high}"{said}>{"".join(parts)}</svg>'

@@ -23,7 +23,7 @@ from equipoise.evidence.run_summary import RunSummary, read_summaries, run_key, 
 from equipoise.evidence.verdict import ClaimVerdict, judge_all
 from unit.evidence._made import CLAIM, claim_in, run_of, runs_of
 from unit.report._browser import opened
-from unit.report._parsed import EVIL, Page
+from unit.report._parsed import EVIL, HOSTILE, Page
 
 ROOT = Path(__file__).resolve().parents[3]
 CLAIMS = ROOT / "evidence"
@@ -67,7 +67,7 @@ class Claims(Page):
 
     @property
     def words(self) -> str:
-        return " ".join(" ".join(self.text).split()).replace("−", "-")
+        return super().words.replace("−", "-")
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +227,25 @@ def test_no_word_of_a_claim_or_a_record_becomes_markup(tmp_path):
     shown = next(row for row in page.rows if "Published" in row)[""].rpartition("equipoise reproduce ")[2]
     (name,) = shlex.split(shown)  # nothing for a shell to run
     assert name.startswith("<script>") and name.endswith("$(id) `")
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_a_page_of_hostile_claims_has_the_elements_of_one_of_harmless_ones(tmp_path, hostile):
+    claim = claim_in(tmp_path, more="\n".join(f'[[contrast]]\ncell = "{cell}"\ntreated = "shuffle"\nbaseline = "micro"'
+                                             for cell in ("else", "there")))  # fmt: skip
+    found = {}
+    for more in ("x", hostile):
+        names = ("name", "title", "question", "source", "published", "limits")
+        settings = {"settings": {more: more}, "baseline_settings": {more: [more, more]}}
+        runs = [replace(run, loss={more: 3.0, f"{more} 2": 3.1}, torch=more) for run in runs_of(claim, [-0.01, 0.02])]
+        judged = []
+        for one in judge_all([claim, replace(claim, name="T2")], runs):
+            contrasts = [replace(j, contrast=replace(j.contrast, cell=more, treated=more, baseline=more, **settings))
+                         for j in one.judged]  # fmt: skip
+            judged.append(replace(one, claim=replace(one.claim, **dict.fromkeys(names, more)), judged=contrasts))
+        found[more] = Claims(render_html(judged))
+    assert found[hostile].skeleton == found["x"].skeleton
+    assert found[hostile].words.count(" ".join(hostile.split("\u2028")[0].split())[-7:]) > 20
 
 
 def test_names_that_look_alike_have_places_of_their_own(tmp_path):

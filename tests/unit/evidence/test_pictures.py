@@ -14,9 +14,15 @@ from equipoise.evidence.pictures import curves_picture, domains_picture, extent,
 from equipoise.evidence.verdict import Judged
 from equipoise.report.data.curves import Curve
 from equipoise.report.data.statistics import paired_difference
+from equipoise.report.html.rendering import environment
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SOME = st.lists(st.floats(-5, 5), min_size=1, max_size=9)
+
+
+def svg_of(picture) -> ElementTree.Element:
+    drawn = environment("equipoise.evidence").get_template("picture.html.jinja").module.picture(picture)
+    return ElementTree.fromstring(drawn.strip())
 
 
 def difference_of(values):
@@ -44,7 +50,7 @@ def test_an_interval_lies_where_its_numbers_say(values, margin, around):
     assert difference is not None
     judged = Judged(contrast, {}, difference, margin, 0.5, "undecided")
     reach = round_up(extent(difference, around, margin))
-    svg = ElementTree.fromstring(interval_picture(judged, reach))
+    svg = svg_of(interval_picture(judged, reach))
     ends = sorted(float(one.text.replace("−", "-")) for one in svg.iter("text"))
     assert ends == pytest.approx([-reach, 0, reach], rel=1e-5)
 
@@ -72,7 +78,7 @@ def test_curves_stay_in_their_frame_and_in_their_order(rows, zero):
     steps = list(range(10, 10 * len(rows) + 1, 10))
     mean = [value for value, _ in rows]
     curve = Curve(steps, mean, [value - half for value, half in rows], [value + half for value, half in rows])
-    svg = ElementTree.fromstring(curves_picture([("treated", curve), ("baseline", None)], "said", zero=zero))
+    svg = svg_of(curves_picture([("treated", curve), ("baseline", None)], "said", zero=zero))
     line, band = points(svg, "line"), points(svg, "band")
     assert len(line) == len(rows) and len(band) == 2 * len(rows)
     assert all(88 <= x <= 504 and 16 <= y <= 236 for x, y in line + band)
@@ -85,16 +91,16 @@ def test_curves_stay_in_their_frame_and_in_their_order(rows, zero):
 
 def test_nothing_to_draw_is_no_picture():
     contrast = Contrast(cell="c", treated="a", baseline="b")
-    assert curves_picture([("treated", None)], "said") == domains_picture({}) == ""
-    assert interval_picture(Judged(contrast, {}, None, None, 0.5, "not run"), 1.0) == ""
-    one = ElementTree.fromstring(curves_picture([("treated", Curve([0], [3.0]))], "said"))
+    assert curves_picture([("treated", None)], "said") is domains_picture({}) is None
+    assert interval_picture(Judged(contrast, {}, None, None, 0.5, "not run"), 1.0) is None
+    one = svg_of(curves_picture([("treated", Curve([0], [3.0]))], "said"))
     assert len(points(one, "dots")) == 1  # a line through one point would not be seen
 
 
 def test_every_domain_has_its_row():
     domains = {f"domain {n}": difference_of([0.01 * n, -0.02]) for n in range(5)}
     domains["a name that is far too long & <wild>"] = difference_of([0.3])
-    svg = ElementTree.fromstring(domains_picture(domains))
+    svg = svg_of(domains_picture(domains))
     means = points(svg, "mean")
     reach = max(float(one.text.replace("−", "-")) for one in svg.iter("text") if one.get("class") is None)
     assert [x for x, _ in means] == pytest.approx([310 + one.mean / reach * 102 for one in domains.values()], abs=0.51)

@@ -16,6 +16,8 @@ def clean(text: str) -> str:
     >>> clean("a\\x1b[31mb\\u202ec")
     'a\\\\x1b[31mb\\\\u202ec'
     """
+    if text.isprintable():  # nearly always, and a thousand times as fast
+        return text
     bad = ("Cc", "Cf", "Cs", "Zl", "Zp")
     return "".join(ascii(char)[1:-1] if unicodedata.category(char) in bad else char for char in text)
 

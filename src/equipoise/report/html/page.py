@@ -6,10 +6,8 @@ import base64
 import functools
 import gzip
 import json
-import re
 from collections.abc import Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 
 from ...errors import ConfigError, OutputError
@@ -17,16 +15,15 @@ from ...storage.files import write_whole
 from ...storage.inspection_record import Inspection
 from ..data.comparison import Comparison
 from ..data.formatting import clean
-from ..data.inspections import NamedInspection, headline_of, name_inspections
+from ..data.inspections import headline_of, name_inspections
 from .inspection_sections import inspection_cards, inspection_origin, inspection_sections
-from .run_sections import run_cards, run_facts, run_origin, run_sections
-from .widgets import Widgets, minus, safe, section
+from .rendering import render
+from .run_sections import run_facts, run_origin, run_sections
+from .tables import card
+from .widgets import Section, Widgets
 
-__all__ = ["contents", "document", "render_html", "stylesheet", "write_file", "write_html"]
+__all__ = ["render_html", "write_file", "write_html"]
 
-# The page loads nothing; this makes browsers refuse a link even if a name should inject one.
-POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-STYLES = ("base", "figures", "tables", "text", "print")
 SCRIPTS = ("state", "lines", "maps", "tables", "text", "controls")  # one module, in this order
 
 
@@ -40,7 +37,7 @@ def write_html(
         problems: sentences shown above the page, beside those of the comparison.
         live: seconds after which the page reloads itself and restores its state; 0 for never.
 
-    Raises ConfigError if plotly is missing, OutputError if the file cannot be written.
+    Raises ConfigError if plotly or jinja2 is missing, OutputError if the file cannot be written.
     """
     return write_file(path, render_html(comparison, inspections, problems=problems, live=live))
 
@@ -62,98 +59,32 @@ def render_html(
     problems: Sequence[str] = (), live: float = 0,
 ) -> str:  # fmt: skip
     """The page as text; see `write_html`. Equal arguments give equal bytes."""
-    widgets = Widgets()
-    found = name_inspections(inspections, len(comparison.strategies) if comparison else 0)
-    runs = run_sections(comparison, widgets) if comparison else []
+    c, widgets = comparison, Widgets()
+    found = name_inspections(inspections, len(c.strategies) if c else 0)
+    runs = run_sections(c, widgets) if c else []
     inspected = inspection_sections(found, widgets) if found else []
-    origin = (run_origin(comparison) if comparison else "") + (inspection_origin(found) if found else "")
-    second = ""
-    if comparison and found:  # the headline and cards at the top are those of the runs
-        second = f'<p class="headline2">{minus(escape(headline_of(found)))}</p>\n{inspection_cards(found)}'
-        second = f'<div role="group" aria-label="Inspections" class="second">{second}</div>'
-    body = "".join([*runs, second, *inspected, section("Where this comes from", "", origin)])
-    names = [one.name for one in comparison.strategies] if comparison else []
+    origin = [*(run_origin(c) if c else []), *([inspection_origin(found)] if found else [])]
+    names = [one.name for one in c.strategies] if c else []
+    headline = c.headline if c else headline_of(found) if found else "Nothing to show yet."
+    unread = [*(c.problems if c else []), *problems]
+    unread += [f"{one.name}: {text}" for one in found for text in one.inspection.problems]
+    version = next(iter([one.versions.get("equipoise", "") for one in [c] if one]
+                        + [one.inspection.facts.versions.get("equipoise", "") for one in found]), "")  # fmt: skip
     data = {
-        "strategies": [escape(clean(name), quote=False) for name in names],
+        "strategies": [escape(clean(name), quote=False) for name in names],  # Plotly reads a little HTML
         "figures": widgets.figures, "maps": widgets.maps, "menus": widgets.menus, "texts": widgets.texts,
     }  # fmt: skip
-    title = " · ".join(map(clean, [*names, *(one.name for one in found)][:4]))
-    version = next(iter([c.versions.get("equipoise", "") for c in [comparison] if c]
-                        + [one.inspection.facts.versions.get("equipoise", "") for one in found]), "")  # fmt: skip
-    content = f"{_head(comparison, found, problems, body, live)}\n{body}"
-    foot = f"""Made by equipoise {safe(version)}. This file holds everything it shows and
-loads nothing; without scripts the tables remain."""
-    scripts = f"""<div id="spoken" class="unseen" role="status" aria-live="polite"></div>
-<script type="application/gzip" id="report-data">{_packed(_json(data))}</script>
-{f'<script type="application/gzip" id="report-plotly">{_plotly()}</script>' if widgets.figures else ""}
-<script type="module">
-{"".join(_asset(f"{name}.js") for name in SCRIPTS)}</script>
-"""
-    return document(title, content, foot, stylesheet(*STYLES), scripts)
-
-
-def document(title: str, content: str, foot: str, styles: str, scripts: str = "") -> str:
-    """The frame of every page: title as text, all else as HTML and CSS. It forbids itself to load anything."""
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>equipoise: {escape(title)}</title>
-<style>
-{styles}</style>
-</head>
-<body>
-<a class="skip" href="#content">To the content</a>
-<main id="content" tabindex="-1">
-{content}</main>
-<footer><p>{foot}</p></footer>
-{scripts}</body>
-</html>
-"""
-
-
-def stylesheet(*names: str) -> str:
-    """The rules of these parts of the look: base, figures, tables, text, print."""
-    return "".join(_asset(f"{name}.css") for name in names)
-
-
-def contents(body: str) -> str:
-    """Links to the headings (h2) of a page's sections."""
-    links = re.findall(r'<h2 id="([a-z0-9-]+)"[^>]*>(.*?)</h2>', body)
-    items = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title in links)
-    return f'<nav aria-label="Sections"><ul>{items}</ul></nav>'
-
-
-def _head(
-    comparison: Comparison | None, found: Sequence[NamedInspection], problems: Sequence[str], body: str, live: float
-) -> str:
-    notes = [f"<p>{safe(text)}</p>" for text in (comparison.warnings if comparison else [])]
-    unread = [*(comparison.problems if comparison else []), *problems]
-    unread += [f"{one.name}: {text}" for one in found for text in one.inspection.problems]
-    notes += [f"<p><strong>In the records:</strong> {safe(text)}</p>" for text in unread]
-    aside = f'<aside class="notes" aria-label="Remarks">{"".join(notes)}</aside>' if notes else ""
-    headline = comparison.headline if comparison else headline_of(found) if found else "Nothing to show yet."
-    facts = run_facts(comparison) if comparison else []
-    cards = run_cards(comparison) if comparison else inspection_cards(found) if found else ""
-    quality = comparison.quality if comparison else ""
-    refresh = (
-        f'<p class="live" id="live" data-seconds="{live:g}"><i aria-hidden="true"></i> The run goes on: this page '
-        f'refreshes every {live:g} s. <button class="quiet" type="button">Pause</button></p>'
-    )
-    return f"""<header>
-<p class="mark"><b>equipoise</b> &nbsp;load balancing of mixture-of-experts training</p>
-<h1>{minus(escape(headline))}</h1>
-{f'<p class="quality">{minus(escape(quality))}</p>' if quality else ""}
-<p class="facts">{" · ".join(facts)}</p>
-{refresh if live else ""}
-{aside}
-<p class="notes" id="too-old" hidden>This browser is too old to unpack the figures of this page: only its text and
-tables are shown. Any browser from 2023 on draws them.</p>
-{contents(body)}
-</header>
-{cards}"""
+    return render(
+        "report.html.jinja", title=" · ".join([*names, *(one.name for one in found)][:4]),
+        styles=("base", "figures", "tables", "text", "print"), scripts=SCRIPTS, version=version,
+        headline=headline, quality=c.quality if c else "", facts=run_facts(c) if c else [],
+        warnings=c.warnings if c else [], problems=unread, live=f"{live:g}" if live else "",
+        second=headline_of(found) if c and found else "",  # the headline and cards at the top are those of the runs
+        run_cards=[card(c, one, index) for index, one in enumerate(c.strategies)] if c else [],
+        inspection_cards=inspection_cards(found),
+        runs=runs, sections=[*runs, *inspected, Section("Where this comes from", "", origin)],
+        data=_packed(_json(data)), plotly=_plotly() if widgets.figures else "",
+    )  # fmt: skip
 
 
 def _json(data: object) -> str:
@@ -163,10 +94,6 @@ def _json(data: object) -> str:
 def _packed(text: str) -> str:
     """Compressed, in characters that cannot close the surrounding script element."""
     return base64.b64encode(gzip.compress(text.encode("utf-8", errors="replace"), 6, mtime=0)).decode()
-
-
-def _asset(name: str) -> str:
-    return (resources.files("equipoise.report.html") / "assets" / name).read_text(encoding="utf-8")
 
 
 @functools.cache

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
-
 from equipoise.report.data.inspections import name_inspections
 from equipoise.report.html.inspection_sections import inspection_cards, inspection_origin, inspection_sections
 from equipoise.report.html.widgets import Widgets
+from unit.report._parsed import Page, drawn
 from unit.report.synthetic_inspection import synthetic_inspection
 
 
 def heads(inspections):
     widgets = Widgets()
-    text = "".join(inspection_sections(name_inspections(inspections), widgets))
-    return re.findall(r"<h2[^>]*>(.*?)</h2>", text), widgets, text
+    made = inspection_sections(name_inspections(inspections), widgets)
+    text = "".join(one.lead + drawn(*one.parts) for one in made)
+    return [one.title for one in made], widgets, text
 
 
 def test_all_sections_and_their_maps(inspections):
@@ -46,5 +46,6 @@ def test_a_deep_model_is_thinned_and_says_so(monkeypatch):
 
 def test_cards_and_origin_name_each_model(inspections):
     named = name_inspections(inspections)
-    assert inspection_cards(named).count("<article") == 2
-    assert "models/early" in inspection_origin(named) and "0.13 M" in inspection_origin(named)
+    assert drawn(("cards", {"cards": inspection_cards(named)})).count("<article") == 2
+    words = Page(drawn(inspection_origin(named))).words
+    assert "models/early" in words.replace("/ ", "/") and "0.13 M" in words

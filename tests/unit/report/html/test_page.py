@@ -17,7 +17,7 @@ from equipoise.report import Comparison, load_runs, summarize, write_html
 from equipoise.report.html import page as html_page
 from equipoise.report.html.page import render_html
 from equipoise.storage.run_record import read_run
-from unit.report._parsed import EVIL, Page
+from unit.report._parsed import EVIL, HOSTILE, Page, renamed
 from unit.report.synthetic import header, write_run
 from unit.report.synthetic_inspection import synthetic_inspection
 
@@ -130,6 +130,21 @@ def test_no_name_becomes_markup(evil):
             assert "<" not in "".join(view["layout"]["yaxis"].get("ticktext", []))
             for trace in view["data"]:
                 assert "<" not in trace.get("name", "")
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_a_page_of_hostile_texts_has_the_elements_of_one_of_harmless_ones(comparison, inspections, hostile):
+    """Strategies, domains, policies, folders, settings, models, layers, sentences: every text that a record holds."""
+    found = {}
+    for more in (" x", hostile):
+        keys = frozenset([*comparison.domains, *comparison.versions, *comparison.config])
+        runs = renamed(comparison, more, keys)
+        models = [replace(one, facts=replace(one.facts, biases="biases"), problems=["unread"]) for one in inspections]
+        found[more] = Page(render_html(runs, renamed(models, more), problems=[more]))
+    assert found[hostile].skeleton == found[" x"].skeleton
+    shown = found[hostile].words
+    assert shown.count("alert(1)" if "alert" in hostile else "7 * 7" if "7" in hostile else "&'</script>") > 100
+    assert found[hostile].data["menus"].keys() == found[" x"].data["menus"].keys()
 
 
 def test_the_largest_comparison_stays_under_8_megabytes(tmp_path):
