@@ -272,9 +272,9 @@ def test_the_parts_of_plain_pytorch_agree():
     generator = torch.Generator().manual_seed(3)
     z_TE, bias_E = (torch.randn(size, generator=generator).to(DEVICE) for size in ((50, 12), (12,)))
     for gate, place, biased in itertools.product(GATES, PLACES, (False, True)):
-        bias = {"selection_bias_E": bias_E if biased else None, "bias_place": place}
-        options = {"num_groups": 1, "top_groups": 1, **bias}
+        bias = bias_E if biased else None
+        options = {"num_groups": 1, "top_groups": 1, "selection_bias": bias, "bias_place": place}
         weights_TK, ids_TK, *_ = choose(z_TE, 4, gate=gate, normalize=True, scale=2.5, **options)
-        found = choose_and_count(z_TE, RouterForm(4, gate, True, 2.5), **bias)
+        found = choose_and_count(z_TE, RouterForm(4, gate, True, 2.5), selection_bias_E=bias, bias_place=place)
         assert torch.equal(found.ids_TK, ids_TK)
         torch.testing.assert_close(found.weights_TK, weights_TK)
