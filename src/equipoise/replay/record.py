@@ -120,9 +120,11 @@ class RoutingRecord:
         for name in dict.fromkeys((*self.ids, *other.ids)):
             own, others = _shapes(self.ids.get(name)), _shapes(other.ids.get(name))
             if own != others:
+                pairs = zip(own or [], others or [], strict=False)
+                at = next((f", first in call {i}" for i, (a, b) in enumerate(pairs) if a != b), "")
                 raise InputError(
                     expected="two records of the same routers, calls, tokens and K",
-                    got=f"at router {name!r} {own} here, {others} there",
+                    got=f"at router {name!r} {_shown(own)} here, {_shown(others)} there{at}",
                     do="record the same batches with the same model both times; RoutingRecord({name: ids}) renames",
                 )
         found = {}
@@ -152,8 +154,15 @@ class RoutingRecord:
         return f"RoutingRecord({', '.join(f'{n} {one}' + 's' * (n != 1) for n, one in parts)})"
 
 
-def _shapes(calls: Sequence[Tensor] | None) -> str:
-    return "nothing" if calls is None else f"{len(calls)} calls of {', '.join(str(tuple(one.shape)) for one in calls)}"
+def _shapes(calls: Sequence[Tensor] | None) -> list[tuple[int, ...]] | None:
+    return None if calls is None else [tuple(one.shape) for one in calls]
+
+
+def _shown(shapes: list[tuple[int, ...]] | None) -> str:
+    """A record of a rollout has thousands of calls."""
+    if shapes is None:
+        return "nothing"
+    return f"{len(shapes)} calls of {', '.join(map(str, shapes[:3]))}{', ...' * (len(shapes) > 3)}"
 
 
 def _why_no_ids(ids_TK: Tensor) -> str:

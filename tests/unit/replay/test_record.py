@@ -96,3 +96,12 @@ def test_churn_of_other_tokens_calls_or_k_is_refused(other: RoutingRecord):
         record_of(4, 6).churn(other)
     with pytest.raises(InputError, match="'b' nothing here, 2 calls"):
         RoutingRecord({"a": record_of(4, 6).ids["a"]}).churn(record_of(4, 6))
+    with pytest.raises(InputError, match="'a' nothing here, 0 calls of"):
+        RoutingRecord({}).churn(RoutingRecord({"a": []}))
+
+
+def test_the_call_that_differs_is_named_in_a_long_record():
+    ids = [torch.zeros(4, 1, dtype=torch.long)] * 1000
+    with pytest.raises(InputError, match="first in call 700") as raised:
+        RoutingRecord({"a": ids}).churn(RoutingRecord({"a": [*ids[:700], ids[0][:3], *ids[701:]]}))
+    assert len(str(raised.value)) < 500

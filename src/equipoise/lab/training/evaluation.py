@@ -15,7 +15,7 @@ from ...external.observe import Choices, ObservedRouter, capture, find_routers
 from ...functional.metrics import dead_experts, maxvio, mutual_information
 from ...functional.routing import count_choices, gate_probs
 from ...storage.run_record import Evaluation
-from .routing_churn import LastRouting, ids_dtype
+from .routing_churn import LastRouting, every_token, ids_dtype
 
 if TYPE_CHECKING:
     from ..data.packing import PackedData
@@ -50,7 +50,8 @@ def evaluate(
     """
     labels_N, tokens_NS = _take(data, sequences, mix)
     batches = tokens_NS.split(max(1, PASS_TOKENS // tokens_NS.shape[1]))
-    loss_N, counts_NLE, score_NL, ids_NLSK = _measured(model, batches, group)
+    every = every_token(len(labels_N) * (tokens_NS.shape[1] - 1))
+    loss_N, counts_NLE, score_NL, ids_NLSK = _measured(model, batches, group, every)
 
     domains = range(len(data.domains))
     fair_N = _equal(labels_N, len(data.domains))
@@ -94,8 +95,8 @@ def shuffled_mutual_information(counts_NLE: Tensor, labels_N: Tensor, *, seed: i
     return torch.stack(values).mean(dim=0).tolist()
 
 
-def _measured(model: TrainableLM, batches: Sequence[Tensor], group: Group) -> tuple[Tensor, ...]:
-    """Of every sequence: loss (N,), counts (N, L, E), score (N, L), ids (N, L, S, K)."""
+def _measured(model: TrainableLM, batches: Sequence[Tensor], group: Group, every: int) -> tuple[Tensor, ...]:
+    """Of every sequence: loss (N,), counts (N, L, E), score (N, L), and of each so many-th token ids (N, L, ., K)."""
     device = next(model.parameters()).device
     routers = find_routers(model, lambda: model.hidden(batches[0][:1, :-1].to(device)))
     results: list[tuple[Tensor, ...]] = []
@@ -110,7 +111,7 @@ def _measured(model: TrainableLM, batches: Sequence[Tensor], group: Group) -> tu
                     _sequence_losses(model, batch),
                     _sequence_counts(seen, routers, len(batch)),
                     _sequence_scores(seen, routers, len(batch)),
-                    _sequence_ids(seen, routers, len(batch)),
+                    _sequence_ids(seen, routers, len(batch), every),
                 )
                 results.append(_of_all(found, [len(b) for b in batches[turn : turn + group.size]], group))
     finally:
@@ -180,10 +181,12 @@ def _sequence_scores(seen: Mapping[str, Choices], routers: Sequence[ObservedRout
     return torch.stack(scores, dim=1)
 
 
-def _sequence_ids(seen: Mapping[str, Choices], routers: Sequence[ObservedRouter], num_sequences: int) -> Tensor:
-    """(sequences, layers, S, K)"""
+def _sequence_ids(
+    seen: Mapping[str, Choices], routers: Sequence[ObservedRouter], num_sequences: int, every: int
+) -> Tensor:
+    """(sequences, layers, tokens, K)"""
     dtype = ids_dtype(max(router.num_experts + router.idle for router in routers))
-    ids = [seen[router.name].ids_TK.unflatten(0, (num_sequences, -1)).to(dtype) for router in routers]
+    ids = [seen[router.name].ids_TK.unflatten(0, (num_sequences, -1))[:, ::every].to(dtype) for router in routers]
     return torch.stack(ids, dim=1)
 
 

@@ -1,6 +1,6 @@
 """How many choices of the same held-out tokens changed from one evaluation to the next.
 
-Legend: N sequences of S tokens, L layers, K experts per token.
+Legend: N sequences of S tokens that are looked at, L layers, K experts per token.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from torch import Tensor
 
 from ...functional.specialization import churn
 
-__all__ = ["LastRouting", "ids_dtype"]
+__all__ = ["LastRouting", "every_token", "ids_dtype"]
+
+TOKENS = (
+    2**17
+)  # that are remembered, and lie in each checkpoint: 50 MB at 48 layers and top-8, however long the text is
 
 
 class LastRouting:
@@ -33,6 +37,15 @@ class LastRouting:
             return []
         of_layers = zip(ids_NLSK.unbind(1), before_NLSK.unbind(1), strict=True)  # K x K a token is much for all at once
         return [churn(*pair).mean().item() for pair in of_layers]
+
+
+def every_token(tokens: int) -> int:
+    """Each so many-th token of a sequence is looked at, where ``tokens`` in all are evaluated.
+
+    >>> every_token(6 * 64 * 256), every_token(6 * 64 * 4096)
+    (1, 12)
+    """
+    return -(-tokens // TOKENS)
 
 
 def ids_dtype(choices: int) -> torch.dtype:

@@ -16,6 +16,7 @@ from equipoise.errors import DataError
 from equipoise.lab.config.schema import ModelConfig
 from equipoise.lab.data.packing import PackedData
 from equipoise.lab.models.transformer import LanguageModel
+from equipoise.lab.training import routing_churn
 from equipoise.lab.training.evaluation import evaluate, shuffled_mutual_information
 from equipoise.lab.training.routing_churn import LastRouting
 from equipoise.lab.training.trainer import train
@@ -149,6 +150,16 @@ def test_routing_churn_is_what_changed_since_the_evaluation_before(found, slow):
         assert churn[layer] == pytest.approx(mean(len(new - old) / TOP_K for old, new in pairs))
     assert min(churn) > 0.1 and max(churn) < 1
     assert evaluate(sharp(), packed(), step=3, last=last).routing_churn == [0.0] * 3
+
+
+def test_however_long_the_text_few_tokens_are_remembered(monkeypatch):
+    every, few, whole = 3, LastRouting(), LastRouting()
+    evaluate(sharp(), packed(), step=1, last=whole)
+    tokens = sum(len(rows) for rows in packed().heldout.values()) * LENGTH
+    monkeypatch.setattr(routing_churn, "TOKENS", tokens // every)
+    evaluate(sharp(), packed(), step=1, last=few)
+    assert few.ids_NLSK is not None and whole.ids_NLSK is not None
+    assert torch.equal(few.ids_NLSK, whole.ids_NLSK[:, :, ::every])
 
 
 def test_micro_batches_of_mixed_sequences():
