@@ -50,6 +50,11 @@ class Judged:
         return self._mean("baseline")
 
     @property
+    def pairs(self) -> int:
+        """Seeds that both sides have on record, those that diverged among them."""
+        return len(self.runs["treated"].keys() & self.runs["baseline"].keys())
+
+    @property
     def diverged(self) -> int:
         """Runs of either side whose loss became NaN; they are in no mean."""
         return sum(run.status == "diverged" for of_side in self.runs.values() for run in of_side.values())
@@ -76,9 +81,8 @@ class ClaimVerdict:
         for word in (MISSING, PARTIAL, REFUTED, UNDECIDED, CONFIRMED):
             if word in words:
                 return word
-        pairs = [one.difference.n if one.difference else 0 for one in self.judged]
-        missing = any(n < one.contrast.seeds for n, one in zip(pairs, self.judged, strict=True))
-        return (PARTIAL if any(pairs) else MISSING) if missing else SHOWN
+        missing = [one.contrast.seeds - one.pairs for one in self.judged]
+        return (PARTIAL if any(one.pairs for one in self.judged) else MISSING) if any(missing) else SHOWN
 
     @property
     def leading(self) -> Judged | None:
@@ -145,10 +149,9 @@ def _judge(claim: Claim, contrast: Contrast, runs: Summaries) -> Judged:
         contrast = replace(contrast, around=predicted or 0.0)
     p = _p(contrast, difference, margin)
     word = _word(contrast, difference, margin, p)
-    pairs = len(of_sides["treated"].keys() & of_sides["baseline"].keys())
-    if 0 < pairs < contrast.seeds and contrast.criterion != "any":
-        word = PARTIAL
-    return Judged(contrast, of_sides, difference, margin, p, word)
+    judged = Judged(contrast, of_sides, difference, margin, p, word)
+    partial = 0 < judged.pairs < contrast.seeds and contrast.criterion != "any"
+    return replace(judged, verdict=PARTIAL) if partial else judged
 
 
 def _share(claim: Claim, contrast: Contrast, of: Mapping[str, Any], runs: Summaries) -> float | None:

@@ -32,6 +32,9 @@ def test_a_claim_that_is_only_shown_is_run_too(tmp_path):
     claim = claim_in(tmp_path, criterion="any", seeds=2)
     words = [judged(claim, runs).verdict for runs in ([], runs_of(claim, [-0.01]), runs_of(claim, [-0.01, -0.02]))]
     assert words == ["not run", "in part", ""]
+    nan = float("nan")
+    lost = run_of(claim, "treated", 1, nan, status="diverged", loss={})
+    assert judged(claim, [*runs_of(claim, [-0.01, -0.02])[:3], lost]).verdict == "", "a run that diverged was run"
 
 
 def test_a_row_shows_the_first_contrast_that_has_a_criterion_and_runs(tmp_path):
