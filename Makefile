@@ -85,11 +85,8 @@ dist: env  ## build the sdist and the wheel in dist/
 	rm -rf dist
 	$(BIN)/python -m hatchling build -d dist
 
-bench: env  ## the MoE layer against its peers, what balancing costs, the trainer, how a step grows: 12 minutes
-	$(BIN)/python benchmarks/moe_layer.py $(ARGS)
-	$(BIN)/python benchmarks/balance_cost.py
-	$(BIN)/python benchmarks/trainer_speed.py
-	$(BIN)/python benchmarks/growth.py
+bench: env  ## the MoE layer against its peers, what balancing costs, the trainer, how a step grows, with a page: 12 minutes
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 bench-grid: env  ## the MoE layer at a sample of the grid of sizes, types and threads: 15 minutes, goes on when killed
 	$(BIN)/python benchmarks/moe_layer.py --grid $(ARGS)

@@ -134,6 +134,12 @@ def measure(point: Point, rounds: int, budget: float = float("inf")) -> dict[str
                     times[name].append(took)
             done += 1
     peers = {name: pairs(times[name], times["ours"]) for name in PEERS if name in times}
+    if not peers:
+        reasons = ", ".join(f"{name}: {why}" for name, why in skipped.items())
+        raise SystemExit(
+            f"expected a peer that takes part at {point}\n  got: {reasons}"
+            "\n  do:  run it again while the machine does nothing else: first calls were slow"
+        )
     return {
         "point": asdict(point),
         "maxvio": round(maxvio, 3),

@@ -1,14 +1,21 @@
-"""What every table here begins with and is made of: machine and versions, medians, quartiles, ratios of pairs."""
+"""What every table here begins with and is made of: machine and versions, medians, quartiles, ratios of pairs.
+
+A benchmark with ``--json FILE`` also writes its figures there, which ``bench.py`` puts on a page.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-__all__ = ["machine", "pairs", "quartiles", "ratio", "span", "versions"]
+__all__ = ["add_json", "figure", "machine", "pairs", "quartiles", "ratio", "save", "span", "versions"]
 
 
 def machine() -> str:
@@ -69,3 +76,31 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> str:
     """
     low, middle, high = quartiles(pairs(above, below))
     return f"{middle:.2f}x {low:.2f}-{high:.2f}"
+
+
+def figure(
+    title: str,
+    unit: str,
+    bars: Sequence[tuple[str, Sequence[float]]],
+    note: str = "",
+) -> dict[str, Any]:
+    """Bars of a page, from zero.
+
+    Args:
+        bars: (name, its quartiles); a bar ends at the median, a thin line spans the other two.
+
+    >>> figure("a step", "ms", [("ours", quartiles([1.0, 2.0, 3.0]))])["bars"]
+    [('ours', (1.5, 2.0, 2.5))]
+    """
+    return {"title": title, "unit": unit, "note": note, "bars": list(bars)}
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too, for bench.py")
+
+
+def save(path: Path | None, figures: Sequence[dict[str, Any]]) -> None:
+    """Writes the figures, where somebody asked for them."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(list(figures)), encoding="utf-8")

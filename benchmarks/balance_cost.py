@@ -63,6 +63,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from _count import Work
+from _report import add_json, figure, quartiles, save
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[reportPrivateImportUsage]
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -274,7 +275,7 @@ def bootstrap(values: list[float], draws: int = 2000) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def show_step(arguments: argparse.Namespace) -> None:
+def show_step(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     shape = (arguments.step_layers, arguments.width, arguments.experts, arguments.top_k, arguments.step_tokens)
     torch.manual_seed(0)
     trained, ratios = Trained(*shape, arguments.dtype), {name: [] for name in arguments.policies}
@@ -312,6 +313,9 @@ def show_step(arguments: argparse.Namespace) -> None:
             cells += f" {finer:>24} {f'{each:.0f} + {once:.0f}':>11} {touched:8.0f} {touched / 4 / experts:7.1f}"
             cells += f" {added.bytes_kept:5.0f} {added.sums:5}"
         print(cells, flush=True)
+    bars = [(name, quartiles([100 * (value - 1) for value in found])) for name, found in ratios.items()]
+    title = f"What policies add to a training step: {experts} experts, top-{top_k}, {tokens} tokens"
+    return [figure(title, "% of the step", bars, note="The bar of none shows what such a comparison cannot see.")]
 
 
 # ---------------------------------------------------------------- the step's sum over ranks
@@ -595,7 +599,7 @@ def trained(routers: nn.ModuleList, balancer: Balancer | None, x_TD: Tensor) -> 
     return run
 
 
-def show_loss(arguments: argparse.Namespace) -> None:
+def show_loss(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     runs = contestants(arguments.tokens, arguments.layers, arguments.experts, arguments.top_k)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(arguments.rounds + 2):
@@ -619,6 +623,10 @@ def show_loss(arguments: argparse.Namespace) -> None:
             f"{f'{middle:.1f}x ({low:.1f}-{high:.1f})':>22}",
             flush=True,
         )
+    size = f"{arguments.tokens} tokens, {arguments.layers} layers, {arguments.experts} experts"
+    times = {"transformers": times.pop("theirs")} | {f"equipoise, {name}": took for name, took in times.items()}
+    bars = [(name, quartiles(took)) for name, took in times.items()]
+    return [figure(f"Counting, loss and gradient: {size}", "ms, CPU time", bars)]
 
 
 # ---------------------------------------------------------------- the command
@@ -629,7 +637,12 @@ def span(values: list[float]) -> str:
     return f"{middle:.0f} ({low:.0f}-{high:.0f})"
 
 
-PARTS = {"step": show_step, "loss": show_loss, "memory": show_memory, "collective": show_collective}
+PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "step": show_step,
+    "loss": show_loss,
+    "memory": show_memory,
+    "collective": show_collective,
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -652,6 +665,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--experts", type=int, default=64, help="of the step and the losses")
     made.add_argument("--top-k", type=int, default=8, help="of the step and the losses")
     made.add_argument("--rounds", type=int, default=10, help="each runs every contestant once")
+    add_json(made)
     return made
 
 
@@ -661,9 +675,11 @@ def main() -> None:
         parser().error(f"expected {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}\n")
+    figures = []
     for name in arguments.part or PARTS:
-        PARTS[name](arguments)
+        figures += PARTS[name](arguments) or []
         print()
+    save(arguments.json, figures)
 
 
 if __name__ == "__main__":

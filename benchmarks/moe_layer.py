@@ -42,7 +42,7 @@ from typing import Any
 from _contest import everybody, measure, present
 from _contestants import DTYPES, Point
 from _grid import AXES, every, run, sample, worst
-from _report import machine, versions
+from _report import add_json, figure, machine, save, versions
 
 GOALS = {  # size: (what is divided by what, the goal in words, its limit); a ratio of 1 or less is a goal reached
     "8192,128,128,16,2": 60.0,
@@ -72,6 +72,17 @@ def show(found: list[dict[str, Any]], line: dict[str, Any]) -> None:
     print(present(line) + "\n" + goal(line), end="", flush=True)
 
 
+def drawn(found: dict[str, Any]) -> dict[str, Any]:
+    """Everybody at a point, the fastest first."""
+    point, fast = Point(**found["point"]), sorted(found["ms"], key=lambda name: found["ms"][name][1])
+    return figure(
+        f"{point.tokens} tokens, width {point.dim}, {point.experts} experts of {point.hidden}, top-{point.top_k}, "
+        f"{point.dtype}, {point.threads} thread(s)",
+        "ms of forward + backward",
+        [(name, found["ms"][name]) for name in fast],
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--size", action="append", metavar="T,D,H,E,K", help="tokens, width, expert width, experts, K")
@@ -83,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("runs/moe_grid.jsonl"), help="of the grid")
     made.add_argument("--seconds", type=float, help="for a point, about: default 50, of the grid 20")
     made.add_argument("--limit", type=float, default=float("inf"), help="seconds: no new point of the grid after them")
+    add_json(made)
     return made
 
 
@@ -111,6 +123,7 @@ def main() -> None:
             point = Point(tokens, dim, hidden, experts, top_k, dtype, arguments.threads or 1, skew)
             show(found, measure(point, arguments.rounds, arguments.seconds or 50))
     print(f"\nmedians of all\n\n{everybody(found)}")
+    save(arguments.json, [drawn(line) for line in found])
 
 
 if __name__ == "__main__":

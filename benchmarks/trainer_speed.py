@@ -43,6 +43,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from _report import add_json, figure, quartiles, save
+
 COEFFICIENT = 0.02
 OURS = ["micro", "global"]
 PRODUCTS = ("aten::mm", "aten::bmm", "aten::baddbmm", "aten::baddbmm_", "aten::addmm", "aten::addmm_")
@@ -186,7 +188,8 @@ class Contestant:
         self.process.wait()
 
 
-def race(precision: str, threads: int, settings: list[str], rounds: int) -> None:
+def race(precision: str, threads: int, settings: list[str], rounds: int) -> dict[str, Any]:
+    """Prints who took how long, and returns it as a figure."""
     entries = [("theirs", one) for one in settings] + [("ours", one) for one in OURS]
     contestants = [Contestant(*entry, precision, threads) for entry in entries]
     low, high = (pick(one.loss for one in contestants) for pick in (min, max))
@@ -212,6 +215,11 @@ def race(precision: str, threads: int, settings: list[str], rounds: int) -> None
                 low, middle, high = statistics.quantiles(ratios, n=4)
                 print(f"{middle:.2f}x {low:.2f}-{high:.2f}", end="  ")
         print()
+    bars = [
+        (one.name.replace("theirs", "transformers' Trainer,").replace("ours", "the lab,"), quartiles(one.times))
+        for one in contestants
+    ]
+    return figure(f"A training step, {precision}, {threads} thread(s)", "seconds", bars)
 
 
 # ------------------------------------------------------------------------------------------- where our time goes
@@ -328,6 +336,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--where", action="store_true", help="only the table of where our time goes")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    add_json(parser)
     arguments = parser.parse_args()
     if arguments.child:
         side, setting, precision, threads = arguments.child
@@ -339,8 +348,10 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}, Python {platform.python_version()}")  # fmt: skip
     if not arguments.where:
-        for precision in arguments.precision:
-            race(precision, arguments.threads, arguments.theirs, arguments.rounds)
+        races = [
+            race(precision, arguments.threads, arguments.theirs, arguments.rounds) for precision in arguments.precision
+        ]
+        save(arguments.json, races)
     where(arguments.precision[0])
 
 
