@@ -11,7 +11,7 @@ __all__ = ["render_figure"]
 
 WIDTH, LEFT, RIGHT, ROW, TOP = 860, 330, 110, 22, 40
 STYLE = 'font-family="system-ui, sans-serif" font-size="12" fill="#111827" role="img"'
-COLORS = {"confirmed": "#1a7f37", "refuted": "#b42318", "undecided": "#6b7280", "in part": "#9a6700", "": "#475569"}
+COLORS = {"confirmed": "#1a7f37", "refuted": "#b42318", "undecided": "#6b7280", "unfinished": "#9a6700", "": "#475569"}
 
 
 def render_figure(judged: Sequence[ClaimVerdict]) -> str:

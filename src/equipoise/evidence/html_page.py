@@ -23,7 +23,7 @@ from .verdict import ClaimVerdict
 
 __all__ = ["render_html", "write_html"]
 
-ORDER = ("confirmed", "refuted", "undecided", "in part", "not run", "")  # of verdicts; the last is "shown"
+ORDER = ("confirmed", "refuted", "undecided", "unfinished", "not run", "")  # of verdicts; the last is "shown"
 OVERVIEW = """\
 A difference is treated − baseline, paired by seed, with its 95 % interval; where a claim has several, the first that is
 judged stands for it. Every command goes on from what is on record."""
@@ -63,7 +63,7 @@ def _head(judged: Sequence[ClaimVerdict]) -> dict[str, Any]:
     rest = [
         f"{words[word]} {one if words[word] == 1 else more}"
         for word, one, more in (
-            ("in part", "has only part of its runs", "have only part of their runs"),
+            ("unfinished", "has only part of its runs", "have only part of their runs"),
             ("not run", "has none yet", "have none yet"),
             ("", "is shown without a verdict", "are shown without a verdict"),
         )

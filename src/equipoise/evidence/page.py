@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from ..lab.config.loading import from_dict
+from ..lab.config.schema import RunConfig
+from ..lab.models.transformer import Decoder
 from ..report.data.formatting import number
 from ..report.data.statistics import Difference
 from ..storage.files import atomic_write
 from .breakdown import by_domain, core_hours, noise
+from .claim import Claim
 from .figure import render_figure
 from .law import HEADS, cells_of, fit_laws, law_rows, law_words
 from .run_summary import MEASURES
@@ -30,19 +37,33 @@ is a file in [evidence](../evidence) whose criterion was written down before its
 the runs of a claim again. `make evidence` also writes `runs/evidence.html`: the same with a picture of every
 difference, its way over the steps and each domain.
 
+[A note](../lab-notes/2026-11-30-verdicts.md) says in words what they decide, what goes against the papers or against
+us, and what so small an instrument cannot decide.
+
+{trained}
+
 How to read it: two strategies start from the same weights and see the same data in the same order; their difference is
-taken seed by seed, with a 95 % interval (Student's t). *lower*, *higher*: confirmed or refuted by a paired two-sided
-t-test at 5 %; *equal*: confirmed by two one-sided tests within a margin, refuted where the interval lies outside it.
-The primary claims share one error rate (Holm). Whatever is neither is undecided. Losses are nats per token of held-out
-text: -0.01 is 1 % of perplexity.
+taken seed by seed, with a 95 % interval (Student's t). *lower*, *higher*: **confirmed** or **refuted** by a paired
+two-sided t-test at 5 %; *equal*: confirmed by two one-sided tests within a margin, refuted where the interval lies
+outside it. Whatever is neither is **undecided**. *any* has no criterion and is **shown**. A contrast with fewer pairs
+(seeds that both sides have) than were named before the runs is **unfinished**, and not judged. Of a primary claim p is
+Holm's, over all contrasts of the primary claims, so an interval, which is that of a difference by itself, may leave out
+zero and the word be undecided; the other claims' p are each by itself. "The gap" is the difference between `micro` and
+`global` in the same cell. Losses are nats per token of held-out text: -0.01 is 1 % of perplexity.
 """
+TRAINED = """\
+What is trained, unless a claim says otherwise: a model of {layers} layers of width {width} with {experts} experts of
+width {hidden}, top-{top_k} ({parameters:.1f} million parameters), for {steps} steps of {sequences} sequences of
+{length} tokens of the text that a Python installation holds, in several domains. A micro-batch is {together} of one domain,
+over which `micro` takes f: its Balance BSZ. *std* is that of the initial weights. Balance losses have the coefficient
+0.02, and `global` the estimator `exact`; the library's defaults are 1e-2 and `filled` ([C06](#c06))."""
 INSTRUMENT = """\
 How much the difference in held-out loss varies from seed to seed (sd), and the smallest mean difference that
 a paired test at 5 % tells from zero four times in five, with 3, 5 and 8 seeds; nats per token."""
 NOT_TESTED = """\
 Models of billions of parameters, hundreds of billions of tokens, benchmarks of knowledge and reasoning, published
-checkpoints. What a model of a hundred thousand parameters shows in two million tokens is the direction of an effect,
-and its order of magnitude at that size."""
+checkpoints, fine-tuning. What a model of half a million parameters shows in two million tokens is the direction of an
+effect, and its order of magnitude at that size."""
 
 
 def render_page(judged: Sequence[ClaimVerdict]) -> str:
@@ -60,10 +81,26 @@ def render_page(judged: Sequence[ClaimVerdict]) -> str:
         rows.append("| " + " | ".join(cells) + " |")
     words = Counter(one.verdict or "shown" for one in judged)
     counted = ", ".join(f"{count} {word}" for word, count in sorted(words.items()))
-    head = f"{HEAD}\n{len(judged)} claims: {counted}. {core_hours(judged):.1f} core-hours on record.\n"
+    head = HEAD.format(trained=_trained(judged[0].claim))
+    head = f"{head}\n{len(judged)} claims: {counted}. {core_hours(judged):.1f} core-hours on record.\n"
     picture = f"![Differences in held-out loss with their intervals, claim by claim]({FIGURE})"
     return "\n".join([head, *rows, "", picture, "", _instrument(judged), *(_claim(one) for one in judged),
                       "## What was not tested here", "", NOT_TESTED, ""])  # fmt: skip
+
+
+def _trained(claim: Claim) -> str:
+    """The base of all claims, in words."""
+    config = from_dict(RunConfig, claim.base)
+    model, train = config.model, config.train
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Decoder(model).parameters()) + model.vocab_size * model.width
+    each = train.sequences_per_micro_batch
+    text = TRAINED.format(
+        layers=model.layers, width=model.width, experts=model.experts, hidden=model.expert_hidden, top_k=model.top_k,
+        parameters=parameters / 1e6, steps=train.steps, sequences=each * train.micro_batches,
+        length=config.data.sequence_length, together="one sequence" if each == 1 else f"{each} sequences",
+    )  # fmt: skip
+    return textwrap.fill(text, 120)
 
 
 def write_page(judged: Sequence[ClaimVerdict], path: Path) -> None:

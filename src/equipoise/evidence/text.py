@@ -8,7 +8,6 @@ from statistics import stdev
 
 from scipy import stats
 
-from ..report.data.formatting import number
 from ..report.text.table import table, wrap
 from .claim import Contrast
 from .law import cells_of, fit_laws, law_words
@@ -85,8 +84,13 @@ def criterion(judged: Judged) -> str:
     """What confirms a contrast, in words."""
     contrast, text = judged.contrast, judged.contrast.criterion
     if text == "equal":
-        text += (f" to {contrast.around:+.4g}" if contrast.around else "") + f" within {number(judged.margin)}"
+        text += (f" to {contrast.around:+.4g}" if contrast.around else "") + f" within {_margin(judged)}"
     return text
+
+
+def _margin(judged: Judged) -> str:
+    """With a digit more than rounding to a quarter of a gap would leave."""
+    return "" if judged.margin is None else f"{judged.margin:.2g}"
 
 
 def _prediction(old: Judged, pairs: int) -> float:

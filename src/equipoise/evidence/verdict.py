@@ -24,7 +24,7 @@ __all__ = ["LEVEL", "ClaimVerdict", "Judged", "holm", "judge_all"]
 
 LEVEL = 0.05
 CONFIRMED, REFUTED, UNDECIDED, SHOWN = "confirmed", "refuted", "undecided", ""
-MISSING, PARTIAL = "not run", "in part"  # a criterion that names eight pairs is not judged by five
+MISSING, PARTIAL = "not run", "unfinished"  # a criterion that names eight pairs is not judged by five
 
 Summaries = Mapping[tuple[str, int], Mapping[str, RunSummary]]  # key and seed -> text -> run
 
@@ -67,7 +67,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class ClaimVerdict:
-    """A claim with its contrasts: in part while one is not run; refuted if one is, else undecided if one is."""
+    """A claim with its contrasts: unfinished while one is not run; refuted if one is, else undecided if one is."""
 
     claim: Claim
     judged: list[Judged]

@@ -25,13 +25,13 @@ def test_one_pair_says_nothing_however_large(tmp_path):
 def test_a_claim_is_judged_when_all_of_it_was_run(tmp_path):
     more = '[[contrast]]\ncell = "else"\ntreated = "none"\nbaseline = "micro"\ncriterion = "lower"\nseeds = 4'
     claim = claim_in(tmp_path, more=more)
-    assert judged(claim, runs_of(claim, [-0.01, -0.012, -0.009, -0.011])).verdict == "in part"
+    assert judged(claim, runs_of(claim, [-0.01, -0.012, -0.009, -0.011])).verdict == "unfinished"
 
 
 def test_a_claim_that_is_only_shown_is_run_too(tmp_path):
     claim = claim_in(tmp_path, criterion="any", seeds=2)
     words = [judged(claim, runs).verdict for runs in ([], runs_of(claim, [-0.01]), runs_of(claim, [-0.01, -0.02]))]
-    assert words == ["not run", "in part", ""]
+    assert words == ["not run", "unfinished", ""]
     nan = float("nan")
     lost = run_of(claim, "treated", 1, nan, status="diverged", loss={})
     assert judged(claim, [*runs_of(claim, [-0.01, -0.02])[:3], lost]).verdict == "", "a run that diverged was run"
@@ -53,7 +53,7 @@ def test_a_row_shows_the_first_contrast_that_has_a_criterion_and_runs(tmp_path):
         ("lower", [-0.01, -0.012, -0.009, -0.011], "confirmed"),
         ("lower", [0.01, 0.012, 0.009, 0.011], "refuted"),
         ("lower", [-0.01, 0.012, -0.009, 0.003], "undecided"),
-        ("lower", [-0.01, -0.012, -0.009], "in part"),  # four pairs were meant: no stopping when it looks good
+        ("lower", [-0.01, -0.012, -0.009], "unfinished"),  # four pairs were meant: no stopping when it looks good
         ("higher", [0.01, 0.012, 0.009, 0.011], "confirmed"),
         ("higher", [-0.01, -0.012, -0.009, -0.011], "refuted"),
         ("lower", [], "not run"),
