@@ -54,6 +54,8 @@ def describe(
         "switched off": "; ".join(switched_off) or "nothing of the model's own",
         "on a fault": "raises, on all ranks" if raises else "warns, leaves the step unbalanced and goes on",
     }
+    if any(layer.router.traits.idle_experts for layer in layers):
+        facts["E"] = "experts, and after + ids that are no load: of dropped choices, of experts that do no work"
     if any(bool(one.of("replayed_choices").any()) for one in last):
         facts["replay"] = "the last step dispatched recorded experts: loads and f are theirs, and no bias moved"
     wide = max(map(len, facts)) + 2

@@ -12,6 +12,7 @@ from types import FrameType
 
 from ..errors import EquipoiseError
 from . import compare, conformance, doctor, downstream, export, inspect, plan, report, reproduce, resume, train
+from .help_text import HelpFormatter
 
 __all__ = ["COMMANDS", "INTERRUPTED", "build_parser", "main"]
 
@@ -53,9 +54,12 @@ begin with:
   equipoise conformance ROUTER                    whether a router of yours balances alike in every cut
 
 exit codes:
-  0  done                                         3  calls in an order that would train something else
-  1  a run failed, or an unexpected error         4  text, records or checkpoints that cannot be read
-  2  an argument or a setting that cannot work    5  a folder that cannot be written
+  0    done
+  1    a run failed, or an unexpected error
+  2    an argument or a setting that cannot work
+  3    calls in an order that would train something else
+  4    text, records or checkpoints that cannot be read
+  5    a folder that cannot be written
   130  stopped by Ctrl-C or SIGTERM, after everything was saved
 """
 
@@ -64,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; ``run`` of the parsed arguments is the function to call."""
     version = importlib.metadata.version("equipoise")
     parser = argparse.ArgumentParser(
-        prog="equipoise", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="equipoise", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"equipoise {version}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -74,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
             help=module.HELP,
             description=module.HELP,
             epilog=getattr(module, "EPILOG", None),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
         module.add_arguments(command)

@@ -118,7 +118,7 @@ def _collect(pipes: Sequence[Connection], timeout: float) -> tuple[Outcome, bool
     while waiting:
         ready = wait(list(waiting.values()), max(0.0, until - time.monotonic()))
         if not ready:
-            return f"no answer in {timeout:.0f} s", False
+            return f"no answer in {timeout:.0f} s: it hangs, or the machine is busy", False
         for rank, pipe in [(rank, pipe) for rank, pipe in waiting.items() if pipe in ready]:
             try:
                 answer = pipe.recv()

@@ -53,10 +53,10 @@ zero and the word be undecided; the other claims' p are each by itself. "The gap
 """
 TRAINED = """\
 What is trained, unless a claim says otherwise: a model of {layers} layers of width {width} with {experts} experts of
-width {hidden}, top-{top_k} ({parameters:.1f} million parameters), for {steps} steps of {sequences} sequences
-of {length} tokens of the text that a Python installation holds, in several domains. A micro-batch is {together} of one
-domain, over which `micro` takes f: its Balance BSZ. *std* is that of the initial weights. Balance losses have the coefficient
-0.02, and `global` the estimator `exact`; the library's defaults are 1e-2 and `filled` ([C06](#c06))."""
+width {hidden}, top-{top_k} ({parameters:.1f} million parameters), for {steps} steps of {sequences} sequences of
+{length} tokens of the text that a Python installation holds, in several domains. A micro-batch is {together} of one
+domain, over which `micro` takes f: its Balance BSZ. *std* is that of the initial weights. Balance losses have the
+coefficient 0.02, and `global` the estimator `exact`; the library's defaults are 1e-2 and `filled` ([C06](#c06))."""
 INSTRUMENT = """\
 How much the difference in held-out loss varies from seed to seed (sd), and the smallest mean difference that
 a paired test at 5 % tells from zero four times in five, with 3, 5 and 8 seeds; nats per token."""
