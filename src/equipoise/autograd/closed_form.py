@@ -1,7 +1,7 @@
 """The gradient of the balance losses at the logits in closed form, and its squared norms. Pure: no state, no step.
 
 With p = g(z) / sum g(z) and q = sum over terms of scale * coef * E * f / T,  dz = d log g / dz * p * (q - <p, q>).
-The entropy of p is no other: q = - scale * coef * ln p / T.
+So it is for the entropy of p, where q = -scale * coef * ln p / T.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def logit_gradient(
 def _weighted_fractions(
     spec: StatsSpec, grad_coefs: Tensor, probs_BSE: Tensor, fraction_NBE: Tensor, fraction_NTE: Tensor | None
 ) -> list[Tensor]:
-    """q of every term, broadcastable to (B, S, E): the row that the tap chose, or a factor times forward's f or - ln p."""
+    """q of every term, broadcastable to (B, S, E): the row that the tap chose, or a factor times f, or times -ln p."""
     dtype = probs_BSE.dtype
     q_N, documents = [], 0
     for i, term in enumerate(spec.terms):

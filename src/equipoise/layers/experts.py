@@ -247,7 +247,7 @@ def shard_experts(model: nn.Module, group: Group) -> list[Experts]:
             do="build its feed-forward layers from equipoise.MoE",
         )
     for name, experts in layers:
-        if not experts.even:
+        if not experts.even and group.size > 1:
             raise ConfigError(
                 expected="experts of one width to share out, so that every rank holds as much",
                 got=f"widths of {min(experts.widths)} to {max(experts.widths)} in {name or 'the layer'}",

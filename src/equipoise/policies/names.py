@@ -16,12 +16,12 @@
     deepseek-v3, qwen3, ...   as released models were balanced (`policies.recipes`): step-3.5:8 for 8 groups
 
 Details follow a name, in any order: ``@`` a coefficient or a rate (``global@0.02``, ``loss-free@1e-3``), ``:`` an
-estimator (``global:prefix``) or ``width``, to count a load by its expert's width (``global:width``), of a bias a rule or
-a schedule (``loss-free:proportional``), where it acts (``loss-free:multiply``, ``loss-free:logits``) and whose load moves
-it (``loss-free:micro_batch``, a control, known to be worse), or, where a model is made for the strategy, a gate
+estimator (``global:prefix``) or ``width``, to count loads by the experts' widths (``global:width``), of a bias a rule
+or a schedule (``loss-free:proportional``), where it acts (``loss-free:multiply``, ``loss-free:logits``) and whose load
+moves it (``loss-free:micro_batch``, a control, known to be worse), or, where a model is made for the strategy, a gate
 (``micro:sigmoid``). A loss sets its coefficient itself with ``global:ratio@0.01`` (a share of the language model's
-gradient) and ``global:target@0.1`` (a MaxVio). ``+`` combines, and ``micro->global:100`` switches from one to the other
-after 100 steps.
+gradient) and ``global:target@0.1`` (a MaxVio). ``+`` combines, and ``micro->global:100`` switches from one to the
+other after 100 steps.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What lies between the products of experts on a CPU: SwiGLU of hidden rows and its gradient, in buffers that are kept."""
+"""What lies between the products of experts on a CPU: SwiGLU of hidden rows and its gradient, in kept buffers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts of unlike widths on a CPU as one operator with a hand-written gradient: as `padded_experts`, expert by expert.
+"""Experts of unlike widths on a CPU as one operator with a hand-written gradient, as `padded_experts`, one by one.
 
 Their weights lie one after the other along the width. No two experts can share a product, so each has its own, and the
 rows of one are what is still in the cache between its products.
