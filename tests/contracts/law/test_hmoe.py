@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -192,7 +193,7 @@ def test_the_entropy_loss_makes_top_p_take_fewer():
             optimizer.step()
             optimizer.zero_grad()
         used.append(balancer.metrics()["balance/experts_per_token"])
-    assert used[1] < 0.6 * used[0]
+    assert used[1] < 0.75 * used[0]
 
 
 def test_it_switches_has_a_name_and_beside_others_its_own_numbers():
@@ -204,7 +205,8 @@ def test_it_switches_has_a_name_and_beside_others_its_own_numbers():
     balancer = Balancer(model, [EntropyLoss(), AuxLoss("sequence"), EntropyLoss(0.1)])
     train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.0), make_step(0, 2, 3, 4))
     found = balancer.metrics()
-    assert found["balance/entropy/loss"] == found["balance/entropy_2/loss"] > found["balance/sequence/loss"] > 0.9
+    assert 0.5 < found["balance/entropy/loss"] == found["balance/entropy_2/loss"] < math.log(6)
+    assert found["balance/sequence/loss"] != found["balance/entropy/loss"]
     ratio = found["balance/entropy_2/gradient_ratio"] / found["balance/entropy/gradient_ratio"]
     assert ratio == pytest.approx(0.1 / 0.03, rel=1e-4)
     assert "EntropyLoss, coef 0.03; AuxLoss sequence" in " ".join(balancer.describe().split())
