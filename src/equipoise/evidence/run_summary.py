@@ -39,7 +39,8 @@ APART = {"train.seed", "train.eval_every", "train.checkpoint_every", "train.load
          "train.tensorboard"}  # fmt: skip
 # Settings that came after runs were recorded, with the value that leaves those runs as they were: a new setting must
 # not rename them.
-LATER: dict[str, Any] = {}
+LATER: dict[str, Any] = {"model.expert_widths": "", "model.top_p": 0.0}
+LATE_MEASURES = ("step_cost", "active_width", "experts_per_token")  # which older records have not
 RANKS = 4  # that share out the experts, for `predicted_step_cost`
 TRAIL = 20  # steps between two stored points of a training curve
 SCOPES = ("global", "micro_batch", "sequence")  # of MaxVio
@@ -68,7 +69,10 @@ class RunSummary:
     tokens: int = 0
     seconds: float = math.nan
     torch: str = ""
-    step_cost: float = math.nan  # `predicted_step_cost`; NaN also where it was not yet measured
+    # NaN also where they were not yet measured:
+    step_cost: float = math.nan  # `predicted_step_cost`
+    active_width: float = math.nan  # hidden units that a token's experts have together, mean over tokens and layers
+    experts_per_token: float = math.nan
 
     @property
     def mean_loss(self) -> float:
@@ -87,6 +91,8 @@ MEASURES: dict[str, tuple[str, Callable[[RunSummary], float]]] = {
     ),
     "information": ("nats between expert and domain", lambda run: run.information),
     "topk_score": ("sum of the K gate probabilities", lambda run: run.topk_score),
+    "active_width": ("hidden units a token and layer, held-out text", lambda run: run.active_width),
+    "experts_per_token": ("experts a token and layer, held-out text", lambda run: run.experts_per_token),
     "step_cost": (
         f"what imbalance adds to a step, with experts on {RANKS} ranks (equipoise plan)", lambda run: run.step_cost
     ),
@@ -132,8 +138,11 @@ def summarize_run(run: Run, config: RunConfig) -> RunSummary:
             "information_shuffled": _round(mean(last.mutual_information_shuffled)),
             "topk_score": _round(mean(score for layers in last.topk_score for score in layers)),
             "dead_experts": sum(last.dead_experts),
-            "step_cost": _round(predicted_step_cost(last.counts, run.header.top_k)),
+            "active_width": _round(view.active_width),
+            "experts_per_token": _round(view.experts_per_token),
         }
+        if not run.header.expert_widths and not config.model.top_p:  # a plan is made of equal experts and choices
+            held_out["step_cost"] = _round(predicted_step_cost(last.counts, run.header.top_k))
     names = sorted({name for step in view.window for name in step.balance if "/layer_" not in name})
     trail = [
         (step, step.balance.get("balance/maxvio_global", math.nan)) for step in view.steps if step.step % TRAIL == 0
@@ -207,7 +216,7 @@ def write_summaries(folder: Path, runs: Iterable[RunSummary]) -> None:
 def _plain_record(run: RunSummary) -> dict[str, Any]:
     """Without numbers that were not measured when it ran, so that a later measure rewrites no earlier record."""
     plain = without_nan(asdict(run))
-    return {name: value for name, value in plain.items() if not (value is None and name == "step_cost")}
+    return {name: value for name, value in plain.items() if not (value is None and name in LATE_MEASURES)}
 
 
 def _diverged(run: Run) -> bool:

@@ -32,7 +32,8 @@ __all__ = ["Choices", "ObservedRouter", "capture", "find_routers", "is_own_route
 class Choices(NamedTuple):
     """What a router decided about T tokens.
 
-    ``logits_TE`` has columns for no-op experts too; an id of -1 is a choice that the router dropped.
+    ``logits_TE`` has columns for no-op experts too; an id of -1 is a choice that the router dropped, an id of E behind
+    all of them one that is none (`equipoise.Router` with ``top_p``).
     """
 
     logits_TE: Tensor
@@ -51,6 +52,7 @@ class ObservedRouter:
     read: Callable[[tuple, dict[str, Any], Any], Choices]  # from the arguments and the output of a call
     idle: int = 0  # no-op experts, whose ids follow those of the experts
     gate_fits: bool = True  # False: the router's weights follow from no known gate, and softmax is assumed
+    drops: bool = False  # choices may be none
 
 
 def is_own_router(module: nn.Module) -> bool:
@@ -143,6 +145,7 @@ def _own(name: str, module: Any) -> ObservedRouter:
         module.top_k,
         module.gate,
         lambda _args, _kwargs, routing: Choices(routing.logits_TE, routing.expert_ids_TK),
+        drops=module.drops,
     )
 
 

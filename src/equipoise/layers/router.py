@@ -58,11 +58,14 @@ class Router(nn.Module):
     Args:
         normalize: divide the K weights by their sum. Default: for K > 1. One expert's share of itself is always 1, and
             the gradient of that at the logits 0: with ``top_k=1`` a weight is the probability, as in Switch
-            Transformers (arXiv 2101.03961, eq. 2), through which the model's loss teaches the router.
+            Transformers (arXiv 2101.03961, eq. 2), through which the model's loss teaches the router. So they are with
+            ``top_p``, where a token may have one expert.
         selection_bias: keep an ``expert_bias`` (E,) that is added before top-k only. It is fp32 whatever the model is
             cast to (in bf16 a step of 1e-3 is lost from 0.5 on), persistent in checkpoints, moved by ``ExpertBias``,
             which may let it act elsewhere: ``bias_place``, one of the places of ``functional.route``. Checkpoints name
             it ``expert_bias_multiply`` or ``expert_bias_logits`` then, so that nobody takes it for another.
+        top_p: a token uses the fewest experts, the best first, whose probabilities sum to this or more, and K at most
+            (arXiv 2403.07652; HMoE, arXiv 2408.10681, takes 0.6). The ids of the other choices are E, no expert.
 
     ``ExpertBias(tokens="image")`` adds ``expert_bias_of_image`` (E,), kept alike, which acts at the same place for the
     tokens of that class alone (see ``functional.class_bias``). A router with such a bias asks with each call which
@@ -80,6 +83,8 @@ class Router(nn.Module):
     """
 
     expert_bias: Tensor | None
+    drops: bool  # whether some of its choices may be none: an id of E, for tokens that use fewer than K experts
+    expert_widths: tuple[int, ...] | None = None  # of the experts behind it, where they are unlike; `MoE` sets it
     bias_place = PLACES[0]
     bias_classes: tuple[str, ...] = ()  # in the order of their names: the sum of their biases depends on it
 
@@ -95,11 +100,13 @@ class Router(nn.Module):
         num_groups: int = 1,
         top_groups: int = 1,
         selection_bias: bool = False,
+        top_p: float | None = None,
     ) -> None:
         super().__init__()
-        check_routing(num_experts, top_k, gate, num_groups, top_groups)
+        check_routing(num_experts, top_k, gate, num_groups, top_groups, top_p)
         self.dim, self.num_experts, self.top_k, self.gate = dim, num_experts, top_k, gate
-        self.normalize = top_k > 1 if normalize is None else normalize
+        self.top_p, self.drops = top_p, top_p is not None
+        self.normalize = (top_k > 1 and top_p is None) if normalize is None else normalize
         self.scale, self.num_groups, self.top_groups = scale, num_groups, top_groups
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.balance_state: RouterState | None = None
@@ -121,7 +128,12 @@ class Router(nn.Module):
     @property
     def traits(self) -> RouterTraits:
         return RouterTraits(
-            self.normalize, self.scale, bias_place=self.bias_place, bias_places=PLACES, selects=True, class_biases=True
+            *(self.normalize, self.scale, int(self.drops)),
+            bias_place=self.bias_place,
+            bias_places=PLACES,
+            selects=True,
+            class_biases=True,
+            widths=self.expert_widths,
         )
 
     @property
@@ -191,7 +203,7 @@ class Router(nn.Module):
                 wide = torch.promote_types(x_TD.dtype, torch.float32)
                 raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         state = self.balance_state
-        plain = self.routing_calls is not None or bool(self.bias_classes)
+        plain = self.routing_calls is not None or bool(self.bias_classes) or self.drops
         if not plain and fuses(raw_TE, self.top_k, self.num_groups, state, batch):
             form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
             biased = self.expert_bias, self.bias_place
@@ -209,12 +221,14 @@ class Router(nn.Module):
             top_groups=self.top_groups,
             normalize=self.normalize,
             scale=self.scale,
+            top_p=self.top_p,
         )
         replayed_T2 = None
         if self.routing_calls is not None:
             ids_TK, replayed_T2 = self.routing_calls.dispatch(ids_TK, raw_TE)
         if replayed_T2 is not None:
-            weights_TK, probs_TE = weigh(logits_TE, ids_TK, gate=self.gate, normalize=self.normalize, scale=self.scale)
+            form = {"gate": self.gate, "normalize": self.normalize, "scale": self.scale, "drops": self.drops}
+            weights_TK, probs_TE = weigh(logits_TE, ids_TK, **form)
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         if state is not None:
             weights_TK = attach_balance_gradient(

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ...errors import ConfigError, unknown_name
 from .loading import from_dict, load_toml, merge, parse_set, to_toml
+from .widths import expert_widths
 
 __all__ = ["QUICK", "CompareConfig", "DataConfig", "ModelConfig", "ParallelConfig", "RunConfig", "StrategyConfig",
            "TrainConfig", "from_dict", "load_config", "parse_set", "to_toml"]  # fmt: skip
@@ -62,6 +63,8 @@ class ModelConfig:
     experts: int = 8
     top_k: int = 2
     expert_hidden: int = 64
+    expert_widths: str = ""  # ratios of unlike widths of the same sum, "9:11:13", or "arithmetic": see `config.widths`
+    top_p: float = 0.0  # 0: top_k experts for every token; else the fewest that have so much probability, top_k at most
     shared_experts: int = 0  # experts of the same size that see every token
     gate: str = "auto"  # auto: what the strategy asks for
     selection_bias: bool = False  # a strategy with ExpertBias turns it on
@@ -82,7 +85,20 @@ class ModelConfig:
     biases: str | None = None  # a file beside its weights with the initial expert biases: set when the folder was read
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts"))
+        _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts", "top_p"))
+        expert_widths(self.expert_widths, self.experts, self.expert_hidden)
+        _require(
+            self.top_p <= 1,
+            "model.top_p of at most 1: how much probability a token's experts have together",
+            f"top_p = {self.top_p}",
+            "papers use 0.4 to 0.6; 0 gives every token model.top_k experts",
+        )
+        _require(
+            not self.top_p or not self.normalize_weights,
+            "model.normalize_weights = false with model.top_p: one expert's share of itself teaches a router nothing",
+            f"top_p = {self.top_p}, normalize_weights = true",
+            "--set model.normalize_weights=false",
+        )
         _one_of("gate", self.gate, GATES)
         _one_of("kind of checkpointing", self.checkpointing, CHECKPOINTING)
         _one_of("way through a model", self.through, THROUGH)

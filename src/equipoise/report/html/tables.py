@@ -13,7 +13,8 @@ from ..data.statistics import Difference, Estimate
 from .rendering import minus
 from .widgets import Cell, Part, Row, table
 
-__all__ = ["card", "estimators_table", "numbers_table", "per_domain_table", "policies_table", "runs_table"]
+__all__ = ["card", "estimators_table", "numbers_table", "per_domain_table", "policies_table", "runs_table",
+           "widths_table"]  # fmt: skip
 
 BY_KEY = {column.key: column for column in COMPARISON_COLUMNS}
 
@@ -121,6 +122,15 @@ def per_domain_table(comparison: Comparison) -> Part:
             cells.append(Cell(shown, exact, small, tone == "good"))
         rows.append(Row(name, cells))
     return _stacked(comparison, "domains", "Domain", rows)
+
+
+def widths_table(comparison: Comparison) -> Part:
+    """Which experts are used, by their width."""
+    rows = []
+    for width in sorted({width for one in comparison.strategies for width in one.load_by_width}):
+        loads = [one.load_by_width.get(width) for one in comparison.strategies]
+        rows.append(Row(str(width), [Cell(number(load, 2), "" if load is None else load) for load in loads]))
+    return _stacked(comparison, "widths", "Width", rows)
 
 
 def estimators_table(comparison: Comparison) -> Part:
