@@ -33,7 +33,8 @@ How to read it: two strategies start from the same weights and see the same data
 taken seed by seed, with a 95 % interval (Student's t). *lower*, *higher*: confirmed or refuted by a paired two-sided
 t-test at 5 %; *equal*: confirmed by two one-sided tests within a margin, refuted where the interval lies outside it.
 The primary claims share one error rate (Holm). Whatever is neither is undecided. Losses are nats per token of held-out
-text: -0.01 is 1 % of perplexity.
+text: -0.01 is 1 % of perplexity. Where what is compared is no training of the lab, its two sides are cases of an
+experiment, paired by seed in the same way.
 """
 INSTRUMENT = """\
 How much the difference in held-out loss varies from seed to seed (sd), and the smallest mean difference that

@@ -46,12 +46,12 @@ def missing_runs(
 
 def jobs_for(missing: Sequence[RunConfig | Trial], folder: Path) -> list[Job]:
     """A job for each run, in a folder of its own."""
-    jobs = []
+    jobs: list[Job] = []
     for config in missing:
-        named = f"{config.experiment}-{config.case}" if isinstance(config, Trial) else config.strategy
-        name = f"{slug(named)}-{run_key(config)}-seed{seed_of(config)}"
-        kind = TrialJob if isinstance(config, Trial) else Job
-        jobs.append(kind(name, folder / name, config))
+        tried = isinstance(config, Trial)
+        name = slug(f"{config.experiment}-{config.case}" if tried else config.strategy)
+        name += f"-{run_key(config)}-seed{seed_of(config)}"
+        jobs.append(TrialJob(name, folder / name, config) if tried else Job(name, folder / name, config))
     return jobs
 
 
