@@ -30,7 +30,7 @@ LAYER = re.compile(r"model\.layers\.(\d+)\.")
 PARTS = ("gate_proj", "up_proj", "down_proj")
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}  # as every published checkpoint has them
 REPORT = "equipoise"  # key of a shard's metadata
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class DenseWeights:
@@ -66,6 +66,14 @@ class DenseWeights:
 
     def feed_forward(self, number: int) -> FeedForward:
         return FeedForward(*self._read(f"model.layers.{number}.mlp.{part}.weight" for part in PARTS).values())
+
+    def dtype(self, number: int) -> torch.dtype:
+        """That of a layer's feed-forward."""
+        from safetensors import safe_open
+
+        name = f"model.layers.{number}.mlp.gate_proj.weight"
+        with safe_open(self.files[name], "pt") as file:
+            return DTYPES[file.get_slice(name).get_dtype()]
 
     def rest(self, *, tied: bool) -> dict[str, Tensor]:
         """What is in no layer; without the head where it is the embeddings."""
@@ -148,7 +156,7 @@ def write_index(folder: Path, layers: int) -> int:
             for key in file.keys():  # noqa: SIM118
                 count = _size(folder / name, key)
                 places[key], parameters = name, parameters + count
-                bytes_in_all += count * BYTES[file.get_slice(key).get_dtype()]
+                bytes_in_all += count * DTYPES[file.get_slice(key).get_dtype()].itemsize
     index = {"metadata": {"total_size": bytes_in_all}, "weight_map": dict(sorted(places.items()))}
     atomic_write(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
     return parameters

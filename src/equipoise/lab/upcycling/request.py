@@ -104,11 +104,12 @@ class Request:
     def key(self) -> dict[str, Any]:
         """What identifies an upcycling: an interrupted one goes on only if this is equal."""
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-        del plain["device"]
+        for name in ("dense", "data", "device"):  # where they lie says less than what is there
+            del plain[name]
         if self.method != "distill":
             del plain["distillation"], plain["share"]
         if not self.reads_text:
-            for name in ("data", "domains", "length", "eval_sequences"):
+            for name in ("domains", "length", "eval_sequences"):
                 del plain[name]
         plain["files"] = fingerprint(ModelConfig(folder=str(self.dense)))
         plain["files of the text"] = source_fingerprint(self.data) if self.reads_text and self.data else ""

@@ -20,6 +20,9 @@ __all__ = ["RESULT_NAME", "LayerResult", "Upcycled", "read_result", "render_resu
 
 RESULT_NAME = "upcycle.json"
 RULES = Rules(null_is_nan=True, unknown_fields=True)
+OF_LAYERS = """\
+Missed: squared error of a block over the square of the feed-forward's output, on held-out text; before: without \
+training. First: share of the K weights that the largest holds. Experts: the fewest that keep the share asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +113,7 @@ def render_result(found: Upcycled) -> str:
             for one in distilled
         ]  # fmt: skip
         head = ["layer", "before", "missed", "MaxVio", "top-K score", "first", "experts", "seconds"]
-        parts.append(table(f"Distilled on {found.tokens:,} tokens", head, rows,
-                           "Missed: squared error of a block over the square of the feed-forward's output, on "
-                           "held-out text; before: without training. First: share of the K weights that the largest holds. Experts: the "
-                           "fewest that keep the share asked for."))  # fmt: skip
+        parts.append(table(f"Distilled on {found.tokens:,} tokens", head, rows, OF_LAYERS))
     return "\n\n".join([*parts, *(wrap(f"note: {note}", "  ") for note in found.notes)])
 
 

@@ -64,8 +64,9 @@ def upcycle(
     _check_free(out, request.key())
     with locked(out):
         _check_free(out, request.key())
+        upcycling = _Upcycling(request, out, dense, chosen, target, on_text, on_layer)  # what is missing is missed here
         atomic_write(out / REQUEST_NAME, json.dumps(request.key(), indent=1).encode())
-        found = _Upcycling(request, out, dense, chosen, target, on_text, on_layer).run()
+        found = upcycling.run()
         for name in (REQUEST_NAME, LOCK_NAME):
             (out / name).unlink(missing_ok=True)
     return found
@@ -198,9 +199,8 @@ class _Upcycling:
         return experts, make_router(self.dense.hidden_size, self.request.shape, std=std, generator=draw)
 
     def _block(self, number: int, experts: ExpertWeights, router_ED: Tensor) -> dict[str, Tensor]:
-        dtype = self.weights.feed_forward(number).gate_HD.dtype
         experts = ExpertWeights(*(one.cpu() for one in experts))
-        return moe_tensors(self.target.model_type, number, experts, router_ED.cpu(), dtype)
+        return moe_tensors(self.target.model_type, number, experts, router_ED.cpu(), self.weights.dtype(number))
 
     def _narrowed(self, results: list[LayerResult]) -> Target:
         """With the top-K of the layer that needs most: config.json has one for all."""
@@ -269,6 +269,14 @@ def _check(request: Request, dense: Any) -> None:
             got=str(request.length),
             do=f"--length {positions}",
         )
+    try:
+        torch.empty(1, device=request.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            expected="--device cpu, cuda or cuda:N that is there",
+            got=f"{request.device}: {str(error).partition(chr(10))[0][:80]}",
+            do="leave --device out",
+        ) from None
     if request.method == "distill" and dense.hidden_act not in ("silu", "swish"):
         raise ConfigError(
             expected="experts with silu, which are trained here",
@@ -282,7 +290,7 @@ def _check_free(out: Path, key: dict[str, Any]) -> None:
     if out.exists() and not out.is_dir():
         raise OutputError(expected=f"a folder to write at {out}", got="a file", do="choose another name")
     there = sorted(path.name for path in out.iterdir() if path.name != LOCK_NAME) if out.is_dir() else []
-    if not there:
+    if there in ([], [REQUEST_NAME]):  # stopped before its first file: nothing is lost
         return
     try:
         earlier = json.loads((out / REQUEST_NAME).read_bytes())

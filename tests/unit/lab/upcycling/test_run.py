@@ -183,7 +183,7 @@ def test_no_surprise_on_disk(dense, tmp_path):
 
 def test_the_text_is_part_of_the_request(dense, corpus_file, tmp_path):
     one, other = Request(dense=dense, text=True, data=corpus_file), Request(dense=dense)
-    assert one.key() != other.key() and "data" not in other.key()
+    assert one.key() != other.key() and not other.key().keys() & {"dense", "data", "length", "device"}
     assert distilled(dense, corpus_file).key() != distilled(dense, corpus_file, share=0.9).key()
     assert replace(other, share=0.9).key() == other.key() == replace(other, device="cuda").key()
     settings = json.loads((dense / "config.json").read_text())
@@ -198,6 +198,7 @@ def test_the_text_is_part_of_the_request(dense, corpus_file, tmp_path):
     ("more", "error", "said"),
     [
         ({"length": 65}, ConfigError, "--length of at most 64"),
+        ({"device": "cuda:99"}, ConfigError, "leave --device out"),
         ({"layers": "3"}, ConfigError, "this model has 3 layers"),
         ({"shape": Shape(5, 5, 5)}, ConfigError, "granularity that divides"),
     ],
@@ -213,6 +214,7 @@ def test_without_a_tokenizer_or_silu(corpus_file, tmp_path):
     upcycle(Request(dense=folder), tmp_path / "moe")  # which needs neither
     with pytest.raises(DataError, match=r"tokenizer\.json"):
         upcycle(Request(dense=folder, text=True, data=corpus_file), tmp_path / "other")
+    upcycle(Request(dense=folder), tmp_path / "other")  # nothing had been written there
     with pytest.raises(ConfigError, match="experts with silu"):
         upcycle(distilled(folder, corpus_file), tmp_path / "third")
 
