@@ -33,7 +33,7 @@ OPTIONAL = {"accelerate", "axolotl", "datasets", "jinja2", "lightning", "llamafa
             "pydantic", "ray", "rich", "safetensors", "swift", "tensorboard", "tokenizers", "torchtitan",
             "transformers", "triton", "trl", "wandb", "yaml", "zstandard"}  # fmt: skip
 EDGE = {"adapters", "cli", "conformance", "doctor", "inspection", "lab", "report"}  # the only rooms that may use them
-EXCEPTIONS = {"evidence": {"lm_eval"}, "kernels": {"triton"}, "storage": {"safetensors"}}
+EXCEPTIONS = {"evidence": {"lm_eval", "transformers"}, "kernels": {"triton"}, "storage": {"safetensors"}}
 # the only files that may name torch.distributed
 DISTRIBUTED = {"conformance/processes.py", "distributed.py", "lab/training/distributed.py"}
 WITHOUT_TORCH = {"doctor", "functional/convert.py", "plan", "plot", "report", *(f"storage/{one}.py" for one in (

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from ..errors import EquipoiseError
-from . import compare, conformance, doctor, downstream, export, inspect, plan, report, reproduce, resume, train
+from . import compare, conformance, doctor, downstream, export, inspect, plan, report, reproduce, resume, train, upcycle
 from .help_text import HelpFormatter
 
 __all__ = ["COMMANDS", "INTERRUPTED", "build_parser", "main"]
@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": inspect,
     "report": report,
     "export": export,
+    "upcycle": upcycle,
     "downstream": downstream,
     "plan": plan,
     "doctor": doctor,
@@ -48,6 +49,7 @@ begin with:
   equipoise train --strategy global@0.01+micro --set model.experts=32 --print-config > run.toml
   equipoise train run.toml                        one run; Ctrl-C saves it, `equipoise resume RUN` goes on
   equipoise inspect MODEL --data val.jsonl        which expert reads what, of any MoE model of transformers
+  equipoise upcycle DENSE OUT                     a dense model of transformers as one with experts
   equipoise downstream RUN                        which of four continuations is true? asked by the lm-eval harness
   equipoise plan                                  what imbalance costs on your cluster
   equipoise doctor CONFIG                         what balancing your training configuration will really do

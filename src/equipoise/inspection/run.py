@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, OutputError
+from ..lab.config.layers import layers_of
 from ..lab.training.process import keep_freed_memory
 from ..storage import checkpoint
 from ..storage.files import atomic_write
@@ -44,7 +45,7 @@ from .results import finalize
 from .runner import Runner
 from .windows import Windows, check_length, read_windows, source_files, user_text, windows_of_run, write_windows
 
-__all__ = ["REQUEST_NAME", "Request", "inspect", "layers_of"]
+__all__ = ["REQUEST_NAME", "Request", "inspect"]
 
 REQUEST_NAME, STATE = "request.json", "state"
 LENGTH = 512
@@ -117,7 +118,7 @@ def inspect(
         device = _device(request.device)
         loaded = open_model(request.model, device, request.dtype)
         other = open_model(request.against, device, request.dtype) if request.against else None
-        chosen = layers_of(request.layers, len(loaded.routers))
+        chosen = layers_of(request.layers, len(loaded.routers), "routers")
         tokenizer = open_tokenizer(request.tokenizer or request.model)
         windows = _windows(out / STATE / "tokens", request, loaded, tokenizer, on_text)
         batch = request.micro_batch or _own_batch(request.model)
@@ -139,28 +140,6 @@ def inspect(
         write_inspection(out, found)
         shutil.rmtree(out / STATE, ignore_errors=True)
     return found
-
-
-def layers_of(text: str, count: int) -> list[int]:
-    """Indices of the routers that ``--layers`` names.
-
-    >>> layers_of("0,2-3,-1", 6), layers_of("", 2)
-    ([0, 2, 3, 5], [0, 1])
-    """
-    chosen: set[int] = set()
-    for part in text.replace(" ", "").split(",") if text else [f"0-{count - 1}"]:
-        first, dash, last = part[1:].partition("-") if part.startswith("-") else part.partition("-")
-        try:
-            start = int(first) * (-1 if part.startswith("-") else 1)
-            stop = int(last) if dash else start
-            places = range(start, stop + 1) if dash else [start]
-        except ValueError:
-            places = []
-        if not places or any(not -count <= place < count for place in places):
-            raise ConfigError(expected=f"--layers of 0 to {count - 1}: this model has {count} routers", got=repr(part),
-                              do="for example 0,2-4,-1")  # fmt: skip
-        chosen |= {place % count for place in places}
-    return sorted(chosen)
 
 
 def _open_folder(out: Path, key: dict[str, Any], overwrite: bool) -> bool:

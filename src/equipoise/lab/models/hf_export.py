@@ -16,8 +16,17 @@ from ...storage.files import atomic_folder
 from ...storage.run_record import Run, read_run
 from ..config.schema import ModelConfig, RunConfig, from_dict
 from ..config.strategies import Strategy, strategy_of
-from ..data.tokenizer import END_ID, END_OF_TEXT, load_tokenizer, tokenizer_file
-from .hf_files import BESIDE, TOKENIZER, WRITTEN, read_settings, safetensors_errors, write_json, write_weights
+from ..data.tokenizer import END_ID, load_tokenizer, tokenizer_file
+from .hf_files import (
+    BESIDE,
+    TOKENIZER,
+    WRITTEN,
+    read_settings,
+    safetensors_errors,
+    write_json,
+    write_tokenizer,
+    write_weights,
+)
 from .hf_weights import architecture, hugging_face_config
 from .pretrained import Pretrained, load_network, quiet_transformers
 
@@ -66,7 +75,7 @@ def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, for
             settings = _settings(config, model)
             write_json(building / "config.json", settings)
         if config.model.folder is None:
-            _write_tokenizer(_tokenizer_of(folder, seen), building, config.data.sequence_length)
+            write_tokenizer(_tokenizer_of(folder, seen), building, config.data.sequence_length)
         else:
             for file in BESIDE:
                 if (given := Path(config.model.folder) / file).is_file():
@@ -152,18 +161,6 @@ def _settings(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
         return own | {key: given[key] for key in ("bos_token_id", "eos_token_id") if key in given}
     own = hugging_face_config(model, max_positions=config.data.sequence_length)
     return own | {"bos_token_id": END_ID, "eos_token_id": END_ID}
-
-
-def _write_tokenizer(tokenizer: Path, folder: Path, length: int) -> None:
-    """The lab's text has one special token, which ends documents; it also begins them and pads batches."""
-    shutil.copyfile(tokenizer, folder / TOKENIZER)
-    marks = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-    write_json(
-        folder / "tokenizer_config.json",
-        marks | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length,
-                 "clean_up_tokenization_spaces": False},
-    )  # fmt: skip
-    write_json(folder / "generation_config.json", {f"{mark}_id": END_ID for mark in marks})
 
 
 def _tokenizer_of(folder: Path, seen: Run) -> Path:
