@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from ..errors import EquipoiseError
-from . import compare, conformance, doctor, downstream, export, inspect, plan, report, reproduce, resume, train
+from . import adapt, compare, conformance, doctor, downstream, export, inspect, plan, report, reproduce, resume, train
 
 __all__ = ["COMMANDS", "INTERRUPTED", "build_parser", "main"]
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "train": train,
     "resume": resume,
     "inspect": inspect,
+    "adapt": adapt,
     "report": report,
     "export": export,
     "downstream": downstream,
@@ -47,6 +48,7 @@ begin with:
   equipoise train --strategy global@0.01+micro --set model.experts=32 --print-config > run.toml
   equipoise train run.toml                        one run; Ctrl-C saves it, `equipoise resume RUN` goes on
   equipoise inspect MODEL --data val.jsonl        which expert reads what, of any MoE model of transformers
+  equipoise adapt MODEL --data val.jsonl          which of its tokens can do with fewer experts, saved for generation
   equipoise downstream RUN                        which of four continuations is true? asked by the lm-eval harness
   equipoise plan                                  what imbalance costs on your cluster
   equipoise doctor CONFIG                         what balancing your training configuration will really do

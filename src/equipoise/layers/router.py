@@ -17,6 +17,7 @@ from ..autograd.routing_calls import RecordedCalls, ReplayedCalls
 from ..autograd.token_classes import check_class_masks, class_masks
 from ..autograd.token_layout import TokenLayout
 from ..errors import InputError
+from ..functional.adaptive_top_k import drop_experts
 from ..functional.class_bias import token_biases
 from ..functional.quantile import Selection
 from ..functional.routing import (
@@ -80,6 +81,7 @@ class Router(nn.Module):
     """
 
     expert_bias: Tensor | None
+    drop_threshold: Tensor | None
     bias_place = PLACES[0]
     bias_classes: tuple[str, ...] = ()  # in the order of their names: the sum of their biases depends on it
 
@@ -105,6 +107,7 @@ class Router(nn.Module):
         self.balance_state: RouterState | None = None
         self.routing_calls: RecordedCalls | ReplayedCalls | None = None
         self.register_buffer("expert_bias", None)
+        self.register_buffer("drop_threshold", None)
         if selection_bias:
             self.enable_selection_bias()
         self.reset_parameters()
@@ -169,6 +172,13 @@ class Router(nn.Module):
         for name in self.bias_classes:
             self.register_buffer(bias_name(place, name), of_classes[name])
 
+    def drop_below(self, threshold: float | None) -> None:
+        """Adaptive top-k in evaluation; see `equipoise.functional.drop_experts`. None: all K choices again."""
+        if threshold is None:
+            self.drop_threshold = None
+        else:
+            self.drop_threshold = torch.tensor(threshold, dtype=torch.float32, device=self.weight.device)
+
     def _selection_bias(self, batch: TokenLayout, tokens: int) -> Tensor | None:
         """(E,), or (T, E) where a class has its own; InputError where nobody said which tokens are of it."""
         if not self.bias_classes:
@@ -191,7 +201,8 @@ class Router(nn.Module):
                 wide = torch.promote_types(x_TD.dtype, torch.float32)
                 raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         state = self.balance_state
-        plain = self.routing_calls is not None or bool(self.bias_classes)
+        drops = self.drop_threshold is not None and not self.training
+        plain = self.routing_calls is not None or bool(self.bias_classes) or drops
         if not plain and fuses(raw_TE, self.top_k, self.num_groups, state, batch):
             form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
             biased = self.expert_bias, self.bias_place
@@ -228,6 +239,10 @@ class Router(nn.Module):
                 probs_TE=probs_TE,
                 selection=Selection(selection_bias, self.bias_place, self.num_groups, self.top_groups),
                 replayed_T2=replayed_T2,
+            )
+        if drops:
+            weights_TK, ids_TK = drop_experts(
+                weights_TK, ids_TK, self.drop_threshold, normalize=self.normalize, none=None
             )
         return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))
 
