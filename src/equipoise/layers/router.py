@@ -189,7 +189,7 @@ class Router(nn.Module):
     def drop_below(self, threshold: float | None) -> None:
         """Adaptive top-k in evaluation: drops a token's smallest weights while they stay below ``threshold`` together.
 
-        See `equipoise.functional.drop_experts`. The threshold is a buffer that ``state_dict()`` has; None takes it away.
+        See `equipoise.functional.drop_experts`. The threshold is a buffer, in ``state_dict()``; None takes it away.
 
         >>> router = Router(dim=8, num_experts=4, top_k=2).eval()
         >>> router.drop_below(0.6)  # the second of two normalised weights is below one half
