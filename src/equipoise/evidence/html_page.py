@@ -101,7 +101,7 @@ def _row(one: ClaimVerdict, identity: str) -> dict[str, Any]:
     if leading is not None and leading.difference is not None:
         contrast = leading.contrast
         reach = round_up(extent(leading.difference, contrast.around, leading.margin))
-        row |= {"difference": difference_of(leading), "about": f"{contrast.measure}, n = {leading.difference.n}",
+        row |= {"difference": difference_of(leading), "about": f"{contrast.measured}, n = {leading.difference.n}",
                 "cell": contrast.cell if several else "", "picture": interval_picture(leading, reach)}  # fmt: skip
     if several:
         counted = Counter(judged.verdict for judged in one.judged)
