@@ -152,7 +152,16 @@ def _row(judged: Judged) -> str:
     sides = [number(side, 4) if math.isfinite(side) else "" for side in (judged.treated, judged.baseline)]
     unit = contrast.unit
     pair = f"{contrast.treated} - {contrast.baseline}"
-    cells = [contrast.cell, pair, f"{contrast.measured} ({unit})", criterion(judged), *sides, interval(judged), count, p]
+    cells = [
+        contrast.cell,
+        pair,
+        f"{contrast.measured} ({unit})",
+        criterion(judged),
+        *sides,
+        interval(judged),
+        count,
+        p,
+    ]
     cells.append(judged.verdict)
     return "| " + " | ".join(cells) + " |"
 

@@ -163,7 +163,9 @@ def test_a_worker_ends_with_its_parent(tmp_path):
 
 def test_two_numbers_of_one_run_are_compared(tmp_path):
     """A run that measured both is run once a seed, and each side reads its own."""
-    text = CLAIM.partition("[[contrast]]")[0] + f"""\
+    text = (
+        CLAIM.partition("[[contrast]]")[0]
+        + f"""\
 [[contrast]]
 cell = "base"
 experiment = "{TOY}"
@@ -175,6 +177,7 @@ criterion = "lower"
 settings = {{ draws = 5 }}
 seeds = 3
 """
+    )
     claim = claim_in(tmp_path / "evidence", text=text)
     trials = claim.runs()
     assert [trial.seed for trial in trials] == [0, 1, 2]
