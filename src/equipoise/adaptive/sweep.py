@@ -192,7 +192,7 @@ def knee(x: Sequence[float], y: Sequence[float]) -> int:
     Kneedle (Satopää et al. 2011) without smoothing, for a convex curve whose points are few and exact. Where the last
     point is no higher than the first, going on costs nothing: the last.
 
-    >>> knee([0, 0.1, 0.2, 0.3, 0.4], [3.0, 3.001, 3.01, 3.2, 4.0])
+    >>> knee([0, 0.1, 0.2, 0.3, 0.4], [3.0, 3.001, 3.01, 3.5, 4.0])
     2
     >>> knee([0, 0.1], [3.0, 2.9])
     1

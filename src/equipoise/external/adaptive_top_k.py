@@ -20,17 +20,18 @@ from ..errors import ConfigError, DataError
 from ..storage.adaptive_top_k_file import SavedThreshold, SavedTopK, read_top_k, top_k_file
 from ..torch_internals import WRAPPED
 from .discovery import find_external_routers
-from .dropped_choices import skipping_experts
+from .dropped_choices import skipping_experts, way_of
 from .example_run import ExampleRun
 from .no_router import no_router
 from .observe import is_own_router
 from .recognition import example_of
 from .router import ExternalRouter
 
-__all__ = ["adaptable_routers", "apply_adaptive_top_k", "set_drop_thresholds"]
+__all__ = ["Routers", "adaptable_routers", "apply_adaptive_top_k", "router_mark", "set_drop_thresholds"]
 
 Routers = dict[str, Any]  # name, without what wraps a model -> `equipoise.Router` or `ExternalRouter`
 CLOSE = 1e-3  # relative: the order in which a layer adds up its experts may change
+SAME = 0.05  # of marks: a cast to bfloat16 moves one by 0.002, other weights by 1
 
 
 def apply_adaptive_top_k(
@@ -52,7 +53,7 @@ def apply_adaptive_top_k(
     code compute it and multiply by 0.
 
     Raises:
-        DataError: no such file, or one of another model.
+        DataError: no such file, or one of another model or of other weights.
         ConfigError: a model without routers, with one expert a token, or whose routers cannot drop any.
 
     >>> apply_adaptive_top_k(nn.Linear(1, 1), "nowhere")
@@ -115,11 +116,9 @@ def set_drop_thresholds(
 def _why_not(router: Any) -> str:
     if not (isinstance(router, ExternalRouter) or is_own_router(router)):
         return f"a {type(router).__name__} that hands out its choice when it is made"
-    if router.top_k < 2:
-        return "which chooses one expert a token"
     if isinstance(router, ExternalRouter) and router.spec.idle:
         return "which chooses between experts and none by itself: how much a token needs is trained already"
-    return ""
+    return "which chooses one expert a token" if router.top_k < 2 else ""
 
 
 def _computed(router: Any) -> bool:
@@ -142,7 +141,33 @@ def _matched(routers: Routers, saved: SavedTopK, path: Path) -> dict[str, SavedT
             got=_shown({name: (one.experts, one.top_k) for name, one in saved.routers.items()}),
             do="run equipoise adapt on this model, and pass what it writes",
         )
+    other = [name for name, one in found.items() if abs(one.mark - router_mark(routers[name])) > SAME]  # NaN: unknown
+    if other:
+        raise DataError(
+            expected=f"thresholds of this model in {path}, with the router weights that it has",
+            got=f"those of other weights at {other[0]!r}"
+            + (f" and {len(other) - 1} more routers" if len(other) > 1 else ""),
+            do="run equipoise adapt on this model again: thresholds belong to the weights they were measured with",
+        )
     return found
+
+
+@torch.no_grad()
+def router_mark(router: Any) -> float:
+    """A number that tells a router's weights from others, also after a cast: the cosine with fixed random signs, scaled
+    so that it is about 1 in size. NaN where the router holds no matrix that can be read.
+
+    >>> from equipoise import Router
+    >>> router = Router(dim=8, num_experts=4, top_k=2)
+    >>> abs(router_mark(router) - router_mark(router.bfloat16())) < SAME
+    True
+    """
+    held = [p for p in router.module.parameters() if p.dim() > 1]
+    if not held or any(not p.is_floating_point() or p.is_meta or hasattr(p, "full_tensor") for p in held):
+        return math.nan
+    flat = torch.cat([p.detach().flatten().to("cpu", torch.float64) for p in held])
+    signs = torch.randint(2, flat.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return float((flat * signs).sum() / flat.norm().clamp(min=1e-30))
 
 
 def _shown(sizes: Mapping[str, tuple[int, int]]) -> str:
@@ -162,13 +187,15 @@ def _let_experts_skip(model: nn.Module, routers: list[ExternalRouter], example: 
         return
     run = ExampleRun(model, inputs)
     before = [one.threshold for one, _ in drops]
-    on_cpu = all(p.device.type == "cpu" for p in model.parameters())  # a wrong id there is an error, and not the end
+    eager = all(one.device.type == "cpu" for one in model.parameters()) and all(
+        way_of(module) == "eager" for _, experts in drops for module in experts
+    )  # an id that is looked up there is an error; on a GPU it would be the end
     try:
         for one, _ in drops:
             one.threshold = math.inf
         computed = run({})
         for one, experts in drops:
-            one.leave_out(experts, eager=on_cpu)
+            one.leave_out(experts, eager=eager)
         try:
             left_out = run({})
         except (IndexError, RuntimeError):  # the id was looked up

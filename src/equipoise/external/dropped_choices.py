@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..functional.adaptive_top_k import drop_experts
 from .router_spec import RouterSpec
 
-__all__ = ["DroppedChoices", "skipping_experts"]
+__all__ = ["DroppedChoices", "skipping_experts", "way_of"]
 
 # How the experts of transformers are computed (`ExpertsInterface`). These take an id behind the last expert as none:
 # "grouped_mm" leaves it out, "batched_mm" computes some expert for it and multiplies by the weight of 0; "eager" may.
@@ -44,13 +44,13 @@ class DroppedChoices:
     @property
     def none(self) -> int | None:
         """The id of a dropped choice; None where its expert is computed and its weight is 0."""
-        takes = bool(self.experts) and all(_way(one) in self.ways for one in self.experts)
+        takes = bool(self.experts) and all(way_of(one) in self.ways for one in self.experts)
         return self.spec.num_experts if takes else None
 
     @property
     def computed(self) -> bool:
         """Whether the expert of a dropped choice is computed all the same."""
-        return self.none is None or any(_way(one) == "batched_mm" for one in self.experts)
+        return self.none is None or any(way_of(one) == "batched_mm" for one in self.experts)
 
     def leave_out(self, experts: Sequence[nn.Module], *, eager: bool) -> None:
         """Lets these experts, those of its block, leave out dropped choices; none of them: all are computed.
@@ -68,5 +68,6 @@ def skipping_experts(block: nn.Module) -> list[nn.Module]:
     return [] if any(getattr(module, LOOKS_FOR_NONE) for module in found) else found
 
 
-def _way(experts: nn.Module) -> str | None:
+def way_of(experts: nn.Module) -> str | None:
+    """How they are computed: the name of an implementation of transformers."""
     return getattr(experts.config, "_experts_implementation", None)

@@ -36,6 +36,7 @@ from ..adaptive.caches import even, hits_by_size
 from ..adaptive.choices import most_used
 from ..adaptive.sweep import ALL, check_budgets
 from ..errors import ConfigError, DataError, OutputError
+from ..external.adaptive_top_k import router_mark
 from ..storage.adaptive_record import (
     RECORD_NAME,
     AdaptedLayer,
@@ -129,11 +130,11 @@ def adapt(
             versions=describe_versions(),
         )  # fmt: skip
         found = Adaptive(facts=facts, problems=windows.problems, **numbers)
-        _write(out, found)
+        _write(out, found, model)
     return found
 
 
-def _write(out: Path, found: Adaptive) -> None:
+def _write(out: Path, found: Adaptive, model: AdaptableModel) -> None:
     from ..report.html.adaptive_page import write_adaptive_page
 
     point, start = found.saved, found.curve[0]
@@ -142,7 +143,8 @@ def _write(out: Path, found: Adaptive) -> None:
         SavedTopK(
             routers={
                 one.name: SavedThreshold(
-                    experts=one.experts, top_k=one.top_k, threshold=one.threshold, sensitivity=one.sensitivity
+                    experts=one.experts, top_k=one.top_k, threshold=one.threshold, sensitivity=one.sensitivity,
+                    mark=router_mark(model.routers[one.name]),
                 )
                 for one in found.layers
             },

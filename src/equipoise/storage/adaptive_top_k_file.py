@@ -26,6 +26,7 @@ class SavedThreshold:
     top_k: int
     threshold: float  # a share of a token's weight where the router normalises its weights, else a weight
     sensitivity: float = math.nan  # nats per squared weight; NaN where it was not measured
+    mark: float = math.nan  # of the weights that the router had (`router_mark`); NaN where nothing is to be compared
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:

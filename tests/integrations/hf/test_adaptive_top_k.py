@@ -6,6 +6,7 @@ One family of each kind of router; with ``-m full``, all.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 from equipoise import ConfigError, DataError, apply_adaptive_top_k
-from equipoise.external.adaptive_top_k import adaptable_routers, set_drop_thresholds
+from equipoise.external.adaptive_top_k import adaptable_routers, router_mark, set_drop_thresholds
 from equipoise.external.output_formats import parse_output
 from equipoise.storage.adaptive_top_k_file import SavedThreshold, SavedTopK, write_top_k
 from integrations.hf._cases import inputs, loss_of, quiet, tiers
@@ -35,21 +36,49 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def saved(model: nn.Module, threshold: float, folder) -> str:
-    """A file with a threshold of its own for each router, around ``threshold``."""
+def limits_of(model: nn.Module) -> dict[str, float]:
+    """Thresholds that drop about half of the second experts: between two values of each router, of the same inputs."""
+    smaller: dict[str, list[float]] = {}
+    handles = []
+    for name, router in adaptable_routers(model).items():
+
+        def note(module: nn.Module, args: tuple, kwargs: dict, output: Any, name=name, spec=router.spec) -> None:
+            parsed = parse_output(module, args, kwargs, output)
+            assert parsed is not None
+            weights = parsed.parts.weights_TK.float()
+            smaller[name] = (weights.amin(-1) / (weights.sum(-1) if spec.normalize else 1.0)).tolist()
+
+        handles.append(router.module.register_forward_hook(note, with_kwargs=True))
+    outputs(model)
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for name, values in smaller.items():
+        ordered = sorted(set(values))
+        gaps = [(b - a, (a + b) / 2) for a, b in itertools.pairwise(ordered)]
+        middle = gaps[len(gaps) // 3 : 2 * len(gaps) // 3 + 1]
+        found[name] = max(middle)[1] if middle else ordered[0] + 0.1  # a new gate may weigh all alike
+    return found
+
+
+def saved(model: nn.Module, limits: dict[str, float] | float, folder) -> str:
+    """The file of these thresholds."""
     routers = {
-        name: SavedThreshold(experts=one.num_experts, top_k=one.top_k, threshold=threshold * (1 + 0.1 * place))
-        for place, (name, one) in enumerate(adaptable_routers(model).items())
-    }
+        name: SavedThreshold(
+            experts=one.num_experts, top_k=one.top_k, mark=router_mark(one),
+            threshold=limits if isinstance(limits, float) else limits.get(name, 0.0),
+        )
+        for name, one in adaptable_routers(model).items()
+    }  # fmt: skip
     write_top_k(folder, SavedTopK(routers=routers))
     return str(folder)
 
 
-def drop_by_hand(model: nn.Module, threshold: float) -> list[Any]:
+def drop_by_hand(model: nn.Module, limits: dict[str, float]) -> list[Any]:
     """Hooks that give the second expert of two a weight of 0, token by token, and leave its id."""
     handles = []
-    for place, router in enumerate(adaptable_routers(model).values()):
-        limit = threshold * (1 + 0.1 * place)
+    for name, router in adaptable_routers(model).items():
+        limit = limits.get(name, 0.0)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any, limit=limit, spec=router.spec) -> Any:
             parsed = parse_output(module, args, kwargs, output)
@@ -69,17 +98,20 @@ def drop_by_hand(model: nn.Module, threshold: float) -> list[Any]:
     return handles
 
 
-def outputs(model: nn.Module) -> Tensor:
+def outputs(model: nn.Module, **sizes: int) -> Tensor:
     with torch.no_grad():
-        return loss_of(model, inputs(padded=False))
+        return loss_of(model, inputs(padded=False, **sizes))
+
+
+FEW = {"batch": 1, "length": 4}  # tokens, so that some expert is nobody's first choice
 
 
 @pytest.mark.parametrize("family", tiers(ADAPTED))
 def test_a_family_computes_what_a_weight_of_zero_would(family, tmp_path):
     plain, model = build(family).eval(), build(family).eval()
-    whole = outputs(plain)
-    folder = saved(model, 0.35, tmp_path)
-    handles = drop_by_hand(plain, 0.35)
+    whole, limits = outputs(plain), limits_of(plain)
+    folder = saved(model, limits, tmp_path)
+    handles = drop_by_hand(plain, limits)
     wanted = outputs(plain)
     for handle in handles:
         handle.remove()
@@ -103,7 +135,7 @@ def without_others(model: nn.Module) -> None:
             used[place] |= set(ids[weights > 0].tolist())
 
         handles.append(router.module.register_forward_hook(note))
-    outputs(model)
+    outputs(model, **FEW)
     for handle in handles:
         handle.remove()
     for place, router in enumerate(routers):
@@ -123,12 +155,12 @@ def test_dropped_experts_are_not_computed(family, way, tmp_path):
     folder = saved(model, 1e9, tmp_path)
     model.set_experts_implementation(way)
     left_out = apply_adaptive_top_k(model, folder)
-    wanted = outputs(model)
+    wanted = outputs(model, **FEW)
     without_others(model)
     if family == "gpt_oss" and way == "eager":  # its own code looks every id up
-        assert not any(left_out.values()) and not bool(outputs(model).isfinite())
+        assert not any(left_out.values()) and not bool(outputs(model, **FEW).isfinite())
     else:
-        assert all(left_out.values()) and torch.equal(outputs(model), wanted)
+        assert all(left_out.values()) and torch.equal(outputs(model, **FEW), wanted)
 
 
 def test_the_way_of_computing_may_change_afterwards(tmp_path):
@@ -179,12 +211,21 @@ def test_one_expert_a_token_has_nothing_to_drop():
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):
-    folder = saved(build("qwen3_moe").eval(), 0.4, tmp_path)
-    for other in (build("qwen3_moe", num_experts=4), build("qwen3_moe", num_hidden_layers=1), build("mixtral")):
+    """Other sizes, fewer layers, another family of the same names and sizes, the same family with other weights."""
+    model = build("qwen3_moe").eval()
+    folder, trained = saved(model, 0.4, tmp_path), build("qwen3_moe").eval()
+    with torch.no_grad():
+        for router in adaptable_routers(trained).values():
+            router.module.weight.add_(0.3 * torch.randn(router.module.weight.shape))
+    smaller = build("qwen3_moe", num_experts=4), build("qwen3_moe", num_hidden_layers=1)
+    for other in (*smaller, build("mixtral"), trained):
         before = outputs(other.eval())
         with pytest.raises(DataError, match="thresholds of this model"):
             apply_adaptive_top_k(other, folder)
         assert torch.equal(outputs(other), before)
+    assert all(apply_adaptive_top_k(build("qwen3_moe").bfloat16().eval(), folder).values()), (
+        "the same, in half precision"
+    )
 
 
 def test_a_model_without_its_head_takes_the_file(tmp_path):

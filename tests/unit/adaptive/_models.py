@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from equipoise.lab.models.transformer import LanguageModel
 
 __all__ = ["adaptable", "language_model", "markov_text", "trained"]
 
-VOCABULARY = 300
+VOCABULARY, TOKENS = 300, 150
 
 
 def language_model(*, seed: int = 0, layers: int = 2, top_k: int = 2, **more: object) -> LanguageModel:
@@ -25,20 +27,23 @@ def adaptable(model: LanguageModel) -> AdaptableModel:
 
 
 def markov_text(sequences: int, length: int, *, seed: int) -> Tensor:
-    """Token ids in which a token and the one before decide most of the next."""
+    """Token ids of which each decides most of the next."""
     draw = torch.Generator().manual_seed(seed)
-    ids_NS = torch.randint(40, (sequences, length), generator=draw)
+    ids_NS = torch.randint(TOKENS, (sequences, length), generator=draw)
     noise_NS = torch.rand(sequences, length, generator=draw)
-    for t in range(2, length):
-        rule_N = (ids_NS[:, t - 1] * 3 + ids_NS[:, t - 2] * 7 + 1) % 40
-        ids_NS[:, t] = torch.where(noise_NS[:, t] < 0.8, rule_N, ids_NS[:, t])
+    for t in range(1, length):
+        ids_NS[:, t] = torch.where(noise_NS[:, t] < 0.8, (ids_NS[:, t - 1] * 7 + 1) % TOKENS, ids_NS[:, t])
     return ids_NS
 
 
-def trained(steps: int, **more: object) -> LanguageModel:
-    model = language_model(init_std=0.05, **more).train()
+def trained(steps: int, factors: Sequence[float]) -> LanguageModel:
+    """A model that has learnt such text, from experts whose outputs begin as large as these factors say."""
+    model = language_model(layers=len(factors), init_std=0.1).train()
+    with torch.no_grad():
+        for layer, factor in zip(model.model.layers, factors, strict=True):
+            layer.mlp.experts.down_proj.mul_(factor)  # type: ignore[union-attr]
     text = markov_text(512, 25, seed=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
         batch_BS = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(step))[:32]]
         model(batch_BS[:, :-1], batch_BS[:, 1:]).backward()

@@ -65,7 +65,7 @@ def test_the_curve_is_what_the_model_does_with_these_thresholds():
         assert found.loss == pytest.approx(float(loss), rel=1e-6)
         assert found.fewer(model) == pytest.approx(0.2, abs=0.03), "of the text it was chosen on, but for later layers"
     same = sweep(model, profile, [text], budgets=[0.0, middle.budget])
-    assert same[1].fewer == pytest.approx(0.2) and same[1].held == middle.held == evaluate_at(
+    assert same[1].fewer == pytest.approx(0.2, abs=0.01) and same[1].held == middle.held == evaluate_at(
         model, profile, middle, text
     )
 
