@@ -9,6 +9,7 @@ from .autograd.token_layout import TokenLayout
 from .balancer.balancer import Balancer
 from .distributed import Ranks
 from .errors import ConfigError, DataError, EquipoiseError, InputError, OutputError, StateError
+from .external.adaptive_top_k import apply_adaptive_top_k
 from .external.carrier import RouterCarrier
 from .external.registry import register_router
 from .functional.convert import convert_coef
@@ -43,6 +44,7 @@ __all__ = [
     "Target",
     "TokenLayout",
     "ZLoss",
+    "apply_adaptive_top_k",
     "clip_grad_norm_",
     "convert_coef",
     "record_routing",

@@ -11,7 +11,21 @@ from collections.abc import Sequence
 from types import FrameType
 
 from ..errors import EquipoiseError
-from . import compare, conformance, doctor, downstream, export, inspect, plan, report, reproduce, resume, train, upcycle
+from . import (
+    adapt,
+    compare,
+    conformance,
+    doctor,
+    downstream,
+    export,
+    inspect,
+    plan,
+    report,
+    reproduce,
+    resume,
+    train,
+    upcycle,
+)
 from .help_text import HelpFormatter
 
 __all__ = ["COMMANDS", "INTERRUPTED", "build_parser", "main"]
@@ -23,6 +37,7 @@ COMMANDS = {
     "train": train,
     "resume": resume,
     "inspect": inspect,
+    "adapt": adapt,
     "report": report,
     "export": export,
     "upcycle": upcycle,
@@ -50,6 +65,7 @@ begin with:
   equipoise train run.toml                        one run; Ctrl-C saves it, `equipoise resume RUN` goes on
   equipoise inspect MODEL --data val.jsonl        which expert reads what, of any MoE model of transformers
   equipoise upcycle DENSE OUT                     a dense model of transformers as one with experts
+  equipoise adapt MODEL --data val.jsonl          which of its tokens can do with fewer experts, saved for generation
   equipoise downstream RUN                        which of four continuations is true? asked by the lm-eval harness
   equipoise plan                                  what imbalance costs on your cluster
   equipoise doctor CONFIG                         what balancing your training configuration will really do

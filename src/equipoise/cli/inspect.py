@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..inspection import Request
     from ..storage.inspection_record import Inspection
 
-__all__ = ["EPILOG", "HELP", "add_arguments", "run"]
+__all__ = ["EPILOG", "HELP", "add_arguments", "run", "tokens_of"]
 
 ROOT = Path("inspections")
 HELP = "run text through a model and show which of its experts see what"
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         domains=tuple(name.strip() for name in (arguments.domains or "").split(",") if name.strip()),
         layers=arguments.layers,
-        tokens=_tokens(arguments.tokens),
+        tokens=tokens_of(arguments.tokens),
         length=arguments.length,
         micro_batch=arguments.micro_batch,
         against=arguments.against,
@@ -101,7 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tokens(text: str) -> int | None:
+def tokens_of(text: str) -> int | None:
+    """What ``--tokens`` says; None for all."""
     if text == "all":
         return None
     try:

@@ -30,6 +30,7 @@ class Contrast:
         treated, baseline: strategies, as ``equipoise compare --strategies`` takes them, or cases of an experiment.
         experiment: the experiment of whose cases this is (`evidence.experiment`); "": strategies of the lab.
         measure: what is compared, one of ``MEASURES`` or of the experiment's.
+        baseline_measure: of the baseline, where one run has both numbers, of the same unit; "": the same measure.
         criterion: what confirms: "lower", "higher", or "equal" within ``margin``; "any" is shown and not judged.
         margin: half the width within which two strategies count as equal, in the unit of the measure.
         around: for "equal", the difference that was predicted.
@@ -47,6 +48,7 @@ class Contrast:
     baseline: str
     experiment: str = ""
     measure: str = "loss"
+    baseline_measure: str = ""
     criterion: str = "any"
     margin: float | None = None
     around: float = 0.0
@@ -60,9 +62,16 @@ class Contrast:
 
     def __post_init__(self) -> None:
         known = measures_of(self.experiment)
-        for kind, name, names in (("criterion", self.criterion, CRITERIA), ("measure", self.measure, tuple(known))):
+        wanted = [("measure", one, tuple(known)) for one in (self.measure, self.baseline_measure or self.measure)]
+        for kind, name, names in (("criterion", self.criterion, CRITERIA), *wanted):
             if name not in names:
                 raise unknown_name(kind, name, names)
+        if known[self.baseline_measure or self.measure][0] != self.unit:
+            raise ConfigError(
+                expected=f"a baseline_measure in {self.unit}, as {self.measure!r} is",
+                got=f"{self.baseline_measure!r} in {known[self.baseline_measure][0]}",
+                do="compare numbers of one unit",
+            )
         if self.seeds < 1 or self.first_seed < 0:
             raise ConfigError(
                 expected="seeds of 1 or more, from first_seed of 0 or more",
@@ -105,9 +114,15 @@ class Contrast:
         """Of its measure."""
         return measures_of(self.experiment)[self.measure][0]
 
-    def read(self, run: RunSummary) -> float:
-        """Its measure of a run."""
-        return measures_of(self.experiment)[self.measure][1](run)
+    @property
+    def measured(self) -> str:
+        """Its measure in words; of both sides where they differ."""
+        return f"{self.measure} - {self.baseline_measure}" if self.baseline_measure else self.measure
+
+    def read(self, run: RunSummary, side: str) -> float:
+        """Its measure of a run of one side ("treated" or "baseline")."""
+        name = self.baseline_measure or self.measure if side == "baseline" else self.measure
+        return measures_of(self.experiment)[name][1](run)
 
 
 @dataclass(frozen=True, kw_only=True)

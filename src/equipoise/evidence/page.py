@@ -190,7 +190,16 @@ def _row(judged: Judged) -> str:
     sides = [number(side, 4) if math.isfinite(side) else "" for side in (judged.treated, judged.baseline)]
     unit = contrast.unit
     pair = f"{contrast.treated} - {contrast.baseline}"
-    cells = [contrast.cell, pair, f"{contrast.measure} ({unit})", criterion(judged), *sides, interval(judged), count, p]
+    cells = [
+        contrast.cell,
+        pair,
+        f"{contrast.measured} ({unit})",
+        criterion(judged),
+        *sides,
+        interval(judged),
+        count,
+        p,
+    ]
     cells.append(judged.verdict)
     return "| " + " | ".join(cells) + " |"
 
@@ -200,4 +209,4 @@ def _short(one: ClaimVerdict) -> str:
     if leading is None or leading.difference is None:
         return ""
     where = f" ({leading.contrast.cell})" if len(one.judged) > 1 else ""
-    return f"{interval(leading)} {leading.contrast.measure}, n = {leading.difference.n}{where}"
+    return f"{interval(leading)} {leading.contrast.measured}, n = {leading.difference.n}{where}"

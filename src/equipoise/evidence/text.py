@@ -28,7 +28,7 @@ def render_verdict(one: ClaimVerdict) -> str:
     """A claim, its contrasts as a table, and the word."""
     claim = one.claim
     rows = [
-        [judged.contrast.cell, f"{judged.contrast.treated} - {judged.contrast.baseline}", judged.contrast.measure,
+        [judged.contrast.cell, f"{judged.contrast.treated} - {judged.contrast.baseline}", judged.contrast.measured,
          interval(judged), f"{judged.difference.n if judged.difference else 0}/{judged.contrast.seeds}", judged.verdict]
         for judged in one.judged
     ]  # fmt: skip
@@ -53,7 +53,7 @@ def render_again(now: Sequence[ClaimVerdict], before: Sequence[ClaimVerdict]) ->
                 inside = abs(new.difference.mean - old.difference.mean) <= half
                 where = f"{'inside' if inside else 'OUTSIDE'} {old.difference.mean:+.4f} ± {half:.4f}"
             mean = f"{new.difference.mean:+.4f}" if new.difference else ""
-            rows.append([one.claim.name, new.contrast.measure, mean, where])
+            rows.append([one.claim.name, new.contrast.measured, mean, where])
     return table("Trained again, against what is on record", ["claim", "measure", "again", "predicted"], rows)
 
 

@@ -61,7 +61,7 @@ class Judged:
 
     def _mean(self, side: str) -> float:
         seeds = self.difference.by_seed if self.difference else {}
-        return fmean(self.contrast.read(self.runs[side][seed]) for seed in seeds) if seeds else math.nan
+        return fmean(self.contrast.read(self.runs[side][seed], side) for seed in seeds) if seeds else math.nan
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,9 @@ def _paired(
     found = {
         side: {seed: one[text] for seed, one in of_seeds.items() if text in one} for side, of_seeds in sides.items()
     }
-    values = {side: {seed: contrast.read(run) for seed, run in of_side.items()} for side, of_side in found.items()}
+    values = {
+        side: {seed: contrast.read(run, side) for seed, run in of_side.items()} for side, of_side in found.items()
+    }
     return paired_difference(values["treated"], values["baseline"]), found
 
 

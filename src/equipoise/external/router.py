@@ -22,6 +22,7 @@ from ..torch_internals import current_backward
 from .batch_context import BatchContext
 from .bias_support import why_no_bias, why_other_weights
 from .correction_bias import CorrectionBias
+from .dropped_choices import DroppedChoices
 from .example_run import RouterCall
 from .gate_fitting import log_probabilities
 from .output_formats import RouterOutput, parse_output
@@ -69,6 +70,7 @@ class ExternalRouter:
         self._balance_state: RouterState | None = None
         self._routing_calls: RecordedCalls | ReplayedCalls | None = None
         self._replays = False  # it was looked at whether its weights can be made for other experts
+        self.drops: DroppedChoices | None = None  # choices that evaluation leaves out
         self._hook: Any = None
         self._recomputed = (-1, 0)  # the backward that recomputes pieces of a forward, and how many it has recomputed
 
@@ -137,11 +139,23 @@ class ExternalRouter:
     def only_waits(self) -> bool:
         """Whether its hook does nothing but wait, after a replay, for a recompute that comes too late."""
         waits = self._routing_calls is not None and self._routing_calls.ended
-        return waits and self._balance_state is None and self.own_bias is None
+        return waits and self._balance_state is None and self.own_bias is None and self.drops is None
+
+    def drop_below(self, threshold: float | None) -> None:
+        """Adaptive top-k in evaluation; see `equipoise.functional.drop_experts`. None: all K choices again."""
+        if threshold is None:
+            if self.drops is not None:
+                self.drops.leave_out((), eager=False)
+            self.drops = None
+        elif self.drops is None:
+            self.drops = DroppedChoices(threshold, self.spec)
+        else:
+            self.drops.threshold = threshold
+        self._keep_hook()
 
     def _keep_hook(self) -> None:
         """A hook as long as there is something to do; a bias of ours stays with the model."""
-        wanted = self._balance_state is not None or self._routing_calls is not None
+        wanted = self._balance_state is not None or self._routing_calls is not None or self.drops is not None
         if wanted and self._hook is None:
             self._hook = self.module.register_forward_hook(self._hooked, with_kwargs=True)
         elif not wanted and self._hook is not None and self.own_bias is None:
@@ -232,9 +246,13 @@ class ExternalRouter:
             weights_TK = self._attach(
                 self._balance_state, weights_TK, logits_TE[:, : self.num_experts], ids_TK, replayed_T2
             )
+        other_ids = self.own_bias is not None or replayed_T2 is not None
+        if self.drops is not None and not module.training:
+            weights_TK, ids_TK = self.drops(weights_TK, ids_TK)
+            other_ids = other_ids or self.drops.none is not None
         if weights_TK is parsed.parts.weights_TK:  # nothing changed
             return None
-        return parsed.replace(weights_TK, None if self.own_bias is None and replayed_T2 is None else ids_TK)
+        return parsed.replace(weights_TK, ids_TK if other_ids else None)
 
     def _check_replays(self, live: RouterOutput) -> None:
         """Once, in eager mode. Raises ConfigError where weights for other experts cannot be made of its logits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adaptive_top_k import drop_experts, dropped_weight, loss_per_squared_weight
 from .convert import CONVENTIONS, convert_coef
 from .load_view import LoadView, load_view, seen_load
 from .losses import balance_loss, entropy_loss, load_fractions, segment_counts, sequence_segments, z_loss
@@ -31,6 +32,8 @@ __all__ = [
     "convert_coef",
     "cv",
     "dead_experts",
+    "drop_experts",
+    "dropped_weight",
     "efficiency",
     "entropy_loss",
     "gate_probs",
@@ -38,6 +41,7 @@ __all__ = [
     "gini",
     "load_fractions",
     "load_view",
+    "loss_per_squared_weight",
     "maxvio",
     "maxvio_noise_floor",
     "min_max_ratio",

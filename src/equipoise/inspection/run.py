@@ -45,7 +45,8 @@ from .results import finalize
 from .runner import Runner
 from .windows import Windows, check_length, read_windows, source_files, user_text, windows_of_run, write_windows
 
-__all__ = ["REQUEST_NAME", "Request", "inspect"]
+__all__ = ["REQUEST_NAME", "Request", "data_name", "device_named", "inspect", "layers_of", "name_of_device",
+           "windows_for"]  # fmt: skip
 
 REQUEST_NAME, STATE = "request.json", "state"
 LENGTH = 512
@@ -115,12 +116,12 @@ def inspect(
         if _open_folder(out, request.key(), overwrite):
             return read_inspection(out)
         keep_freed_memory()
-        device = _device(request.device)
+        device = device_named(request.device)
         loaded = open_model(request.model, device, request.dtype)
         other = open_model(request.against, device, request.dtype) if request.against else None
         chosen = layers_of(request.layers, len(loaded.routers), "routers")
         tokenizer = open_tokenizer(request.tokenizer or request.model)
-        windows = _windows(out / STATE / "tokens", request, loaded, tokenizer, on_text)
+        windows = windows_for(out / STATE / "tokens", request, loaded, tokenizer, on_text)
         batch = request.micro_batch or _own_batch(request.model)
         sizes = Sizes(len(windows.domains), windows.windows, windows.equal, windows.length, batch, request.seed)
         routers, frequency_V = [loaded.routers[i] for i in chosen], windows.frequency(loaded.vocab_size)
@@ -132,8 +133,8 @@ def inspect(
         found = finalize(
             loaded.model, accumulator, windows, tokenizer.show, _problems(windows),
             model=str(request.model), family=loaded.family,
-            data=_data_name(request), against=str(request.against) if request.against else None,
-            device=_device_name(device), dtype=str(loaded.dtype).removeprefix("torch."),
+            data=data_name(request), against=str(request.against) if request.against else None,
+            device=name_of_device(device), dtype=str(loaded.dtype).removeprefix("torch."),
             created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=seconds, versions=describe_versions(),
             biases=" and ".join(one.biases for one in (loaded, other) if one and one.biases) or None,
         )  # fmt: skip
@@ -170,7 +171,7 @@ def _open_folder(out: Path, key: dict[str, Any], overwrite: bool) -> bool:
     return is_inspection(out)
 
 
-def _windows(
+def windows_for(
     folder: Path, request: Request, loaded: LoadedModel, tokenizer: TokenizerAdapter, on_text: Progress | None
 ) -> Windows:
     """The token windows on disk, or those of the requested text."""
@@ -214,13 +215,13 @@ def _problems(windows: Windows) -> list[str]:
     return []
 
 
-def _data_name(request: Request) -> str:
+def data_name(request: Request) -> str:
     if request.data is not None:
         return str(request.data)
     return "the run's own held-out text" if is_run(request.model) else "the text of this installation"
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -232,5 +233,5 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _device_name(device: torch.device) -> str:
+def name_of_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -150,7 +150,7 @@ class MoE(nn.Module):
             check_class_masks(token_classes_BS, shape, "token_classes_BS")
             batch = batch._replace(classes={name: mask.reshape(-1) for name, mask in token_classes_BS.items()})
         routing = self.gate(x_TD, batch)
-        y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK, drops=self.gate.drops)
+        y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK, drops=self.gate.drops or self.gate.adapts)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
         return y_TD.view_as(x_BSD)

@@ -17,6 +17,7 @@ from ..autograd.routing_calls import RecordedCalls, ReplayedCalls
 from ..autograd.token_classes import check_class_masks, class_masks
 from ..autograd.token_layout import TokenLayout
 from ..errors import InputError
+from ..functional.adaptive_top_k import drop_experts
 from ..functional.class_bias import token_biases
 from ..functional.quantile import Selection
 from ..functional.routing import (
@@ -83,6 +84,7 @@ class Router(nn.Module):
     """
 
     expert_bias: Tensor | None
+    drop_threshold: Tensor | None
     drops: bool  # whether some of its choices may be none: an id of E, for tokens that use fewer than K experts
     expert_widths: tuple[int, ...] | None = None  # of the experts behind it, where they are unlike; `MoE` sets it
     bias_place = PLACES[0]
@@ -112,6 +114,7 @@ class Router(nn.Module):
         self.balance_state: RouterState | None = None
         self.routing_calls: RecordedCalls | ReplayedCalls | None = None
         self.register_buffer("expert_bias", None)
+        self.register_buffer("drop_threshold", None)
         if selection_bias:
             self.enable_selection_bias()
         self.reset_parameters()
@@ -173,6 +176,10 @@ class Router(nn.Module):
             self.expert_bias = zero_E
         self._keep(own, place)
 
+    def _exact(self) -> dict[str, Tensor]:
+        """Buffers that stay fp32 whatever the router is cast to, by their names."""
+        return self._biases() | ({} if self.drop_threshold is None else {"drop_threshold": self.drop_threshold})
+
     def _keep(self, of_classes: dict[str, Tensor], place: str) -> None:
         """These and no others, under the names that they have at this place."""
         for name in self.bias_classes:
@@ -180,6 +187,26 @@ class Router(nn.Module):
         self.bias_place, self.bias_classes = place, tuple(sorted(of_classes))
         for name in self.bias_classes:
             self.register_buffer(bias_name(place, name), of_classes[name])
+
+    @property
+    def adapts(self) -> bool:
+        """Whether choices are dropped now, as `drop_below` says."""
+        return self.drop_threshold is not None and not self.training
+
+    def drop_below(self, threshold: float | None) -> None:
+        """Adaptive top-k in evaluation: drops a token's smallest weights while they stay below ``threshold`` together.
+
+        See `equipoise.functional.drop_experts`. The threshold is a buffer, in ``state_dict()``; None takes it away.
+
+        >>> router = Router(dim=8, num_experts=4, top_k=2).eval()
+        >>> router.drop_below(0.6)  # the second of two normalised weights is below one half
+        >>> int(router(torch.randn(6, 8)).counts_E.sum())
+        6
+        """
+        if threshold is None:
+            self.drop_threshold = None
+        else:
+            self.drop_threshold = torch.tensor(threshold, dtype=torch.float32, device=self.weight.device)
 
     def _selection_bias(self, batch: TokenLayout, tokens: int) -> Tensor | None:
         """(E,), or (T, E) where a class has its own; InputError where nobody said which tokens are of it."""
@@ -203,7 +230,7 @@ class Router(nn.Module):
                 wide = torch.promote_types(x_TD.dtype, torch.float32)
                 raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         state = self.balance_state
-        plain = self.routing_calls is not None or bool(self.bias_classes) or self.drops
+        plain = self.routing_calls is not None or bool(self.bias_classes) or self.drops or self.adapts
         if not plain and fuses(raw_TE, self.top_k, self.num_groups, state, batch):
             form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
             biased = self.expert_bias, self.bias_place
@@ -243,6 +270,11 @@ class Router(nn.Module):
                 selection=Selection(selection_bias, self.bias_place, self.num_groups, self.top_groups),
                 replayed_T2=replayed_T2,
             )
+        if self.adapts:  # behind the balancer, which counts what the router chose
+            assert self.drop_threshold is not None
+            form = {"normalize": self.normalize, "none": self.num_experts}
+            weights_TK, ids_TK = drop_experts(weights_TK, ids_TK, self.drop_threshold, **form)
+            counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))
 
     def _checked(self, x_TD: Tensor, batch: TokenLayout) -> TokenLayout:
@@ -295,6 +327,8 @@ class Router(nn.Module):
         ``load_state_dict(assign=True)`` keeps the file's dtype; the bias stays fp32 all the same.
         """
         state_dict = dict(state_dict)
+        if self.drop_threshold is None and f"{prefix}drop_threshold" in state_dict:
+            self.drop_below(0.0)
         for key in [key for key in state_dict if key.startswith(f"{prefix}expert_bias")]:
             if (named := BIAS_NAME.fullmatch(key.removeprefix(prefix))) is None:
                 continue
@@ -311,14 +345,14 @@ class Router(nn.Module):
             state_dict[f"{prefix}expert_bias" if tokens is None else key] = bias_E
         names = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *names)
-        for name, bias_E in self._biases().items():
-            setattr(self, name, bias_E.float())
+        for name, buffer in self._exact().items():
+            setattr(self, name, buffer.float())
 
     def _apply(self, fn, recurse: bool = True):
         """Casts and moves like any module, but biases stay fp32 (B34, B38, B39) and are zero when they leave meta."""
-        before = self._biases()
+        before = self._exact()
         super()._apply(fn, recurse)
-        for name, after in self._biases().items():
+        for name, after in self._exact().items():
             if before[name].is_meta and not after.is_meta:
                 setattr(self, name, torch.zeros_like(after, dtype=torch.float32))  # to_empty leaves garbage
             elif after.dtype != torch.float32:

@@ -17,6 +17,7 @@ from equipoise.evidence import run_summary
 from equipoise.evidence.experiment import TrialJob, experiment_of, read_outcome, run_trial, trial_of
 from equipoise.evidence.reproduce import check_for_ray
 from equipoise.evidence.run_summary import RunSummary, read_summaries, run_key, summarize_outcome, write_summaries
+from equipoise.evidence.verdict import judge_all
 from equipoise.lab.comparison.workers import PARENT
 from unit.evidence import _toy
 from unit.evidence._made import claim_in
@@ -158,3 +159,37 @@ def test_a_worker_ends_with_its_parent(tmp_path):
     process = subprocess.run(command, env=os.environ | {PARENT: "1"}, timeout=50, capture_output=True, text=True)
     assert process.returncode == 130 and "stopped" in process.stderr
     assert not (tmp_path / "outcome.json").exists()
+
+
+def test_two_numbers_of_one_run_are_compared(tmp_path):
+    """A run that measured both is run once a seed, and each side reads its own."""
+    text = (
+        CLAIM.partition("[[contrast]]")[0]
+        + f"""\
+[[contrast]]
+cell = "base"
+experiment = "{TOY}"
+treated = "shifted"
+baseline = "shifted"
+measure = "mean"
+baseline_measure = "only shifted"
+criterion = "lower"
+settings = {{ draws = 5 }}
+seeds = 3
+"""
+    )
+    claim = claim_in(tmp_path / "evidence", text=text)
+    trials = claim.runs()
+    assert [trial.seed for trial in trials] == [0, 1, 2]
+    found = [summarize_outcome(_toy.run("shifted", one.settings, one.seed, tmp_path), one) for one in trials]
+    (judged,) = judge_all([claim], found)[0].judged
+    assert judged.difference is not None and judged.pairs == 3
+    by_seed = {run.seed: 2 * run.numbers["mean"] for run in found}  # the other is its negative
+    assert judged.difference.by_seed == pytest.approx(by_seed)
+    assert judged.treated == pytest.approx(-judged.baseline) and judged.contrast.measured == "mean - only shifted"
+
+
+def test_two_numbers_of_different_units_are_not(tmp_path):
+    text = CLAIM.replace('measure = "mean"', 'measure = "mean"\nbaseline_measure = "loss"')
+    with pytest.raises(ConfigError, match="numbers of one unit"):
+        claim_in(tmp_path / "evidence", text=text)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ...errors import ConfigError, DataError, OutputError
 from ...storage import checkpoint
+from ...storage.adaptive_top_k_file import FILE
 from ...storage.files import atomic_folder
 from ...storage.run_record import Run, read_run
 from ..config.schema import ModelConfig, RunConfig, from_dict
@@ -80,6 +81,8 @@ def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, for
             for file in BESIDE:
                 if (given := Path(config.model.folder) / file).is_file():
                     shutil.copyfile(given, building / file)
+        if (thresholds := folder / FILE).is_file():  # `equipoise adapt RUN --beside`; the routers' names are the same
+            shutil.copyfile(thresholds, building / FILE)
         for file in building.iterdir():  # safetensors makes files for their owner alone
             file.chmod(out.parent.stat().st_mode & 0o666)
     return Exported(out, step, name)
