@@ -13,7 +13,7 @@ from .external.carrier import RouterCarrier
 from .external.registry import register_router
 from .functional.convert import convert_coef
 from .functional.routing import Routing
-from .layers import Experts, MoE, Router, clip_grad_norm_, shard_experts
+from .layers import ExpertChoiceMoE, Experts, MoE, Router, TokenPools, clip_grad_norm_, shard_experts
 from .policies import AuxLoss, ExpertBias, Ratio, Sequences, Switch, Target, ZLoss
 from .replay import RoutingRecord, record_routing, replay_routing
 
@@ -26,6 +26,7 @@ __all__ = [
     "DataError",
     "EquipoiseError",
     "ExpertBias",
+    "ExpertChoiceMoE",
     "Experts",
     "InputError",
     "MoE",
@@ -41,6 +42,7 @@ __all__ = [
     "Switch",
     "Target",
     "TokenLayout",
+    "TokenPools",
     "ZLoss",
     "clip_grad_norm_",
     "convert_coef",
