@@ -7,11 +7,12 @@ import shlex
 from typing import Any, NamedTuple
 
 from ..report.data.formatting import number
+from ..report.html.pictures import Picture, round_up
 from ..report.html.widgets import Part
 from .breakdown import by_domain, over_steps
 from .claim import Contrast
 from .law import HEADS, cells_of, fit_laws, law_rows, law_words
-from .pictures import Picture, curves_picture, domains_picture, extent, interval_picture, round_up
+from .pictures import curves_picture, domains_picture, extent, interval_picture
 from .run_summary import MEASURES
 from .text import criterion, interval, pairs
 from .verdict import ClaimVerdict, Judged

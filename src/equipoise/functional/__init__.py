@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adaptive_top_k import drop_experts, dropped_weight, loss_per_squared_weight
 from .convert import CONVENTIONS, convert_coef
 from .expert_choice import capacity_loss, choose_tokens, kth_largest, taken_pairs, tokens_per_expert
 from .load_view import LoadView, load_view, seen_load
@@ -34,6 +35,8 @@ __all__ = [
     "convert_coef",
     "cv",
     "dead_experts",
+    "drop_experts",
+    "dropped_weight",
     "efficiency",
     "gate_probs",
     "gate_scores",
@@ -41,6 +44,7 @@ __all__ = [
     "kth_largest",
     "load_fractions",
     "load_view",
+    "loss_per_squared_weight",
     "maxvio",
     "maxvio_noise_floor",
     "min_max_ratio",
