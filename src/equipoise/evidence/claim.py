@@ -11,7 +11,8 @@ from ..errors import ConfigError, DataError, unknown_name
 from ..lab.config.loading import from_dict, load_toml, merge
 from ..lab.config.schema import RunConfig
 from ..lab.config.strategies import strategy_of
-from .run_summary import MEASURES
+from .experiment import Trial, trial_of
+from .run_summary import RunSummary, measures_of
 
 __all__ = ["BASE_NAME", "Claim", "Contrast", "read_claim", "read_claims"]
 
@@ -26,14 +27,15 @@ class Contrast:
 
     Args:
         cell: where in the plane, in words; contrasts of one cell stand together.
-        treated, baseline: strategies, as ``equipoise compare --strategies`` takes them.
-        measure: what is compared, one of ``MEASURES``.
+        treated, baseline: strategies, as ``equipoise compare --strategies`` takes them, or cases of an experiment.
+        experiment: the experiment of whose cases this is (`evidence.experiment`); "": strategies of the lab.
+        measure: what is compared, one of ``MEASURES`` or of the experiment's.
         criterion: what confirms: "lower", "higher", or "equal" within ``margin``; "any" is shown and not judged.
         margin: half the width within which two strategies count as equal, in the unit of the measure.
         around: for "equal", the difference that was predicted.
         margin_of, around_of: instead, a share of the mean difference of other strategies in the same cell, {treated,
             baseline, share}, or of the same ones in another contrast of this claim, {cell, share}.
-        settings: of both, over those of the base file, by dotted name.
+        settings: of both, over those of the base file or over the experiment's defaults, by dotted name.
         baseline_settings: of the baseline alone, where not the strategy but a setting is compared.
         gaps: `diversity_gap` of the baseline's balance batch and of the treated's; a claim that states them for its
             cells is about a law (`law`).
@@ -43,6 +45,7 @@ class Contrast:
     cell: str
     treated: str
     baseline: str
+    experiment: str = ""
     measure: str = "loss"
     criterion: str = "any"
     margin: float | None = None
@@ -56,9 +59,10 @@ class Contrast:
     first_seed: int = 0
 
     def __post_init__(self) -> None:
-        for kind, name, known in (("criterion", self.criterion, CRITERIA), ("measure", self.measure, tuple(MEASURES))):
-            if name not in known:
-                raise unknown_name(kind, name, known)
+        known = measures_of(self.experiment)
+        for kind, name, names in (("criterion", self.criterion, CRITERIA), ("measure", self.measure, tuple(known))):
+            if name not in names:
+                raise unknown_name(kind, name, names)
         if self.seeds < 1 or self.first_seed < 0:
             raise ConfigError(
                 expected="seeds of 1 or more, from first_seed of 0 or more",
@@ -96,6 +100,15 @@ class Contrast:
         """The seeds of its pairs."""
         return range(self.first_seed, self.first_seed + self.seeds)
 
+    @property
+    def unit(self) -> str:
+        """Of its measure."""
+        return measures_of(self.experiment)[self.measure][0]
+
+    def read(self, run: RunSummary) -> float:
+        """Its measure of a run."""
+        return measures_of(self.experiment)[self.measure][1](run)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
@@ -132,20 +145,22 @@ class Claim:
         if not self.contrast:
             raise ConfigError(expected=f"[[contrast]] in claim {self.name}", got="none", do="add what is compared")
 
-    def run(self, contrast: Contrast, side: str, seed: int) -> RunConfig:
+    def run(self, contrast: Contrast, side: str, seed: int) -> RunConfig | Trial:
         """The run of one side ("treated" or "baseline") of a contrast. Raises ConfigError for what cannot run."""
         settings: Mapping[str, Any] = contrast.settings
         if side == "baseline":
             settings = {**settings, **contrast.baseline_settings}
+        if contrast.experiment:
+            return trial_of(contrast.experiment, getattr(contrast, side), settings, seed)
         data = merge(self.base, settings)
         data = merge(data, {"strategy": getattr(contrast, side), "train.seed": seed})
         config = from_dict(RunConfig, data)
         strategy_of(config)
         return config
 
-    def runs(self) -> list[RunConfig]:
+    def runs(self) -> list[RunConfig | Trial]:
         """Every run the claim needs, once, seed by seed so that a stopped claim has whole pairs."""
-        found: dict[str, RunConfig] = {}
+        found: dict[str, RunConfig | Trial] = {}
         for seed in sorted({seed for contrast in self.contrast for seed in contrast.which}):
             for contrast in self.contrast:
                 if seed in contrast.which:

@@ -13,7 +13,6 @@ from .breakdown import by_domain, over_steps
 from .claim import Contrast
 from .law import HEADS, cells_of, fit_laws, law_rows, law_words
 from .pictures import curves_picture, domains_picture, extent, interval_picture
-from .run_summary import MEASURES
 from .text import criterion, interval, pairs
 from .verdict import ClaimVerdict, Judged
 
@@ -76,7 +75,7 @@ def _row(judged: Judged, reach: float) -> dict[str, Any]:
     contrast = judged.contrast
     sides = {side: number(value, 4) if math.isfinite(value := getattr(judged, side)) else "" for side in SIDES}
     return sides | {
-        "contrast": contrast, "settings": _settings(contrast), "unit": MEASURES[contrast.measure][0],
+        "contrast": contrast, "settings": _settings(contrast), "unit": contrast.unit,
         "difference": difference_of(judged), "picture": interval_picture(judged, reach),
         "pairs": f"{judged.difference.n if judged.difference else 0} of {contrast.seeds}", "diverged": judged.diverged,
         "p": f"{judged.p:.2g}" if math.isfinite(judged.p) else "", "verdict": judged.verdict or "shown",

@@ -13,7 +13,6 @@ from ..storage.files import atomic_write
 from .breakdown import by_domain, core_hours, noise
 from .figure import render_figure
 from .law import HEADS, cells_of, fit_laws, law_rows, law_words
-from .run_summary import MEASURES
 from .text import criterion, interval, pairs
 from .verdict import ClaimVerdict, Judged
 
@@ -151,7 +150,7 @@ def _row(judged: Judged) -> str:
     count += f", {judged.diverged} diverged" if judged.diverged else ""
     p = f"{judged.p:.2g}" if math.isfinite(judged.p) else ""
     sides = [number(side, 4) if math.isfinite(side) else "" for side in (judged.treated, judged.baseline)]
-    unit = MEASURES[contrast.measure][0]
+    unit = contrast.unit
     pair = f"{contrast.treated} - {contrast.baseline}"
     cells = [contrast.cell, pair, f"{contrast.measure} ({unit})", criterion(judged), *sides, interval(judged), count, p]
     cells.append(judged.verdict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,13 +24,17 @@ from ..report.data.run_view import flatten, mean, view_run
 from ..storage.codec import FieldError, Rules, decode, encode, without_nan
 from ..storage.files import write_whole
 from ..storage.run_record import Run
+from .experiment import LOSS, Outcome, Trial, experiment_of
 
 __all__ = [
     "MEASURES",
     "RunSummary",
+    "measures_of",
     "predicted_step_cost",
     "read_summaries",
     "run_key",
+    "seed_of",
+    "summarize_outcome",
     "summarize_run",
     "write_summaries",
 ]
@@ -48,35 +53,41 @@ RULES = Rules(null_is_nan=True)
 
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
-    """Numbers at the end of a run, of held-out text unless said otherwise; MaxVio and information are layer means."""
+    """Numbers at the end of a run, of held-out text unless said otherwise; MaxVio and information are layer means.
+
+    Of an experiment's run ``numbers`` are what it found, and ``loss``; the rest is empty.
+    """
 
     key: str  # see `run_key`; with the seed and the text it says which run this is
     seed: int
     corpus: str  # first 12 digits of the text's SHA-256
     strategy: str
     status: str  # finished, diverged
-    loss: dict[str, float]  # domain -> nats per token
-    maxvio: dict[str, float]  # global, micro_batch, sequence
-    information: float  # nats between expert and domain
-    information_shuffled: float  # the same for shuffled labels: its floor
-    topk_score: float  # mean sum of the K gate probabilities
-    dead_experts: int  # over all layers
-    training: dict[str, float]  # the balancer's metrics, mean over the last quarter of the steps
-    trail: list[list[float]]  # [step, training loss, MaxVio of the step], every TRAIL steps
-    evaluations: list[list[float]]  # [step, held-out loss]
+    loss: dict[str, float] = field(default_factory=dict)  # domain -> nats per token
+    maxvio: dict[str, float] = field(default_factory=dict)  # global, micro_batch, sequence
+    information: float = math.nan  # nats between expert and domain
+    information_shuffled: float = math.nan  # the same for shuffled labels: its floor
+    topk_score: float = math.nan  # mean sum of the K gate probabilities
+    dead_experts: int = 0  # over all layers
+    training: dict[str, float] = field(default_factory=dict)  # the balancer's metrics, mean of the last quarter's steps
+    trail: list[list[float]] = field(default_factory=list)  # [step, training loss, MaxVio of it], every TRAIL steps
+    evaluations: list[list[float]] = field(default_factory=list)  # [step, held-out loss]
     estimators: dict[str, list[float]] = field(default_factory=dict)  # name -> gradient's relative error and cosine
     tokens: int = 0
     seconds: float = math.nan
     torch: str = ""
     step_cost: float = math.nan  # `predicted_step_cost`; NaN also where it was not yet measured
+    numbers: dict[str, float] = field(default_factory=dict)  # of an experiment
 
     @property
     def mean_loss(self) -> float:
-        return mean(self.loss.values()) if self.status == "finished" else math.nan
+        return mean(self.loss.values()) if self.status == "finished" and self.loss else math.nan
 
 
-# What a contrast can ask for: name -> (unit, how it is read).
-MEASURES: dict[str, tuple[str, Callable[[RunSummary], float]]] = {
+Measures = dict[str, tuple[str, Callable[[RunSummary], float]]]  # name -> (unit, how it is read)
+
+# What a contrast of two strategies can ask for.
+MEASURES: Measures = {
     "loss": ("nats per token", lambda run: run.mean_loss),
     "maxvio": ("held-out text", lambda run: run.maxvio["global"]),
     "maxvio_micro_batch": ("held-out micro-batches", lambda run: run.maxvio["micro_batch"]),
@@ -101,14 +112,38 @@ MEASURES: dict[str, tuple[str, Callable[[RunSummary], float]]] = {
 }  # fmt: skip
 
 
-def run_key(config: RunConfig) -> str:
+def measures_of(experiment: str) -> Measures:
+    """What a contrast can ask for: of two strategies, or of two cases of an experiment."""
+    if not experiment:
+        return MEASURES
+
+    def read(name: str) -> Callable[[RunSummary], float]:
+        return lambda run: run.numbers.get(name, math.nan)
+
+    own: Measures = {name: (unit, read(name)) for name, unit in experiment_of(experiment).measures.items()}
+    return {LOSS: MEASURES[LOSS]} | own
+
+
+def seed_of(config: RunConfig | Trial) -> int:
+    return config.seed if isinstance(config, Trial) else config.train.seed
+
+
+def run_key(config: RunConfig | Trial) -> str:
     """Ten digits for everything that decides a run's numbers but its seed and its text.
 
     Two configurations with one key train the same model from the same weights, whatever they log or when they save.
     """
-    flat = {name: value for name, value in flatten(encode(config)).items() if name not in APART}
+    if isinstance(config, Trial):
+        settings = flatten(encode(config.settings))
+        flat = {f"{config.experiment}.{name}": value for name, value in settings.items()}
+        flat |= {"case": config.case, "version": experiment_of(config.experiment).version}
+        text_at = f"{config.experiment}.data"
+    else:
+        flat = {name: value for name, value in flatten(encode(config)).items() if name not in APART}
+        text_at = "data.data"
     flat = {name: value for name, value in flat.items() if name not in LATER or value != LATER[name]}
-    flat["data.data"] = flat["data.data"] is not None  # not where it lies: its digest is in the run
+    if text_at in flat:
+        flat[text_at] = flat[text_at] is not None  # not where it lies: its digest is in the run
     text = json.dumps({"numerics": NUMERICS, **flat}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -152,6 +187,22 @@ def summarize_run(run: Run, config: RunConfig) -> RunSummary:
         tokens=run.end.tokens,
         seconds=round(run.end.seconds, 1),
         torch=run.header.versions.get("torch", ""),
+    )
+
+
+def summarize_outcome(found: Outcome, trial: Trial) -> RunSummary:
+    """What an experiment found, as a run on record."""
+    return RunSummary(
+        key=run_key(trial),
+        seed=trial.seed,
+        corpus=found.corpus,
+        strategy=f"{trial.experiment} {trial.case}",
+        status="finished",
+        loss=_rounded(found.loss),
+        numbers=_rounded(found.numbers),
+        tokens=found.tokens,
+        seconds=round(found.seconds, 1),
+        torch=importlib.metadata.version("torch"),
     )
 
 
@@ -205,9 +256,16 @@ def write_summaries(folder: Path, runs: Iterable[RunSummary]) -> None:
 
 
 def _plain_record(run: RunSummary) -> dict[str, Any]:
-    """Without numbers that were not measured when it ran, so that a later measure rewrites no earlier record."""
+    """Without numbers that were not measured when it ran, so that a later measure rewrites no earlier record.
+
+    Of an experiment's run without whatever is empty.
+    """
     plain = without_nan(asdict(run))
-    return {name: value for name, value in plain.items() if not (value is None and name == "step_cost")}
+    if not run.numbers:
+        absent = ["numbers"] + ["step_cost"] * (plain["step_cost"] is None)
+        return {name: value for name, value in plain.items() if name not in absent}
+    empty = without_nan(asdict(RunSummary(key="", seed=-1, corpus="", strategy="", status="")))
+    return {name: value for name, value in plain.items() if value != empty[name]}
 
 
 def _diverged(run: Run) -> bool:
