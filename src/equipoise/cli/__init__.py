@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from ..errors import EquipoiseError
-from . import compare, conformance, doctor, downstream, export, inspect, plan, report, reproduce, resume, train
+from . import compare, conformance, diffuse, doctor, downstream, export, inspect, plan, report, reproduce, resume, train
 
 __all__ = ["COMMANDS", "INTERRUPTED", "build_parser", "main"]
 
@@ -28,6 +28,7 @@ COMMANDS = {
     "plan": plan,
     "doctor": doctor,
     "conformance": conformance,
+    "diffuse": diffuse,
     "reproduce": reproduce,
 }
 INTERRUPTED = 130
@@ -51,6 +52,7 @@ begin with:
   equipoise plan                                  what imbalance costs on your cluster
   equipoise doctor CONFIG                         what balancing your training configuration will really do
   equipoise conformance ROUTER                    whether a router of yours balances alike in every cut
+  equipoise diffuse                               images: experts that choose tokens from one image, or a whole batch
 
 exit codes:
   0  done                                         3  calls in an order that would train something else
@@ -109,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 EXTRAS = {
+    "PIL": "images",
     "jinja2": "report",
     "lm_eval": "downstream",
     "plotly": "report",
@@ -117,6 +120,7 @@ EXTRAS = {
     "rich": "lab",
     "safetensors": "lab",
     "scipy": "lab",
+    "sklearn": "images",
     "tensorboard": "lab",
     "tokenizers": "lab",
     "zstandard": "lab",

@@ -163,9 +163,9 @@ class ExpertChoiceRouter(nn.Module):
                 self.thresholds = before.to(device=after.device, dtype=torch.float32)
         return self
 
-    def _load_from_state_dict(self, *args) -> None:
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
         """``load_state_dict(assign=True)`` keeps the file's dtype; thresholds stay fp32 all the same."""
-        super()._load_from_state_dict(*args)
+        super()._load_from_state_dict(*args, **kwargs)
         if self.thresholds is not None:
             self.thresholds = self.thresholds.float()
 

@@ -192,7 +192,7 @@ class TokenPools:
                 )
             scores_TE = self.group.gather_rows(torch.cat(state.predicted))
             state.predicted = []
-            last_E = kth_largest(scores_TE, tokens_per_expert(*scores_TE.shape, router.capacity))
+            last_E = kth_largest(scores_TE, tokens_per_expert(len(scores_TE), router.num_experts, router.capacity))
             assert router.thresholds is not None
             moved_E = self.decay * router.thresholds + (1 - self.decay) * last_E
             router.thresholds.copy_(torch.where(router.thresholds.isnan(), last_E, moved_E))
