@@ -246,6 +246,24 @@ MUTATIONS = {
         "        return lambda: wait and parts\n",
         "contracts/law/test_defects_ranks.py B40",
     ),
+    "experts choose from the tokens of their rank alone": Mutation(
+        "layers/expert_choice.py",
+        "choose_tokens(group.gather_rows(own_TE), capacity)[start : start + len(own_TE)]",
+        "choose_tokens(own_TE, capacity)",
+        "unit/layers/test_token_pools.py ranks_share",
+    ),
+    "thresholds of a predictor by this rank's tokens alone": Mutation(
+        "layers/token_pools.py",
+        "scores_TE = self.group.gather_rows(torch.cat(state.predicted))",
+        "scores_TE = torch.cat(state.predicted)",
+        "unit/layers/test_token_pools.py ranks_share",
+    ),
+    "a recompute chooses again": Mutation(
+        "layers/expert_choice.py",
+        "        if current_backward() != -1 and self.choices:\n            return self._chosen_before(scores_TE)\n",
+        "",
+        "unit/layers/test_token_pools.py after_the_loop",
+    ),
     "layers of other stages mixed up (B78)": Mutation(
         "balancer/reduction.py",
         "            everything.sort(key=lambda entry: [int(number) for number in re.findall(r\"\\d+\", entry[2])])\n",

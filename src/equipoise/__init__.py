@@ -14,7 +14,7 @@ from .external.carrier import RouterCarrier
 from .external.registry import register_router
 from .functional.convert import convert_coef
 from .functional.routing import Routing
-from .layers import Experts, MoE, Router, clip_grad_norm_, shard_experts
+from .layers import ExpertChoiceMoE, Experts, MoE, Router, TokenPools, clip_grad_norm_, shard_experts
 from .policies import AuxLoss, EntropyLoss, ExpertBias, Ratio, Sequences, Switch, Target, ZLoss
 from .replay import RoutingRecord, record_routing, replay_routing
 
@@ -28,6 +28,7 @@ __all__ = [
     "EntropyLoss",
     "EquipoiseError",
     "ExpertBias",
+    "ExpertChoiceMoE",
     "Experts",
     "InputError",
     "MoE",
@@ -43,6 +44,7 @@ __all__ = [
     "Switch",
     "Target",
     "TokenLayout",
+    "TokenPools",
     "ZLoss",
     "apply_adaptive_top_k",
     "clip_grad_norm_",

@@ -15,6 +15,7 @@ from . import (
     adapt,
     compare,
     conformance,
+    diffuse,
     doctor,
     downstream,
     export,
@@ -45,6 +46,7 @@ COMMANDS = {
     "plan": plan,
     "doctor": doctor,
     "conformance": conformance,
+    "diffuse": diffuse,
     "reproduce": reproduce,
 }
 INTERRUPTED = 130
@@ -70,6 +72,7 @@ begin with:
   equipoise plan                                  what imbalance costs on your cluster
   equipoise doctor CONFIG                         what balancing your training configuration will really do
   equipoise conformance ROUTER                    whether a router of yours balances alike in every cut
+  equipoise diffuse                               images: experts that choose tokens from one image, or a whole batch
 
 exit codes:
   0    done
@@ -131,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 EXTRAS = {
+    "PIL": "images",
     "jinja2": "report",
     "lm_eval": "downstream",
     "plotly": "report",
@@ -139,6 +143,7 @@ EXTRAS = {
     "rich": "lab",
     "safetensors": "lab",
     "scipy": "lab",
+    "sklearn": "images",
     "tensorboard": "lab",
     "tokenizers": "lab",
     "zstandard": "lab",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adaptive_top_k import drop_experts, dropped_weight, loss_per_squared_weight
 from .convert import CONVENTIONS, convert_coef
+from .expert_choice import capacity_loss, choose_tokens, kth_largest, taken_pairs, tokens_per_expert
 from .load_view import LoadView, load_view, seen_load
 from .losses import balance_loss, entropy_loss, load_fractions, segment_counts, sequence_segments, z_loss
 from .metrics import (
@@ -27,8 +28,10 @@ __all__ = [
     "LoadView",
     "Routing",
     "balance_loss",
+    "capacity_loss",
     "center",
     "center_factors",
+    "choose_tokens",
     "convert_coef",
     "cv",
     "dead_experts",
@@ -39,6 +42,7 @@ __all__ = [
     "gate_probs",
     "gate_scores",
     "gini",
+    "kth_largest",
     "load_fractions",
     "load_view",
     "loss_per_squared_weight",
@@ -55,6 +59,8 @@ __all__ = [
     "segment_counts",
     "sequence_segments",
     "sign_step",
+    "taken_pairs",
+    "tokens_per_expert",
     "violation",
     "z_loss",
 ]

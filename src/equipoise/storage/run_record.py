@@ -46,6 +46,7 @@ class Header:
     resumed_at: int = 0
     schema: int = SCHEMA_VERSION
     expert_widths: list[int] = field(default_factory=list)  # of a layer's experts; empty where they are alike
+    task: str = "text"  # what it models; of "images" a domain is a noise level and a loss the error of the flow
 
 
 @dataclass(frozen=True)
@@ -192,10 +193,11 @@ class Run:
         return self.end.status if self.end else "running"
 
 
-def read_run(path: str | Path) -> Run:
+def read_run(path: str | Path, task: str = "text") -> Run:
     """Reads a run folder or a record file. Bad lines are reported in ``problems`` and skipped.
 
-    Raises DataError when there is no file, no readable header, or a newer schema than this version knows.
+    Raises DataError when there is no file, no readable header, a newer schema than this version knows, or a run of
+    another task.
     """
     path = Path(path)
     file = path / RECORD_NAME if path.is_dir() else path
@@ -227,6 +229,9 @@ def read_run(path: str | Path) -> Run:
     if run is None:
         raise DataError(expected=f"a header record in {file}", got=problems[0] if problems else "an empty file",
                         do="pass another run, or train this one again")  # fmt: skip
+    if run.header.task != task:
+        raise DataError(expected=f"a run of {task} in {file.parent}", got=f"a run of {run.header.task}",
+                        do="`equipoise diffuse` reads runs of images, every other command those of text")  # fmt: skip
     return run
 
 

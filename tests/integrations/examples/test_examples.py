@@ -21,6 +21,7 @@ NEEDS = {
     "accelerate_loop": ("accelerate", "transformers"),
     "hf_trainer": ("accelerate", "transformers"),
     "lightning_trainer": ("lightning",),
+    "expert_choice": ("sklearn",),
 }
 
 
@@ -73,6 +74,14 @@ def test_a_trainer_with_the_callback(name):
     seen = maxvio(run(name, "--steps", "3"))
     assert sorted(seen) == [1, 3]
     assert all(len(layers) == 2 and min(layers) > 0 for layers in seen.values())
+
+
+def test_experts_that_choose_from_an_image_give_every_noise_level_the_same():
+    """From the whole batch they need not: there thresholds decide, level by level."""
+    said = {scope: run("expert_choice", "--steps", "3", "--scope", scope) for scope in ("sample", "global_batch")}
+    experts = {scope: re.findall(r"layer \d: (\d\.\d\d)", text) for scope, text in said.items()}
+    assert experts["sample"] == ["1.00"] * 6
+    assert len(experts["global_batch"]) == 6 and len(set(experts["global_batch"])) > 1
 
 
 @pytest.mark.full
