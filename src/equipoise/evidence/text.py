@@ -78,7 +78,7 @@ def interval(judged: Judged) -> str:
 
 def signed_of(contrast: Contrast, value: float) -> str:
     """A difference in what a contrast measures, with as many decimals as seeds leave of it."""
-    return f"{value:+.{4 if MEASURES[contrast.measure][0] == 'nats per token' else 3}f}"
+    return f"{value:+.{4 if contrast.measure.startswith('loss') else 3}f}"
 
 
 def criterion(judged: Judged) -> str:

@@ -102,23 +102,29 @@ class Accumulator:
         entropies, scores, examples = [], [], []
         for layer, (one, (logits_TE, ids_TK)) in enumerate(zip(self.routers, seen, strict=True)):
             ids_TK, experts = ids_TK.long(), one.num_experts
+            none_TK, kept_TK, shown_TK = None, ids_TK, ids_TK
+            if one.drops:  # of a token that uses fewer than K experts
+                none_TK = ids_TK == experts
+                kept_TK, shown_TK = torch.where(none_TK, ids_TK[:, :1], ids_TK), ids_TK.masked_fill(none_TK, -1)
             logs_TE = log_probs(logits_TE, one.gate)
             probs_TE = logs_TE.exp()
             entropies.append((probs_TE * logs_TE).sum().neg())  # summed over tokens
-            scores.append(probs_TE.gather(-1, ids_TK).sum())
+            score_TK = probs_TE.gather(-1, kept_TK)
+            scores.append((score_TK if none_TK is None else score_TK.masked_fill(none_TK, 0.0)).sum())
             state["probs_DLE"][domain, layer, :experts] += probs_TE.sum(dim=0)
             state["products_LEE"][layer, :experts, :experts] += probs_TE.T @ probs_TE
-            state["pairs_LEE"][layer, :experts, :experts] += coactivation(chosen(ids_TK, experts))
+            state["pairs_LEE"][layer, :experts, :experts] += coactivation(chosen(kept_TK, experts))
             counts_BE = count_choices(ids_TK, experts, num_sequences=batch)
             window_counts.append(self._wide(counts_BE))
-            cells_TK = slots_T.unsqueeze(1) * state["pairs_LEE"].shape[-1] + ids_TK
+            cells_TK = slots_T.unsqueeze(1) * state["pairs_LEE"].shape[-1] + kept_TK
             ones = torch.ones((), dtype=torch.int32, device=self.device).expand(cells_TK.numel())
+            ones = ones if none_TK is None else (~none_TK).int().reshape(-1)
             state["ids_LME"][layer].index_add_(0, cells_TK.reshape(-1), ones)
-            examples.append(self._largest_keys(keys_T, ids_TK))
+            examples.append(self._largest_keys(keys_T, kept_TK))
             if other:
-                state["shared_DL"][domain, layer] += overlap(ids_TK, other[layer].ids_TK).sum()
+                state["shared_DL"][domain, layer] += overlap(shown_TK, other[layer].ids_TK).sum()
                 state["other_LE"][layer, :experts] += count_choices(other[layer].ids_TK.long(), experts)[0]
-            self._keep_passages(domain, first, layer, batch, probs_TE, ids_TK)
+            self._keep_passages(domain, first, layer, batch, probs_TE, shown_TK)
         entropy_L = torch.stack(entropies).double()
         self._check(entropy_L)
         state["entropy_DL"][domain] += entropy_L
@@ -197,7 +203,8 @@ class Accumulator:
         rows = min(PASSAGES - first, batch)
         if rows <= 0:
             return
-        order_TK = probs_TE.gather(-1, ids_TK).argsort(dim=-1, descending=True, stable=True)
+        score_TK = probs_TE.gather(-1, ids_TK.clamp(min=0)).masked_fill(ids_TK < 0, -1.0)
+        order_TK = score_TK.argsort(dim=-1, descending=True, stable=True)
         ids_BSK = ids_TK.gather(-1, order_TK).view(batch, -1, ids_TK.shape[-1])
         start = domain * PASSAGES + first
         passages[start : start + rows, :, layer, : ids_TK.shape[-1]] = ids_BSK[:rows, : passages.shape[1]].short()

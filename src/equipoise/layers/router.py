@@ -16,7 +16,7 @@ from ..autograd.router_state import RouterState
 from ..autograd.routing_calls import RecordedCalls, ReplayedCalls
 from ..autograd.token_classes import check_class_masks, class_masks
 from ..autograd.token_layout import TokenLayout
-from ..errors import InputError
+from ..errors import InputError, StateError
 from ..functional.class_bias import token_biases
 from ..functional.quantile import Selection
 from ..functional.routing import (
@@ -29,11 +29,13 @@ from ..functional.routing import (
     weigh,
     without_autocast,
 )
+from ..functional.routing_mask import check_visible, drop_hidden, hide, sees_too_few
 from ..kernels import RouterForm, gate_fits, gate_logits
 from .fused_router import fused_route, fuses
 
 __all__ = ["Router", "bias_name"]
 
+MASK_NAME = "visible_experts"
 BIAS_NAME = re.compile(rf"expert_bias(?:_({'|'.join(PLACES[1:])}))?(?:_of_([^.]+))?")
 
 
@@ -68,6 +70,10 @@ class Router(nn.Module):
     tokens of that class alone (see ``functional.class_bias``). A router with such a bias asks with each call which
     tokens these are, in evaluation and generation too, and chooses in plain PyTorch.
 
+    ``enable_mask`` keeps a mask by token id, ``visible_experts`` (V, E), in checkpoints too: which experts the tokens of
+    each id may choose (MaskMoE, see ``mask_routers``). Such a router asks with each call for the ids, and chooses in
+    plain PyTorch. A token whose id sees fewer than K experts has choices with the id E: no expert, and no load.
+
     ``balance_state`` is None until a ``Balancer`` attaches one, ``routing_calls`` outside of ``record_routing`` and
     ``replay_routing``.
 
@@ -80,6 +86,7 @@ class Router(nn.Module):
     """
 
     expert_bias: Tensor | None
+    visible_experts: Tensor | None
     bias_place = PLACES[0]
     bias_classes: tuple[str, ...] = ()  # in the order of their names: the sum of their biases depends on it
 
@@ -105,6 +112,7 @@ class Router(nn.Module):
         self.balance_state: RouterState | None = None
         self.routing_calls: RecordedCalls | ReplayedCalls | None = None
         self.register_buffer("expert_bias", None)
+        self.register_buffer(MASK_NAME, None)
         if selection_bias:
             self.enable_selection_bias()
         self.reset_parameters()
@@ -169,6 +177,37 @@ class Router(nn.Module):
         for name in self.bias_classes:
             self.register_buffer(bias_name(place, name), of_classes[name])
 
+    def enable_mask(self, visible_VE: Tensor) -> None:
+        """From now on a token chooses from the experts alone that its id sees, (V, E) bool: see ``draw_visible``.
+
+        Raises InputError for a mask that does not fit, StateError while the router has a balancer, which is told once
+        what may be chosen.
+        """
+        if self.balance_state is not None:
+            raise StateError(
+                expected="a mask before the Balancer, which is told once what its routers may choose",
+                got=f"router {self.balance_state.name!r} with a balancer",
+                do="call balancer.remove(), then enable_mask, and make the Balancer again",
+            )
+        check_visible(visible_VE, self.num_experts)
+        at = visible_VE.device if self.weight.is_meta else self.weight.device
+        self.visible_experts, self.drops = visible_VE.to(at, copy=True), sees_too_few(visible_VE, self.top_k)
+
+    def disable_mask(self) -> None:
+        """Every token chooses from all experts."""
+        self.visible_experts, self.drops = None, False
+
+    def _hidden(self, logits_TE: Tensor, batch: TokenLayout) -> Tensor:
+        """-inf for the experts that a token's id does not see; InputError where nobody said the ids."""
+        assert self.visible_experts is not None
+        if batch.token_ids_T is None:
+            raise InputError(
+                expected="the ids of the tokens, for a router with a mask by token id",
+                got=f"{len(logits_TE)} tokens without ids",
+                do="say them beside the mask: MoE(...)(x, token_ids_BS=ids), router(x, TokenLayout(B, token_ids_T=ids))",
+            )
+        return hide(logits_TE, self.visible_experts, batch.token_ids_T)
+
     def _selection_bias(self, batch: TokenLayout, tokens: int) -> Tensor | None:
         """(E,), or (T, E) where a class has its own; InputError where nobody said which tokens are of it."""
         if not self.bias_classes:
@@ -179,8 +218,8 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, batch: TokenLayout | None = None) -> Routing:
         """Routes T tokens; ``batch`` says how they lie in sequences (default: one sequence, no padding).
 
-        Raises InputError for a wrong width, a mask of the wrong length or kind, NaN logits, or a class of tokens that
-        has a bias of its own and is not in ``batch.classes``.
+        Raises InputError for a wrong width, a mask of the wrong length or kind, NaN logits, a class of tokens that has a
+        bias of its own and is not in ``batch.classes``, or ids that a mask asks for and ``batch`` does not say.
         """
         batch = self._checked(x_TD, batch or TokenLayout())
         selection_bias = self._selection_bias(batch, len(x_TD))
@@ -191,13 +230,15 @@ class Router(nn.Module):
                 wide = torch.promote_types(x_TD.dtype, torch.float32)
                 raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         state = self.balance_state
-        plain = self.routing_calls is not None or bool(self.bias_classes)
+        plain = self.routing_calls is not None or bool(self.bias_classes) or self.visible_experts is not None
         if not plain and fuses(raw_TE, self.top_k, self.num_groups, state, batch):
             form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
             biased = self.expert_bias, self.bias_place
             return fused_route(raw_TE, form, *biased, state, batch, training=self.training)
         if state is None or state.raises_immediately:
             check_logits(raw_TE, name="" if state is None else state.name)
+        if self.visible_experts is not None:
+            raw_TE = self._hidden(raw_TE, batch)
         logits_TE = raw_TE if state is None else record_logit_grad(state, raw_TE, training=self.training)
         weights_TK, ids_TK, probs_TE = choose(
             logits_TE,
@@ -209,7 +250,10 @@ class Router(nn.Module):
             top_groups=self.top_groups,
             normalize=self.normalize,
             scale=self.scale,
+            masked=self.visible_experts is not None,
         )
+        if self.visible_experts is not None and self.drops:
+            ids_TK = drop_hidden(ids_TK, raw_TE)
         replayed_T2 = None
         if self.routing_calls is not None:
             ids_TK, replayed_T2 = self.routing_calls.dispatch(ids_TK, raw_TE)
@@ -226,7 +270,13 @@ class Router(nn.Module):
                 batch,
                 training=self.training,
                 probs_TE=probs_TE,
-                selection=Selection(selection_bias, self.bias_place, self.num_groups, self.top_groups),
+                selection=Selection(
+                    selection_bias,
+                    self.bias_place,
+                    self.num_groups,
+                    self.top_groups,
+                    masked=self.visible_experts is not None,
+                ),
                 replayed_T2=replayed_T2,
             )
         return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))
@@ -263,6 +313,7 @@ class Router(nn.Module):
             None if mask_T is None else mask_T.to(x_TD.device, torch.bool),
             None if document_T is None else document_T.to(x_TD.device, torch.long),
             classes=classes,
+            token_ids_T=batch.token_ids_T,
         )
 
     expert_bias_multiply, expert_bias_logits = _named_after("multiply"), _named_after("logits")
@@ -295,15 +346,31 @@ class Router(nn.Module):
                 continue
             self.enable_selection_bias(place, tokens)
             state_dict[f"{prefix}expert_bias" if tokens is None else key] = bias_E
+        self._load_mask(state_dict, prefix, error_msgs)
         names = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *names)
         for name, bias_E in self._biases().items():
             setattr(self, name, bias_E.float())
 
+    def _load_mask(self, state_dict: dict, prefix: str, error_msgs: list[str]) -> None:
+        """Takes the mask in the file, also where the router has none, or one of another vocabulary."""
+        visible_VE, own_VE = state_dict.get(prefix + MASK_NAME), self.visible_experts
+        if visible_VE is None or (own_VE is not None and own_VE.equal(visible_VE.to(own_VE.device))):
+            return
+        try:
+            self.enable_mask(visible_VE)
+        except (InputError, StateError) as error:
+            error_msgs.append(f"{prefix}{MASK_NAME}: {error}")
+            del state_dict[prefix + MASK_NAME]
+
     def _apply(self, fn, recurse: bool = True):
-        """Casts and moves like any module, but biases stay fp32 (B34, B38, B39) and are zero when they leave meta."""
-        before = self._biases()
+        """Casts and moves like any module, but biases stay fp32 (B34, B38, B39) and are zero when they leave meta, and
+        a mask stays what it is."""
+        before, visible_VE = self._biases(), self.visible_experts
         super()._apply(fn, recurse)
+        if visible_VE is not None:  # nothing draws it again: not where to_empty leaves garbage, and not from meta
+            now_VE = self.visible_experts
+            self.visible_experts = visible_VE if now_VE.is_meta else visible_VE.to(now_VE.device)
         for name, after in self._biases().items():
             if before[name].is_meta and not after.is_meta:
                 setattr(self, name, torch.zeros_like(after, dtype=torch.float32))  # to_empty leaves garbage
