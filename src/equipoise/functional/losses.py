@@ -19,6 +19,8 @@ __all__ = ["balance_loss", "load_fractions", "segment_counts", "sequence_segment
 def load_fractions(counts_E: Tensor) -> Tensor:
     """f = counts / (K T), (..., E): sums to 1; all zero where nothing was counted, so an empty batch pushes nothing.
 
+    K T is the sum of the counts: where some tokens use fewer than K experts, f is still the share of the work.
+
     >>> load_fractions(torch.tensor([3, 1, 0, 0]))
     tensor([0.7500, 0.2500, 0.0000, 0.0000], dtype=torch.float64)
     """
@@ -40,7 +42,7 @@ def sequence_segments(
 def segment_counts(
     expert_ids_TK: Tensor, num_experts: int, segment_T: Tensor, token_mask_T: Tensor | None = None
 ) -> Tensor:
-    """Counts of each segment, (S, E) int64, S = highest segment + 1. Masked tokens (False) are not counted.
+    """Counts of each segment, (S, E) int64, S = highest segment + 1; as `count_choices` otherwise.
 
     >>> segment_counts(torch.tensor([[0], [1], [1]]), 2, torch.tensor([0, 1, 1]))
     tensor([[1, 0],
@@ -48,10 +50,11 @@ def segment_counts(
     """
     num_segments = int(segment_T.max()) + 1 if segment_T.numel() else 1
     one_T = torch.ones_like(segment_T) if token_mask_T is None else token_mask_T.bool()
-    flat_TK = segment_T.unsqueeze(1) * num_experts + expert_ids_TK
-    counts = torch.zeros(num_segments * num_experts, dtype=torch.int64, device=expert_ids_TK.device)
+    bins = num_experts + 1
+    flat_TK = segment_T.unsqueeze(1) * bins + expert_ids_TK
+    counts = torch.zeros(num_segments * bins, dtype=torch.int64, device=expert_ids_TK.device)
     ones_TK = one_T.long().unsqueeze(1).expand_as(expert_ids_TK)
-    return counts.scatter_add_(0, flat_TK.reshape(-1), ones_TK.reshape(-1)).view(num_segments, num_experts)
+    return counts.scatter_add_(0, flat_TK.reshape(-1), ones_TK.reshape(-1)).view(num_segments, bins)[:, :num_experts]
 
 
 def balance_loss(

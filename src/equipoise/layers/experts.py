@@ -53,15 +53,18 @@ class Experts(nn.Module):
             if self.shard is not None:
                 weight.data.copy_(whole[self.shard.mine])
 
-    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, *, drops: bool = False) -> Tensor:
         """(T, D) in, (T, D) out in the compute dtype.
 
         Args:
-            expert_ids_TK: int64 in 0..E-1; an expert may have no token, a token the same expert twice.
+            expert_ids_TK: int64 in 0..E-1; an expert may have no token, a token the same expert twice. E is no expert,
+                for tokens that use fewer than K: such a choice computes nothing and its weight gets no gradient.
             weights_TK: what each expert's output is multiplied by, any float dtype.
+            drops: whether an id may be E. A CPU sees that for itself; a GPU is not made to wait for it, and without the
+                kernels has to be told.
 
         Raises:
-            InputError: shapes that do not fit, or (on CPU) an id outside 0..E-1.
+            InputError: shapes that do not fit, or (on CPU) an id outside 0..E.
             StateError: after `shard_experts`, a rank that is gone.
         """
         if x_TD.dim() != 2 or x_TD.shape[1] != self.dim or not expert_ids_TK.shape == weights_TK.shape == (
@@ -75,11 +78,14 @@ class Experts(nn.Module):
         device = x_TD.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return self.forward(x_TD.to(torch.get_autocast_dtype(device)), expert_ids_TK, weights_TK)
+                narrow_TD = x_TD.to(torch.get_autocast_dtype(device))
+                return self.forward(narrow_TD, expert_ids_TK, weights_TK, drops=drops)
         gate_up_EFD, down_EDH = self.gate_up_proj.to(x_TD.dtype), self.down_proj.to(x_TD.dtype)
         compute = padded_experts if device in ("cpu", "meta") and not experts_fit(x_TD) else grouped_experts
         if self.shard is not None:
             return self.shard(compute, x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)
+        if drops and compute is grouped_experts:
+            return grouped_experts(x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK, drops=True)
         return compute(x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)
 
     def extra_repr(self) -> str:
@@ -88,12 +94,19 @@ class Experts(nn.Module):
 
 
 def grouped_experts(
-    x_TD: Tensor, gate_up_EFD: Tensor, down_EDH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
+    x_TD: Tensor,
+    gate_up_EFD: Tensor,
+    down_EDH: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    *,
+    drops: bool = False,
 ) -> Tensor:
     """The same function as `padded_experts` by ``F.grouped_mm``: the way off the CPU.
 
     Where the kernels run (`equipoise.kernels`) all that lies between the products is fused; elsewhere it is PyTorch's.
     PyTorch 2.9 has no ``F.grouped_mm``: there it is a matrix product per expert and waits for the GPU.
+    ``drops``: an id may be E, which is no expert. The kernels see that for themselves, as `padded_experts` does.
 
     Raises ConfigError for rows that are not whole multiples of 16 bytes, which the grouped kernels demand: in every
     version of PyTorch, so that a model which trains in one trains in all.
@@ -115,10 +128,18 @@ def grouped_experts(
         return fused_experts(x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)
     order = sort_by_expert(expert_ids_TK, len(gate_up_EFD))
     ends = order.offsets[1:].int()
-    hidden = grouped_mm(permute(x_TD, order), gate_up_EFD.mT, ends)
+    none_N1 = None
+    if drops:  # in rows behind the last end, grouped products and their gradients leave what the memory held
+        none_N1 = (torch.arange(len(order.order_N), device=ends.device) >= ends[-1]).unsqueeze(1)
+    hidden = grouped_mm(_zero(permute(x_TD, order), none_N1), gate_up_EFD.mT, ends)
     gate, up = hidden.chunk(2, dim=-1)
-    weights_N1 = weights_TK.flatten()[order.order_N].to(x_TD.dtype).unsqueeze(1)
-    return unpermute(grouped_mm(F.silu(gate) * up * weights_N1, down_EDH.mT, ends), order)
+    weights_N1 = _zero(weights_TK.flatten()[order.order_N].to(x_TD.dtype).unsqueeze(1), none_N1)
+    return unpermute(_zero(grouped_mm(F.silu(gate) * up * weights_N1, down_EDH.mT, ends), none_N1), order)
+
+
+def _zero(rows: Tensor, none_N1: Tensor | None) -> Tensor:
+    """Without these rows, and without their gradient."""
+    return rows if none_N1 is None else rows.masked_fill(none_N1, 0)
 
 
 def shard_experts(model: nn.Module, group: Group) -> list[Experts]:

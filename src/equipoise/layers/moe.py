@@ -142,7 +142,7 @@ class MoE(nn.Module):
         if token_ids_BS is not None:
             batch = batch._replace(token_ids_T=token_ids_BS.reshape(-1))
         routing = self.gate(x_TD, batch)
-        y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK)
+        y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK, drops=self.gate.drops)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
         return y_TD.view_as(x_BSD)

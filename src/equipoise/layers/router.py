@@ -87,6 +87,7 @@ class Router(nn.Module):
 
     expert_bias: Tensor | None
     visible_experts: Tensor | None
+    drops = False  # whether some of its choices may be none: an id of E, for tokens that use fewer than K experts
     bias_place = PLACES[0]
     bias_classes: tuple[str, ...] = ()  # in the order of their names: the sum of their biases depends on it
 
@@ -129,7 +130,11 @@ class Router(nn.Module):
     @property
     def traits(self) -> RouterTraits:
         return RouterTraits(
-            self.normalize, self.scale, bias_place=self.bias_place, bias_places=PLACES, selects=True, class_biases=True
+            *(self.normalize, self.scale, int(self.drops)),
+            bias_place=self.bias_place,
+            bias_places=PLACES,
+            selects=True,
+            class_biases=True,
         )
 
     @property
@@ -230,7 +235,8 @@ class Router(nn.Module):
                 wide = torch.promote_types(x_TD.dtype, torch.float32)
                 raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         state = self.balance_state
-        plain = self.routing_calls is not None or bool(self.bias_classes) or self.visible_experts is not None
+        masked = self.visible_experts is not None
+        plain = self.routing_calls is not None or bool(self.bias_classes) or self.drops or masked
         if not plain and fuses(raw_TE, self.top_k, self.num_groups, state, batch):
             form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
             biased = self.expert_bias, self.bias_place
@@ -258,7 +264,8 @@ class Router(nn.Module):
         if self.routing_calls is not None:
             ids_TK, replayed_T2 = self.routing_calls.dispatch(ids_TK, raw_TE)
         if replayed_T2 is not None:
-            weights_TK, probs_TE = weigh(logits_TE, ids_TK, gate=self.gate, normalize=self.normalize, scale=self.scale)
+            form = {"gate": self.gate, "normalize": self.normalize, "scale": self.scale, "drops": self.drops}
+            weights_TK, probs_TE = weigh(logits_TE, ids_TK, **form)
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         if state is not None:
             weights_TK = attach_balance_gradient(
