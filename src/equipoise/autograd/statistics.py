@@ -16,6 +16,7 @@ from ..functional.load_view import seen_load
 from ..functional.losses import load_fractions
 from ..functional.quantile import Selection, choice_offsets, count_offsets, exact_quantile
 from ..functional.routing import count_choices, gate_probs, gate_slope, without_autocast
+from ..functional.routing_mask import drop_hidden
 from ..functional.updates import RULES
 from .router_state import ShardCounts
 from .spec import SCALARS, LossTerm, StatsSpec
@@ -68,6 +69,8 @@ def measure(
     counts_BE, unbiased_TK, unbiased_BE = counts_BE.double(), ids_TK, None
     if spec.unbiased:
         unbiased_TK = logits_TE.topk(ids_TK.shape[1], dim=-1).indices  # K of this call: it may change while one trains
+        if spec.idle_experts:  # a token may see fewer than K experts
+            unbiased_TK = drop_hidden(unbiased_TK, logits_TE)
         unbiased_BE = count_choices(unbiased_TK, num_experts, batch.token_mask_T, num_sequences).double()
 
     of_class = class_statistics(spec, ids_TK, valid_TE, batch, num_sequences) if spec.classes else {}

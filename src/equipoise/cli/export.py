@@ -22,9 +22,9 @@ A run with a softmax gate becomes Qwen3MoeForCausalLM. One with a sigmoid gate (
 Dots1ForCausalLM: DeepSeek-V3's router, trained bias in fp32, with the attention that the lab uses. A run that began
 with --model stays of that model's class. Logits are equal to 1e-5. The folder appears whole or not at all.
 
-A run whose routers have masks by token id (model.mask_rare, rare= in a strategy) is refused without --masks: transformers
-alone would choose other experts. With it, equipoise.mask_routers(model, equipoise.load_masks("my-model")) on the loaded
-model chooses as the run did.
+A run whose routers have masks by token id (model.mask_rare, rare= in a strategy) is refused without --masks, because
+transformers alone would choose other experts. With it the loaded model chooses as the run did after
+equipoise.mask_routers(model, equipoise.load_masks("my-model")).
 """
 
 

@@ -12,7 +12,6 @@ from ..report.data.formatting import number
 from ..report.text.table import table, wrap
 from .claim import Contrast
 from .law import cells_of, fit_laws, law_words
-from .run_summary import MEASURES
 from .verdict import ClaimVerdict, Judged
 
 __all__ = ["criterion", "interval", "pairs", "render_again", "render_list", "render_verdict", "signed_of"]

@@ -68,6 +68,7 @@ class ExternalRouter:
         self.idle = spec.idle + spec.may_drop
         self.own_bias: Tensor | None = None
         self.mask: RouterMask | None = None  # by token id; it stays with the model, as a bias of ours does
+        self.drops = False  # with that mask some choices are none: an id of E
         self._bias_place = PLACES[0]  # of a bias of ours
         self._correction_bias, self._call = correction_bias, call
         self._balance_state: RouterState | None = None
@@ -145,7 +146,7 @@ class ExternalRouter:
 
     def _keep_hook(self) -> None:
         """A hook as long as there is something to do; a bias of ours and a mask stay with the model."""
-        wanted = self._balance_state is not None or self._routing_calls is not None or self.mask is not None
+        wanted = any(one is not None for one in (self._balance_state, self._routing_calls, self.mask))
         if wanted and self._hook is None:
             self._hook = self.module.register_forward_hook(self._hooked, with_kwargs=True)
         elif not wanted and self._hook is not None and self.own_bias is None:
@@ -158,7 +159,7 @@ class ExternalRouter:
         return self.own_bias is not None or self.mask is not None
 
     def set_mask(self, mask: RouterMask | None) -> None:
-        """Lets each token choose from the experts alone that its id sees; None: from all. Not while it has a balancer.
+        """Lets a token choose among what its id sees alone; None: among all. Not while there is a balancer.
 
         Raises ConfigError where its choice cannot be repeated.
         """
@@ -166,7 +167,8 @@ class ExternalRouter:
             self._check_choice("a router whose choices could be made again with a mask", "leave this model without one")
             self._call = None
         self.mask = mask
-        self.idle = self.spec.idle + (self.spec.may_drop or (mask is not None and mask.drops))
+        self.drops = mask is not None and mask.drops
+        self.idle = self.spec.idle + (self.spec.may_drop or self.drops)
         self._keep_hook()
 
     @property
@@ -204,8 +206,8 @@ class ExternalRouter:
 
     def _check_choice(self, expected: str, do: str) -> None:
         """Raises ConfigError where its choice cannot be made again here."""
-        bias_E = None if self._correction_bias is None else self._correction_bias.view()
-        check_choice(self.module, self._call, self.spec, bias_E, self._groups, (expected, do))
+        own = None if self._correction_bias is None else self._correction_bias.view()
+        check_choice(self.module, self._call, self.spec, own, self._groups, (expected, do))
 
     def _choose_again(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """(weights, ids) with a bias of ours, or with a mask; an id of E is no expert."""
@@ -224,7 +226,7 @@ class ExternalRouter:
             scale=self.spec.scale,
             masked=True,
         )
-        if self.mask is not None and self.mask.drops:
+        if self.drops:
             ids_TK = drop_hidden(ids_TK, logits_TE)
         return weights_TK, ids_TK
 
@@ -249,8 +251,10 @@ class ExternalRouter:
         if self._routing_calls is not None:
             ids_TK, replayed_T2 = self._routing_calls.dispatch(choice_TK, logits_TE)
         if replayed_T2 is not None:
-            self._check_replays(RouterOutput(logits_TE, weights_TK, choice_TK))
-            made_TK, _ = weigh(logits_TE, ids_TK, gate=self.gate, normalize=self.spec.normalize, scale=self.spec.scale)
+            if self.mask is None:
+                self._check_replays(RouterOutput(logits_TE, weights_TK, choice_TK))
+            form = {"gate": self.gate, "normalize": self.spec.normalize, "scale": self.spec.scale, "drops": self.drops}
+            made_TK, _ = weigh(logits_TE, ids_TK, **form)
             as_chosen_T1 = (ids_TK == choice_TK).all(dim=-1, keepdim=True)  # there its own weights, to the last bit
             weights_TK = torch.where(as_chosen_T1, weights_TK, made_TK.to(weights_TK.dtype))
         if self._balance_state is not None and self._balance_state.measures(training=module.training):
@@ -259,11 +263,9 @@ class ExternalRouter:
             )
         if weights_TK is parsed.parts.weights_TK:  # nothing changed
             return None
-        if not self._chooses and replayed_T2 is None:
-            return parsed.replace(weights_TK, None)
-        if self.mask is not None and self.mask.drops:  # no block knows an id of E
+        if self.drops:  # no block knows an id of E
             ids_TK = torch.where(ids_TK == self.num_experts, ids_TK[:, :1], ids_TK)
-        return parsed.replace(weights_TK, ids_TK)
+        return parsed.replace(weights_TK, ids_TK if self._chooses or replayed_T2 is not None else None)
 
     def _check_replays(self, live: RouterOutput) -> None:
         """Once, in eager mode. Raises ConfigError where weights for other experts cannot be made of its logits."""

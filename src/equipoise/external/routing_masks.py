@@ -37,8 +37,8 @@ def mask_routers(
 ) -> list[str]:
     """Lets every router of a model choose, for each token, from the experts alone that the token's id sees.
 
-    p = softmax(W h + m_v) with m_v = -inf for the others; the top K inside (MaskMoE, arXiv 2407.09816). A token whose id
-    sees fewer than K experts uses these alone: the other choices have weight 0 and are no load. From now on, in
+    p = softmax(W h + m_v) with m_v = -inf for the others; the top K inside (MaskMoE, arXiv 2407.09816). A token whose
+    id sees fewer than K experts uses these alone: the other choices have weight 0 and are no load. From now on, in
     training, evaluation and generation, the model needs token ids: ours as ``MoE(...)(x, token_ids_BS=ids)``, one of
     transformers as ``input_ids``, which hooks read from its calls.
 
@@ -256,10 +256,11 @@ def _check_fewer(model: nn.Module, example: Mapping[str, Any] | None, routers: M
         run({router.module: partial(hook, router.spec.swapped, again) for router in routers.values()})
         for again in (False, True)
     )
-    if not all(torch.allclose(a, b, rtol=CLOSE, atol=CLOSE * float(a.abs().amax())) for a, b in zip(kept, same)):
+    pairs = zip(kept, same, strict=True)
+    if not all(torch.allclose(a, b, rtol=CLOSE, atol=CLOSE * float(a.abs().amax())) for a, b in pairs):
         name, router = next(iter(routers.items()))
         raise ConfigError(
-            expected=f"experts that take a token twice, once with weight 0, for ids that see fewer than K={router.top_k}",
+            expected=f"experts that take a token twice, once with weight 0: an id may see fewer than K={router.top_k}",
             got=f"the block around {type(router.module).__name__} ({name}), whose output is another then",
             do=f"let every id see {router.top_k} experts or more",
         )

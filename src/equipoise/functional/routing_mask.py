@@ -142,8 +142,8 @@ def sees_too_few(visible_VE: Tensor, top_k: int) -> bool:
 def hide(logits_TE: Tensor, visible_VE: Tensor, token_ids_T: Tensor) -> Tensor:
     """The logits with -inf at the experts that a token's id does not see; no gradient comes back from there.
 
-    Raises InputError for ids that are not one integer a token, and for one outside of the mask's vocabulary (on a CPU; a
-    GPU stops by itself).
+    Raises InputError for ids that are not one integer a token, and for one outside of the mask's vocabulary (on a CPU;
+    a GPU stops by itself).
 
     >>> hide(torch.tensor([[1.0, 2.0]]), torch.tensor([[True, True], [True, False]]), torch.tensor([1]))
     tensor([[1., -inf]])

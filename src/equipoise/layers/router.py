@@ -70,9 +70,9 @@ class Router(nn.Module):
     tokens of that class alone (see ``functional.class_bias``). A router with such a bias asks with each call which
     tokens these are, in evaluation and generation too, and chooses in plain PyTorch.
 
-    ``enable_mask`` keeps a mask by token id, ``visible_experts`` (V, E), in checkpoints too: which experts the tokens of
-    each id may choose (MaskMoE, see ``mask_routers``). Such a router asks with each call for the ids, and chooses in
-    plain PyTorch. A token whose id sees fewer than K experts has choices with the id E: no expert, and no load.
+    ``enable_mask`` adds a mask by token id, ``visible_experts`` (V, E), persistent in checkpoints: which experts the
+    tokens of each id may choose (MaskMoE, see ``mask_routers``). Such a router asks with each call for the ids, and
+    chooses in plain PyTorch. A token that sees fewer than K experts has choices with the id E: no expert, no load.
 
     ``balance_state`` is None until a ``Balancer`` attaches one, ``routing_calls`` outside of ``record_routing`` and
     ``replay_routing``.
@@ -209,7 +209,7 @@ class Router(nn.Module):
             raise InputError(
                 expected="the ids of the tokens, for a router with a mask by token id",
                 got=f"{len(logits_TE)} tokens without ids",
-                do="say them beside the mask: MoE(...)(x, token_ids_BS=ids), router(x, TokenLayout(B, token_ids_T=ids))",
+                do="say them with each call: MoE(...)(x, token_ids_BS=ids), router(x, TokenLayout(B, token_ids_T=ids))",
             )
         return hide(logits_TE, self.visible_experts, batch.token_ids_T)
 
@@ -223,8 +223,8 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor, batch: TokenLayout | None = None) -> Routing:
         """Routes T tokens; ``batch`` says how they lie in sequences (default: one sequence, no padding).
 
-        Raises InputError for a wrong width, a mask of the wrong length or kind, NaN logits, a class of tokens that has a
-        bias of its own and is not in ``batch.classes``, or ids that a mask asks for and ``batch`` does not say.
+        Raises InputError for a wrong width, a mask of the wrong length or kind, NaN logits, a class of tokens that has
+        a bias of its own and is not in ``batch.classes``, or ids that a mask asks for and ``batch`` does not say.
         """
         batch = self._checked(x_TD, batch or TokenLayout())
         selection_bias = self._selection_bias(batch, len(x_TD))
@@ -243,7 +243,7 @@ class Router(nn.Module):
             return fused_route(raw_TE, form, *biased, state, batch, training=self.training)
         if state is None or state.raises_immediately:
             check_logits(raw_TE, name="" if state is None else state.name)
-        if self.visible_experts is not None:
+        if masked:
             raw_TE = self._hidden(raw_TE, batch)
         logits_TE = raw_TE if state is None else record_logit_grad(state, raw_TE, training=self.training)
         weights_TK, ids_TK, probs_TE = choose(
@@ -256,9 +256,9 @@ class Router(nn.Module):
             top_groups=self.top_groups,
             normalize=self.normalize,
             scale=self.scale,
-            masked=self.visible_experts is not None,
+            masked=masked,
         )
-        if self.visible_experts is not None and self.drops:
+        if masked and self.drops:
             ids_TK = drop_hidden(ids_TK, raw_TE)
         replayed_T2 = None
         if self.routing_calls is not None:
@@ -277,13 +277,7 @@ class Router(nn.Module):
                 batch,
                 training=self.training,
                 probs_TE=probs_TE,
-                selection=Selection(
-                    selection_bias,
-                    self.bias_place,
-                    self.num_groups,
-                    self.top_groups,
-                    masked=self.visible_experts is not None,
-                ),
+                selection=Selection(selection_bias, self.bias_place, self.num_groups, self.top_groups, masked),
                 replayed_T2=replayed_T2,
             )
         return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))

@@ -18,6 +18,7 @@ COEF = 5.0  # so large that a wrong balance gradient cannot hide in the language
 MODELS = {  # (E, K, gate) of the layers in their order; a name that comes twice is a layer that is called twice
     "different": ([(4, 2), (6, 2)], [0, 1], "sigmoid"),
     "twice": ([(6, 2), (4, 2)], [0, 1, 1], "softmax"),
+    "masked": ([(6, 2), (4, 2)], [0, 1], "softmax"),  # by token id: some tokens have one choice
 }
 
 

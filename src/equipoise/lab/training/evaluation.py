@@ -167,7 +167,7 @@ def _equal(labels_N: Tensor, num_domains: int) -> Tensor:
 
 
 def _class_sums(loss_BS: Tensor, classes_BS1: Tensor) -> Tensor:
-    """(B, 2, C) nats of each sequence, by the class of the input and by that of the target; ``classes_BS1`` (B, S + 1)."""
+    """(B, 2, C) nats of each sequence by the class of the input and of the target; ``classes_BS1`` (B, S + 1)."""
     sums_B2C = loss_BS.new_zeros(len(loss_BS), 2, FREQUENCY_CLASSES)
     classes_B2S = torch.stack([classes_BS1[:, :-1], classes_BS1[:, 1:]], dim=1)
     return sums_B2C.scatter_add_(2, classes_B2S, loss_BS.unsqueeze(1).expand_as(classes_B2S))
