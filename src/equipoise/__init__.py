@@ -12,6 +12,7 @@ from .errors import ConfigError, DataError, EquipoiseError, InputError, OutputEr
 from .external.adaptive_top_k import apply_adaptive_top_k
 from .external.carrier import RouterCarrier
 from .external.registry import register_router
+from .external.routing_masks import load_masks, mask_routers, routing_masks, save_masks, unmask_routers
 from .functional.convert import convert_coef
 from .functional.routing import Routing
 from .layers import ExpertChoiceMoE, Experts, MoE, Router, TokenPools, clip_grad_norm_, shard_experts
@@ -49,10 +50,15 @@ __all__ = [
     "apply_adaptive_top_k",
     "clip_grad_norm_",
     "convert_coef",
+    "load_masks",
+    "mask_routers",
     "record_routing",
     "register_router",
     "replay_routing",
+    "routing_masks",
+    "save_masks",
     "shard_experts",
+    "unmask_routers",
 ]
 
 

@@ -29,6 +29,7 @@ from .experiment import LOSS, Outcome, Trial, experiment_of
 __all__ = [
     "MEASURES",
     "RunSummary",
+    "lacks",
     "measures_of",
     "predicted_step_cost",
     "read_summaries",
@@ -44,7 +45,13 @@ APART = {"train.seed", "train.eval_every", "train.checkpoint_every", "train.load
          "train.tensorboard"}  # fmt: skip
 # Settings that came after runs were recorded, with the value that leaves those runs as they were: a new setting must
 # not rename them.
-LATER: dict[str, Any] = {"model.expert_widths": "", "model.top_p": 0.0}
+LATER: dict[str, Any] = {
+    "model.expert_widths": "",
+    "model.top_p": 0.0,
+    "model.mask_rare": 0.0,
+    "model.mask_visible": 0,
+    "model.masks": None,
+}
 LATE_MEASURES = ("step_cost", "active_width", "experts_per_token")  # which older records have not
 RANKS = 4  # that share out the experts, for `predicted_step_cost`
 TRAIL = 20  # steps between two stored points of a training curve
@@ -81,11 +88,18 @@ class RunSummary:
     step_cost: float = math.nan  # `predicted_step_cost`
     active_width: float = math.nan  # hidden units that a token's experts have together, mean over tokens and layers
     experts_per_token: float = math.nan
+    loss_by_frequency: dict[str, list[float]] = field(default_factory=dict)  # as of `Evaluation`; or not yet measured
     numbers: dict[str, float] = field(default_factory=dict)  # of an experiment
 
     @property
     def mean_loss(self) -> float:
         return mean(self.loss.values()) if self.status == "finished" and self.loss else math.nan
+
+    def loss_of_tenth(self, tenth: int, side: str = "input") -> float:
+        """Nats per token where the token that is read ("input") or predicted ("target") is of a tenth of the training
+        text; 0 is the most frequent one, -1 the rarest."""
+        found = self.loss_by_frequency.get(side)
+        return found[tenth] if found else math.nan
 
 
 Measures = dict[str, tuple[str, Callable[[RunSummary], float]]]  # name -> (unit, how it is read)
@@ -93,6 +107,14 @@ Measures = dict[str, tuple[str, Callable[[RunSummary], float]]]  # name -> (unit
 # What a contrast of two strategies can ask for.
 MEASURES: Measures = {
     "loss": ("nats per token", lambda run: run.mean_loss),
+    "loss_rare": ("nats per token where one of the rarest tenth is read", lambda run: run.loss_of_tenth(-1)),
+    "loss_frequent": ("nats per token where one of the most frequent tenth is read", lambda run: run.loss_of_tenth(0)),
+    "loss_rare_target": (
+        "nats per token of the rarest tenth that is predicted", lambda run: run.loss_of_tenth(-1, "target")
+    ),
+    "loss_frequent_target": (
+        "nats per token of the most frequent tenth that is predicted", lambda run: run.loss_of_tenth(0, "target")
+    ),
     "maxvio": ("held-out text", lambda run: run.maxvio["global"]),
     "maxvio_micro_batch": ("held-out micro-batches", lambda run: run.maxvio["micro_batch"]),
     "maxvio_sequence": ("held-out sequences", lambda run: run.maxvio["sequence"]),
@@ -128,6 +150,12 @@ def measures_of(experiment: str) -> Measures:
 
     own: Measures = {name: (unit, read(name)) for name, unit in experiment_of(experiment).measures.items()}
     return {LOSS: MEASURES[LOSS]} | own
+
+
+def lacks(run: RunSummary, measure: str) -> bool:
+    """Whether a run was recorded before this measure was known, so that it has to be trained again to have it."""
+    by_frequency = measure.startswith("loss_") and not run.numbers
+    return by_frequency and run.status == "finished" and not run.loss_by_frequency
 
 
 def seed_of(config: RunConfig | Trial) -> int:
@@ -175,6 +203,7 @@ def summarize_run(run: Run, config: RunConfig) -> RunSummary:
             "dead_experts": sum(last.dead_experts),
             "active_width": _round(view.active_width),
             "experts_per_token": _round(view.experts_per_token),
+            "loss_by_frequency": {side: list(map(_round, each)) for side, each in last.loss_by_frequency.items()},
         }
         if not run.header.expert_widths and not config.model.top_p:  # a plan is made of equal experts and choices
             held_out["step_cost"] = _round(predicted_step_cost(last.counts, run.header.top_k))
@@ -272,6 +301,7 @@ def _plain_record(run: RunSummary) -> dict[str, Any]:
     plain = without_nan(asdict(run))
     if not run.numbers:
         plain.pop("numbers")
+        plain = {name: value for name, value in plain.items() if name != "loss_by_frequency" or value}
         return {name: value for name, value in plain.items() if not (value is None and name in LATE_MEASURES)}
     empty = without_nan(asdict(RunSummary(key="", seed=-1, corpus="", strategy="", status="")))
     return {name: value for name, value in plain.items() if value != empty[name]}

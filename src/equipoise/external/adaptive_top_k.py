@@ -106,7 +106,7 @@ def set_drop_thresholds(
     run tells whether its experts leave dropped choices out.
     """
     external = [router for router in routers.values() if isinstance(router, ExternalRouter)]
-    first = thresholds is not None and any(router.drops is None for router in external)
+    first = thresholds is not None and any(router.dropped is None for router in external)
     for name, router in routers.items():
         router.drop_below(None if thresholds is None else thresholds[name])
     if first:
@@ -122,7 +122,7 @@ def _why_not(router: Any) -> str:
 
 
 def _computed(router: Any) -> bool:
-    return isinstance(router, ExternalRouter) and router.drops is not None and router.drops.computed
+    return isinstance(router, ExternalRouter) and router.dropped is not None and router.dropped.computed
 
 
 def _matched(routers: Routers, saved: SavedTopK, path: Path) -> dict[str, SavedThreshold]:
@@ -182,7 +182,7 @@ def _let_experts_skip(model: nn.Module, routers: list[ExternalRouter], example: 
     """Lets the experts leave dropped choices out, where the model's outputs stay those of a weight of 0."""
     if (inputs := example_of(model, example)) is None:
         return
-    drops = [(router.drops, skipping_experts(_block_of(model, router.module))) for router in routers]
+    drops = [(router.dropped, skipping_experts(_block_of(model, router.module))) for router in routers]
     if not all(experts for _, experts in drops):
         return
     run = ExampleRun(model, inputs)

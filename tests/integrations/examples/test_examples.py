@@ -22,6 +22,7 @@ NEEDS = {
     "hf_trainer": ("accelerate", "transformers"),
     "lightning_trainer": ("lightning",),
     "expert_choice": ("sklearn",),
+    "masked_words": ("transformers",),
 }
 
 
@@ -82,6 +83,14 @@ def test_experts_that_choose_from_an_image_give_every_noise_level_the_same():
     experts = {scope: re.findall(r"layer \d: (\d\.\d\d)", text) for scope, text in said.items()}
     assert experts["sample"] == ["1.00"] * 6
     assert len(experts["global_batch"]) == 6 and len(set(experts["global_batch"])) > 1
+
+
+def test_masked_words_go_three_ways_and_are_generated():
+    said = run("masked_words", "--steps", "2")
+    ways = re.findall(r"(\w+): held-out loss after frequent words (\d\.\d+), others \d\.\d+, rare ones (\d\.\d+)", said)
+    assert [way for way, _, _ in ways] == ["free", "masked", "masked"]
+    assert len({loss for _, *both in ways for loss in both}) > 3, "the masks make a difference"
+    assert "written with a cache: " in said
 
 
 @pytest.mark.full

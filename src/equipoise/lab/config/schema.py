@@ -72,6 +72,8 @@ class ModelConfig:
     top_groups: int = 1
     normalize_weights: bool = True  # the K routing weights of a token sum to 1
     weight_scale: float = 1.0  # ... times this
+    mask_rare: float = 0.0  # ids that the last so large share of the training text is of see one expert (MaskMoE)
+    mask_visible: int = 0  # experts that all other ids see; 0 = all
     vocab_size: int = 2048
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
@@ -83,9 +85,15 @@ class ModelConfig:
     through: str = "auto"  # compute it as transformers does, or as the lab's own model where that is the same (auto)
     family: str = ""  # its model_type: set when the folder was read
     biases: str | None = None  # a file beside its weights with the initial expert biases: set when the folder was read
+    masks: str | None = None  # a file beside its weights with the masks of its routers: set when the folder was read
+
+    @property
+    def masked(self) -> bool:
+        """Whether routers get a mask that is made from the training text."""
+        return self.mask_rare > 0 or self.mask_visible > 0
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts", "top_p"))
+        _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts", "top_p", "mask_rare", "mask_visible"))
         expert_widths(self.expert_widths, self.experts, self.expert_hidden)
         _require(
             self.top_p <= 1,
@@ -144,6 +152,24 @@ class ModelConfig:
             "model.top_k experts inside the model.top_groups chosen groups",
             f"top_k = {self.top_k}, but {self.top_groups} groups hold {reachable} experts",
             "raise top_groups or lower top_k",
+        )
+        _require(
+            self.mask_rare <= 1,
+            "model.mask_rare, a share of the training text, of at most 1",
+            f"mask_rare = {self.mask_rare}",
+            "0.2 lets the ids see one expert that the last 20 % of the text are of, 1 all ids",
+        )
+        _require(
+            self.mask_visible <= self.experts,
+            "model.mask_visible <= model.experts",
+            f"mask_visible = {self.mask_visible}, experts = {self.experts}",
+            "lower it, or leave it out: then frequent ids see all experts",
+        )
+        _require(
+            self.folder is None or not self.masked,
+            "a model without model.mask_rare and model.mask_visible, where it is given with model.folder",
+            f"mask_rare = {self.mask_rare}, mask_visible = {self.mask_visible}",
+            "leave them out; equipoise.mask_routers masks a model of transformers in a training loop of your own",
         )
         _require(
             self.folder is not None or 257 <= self.vocab_size <= 65_536,

@@ -4,12 +4,16 @@ What a name means is in ``policies.names``. The coefficients and rates that the 
 steps and are not the library's defaults: ``global`` is ``AuxLoss("global_batch", coef=0.02, estimator="exact")``, where
 ``AuxLoss("global_batch")`` has coef 1e-2 and the estimator "filled". `describe_names` prints them all. A bias comes
 with a sigmoid gate; on a pretrained model the gate is fixed: see `strategy_of`.
+
+A detail ``rare=0.2`` anywhere in a name masks the model's routers by token id (MaskMoE), as ``model.mask_rare`` does:
+``global:rare=0.2`` stands beside ``global`` and ``global:rare=1`` (hash routing) in one comparison. ``visible=4`` is
+``model.mask_visible``.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import ConfigError, unknown_name
@@ -27,16 +31,21 @@ __all__ = ["NAMES", "NUMBERED", "Strategy", "describe_names", "parse_strategy", 
 # their constant rate of 1e-3 needs thousands of steps to arrive.
 SHORT_RUNS = Numbers(coef=0.02, estimator="exact", rate=1e-2, schedule="cosine")
 SOFTMAX_RATE = 0.1  # / E: of the proportional rule, on scores that are about 1/E
+MASK_DETAIL = re.compile(r":(rare|visible)=([^:@+\s]*?)(?=[:@+\s]|->|$)")
 LOSS_FREE = SHORT_RUNS.fill(NAMES["loss-free"][0])
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A name, the policies as plain data, and the gate that they need (None: any, then softmax)."""
+    """A name, the policies as plain data, and the gate that they need (None: any, then softmax).
+
+    ``mask``: settings of the model that mask its routers, by their names.
+    """
 
     name: str
     policies: tuple[dict[str, Any], ...]
     gate: str | None = None
+    mask: dict[str, Any] = field(default_factory=dict)
 
     @property
     def selection_bias(self) -> bool:
@@ -50,13 +59,13 @@ class Strategy:
         return found[0] if found else PLACES[0]
 
     def apply(self, model: ModelConfig) -> ModelConfig:
-        """The model with this strategy's gate and bias; a gate that the configuration names itself stays.
+        """The model with this strategy's gate, bias and mask; a gate that the configuration names itself stays.
 
         >>> parse_strategy("loss-free").apply(ModelConfig()).gate
         'sigmoid'
         """
         gate = (self.gate or "softmax") if model.gate == "auto" else model.gate
-        return replace(model, gate=gate, selection_bias=model.selection_bias or self.selection_bias)
+        return replace(model, gate=gate, selection_bias=model.selection_bias or self.selection_bias, **self.mask)
 
     def build(self, steps: int) -> list[Policy]:
         """The policies for a run of so many steps. Raises ConfigError for classes, and settings that no policy has."""
@@ -81,8 +90,28 @@ def parse_strategy(text: str) -> Strategy:
     >>> [policy["coef"] for policy in parse_strategy("global@0.01+micro").policies]
     [0.01, 0.0001]
     """
-    found = read_name(text, SHORT_RUNS, gates=GATES[1:])
-    return Strategy(text, found.policies, found.gate)
+    plain, mask = _without_mask(text)
+    found = read_name(plain, SHORT_RUNS, gates=GATES[1:])
+    return Strategy(text, found.policies, found.gate, mask)
+
+
+def _without_mask(text: str) -> tuple[str, dict[str, Any]]:
+    """The name without details of a mask, and the settings of the model that these are."""
+    mask: dict[str, Any] = {}
+    for word, value in MASK_DETAIL.findall(text):
+        kind = float if word == "rare" else int
+        try:
+            number = kind(value)
+        except ValueError:
+            number = -1
+        if not number > 0 or f"mask_{word}" in mask:
+            raise ConfigError(
+                expected="one rare=SHARE above 0 and one visible=EXPERTS of 1 or more in a strategy",
+                got=repr(text),
+                do="for example global:rare=0.2, global:rare=0.2:visible=4",
+            )
+        mask[f"mask_{word}"] = number
+    return MASK_DETAIL.sub("", text), mask
 
 
 def describe_names() -> str:
@@ -113,6 +142,8 @@ def strategy_of(config: RunConfig) -> Strategy:
     """
     if not config.policies:
         strategy = parse_strategy(config.strategy)
+        if strategy.mask and not config.model.family:
+            strategy.apply(config.model)  # says at once that there are fewer experts than it wants visible
     else:
         for spec in flat(config.policies):
             if spec.get("kind") not in KINDS:
@@ -122,6 +153,12 @@ def strategy_of(config: RunConfig) -> Strategy:
 
 
 def _for_given(strategy: Strategy, model: ModelConfig) -> Strategy:
+    if strategy.mask:
+        raise ConfigError(
+            expected="routers as this model has them",
+            got=f"a mask in {strategy.name!r}",
+            do="leave it out, or train a model of the lab's own; equipoise.mask_routers masks a model of transformers",
+        )
     if strategy.gate not in (model.gate, None, usual_gate(strategy.policies)):
         raise ConfigError(
             expected=f"the gate that this model has: {model.gate}",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import DataError, OutputError
 from ...storage.adaptive_top_k_file import FILE
+from ...storage.mask_file import MASKS
 from ..config.schema import ModelConfig
 from ..data.tokenizer import END_ID, END_OF_TEXT
 from .hf_weights import split_experts, to_hugging_face
@@ -30,7 +31,7 @@ TOKENIZER = "tokenizer.json"
 # Files of a tokenizer, and of how the model is prompted and generates.
 BESIDE = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
           "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")  # fmt: skip
-WRITTEN = {*BESIDE, WEIGHTS, INDEX, FILE, "config.json"}
+WRITTEN = {*BESIDE, WEIGHTS, INDEX, FILE, MASKS, "config.json"}
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
