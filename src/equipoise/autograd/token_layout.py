@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from .spec import StatsSpec
 
-__all__ = ["TokenLayout", "TokenPlacement", "check_layout"]
+__all__ = ["TokenLayout", "TokenPlacement", "are_pieces", "check_layout", "same_placement"]
 
 
 class TokenLayout(NamedTuple):
@@ -90,3 +91,23 @@ def check_layout(spec: StatsSpec, layout: TokenLayout, tokens: int) -> None:
             "a router called by itself takes router(x_TD, TokenLayout(num_sequences=B)); a model of another library "
             "has to be called with input_ids or inputs_embeds (B, S, ...)",
         )
+
+
+def are_pieces(placed: list[TokenPlacement]) -> bool:
+    """Whether these are calls of a router with pieces of one forward of the model."""
+    begins = [one.piece for one in placed if one.piece is not None]
+    return len(begins) == len(placed) > 1 and all(a < b for a, b in itertools.pairwise(begins))
+
+
+def same_placement(one: TokenPlacement, other: TokenPlacement) -> bool:
+    """Synchronizes with the device only if the tensors are distinct objects."""
+    if one is other:
+        return True
+    pairs = list(zip((*one.batch[1:4], one.rows_T), (*other.batch[1:4], other.rows_T), strict=True))
+    classes, others = (dict(placed.batch.classes or {}) for placed in (one, other))
+    if classes.keys() != others.keys():
+        return False
+    pairs += [(mask_T, others[name]) for name, mask_T in classes.items()]
+    return one.batch.num_sequences == other.batch.num_sequences and all(
+        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
+    )

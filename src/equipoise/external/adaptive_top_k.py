@@ -182,7 +182,11 @@ def _let_experts_skip(model: nn.Module, routers: list[ExternalRouter], example: 
     """Lets the experts leave dropped choices out, where the model's outputs stay those of a weight of 0."""
     if (inputs := example_of(model, example)) is None:
         return
-    drops = [(router.dropped, skipping_experts(_block_of(model, router.module))) for router in routers]
+    drops = [
+        (router.dropped, skipping_experts(_block_of(model, router.module)))
+        for router in routers
+        if router.dropped is not None
+    ]
     if not all(experts for _, experts in drops):
         return
     run = ExampleRun(model, inputs)

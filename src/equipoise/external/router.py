@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..autograd.finite import check_logits
 from ..autograd.protocol import RouterTraits
 from ..autograd.router_state import RouterState
 from ..autograd.routing_calls import RecordedCalls, ReplayedCalls
-from ..autograd.token_layout import TokenPlacement
+from ..autograd.token_layout import TokenPlacement, are_pieces, same_placement
 from ..errors import ConfigError, InputError, StateError
 from ..functional.quantile import Selection
 from ..functional.routing import PLACES, choose, count_choices, weigh
@@ -376,36 +375,16 @@ class ExternalRouter:
             if forward and self.training and state.pending_index < 2:
                 state.placed.append(placed)
             return placed
-        if _are_pieces(known):  # recomputed in their order
+        if are_pieces(known):  # recomputed in their order
             self._recomputed = (backward, self._recomputed[1] + 1 if self._recomputed[0] == backward else 0)
             return known[self._recomputed[1] % len(known)]
-        if not all(_same(known[0], other) for other in known[1:]):
+        if not all(same_placement(known[0], other) for other in known[1:]):
             raise StateError(
                 expected="gradient checkpointing of one pass per loss, or of passes whose padding and documents agree",
                 got=f"{len(known)} passes of {tokens} tokens that differ in them; a recompute does not tell which",
                 do="send them through the model as one batch, or call gradient_checkpointing_disable()",
             )
         return known[0]
-
-
-def _are_pieces(placed: list[TokenPlacement]) -> bool:
-    """Whether these are calls of a router with pieces of one forward of the model."""
-    begins = [one.piece for one in placed if one.piece is not None]
-    return len(begins) == len(placed) > 1 and all(a < b for a, b in itertools.pairwise(begins))
-
-
-def _same(one: TokenPlacement, other: TokenPlacement) -> bool:
-    """Synchronizes with the device only if the tensors are distinct objects."""
-    if one is other:
-        return True
-    pairs = list(zip((*one.batch[1:4], one.rows_T), (*other.batch[1:4], other.rows_T), strict=True))
-    classes, others = (dict(placed.batch.classes or {}) for placed in (one, other))
-    if classes.keys() != others.keys():
-        return False
-    pairs += [(mask_T, others[name]) for name, mask_T in classes.items()]
-    return one.batch.num_sequences == other.batch.num_sequences and all(
-        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
-    )
 
 
 def attached_routers(model: nn.Module) -> list[tuple[str, ExternalRouter]]:

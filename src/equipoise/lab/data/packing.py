@@ -71,14 +71,10 @@ class PackedData:
 
     @cached_property
     def frequencies(self) -> np.ndarray:
-        """(V,) fp64: which share of the training batches' tokens is each id, where domains take turns.
-
-        Of a domain with more than 16 M tokens, from evenly spaced windows.
-        """
+        """(V,) fp64: each id's share of the training batches' tokens, where domains take turns; of large ones sampled."""
         shares = []
         for rows in self.train.values():
-            every = -(-rows.size // MOST_COUNTED)
-            counts_V = np.bincount(rows[::every, :-1].ravel(), minlength=self.vocab_size)
+            counts_V = np.bincount(rows[:: -(-rows.size // MOST_COUNTED), :-1].ravel(), minlength=self.vocab_size)
             shares.append(counts_V / max(counts_V.sum(), 1))
         return np.sum(shares, axis=0) / len(shares)
 

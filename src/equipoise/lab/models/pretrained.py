@@ -27,7 +27,7 @@ from ...external.discovery import find_external_routers
 from ...external.observe import capture, observed
 from ...external.router import ExternalRouter
 from ...external.routing_masks import mask_routers
-from ...layers.router import bias_name
+from ...layers.router_buffers import bias_name
 from ...storage.balancer_file import FILE
 from ...storage.mask_file import mask_file, read_masks
 from ..config.schema import CompareConfig, DataConfig, ModelConfig, RunConfig

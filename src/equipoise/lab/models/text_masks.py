@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...external.routing_masks import mask_routers
 from ...functional.routing_mask import draw_visible, rare_ids
-from ...layers.router import MASK_NAME, Router
+from ...layers.router import Router
+from ...layers.router_buffers import MASK_NAME
 
 if TYPE_CHECKING:
     from ..config.schema import ModelConfig
