@@ -142,9 +142,9 @@ def test_output_and_every_gradient_are_those_of_loops(dtype, tokens, top_k, skew
 def test_experts_of_unlike_widths_are_the_cpu_s():
     """A call for each run of one width, to which the experts of the others are none."""
     generator = torch.Generator().manual_seed(3)
-    widths, arguments = [8, 8, 24, 16], []
-    for shape in ((30, 16), (2 * sum(widths), 16), (sum(widths), 16), (30, 2)):
-        arguments.append((torch.randn(shape, generator=generator) / 4).requires_grad_())
+    widths = [8, 8, 24, 16]
+    shapes = (30, 16), (2 * sum(widths), 16), (sum(widths), 16), (30, 2)
+    arguments = [(torch.randn(shape, generator=generator) / 4).requires_grad_() for shape in shapes]
     ids_TK = torch.randint(5, (30, 2), generator=generator)  # 4 is none
     x, gate_up, down, weights = arguments
     expected = uneven_experts(x, gate_up, down, ids_TK, weights, widths)
