@@ -73,23 +73,18 @@ def micro_batch_coefficients(
     terms: list[tuple[Tensor, Tensor, Tensor]] = []  # of each loss: (row (L, E), factor (L,), deferred value (L,))
     z_L = zero_L
     for scheduled, policy in schedule.terms:
-        if scheduled.active(micro.step):
-            coef: Tensor | float
-            if isinstance(policy, EntropyLoss):
-                coef = coefficient(policy, micro.step)
-                group.step_pushes |= coef > 0
-                terms.append((zero_LE, weight_L * coef, zero_L))
-                continue
-            if isinstance(policy.coef, SelfSetting):
-                coef, pushes = group.coefficients(scheduled.name, policy.coef), True
-            else:
-                coef = coefficient(policy, micro.step)
-                pushes = coef > 0
-            push_L = weight_L * (coef * spec.num_experts)
-            group.step_pushes |= pushes
-            terms.append(_term_coefficients(group, policy, scheduled.term, (taken_LS, own_LE), push_L, micro))
-        else:
+        if not scheduled.active(micro.step):
             terms.append((zero_LE, zero_L, zero_L))
+            continue
+        coef: Tensor | float = coefficient(policy, micro.step)
+        group.step_pushes |= coef > 0
+        if isinstance(policy.coef, SelfSetting):
+            coef, group.step_pushes = group.coefficients(scheduled.name, policy.coef), True
+        if isinstance(policy, EntropyLoss):
+            terms.append((zero_LE, weight_L * coef, zero_L))
+        else:
+            push_L = weight_L * (coef * spec.num_experts)
+            terms.append(_term_coefficients(group, policy, scheduled.term, (taken_LS, own_LE), push_L, micro))
     for scheduled, policy in schedule.z_losses:
         if scheduled.active(micro.step):
             coef = coefficient(policy, micro.step)

@@ -192,8 +192,9 @@ def choose(
         ids_TK = select_experts(chosen_by_TE, top_k, num_groups, top_groups, masked=masked)
     if top_p is not None:
         ids_TK = _top_p(logits_TE.detach(), ids_TK, gate, top_p)
-    form = {"gate": gate, "normalize": normalize, "scale": scale, "drops": top_p is not None}
-    weights_TK, probs_TE = weigh(logits_TE, ids_TK, **form)
+    weights_TK, probs_TE = weigh(
+        logits_TE, ids_TK, gate=gate, normalize=normalize, scale=scale, drops=top_p is not None
+    )
     return weights_TK, ids_TK, probs_TE
 
 

@@ -62,8 +62,11 @@ class Experts(nn.Module):
         """Draws all weights anew. A shard draws what the whole layer would with the same random numbers."""
         if not self.even:
             nn.init.normal_(self.gate_up_proj, std=1 / math.sqrt(self.dim))
-            for down_HD, width in zip(self.down_proj.split(self.widths), self.widths, strict=True):
-                nn.init.normal_(down_HD, std=1 / math.sqrt(width))
+            nn.init.normal_(self.down_proj)
+            widths_E = torch.tensor(self.widths)
+            std_H = widths_E.rsqrt().repeat_interleave(widths_E, output_size=sum(self.widths))
+            with torch.no_grad():
+                self.down_proj.mul_(std_H.unsqueeze(1).to(self.down_proj))
             return
         for weight in (self.gate_up_proj, self.down_proj):
             whole = weight if self.shard is None else weight.new_empty(self.num_experts, *weight.shape[1:])

@@ -185,8 +185,8 @@ class Router(RouterBuffers):
         if self.routing_calls is not None:
             ids_TK, replayed_T2 = self.routing_calls.dispatch(ids_TK, raw_TE)
         if replayed_T2 is not None:
-            form = {"gate": self.gate, "normalize": self.normalize, "scale": self.scale, "drops": self.drops}
-            weights_TK, probs_TE = weigh(logits_TE, ids_TK, **form)
+            more = {"normalize": self.normalize, "scale": self.scale, "drops": self.drops}
+            weights_TK, probs_TE = weigh(logits_TE, ids_TK, gate=self.gate, **more)
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         if state is not None:
             weights_TK = attach_balance_gradient(

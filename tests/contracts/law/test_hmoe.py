@@ -10,7 +10,18 @@ import torch
 
 from contracts.law._model import assert_close, aux, loss_of, make_step, net, new_history, policy, train_step, twin
 from contracts.law._reference import naive_maxvio, reference_step
-from equipoise import AuxLoss, Balancer, ConfigError, EntropyLoss, MoE, Ratio, Switch, Target
+from equipoise import (
+    AuxLoss,
+    Balancer,
+    ConfigError,
+    EntropyLoss,
+    MoE,
+    Ratio,
+    Switch,
+    Target,
+    record_routing,
+    replay_routing,
+)
 from equipoise.functional import balance_loss, entropy_loss, gate_probs, load_fractions
 from equipoise.functional.load_view import LoadView, load_view
 from equipoise.policies import Schedule, policies_from
@@ -243,3 +254,26 @@ def test_a_router_behind_which_widths_are_said_otherwise():
     layer.gate.expert_widths = (1, 2, 3)
     with pytest.raises(ConfigError, match="3 costs for a router of 4 experts"):
         Balancer(layer, policies_from("parameters"))
+
+
+def test_a_recorded_routing_is_replayed_with_the_experts_that_each_token_had():
+    torch.manual_seed(0)
+    layer, x = MoE(16, WIDTHS, 6, 4, top_p=0.5, batch_first=True).double(), torch.randn(2, 20, 16, dtype=torch.float64)
+    with record_routing(layer) as recorded:
+        expected = layer(x)
+    ids_TK = layer.gate(x.flatten(0, 1)).expert_ids_TK
+    assert 0 < int((ids_TK == 6).sum()) < ids_TK.numel()
+    balancer = Balancer(layer, [])
+    with replay_routing(layer, recorded):
+        assert torch.equal(layer(x), expected)
+        with torch.no_grad():
+            layer.gate.weight.copy_(layer.gate.weight.flip(0))  # it would choose others now
+    with replay_routing(layer, recorded):
+        y = layer(x)
+        balancer.tap(y.sum()).backward()
+    balancer.step()
+    assert [c.tolist() for c in balancer.load()] == [torch.bincount(ids_TK.flatten(), minlength=7)[:6].tolist()]
+    live_TK = layer.gate(x.flatten(0, 1)).expert_ids_TK.tolist()
+    kept = [[e for e in row if e < 6] for row in ids_TK.tolist()]
+    missed = sum(e not in live for row, live in zip(kept, live_TK, strict=True) for e in row)
+    assert balancer.metrics()["balance/replay_gap"] == pytest.approx(missed / sum(map(len, kept)))

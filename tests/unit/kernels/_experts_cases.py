@@ -16,6 +16,8 @@ from equipoise.functional.permute import sort_by_expert
 from equipoise.kernels import INTERPRETED, fused_experts
 from equipoise.kernels import experts as kernels
 from equipoise.kernels.experts import add_rows, copy_rows, sort_pairs, swiglu, swiglu_gradient
+from equipoise.layers.cpu.uneven_experts import uneven_experts
+from equipoise.layers.experts import uneven_grouped_experts
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 EXAMPLES = settings(deadline=None, max_examples=10 if INTERPRETED else 200, derandomize=True)
@@ -135,6 +137,24 @@ def test_output_and_every_gradient_are_those_of_loops(dtype, tokens, top_k, skew
         assert error < (1e-5 if dtype == torch.float32 else 0.02)
     assert weights.grad is not None and weights.grad.dtype == torch.float32
     assert not weights.grad[none_TK].any()
+
+
+def test_experts_of_unlike_widths_are_the_cpu_s():
+    """A call for each run of one width, to which the experts of the others are none."""
+    generator = torch.Generator().manual_seed(3)
+    widths = [8, 8, 24, 16]
+    shapes = (30, 16), (2 * sum(widths), 16), (sum(widths), 16), (30, 2)
+    arguments = [(torch.randn(shape, generator=generator) / 4).requires_grad_() for shape in shapes]
+    ids_TK = torch.randint(5, (30, 2), generator=generator)  # 4 is none
+    x, gate_up, down, weights = arguments
+    expected = uneven_experts(x, gate_up, down, ids_TK, weights, widths)
+    there = [t.detach().to(DEVICE).requires_grad_() for t in arguments]
+    got = uneven_grouped_experts(*there[:3], ids_TK.to(DEVICE), there[3], widths)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-5)
+    direction = torch.randn(30, 16, generator=generator)
+    wanted = torch.autograd.grad(expected, arguments, direction)
+    for one, other in zip(torch.autograd.grad(got, there, direction.to(DEVICE)), wanted, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_that_nobody_wants_are_not_computed(monkeypatch: pytest.MonkeyPatch):

@@ -94,19 +94,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts", "top_p", "mask_rare", "mask_visible"))
-        expert_widths(self.expert_widths, self.experts, self.expert_hidden)
-        _require(
-            self.top_p <= 1,
-            "model.top_p of at most 1: how much probability a token's experts have together",
-            f"top_p = {self.top_p}",
-            "papers use 0.4 to 0.6; 0 gives every token model.top_k experts",
-        )
-        _require(
-            not self.top_p or not self.normalize_weights,
-            "model.normalize_weights = false with model.top_p: one expert's share of itself teaches a router nothing",
-            f"top_p = {self.top_p}, normalize_weights = true",
-            "--set model.normalize_weights=false",
-        )
+        _check_experts(self)
         _one_of("gate", self.gate, GATES)
         _one_of("kind of checkpointing", self.checkpointing, CHECKPOINTING)
         _one_of("way through a model", self.through, THROUGH)
@@ -374,6 +362,23 @@ def _choose(data: dict[str, Any], defined: list[Any]) -> dict[str, Any]:
         if known[name].gate != "auto":
             data["model"] = {"gate": known[name].gate, **data.get("model", {})}
     return data
+
+
+def _check_experts(model: ModelConfig) -> None:
+    """Their widths, and how many a token has."""
+    expert_widths(model.expert_widths, model.experts, model.expert_hidden)
+    _require(
+        model.top_p <= 1,
+        "model.top_p of at most 1: how much probability a token's experts have together",
+        f"top_p = {model.top_p}",
+        "papers use 0.4 to 0.6; 0 gives every token model.top_k experts",
+    )
+    _require(
+        not model.top_p or not model.normalize_weights,
+        "model.normalize_weights = false with model.top_p: one expert's share of itself teaches a router nothing",
+        f"top_p = {model.top_p}, normalize_weights = true",
+        "--set model.normalize_weights=false",
+    )
 
 
 def _require(holds: bool, expected: str, got: str, do: str) -> None:

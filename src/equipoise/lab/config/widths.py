@@ -32,7 +32,7 @@ def expert_widths(text: str, experts: int, hidden: int) -> tuple[int, ...] | Non
     total = experts * hidden
     exact = [total * ratio / sum(ratios) for ratio in ratios]
     widths = [int(width) for width in exact]
-    nearest = sorted(range(experts), key=lambda e: (widths[e] - exact[e], e))  # what rounding down took the most from
+    nearest = sorted(range(experts), key=lambda e: (widths[e] - exact[e], -e))  # what rounding down took the most from
     for e in nearest[: total - sum(widths)]:
         widths[e] += 1
     if min(widths) < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.errors import ConfigError
@@ -13,6 +13,7 @@ from equipoise.lab.config.widths import SHAPES, expert_widths
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(50, 200))
+@settings(deadline=None)
 def test_they_sum_to_the_equal_ones_and_keep_the_ratios(ratios, hidden):
     widths = expert_widths(":".join(map(str, ratios)), len(ratios), hidden)
     assert widths is not None

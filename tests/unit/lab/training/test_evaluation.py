@@ -245,7 +245,7 @@ def test_experts_that_know_nothing_stay_at_zero_when_shuffled(seed):
 
 def test_tokens_that_use_few_experts():
     """With top-p: counts and scores are those of the choices that are made, found one sequence at a time."""
-    model, data = sharp(top_k=6, top_p=0.6, normalize_weights=False, expert_widths="arithmetic"), packed()
+    model, data = sharp(top_k=6, top_p=0.95, normalize_weights=False, expert_widths="arithmetic"), packed()
     got = evaluate(model, data, step=1, sequences_per_micro_batch=2)
     routers = [module for module in model.modules() if isinstance(module, Router)]
     seen: list = []
@@ -268,4 +268,4 @@ def test_tokens_that_use_few_experts():
             assert got.topk_score[d][layer] == pytest.approx(score / len(out.logits_TE), rel=1e-5)
     for hook in hooks:
         hook.remove()
-    assert len(used) > 2, "the case has tokens of several kinds"
+    assert len(used) > 1, "the case has tokens of several kinds"
