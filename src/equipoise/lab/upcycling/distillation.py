@@ -23,6 +23,7 @@ from ...functional.metrics import maxvio, mutual_information
 from ...functional.routing import count_choices
 from ...layers.moe import MoE
 from ..config.strategies import Strategy, parse_strategy
+from ..training.micro_batching import uses_shuffle
 from .profile import kept_shares
 from .weights import ExpertWeights, Shape
 
@@ -143,6 +144,7 @@ def distill_layer(
     batches = _batches(len(inputs.train_NSD), settings, seed)
     optimizer = torch.optim.AdamW(block.parameters(), lr=settings.lr, weight_decay=0.0, betas=(0.9, 0.95))
     policies = strategy.build(len(batches))
+    shuffles = uses_shuffle(policies)
     balancer = Balancer(block, policies, optimizer, sequences_per_micro_batch=1) if policies else None
     power = _power(ffn, inputs.train_NSD)
     before = _missed(block, ffn, inputs.held_out_NSD)
@@ -152,7 +154,7 @@ def distill_layer(
         x_BSD = inputs.train_NSD[chosen_B]
         with torch.no_grad():
             wanted_BSD = ffn(x_BSD)
-        if balancer and balancer.needs_counting:
+        if balancer and balancer.needs_counting and shuffles:  # the step is one pass: else its own counts are there
             with balancer.counting():
                 block(x_BSD)
         loss = (block(x_BSD) - wanted_BSD).square().mean() / power

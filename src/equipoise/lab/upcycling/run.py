@@ -140,8 +140,9 @@ class _Upcycling:
         loss = {}
         if self.data is not None:
             self.on_layer(0, self.layers, "held-out loss of the dense model")
-            self.network = self._load(self.request.dense)
-            loss = held_out_loss(self.network, self.data, self.request.eval_sequences)
+            network = self._load(self.request.dense)
+            loss = held_out_loss(network, self.data, self.request.eval_sequences)
+            self.network = network if self.request.method == "distill" else None
         report = {"loss": loss, "seconds": time.perf_counter() - began}
         write_shard(path, self.weights.rest(tied=self.dense.tie_word_embeddings), report)
 
