@@ -125,7 +125,7 @@ def test_every_claim_has_a_row_and_its_numbers_are_those_that_were_judged(which,
     rows = [row for row in page.rows if "Measure" in row]
     contrasts = [contrast for one in judged for contrast in one.judged]
     for row, one in zip(rows, contrasts, strict=True):
-        assert row["Measure"].split("|")[0] == one.contrast.measure
+        assert row["Measure"].split("|")[0] == one.contrast.measured
         assert row["Verdict"].split("|")[1] == (one.verdict or "shown")
         count, *diverged = numbers(row["Pairs"].replace("|", " "))[::2]
         assert count == (one.difference.n if one.difference else 0) and diverged == [one.diverged] * bool(one.diverged)

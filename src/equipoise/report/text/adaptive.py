@@ -9,8 +9,8 @@ from ...storage.adaptive_record import Adaptive, CacheRow, CurvePoint
 from ..data.formatting import clean, clip, listed, number, signed
 from .table import table, wrap
 
-__all__ = ["CACHE_NOTE", "CURVE_NOTE", "LAYER_NOTE", "cache_table", "curve_table", "layer_table", "render_adaptive",
-           "words_of"]  # fmt: skip
+__all__ = ["CACHE_NOTE", "CURVE_NOTE", "LAYER_NOTE", "cache_table", "curve_table", "layer_table", "rank_correlation",
+           "render_adaptive", "short_names", "words_of"]  # fmt: skip
 
 NAME = 18  # the widest a layer's name gets
 CURVE_NOTE = (
@@ -54,12 +54,36 @@ def words_of(found: Adaptive) -> str:
         f"With one threshold for all layers: {control}.",
     ]
     known = [one for one in found.layers if math.isfinite(one.alone_measured)]
-    if len(known) > 1:
-        by = [sorted(range(len(known)), key=lambda i, key=key: -getattr(known[i], key)) for key in
-              ("alone", "alone_measured")]  # fmt: skip
-        same = "the same order" if by[0] == by[1] else "another order"
-        said.append(f"The layers whose second experts matter most, predicted and measured: {same}.")
+    if len(known) > 2:
+        order = rank_correlation([one.alone for one in known], [one.alone_measured for one in known])
+        said.append(f"One expert in a layer alone: rank correlation of predicted and measured {order:.2f}.")
     return " ".join(said)
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's, of values without ties.
+
+    >>> rank_correlation([1.0, 2.0, 3.0], [10.0, 30.0, 20.0])
+    0.5
+    """
+    ranks = [{place: rank for rank, place in enumerate(sorted(range(len(one)), key=one.__getitem__))} for one in (a, b)]
+    squares = sum((ranks[0][i] - ranks[1][i]) ** 2 for i in range(len(a)))
+    return 1 - 6 * squares / (len(a) * (len(a) ** 2 - 1))
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Without the parts that all begin and end with.
+
+    >>> short_names(["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]), short_names(["gate"])
+    (['0', '1'], ['gate'])
+    """
+    parts = [name.split(".") for name in names]
+    if len(parts) < 2:
+        return list(names)
+    shortest = min(map(len, parts))
+    begin = next((i for i in range(shortest) if len({part[i] for part in parts}) > 1), 0)
+    end = next((i for i in range(shortest - begin) if len({part[-1 - i] for part in parts}) > 1), 0)
+    return [".".join(part[begin : len(part) - end]) for part in parts]
 
 
 def curve_table(found: Adaptive) -> Cells:
@@ -99,7 +123,7 @@ def layer_table(found: Adaptive) -> Cells:
     ]
     rows = [
         [
-            clip(clean(one.name), NAME),
+            clip(clean(name), NAME),
             number(one.sensitivity),
             signed(one.alone, 4),
             *([signed(one.alone_measured, 4)] if measured else []),
@@ -107,7 +131,7 @@ def layer_table(found: Adaptive) -> Cells:
             f"{one.used:.2f} of {one.top_k}",
             f"{_share(one.predicted)} ({_share(one.most_used)})",
         ]
-        for one in found.layers
+        for name, one in zip(short_names([one.name for one in found.layers]), found.layers, strict=True)
     ]
     return header, rows
 
