@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(to_toml(config))
         return 0
     _check(arguments)
+    from ..lab.config.strategies import slug
     from ..lab.diffusion.comparison import REPORT_NAME, compare, folder_of, train_one
     from ..lab.diffusion.page import write_html
     from ..lab.diffusion.strategies import DEFAULT
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..lab.diffusion.text import render
 
     if arguments.strategy:
-        folder = arguments.out or folder_of(config) / f"{config.strategy}-seed{config.train.seed}"
+        folder = arguments.out or folder_of(config) / f"{slug(config.strategy)}-seed{config.train.seed}"
         print(train_one(config, folder, resume=arguments.go_on, overwrite=arguments.overwrite, plain=arguments.plain))
         return 0
     names = arguments.strategies.split(",") if arguments.strategies else DEFAULT

@@ -102,7 +102,7 @@ class ExpertChoiceRouter(nn.Module):
         state = self.pool_state
         if self.training or self.predictor is None:
             taken_TE = self._choose(scores_TE.detach(), samples)
-            if self.training and state is not None:
+            if self.training and self.predictor is not None and state is not None:
                 state.see(x_TD.detach(), taken_TE)
         else:
             taken_TE = self._predict(x_TD)
@@ -265,7 +265,7 @@ class PoolState:
             return self._chosen_before(scores_TE)
         if self.collected is not None:
             self.collected.append((self, scores_TE))
-            return choose_tokens(scores_TE, capacity)
+            return torch.zeros_like(scores_TE, dtype=torch.bool)  # nobody yet: what comes of it is not used
         if self.place is None:
             self.choices = [(scores_TE, choose_among([scores_TE], capacity, self.group)[0])]
             return self.choices[0][1]

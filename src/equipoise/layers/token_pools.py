@@ -81,6 +81,7 @@ class TokenPools:
         Raises StateError without such a forward, and where a step has more than one and layers of scope "global_batch"
         did not choose among all of them.
         """
+        self._ranks.check_default()
         total = torch.zeros((), device=next(iter(self.routers.values())).weight.device)
         for name, router, state in self._learning():
             if state.seen is None:
@@ -157,6 +158,7 @@ class TokenPools:
     @torch.no_grad()
     def _settle(self, wide: dict[str, PoolState], inputs: list[X], forward: Callable[[X], Any]) -> None:
         """Layer by layer: each pass gives the scores of one layer more that nothing before it will change."""
+        self._ranks.check_default()
         waiting = dict(wide)
         with torch.random.fork_rng():
             while waiting:
@@ -182,7 +184,6 @@ class TokenPools:
 
     def _after_step(self) -> None:
         """Moves the thresholds by all tokens of the step, in one gather a layer."""
-        self._ranks.check_default()
         for name, router, state in self._learning():
             if not state.predicted:
                 raise StateError(

@@ -83,5 +83,5 @@ def test_every_claim_of_the_repository_can_be_trained():
     assert [claim.name for claim in claims if claim.family == "primary"] == ["E01", "E04", "E08"]
     for claim in claims:
         for run in claim.runs():
-            if isinstance(run, RunConfig) and run.train.seed == 0:  # of an experiment all is checked when it is made
+            if isinstance(run, RunConfig) and run.train.seed == 0:  # an experiment is checked when the claim is read
                 strategy_of(run).check(run)

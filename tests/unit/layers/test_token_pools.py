@@ -29,6 +29,11 @@ def test_micro_batches_share_the_pool_of_the_step(micro_batches, recompute):
     same(train("global_batch", recompute, micro_batches), train("global_batch", "none", 1))
 
 
+def test_a_micro_batch_may_be_smaller_than_a_pool_has_to_be():
+    """5 tokens of which 4 experts would take a third each; of all 40 they take 2."""
+    same(train("global_batch", "none", 8, capacity=0.25), train("global_batch", "none", 1, capacity=0.25))
+
+
 @pytest.mark.parametrize(
     ("size", "micro_batches", "recompute"),
     [(2, 1, "none"), (2, 2, "reentrant"), (2, 2, "non_reentrant"), (4, 1, "reentrant")],

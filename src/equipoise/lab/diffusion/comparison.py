@@ -27,7 +27,7 @@ from ...storage.locks import locked
 from ...storage.run_record import RECORD_NAME, Step, read_run
 from ..comparison.progress import RunBar, RunTable, open_console
 from ..comparison.workers import CONFIG_NAME, LOG_NAME, Job, Pool, orphaned, run_jobs, slots
-from ..config.loading import to_toml
+from ..config.loading import from_dict, to_toml
 from ..config.strategies import slug
 from .config import DiffusionConfig
 from .images import Images, load_images
@@ -98,7 +98,7 @@ def check(config: DiffusionConfig, images: Images) -> None:
         return
     samples = {"sample": 1, "global_batch": config.train.images}.get(str(pool), pool)
     assert isinstance(samples, int)
-    if config.train.images % samples or (len(images.held_out) % samples and samples not in (1, config.train.images)):
+    if config.train.images % samples:
         raise ConfigError(
             expected="pools that train.images divides into",
             got=f"{config.strategy} with images = {config.train.images}",
@@ -167,7 +167,7 @@ def _finished(job: DiffusionJob) -> bool:
         run = read_run(job.folder, TASK)
     except DataError:
         return False
-    if run.header.config != json.loads(json.dumps(encode(job.config))):
+    if from_dict(DiffusionConfig, run.header.config) != job.config:
         raise OutputError(
             expected=f"a run of this configuration in {job.folder}",
             got="one of another",

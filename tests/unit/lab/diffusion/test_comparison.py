@@ -35,7 +35,8 @@ def test_pools_that_cannot_be_are_refused_at_once(config):
         check(replace(few, strategy="sample"), images)
     with pytest.raises(ConfigError, match=r"pools that train.images divides into(.|\n)*samples:3"):
         check(replace(config, strategy="samples:3"), images)
-    check(replace(few, strategy="global"), images)
+    for name in ("global", "samples:8", "dense"):
+        check(replace(few, strategy=name), images)
 
 
 def test_one_run_in_this_process(config, tmp_path, capsys):
