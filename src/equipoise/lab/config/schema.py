@@ -137,24 +137,7 @@ class ModelConfig:
             f"top_k = {self.top_k}, but {self.top_groups} groups hold {reachable} experts",
             "raise top_groups or lower top_k",
         )
-        _require(
-            self.mask_rare <= 1,
-            "model.mask_rare, a share of the training text, of at most 1",
-            f"mask_rare = {self.mask_rare}",
-            "0.2 lets the ids see one expert that the last 20 % of the text are of, 1 all ids",
-        )
-        _require(
-            self.mask_visible <= self.experts,
-            "model.mask_visible <= model.experts",
-            f"mask_visible = {self.mask_visible}, experts = {self.experts}",
-            "lower it, or leave it out: then frequent ids see all experts",
-        )
-        _require(
-            self.folder is None or not self.masked,
-            "a model without model.mask_rare and model.mask_visible, where it is given with model.folder",
-            f"mask_rare = {self.mask_rare}, mask_visible = {self.mask_visible}",
-            "leave them out; equipoise.mask_routers masks a model of transformers in a training loop of your own",
-        )
+        _check_mask(self)
         _require(
             self.folder is not None or 257 <= self.vocab_size <= 65_536,
             "model.vocab_size of 257 (all bytes) to 65536 (16-bit tokens)",
@@ -358,6 +341,28 @@ def _choose(data: dict[str, Any], defined: list[Any]) -> dict[str, Any]:
         if known[name].gate != "auto":
             data["model"] = {"gate": known[name].gate, **data.get("model", {})}
     return data
+
+
+def _check_mask(model: ModelConfig) -> None:
+    rare, visible = model.mask_rare, model.mask_visible
+    _require(
+        rare <= 1,
+        "model.mask_rare, a share of the training text, of at most 1",
+        f"mask_rare = {rare}",
+        "0.2 lets the ids see one expert that the last 20 % of the text are of, 1 all ids",
+    )
+    _require(
+        visible <= model.experts,
+        "model.mask_visible <= model.experts",
+        f"mask_visible = {visible}, experts = {model.experts}",
+        "lower it, or leave it out: then frequent ids see all experts",
+    )
+    _require(
+        model.folder is None or not model.masked,
+        "a model without model.mask_rare and model.mask_visible, where it is given with model.folder",
+        f"mask_rare = {rare}, mask_visible = {visible}",
+        "leave them out; equipoise.mask_routers masks a model of transformers in a training loop of your own",
+    )
 
 
 def _require(holds: bool, expected: str, got: str, do: str) -> None:
