@@ -15,7 +15,7 @@ from .external.routing_masks import load_masks, mask_routers, routing_masks, sav
 from .functional.convert import convert_coef
 from .functional.routing import Routing
 from .layers import Experts, MoE, Router, clip_grad_norm_, shard_experts
-from .policies import AuxLoss, ExpertBias, Ratio, Sequences, Switch, Target, ZLoss
+from .policies import AuxLoss, EntropyLoss, ExpertBias, Ratio, Sequences, Switch, Target, ZLoss
 from .replay import RoutingRecord, record_routing, replay_routing
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "Balancer",
     "ConfigError",
     "DataError",
+    "EntropyLoss",
     "EquipoiseError",
     "ExpertBias",
     "Experts",

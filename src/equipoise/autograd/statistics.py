@@ -16,7 +16,6 @@ from ..functional.load_view import seen_load
 from ..functional.losses import load_fractions
 from ..functional.quantile import Selection, choice_offsets, count_offsets, exact_quantile
 from ..functional.routing import count_choices, gate_probs, gate_slope, without_autocast
-from ..functional.routing_mask import drop_hidden
 from ..functional.updates import RULES
 from .router_state import ShardCounts
 from .spec import SCALARS, LossTerm, StatsSpec
@@ -69,8 +68,10 @@ def measure(
     counts_BE, unbiased_TK, unbiased_BE = counts_BE.double(), ids_TK, None
     if spec.unbiased:
         unbiased_TK = logits_TE.topk(ids_TK.shape[1], dim=-1).indices  # K of this call: it may change while one trains
-        if spec.idle_experts:  # a token may see fewer than K experts
-            unbiased_TK = drop_hidden(unbiased_TK, logits_TE)
+        if spec.idle_experts:  # as many as the token has
+            used_T1 = (ids_TK < num_experts).sum(dim=-1, keepdim=True)
+            place_K = torch.arange(ids_TK.shape[1], device=ids_TK.device)
+            unbiased_TK = unbiased_TK.masked_fill(place_K >= used_T1, num_experts)
         unbiased_BE = count_choices(unbiased_TK, num_experts, batch.token_mask_T, num_sequences).double()
 
     of_class = class_statistics(spec, ids_TK, valid_TE, batch, num_sequences) if spec.classes else {}
@@ -131,7 +132,9 @@ def _term_values(
     """(sum over tokens of E <f, p> for each term, None where forward does not know f; f of the document terms)."""
     values, documents = [], []
     for term, fraction_BE in zip(spec.terms, fractions, strict=True):
-        if term.kind == "document":
+        if term.kind == "entropy":
+            values.append(torch.special.entr(valid_TE).sum(dtype=torch.float64))
+        elif term.kind == "document":
             counts_RE = of_documents[term.unbiased, term.tokens]
             fraction_TE = seen_load(term.view, load_fractions(counts_RE))[batch.document_T]
             documents.append(fraction_TE.to(valid_TE.dtype))

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..lab.config.schema import RunConfig
+from ..lab.config.strategies import strategy_of
 from ..lab.training.numerics import NUMERICS
 from ..plan.cluster import Cluster
 from ..plan.forecast import forecast
@@ -40,7 +41,14 @@ APART = {"train.seed", "train.eval_every", "train.checkpoint_every", "train.load
          "train.tensorboard"}  # fmt: skip
 # Settings that came after runs were recorded, with the value that leaves those runs as they were: a new setting must
 # not rename them.
-LATER: dict[str, Any] = {"model.mask_rare": 0.0, "model.mask_visible": 0, "model.masks": None}
+LATER: dict[str, Any] = {"model.expert_widths": "", "model.top_p": 0.0, "model.mask_rare": 0.0, "model.mask_visible": 0,
+                         "model.masks": None}  # fmt: skip
+LATE_MEASURES = {  # which older records have not, and what they have in place of them
+    "step_cost": None,
+    "active_width": None,
+    "experts_per_token": None,
+    "loss_by_frequency": {},
+}
 RANKS = 4  # that share out the experts, for `predicted_step_cost`
 TRAIL = 20  # steps between two stored points of a training curve
 SCOPES = ("global", "micro_batch", "sequence")  # of MaxVio
@@ -69,8 +77,11 @@ class RunSummary:
     tokens: int = 0
     seconds: float = math.nan
     torch: str = ""
-    step_cost: float = math.nan  # `predicted_step_cost`; NaN also where it was not yet measured
-    loss_by_frequency: dict[str, list[float]] = field(default_factory=dict)  # as of `Evaluation`; or not yet measured
+    # NaN also where they were not yet measured:
+    step_cost: float = math.nan  # `predicted_step_cost`
+    active_width: float = math.nan  # hidden units that a token's experts have together, mean over tokens and layers
+    experts_per_token: float = math.nan
+    loss_by_frequency: dict[str, list[float]] = field(default_factory=dict)  # as of `Evaluation`
 
     @property
     def mean_loss(self) -> float:
@@ -103,6 +114,8 @@ MEASURES: dict[str, tuple[str, Callable[[RunSummary], float]]] = {
     ),
     "information": ("nats between expert and domain", lambda run: run.information),
     "topk_score": ("sum of the K gate probabilities", lambda run: run.topk_score),
+    "active_width": ("hidden units a token and layer, held-out text", lambda run: run.active_width),
+    "experts_per_token": ("experts a token and layer, held-out text", lambda run: run.experts_per_token),
     "step_cost": (
         f"what imbalance adds to a step, with experts on {RANKS} ranks (equipoise plan)", lambda run: run.step_cost
     ),
@@ -153,9 +166,13 @@ def summarize_run(run: Run, config: RunConfig) -> RunSummary:
             "information_shuffled": _round(mean(last.mutual_information_shuffled)),
             "topk_score": _round(mean(score for layers in last.topk_score for score in layers)),
             "dead_experts": sum(last.dead_experts),
-            "step_cost": _round(predicted_step_cost(last.counts, run.header.top_k)),
+            "active_width": _round(view.active_width),
+            "experts_per_token": _round(view.experts_per_token),
             "loss_by_frequency": {side: list(map(_round, each)) for side, each in last.loss_by_frequency.items()},
         }
+        model = strategy_of(config).apply(config.model)
+        if not (run.header.expert_widths or model.top_p or model.masked):  # a plan is made of equal experts and choices
+            held_out["step_cost"] = _round(predicted_step_cost(last.counts, run.header.top_k))
     names = sorted({name for step in view.window for name in step.balance if "/layer_" not in name})
     trail = [
         (step, step.balance.get("balance/maxvio_global", math.nan)) for step in view.steps if step.step % TRAIL == 0
@@ -229,8 +246,7 @@ def write_summaries(folder: Path, runs: Iterable[RunSummary]) -> None:
 def _plain_record(run: RunSummary) -> dict[str, Any]:
     """Without numbers that were not measured when it ran, so that a later measure rewrites no earlier record."""
     plain = without_nan(asdict(run))
-    later = {"step_cost": None, "loss_by_frequency": {}}
-    return {name: value for name, value in plain.items() if name not in later or value != later[name]}
+    return {n: value for n, value in plain.items() if n not in LATE_MEASURES or value != LATE_MEASURES[n]}
 
 
 def _diverged(run: Run) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .convert import CONVENTIONS, convert_coef
 from .load_view import LoadView, load_view, seen_load
-from .losses import balance_loss, load_fractions, segment_counts, sequence_segments, z_loss
+from .losses import balance_loss, entropy_loss, load_fractions, segment_counts, sequence_segments, z_loss
 from .metrics import (
     cv,
     dead_experts,
@@ -34,6 +34,7 @@ __all__ = [
     "dead_experts",
     "draw_visible",
     "efficiency",
+    "entropy_loss",
     "frequency_class",
     "gate_probs",
     "gate_scores",

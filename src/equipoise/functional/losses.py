@@ -1,4 +1,4 @@
-"""Balance losses and z-loss as plain functions with autograd: the formulas that the fused paths are tested against.
+"""Balance, entropy and z-loss as plain functions with autograd: the formulas that the fused paths are tested against.
 
 One convention everywhere: load fractions f are divided by K, so f sums to 1 and perfect balance has the value 1.
 f carries no gradient; P does (GShard; Demons in the Detail, arXiv 2501.11873, eq. 2).
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .gates import gate_log_scores
 from .load_view import LoadView, seen_load
 from .routing import check_mask_dtype, count_choices
 
-__all__ = ["balance_loss", "load_fractions", "segment_counts", "sequence_segments", "z_loss"]
+__all__ = ["balance_loss", "entropy_loss", "load_fractions", "segment_counts", "sequence_segments", "z_loss"]
 
 
 def load_fractions(counts_E: Tensor) -> Tensor:
@@ -103,6 +104,18 @@ def z_loss(logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
     """
     logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
     return _token_mean(logits_TE.logsumexp(dim=-1).square(), token_mask_T)
+
+
+def entropy_loss(logits_TE: Tensor, gate: str = "softmax", token_mask_T: Tensor | None = None) -> Tensor:
+    """Mean over valid tokens of the entropy - sum_e p_e ln p_e of the gate probabilities, in nats (arXiv 2403.07652,
+    the dynamic loss): 0 where every router is sure, ln E where it knows nothing. A scalar.
+
+    >>> entropy_loss(torch.zeros(3, 4)) / torch.tensor(4.0).log()
+    tensor(1.)
+    """
+    logs_TE = gate_log_scores(logits_TE, gate).log_softmax(dim=-1)
+    terms_TE = (logs_TE.exp() * logs_TE).masked_fill(logs_TE == float("-inf"), 0)  # p ln p is 0 where p is
+    return _token_mean(-terms_TE.sum(dim=-1), token_mask_T)
 
 
 def _token_mean(value_T: Tensor, token_mask_T: Tensor | None) -> Tensor:

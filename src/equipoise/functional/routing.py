@@ -115,6 +115,7 @@ def route(
     normalize: bool = True,
     scale: float = 1.0,
     token_mask_T: Tensor | None = None,
+    top_p: float | None = None,
 ) -> Routing:
     """Selects experts by (score + bias) and weighs them by the unbiased score (DeepSeek, arXiv 2408.15664, eq. 3).
 
@@ -126,18 +127,23 @@ def route(
             "logits": the gate's score of (logit + bias); with softmax the same choice as a multiplier of exp(bias).
         normalize: weights of a token sum to 1 (before ``scale``); otherwise they are the scores themselves.
         token_mask_T: True = a real token. Masked tokens are routed but not counted.
+        top_p: a token uses the fewest of its K experts, the best first, whose probabilities (`gate_probs`, over all
+            experts and without the bias) sum to this or more (arXiv 2403.07652). The id of each other choice is E and
+            its weight 0; normalised weights are shared by the rest.
 
     Raises:
-        ConfigError: K > E, E not divisible by the groups, an unknown gate or place.
+        ConfigError: K > E, E not divisible by the groups, an unknown gate or place, top_p outside (0, 1].
         InputError: a shape that does not fit; logits that are NaN or +inf, or -inf for every expert of a token (found
             on CPU; a GPU is not made to wait for it).
 
     >>> routing = route(torch.tensor([[2.0, 1.0, 0.0]]), 2)
     >>> routing.expert_ids_TK, routing.weights_TK, routing.counts_E
     (tensor([[0, 1]]), tensor([[0.7311, 0.2689]]), tensor([1, 1, 0]))
+    >>> route(torch.tensor([[2.0, 1.0, 0.0]]), 2, top_p=0.6).expert_ids_TK  # the first has 0.6652
+    tensor([[0, 3]])
     """
     _check_shapes(logits_TE, selection_bias_E, token_mask_T)
-    check_routing(logits_TE.shape[-1], top_k, gate, num_groups, top_groups)
+    check_routing(logits_TE.shape[-1], top_k, gate, num_groups, top_groups, top_p)
     if bias_place not in PLACES:
         raise unknown_name("place of a bias", bias_place, PLACES)
     check_finite(logits_TE, masked=True)
@@ -152,6 +158,7 @@ def route(
         normalize=normalize,
         scale=scale,
         masked=True,
+        top_p=top_p,
     )
     return Routing(weights_TK, ids_TK, logits_TE, count_choices(ids_TK, logits_TE.shape[-1], token_mask_T)[0])
 
@@ -168,6 +175,7 @@ def choose(
     scale: float,
     bias_place: str = "scores",
     masked: bool = False,
+    top_p: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``route`` without its checks and without counting; ``selection_bias`` may be that of each token, (T, E).
 
@@ -182,8 +190,18 @@ def choose(
         if masked:
             chosen_by_TE = chosen_by_TE.masked_fill(logits_TE == float("-inf"), float("-inf"))
         ids_TK = select_experts(chosen_by_TE, top_k, num_groups, top_groups, masked=masked)
-    weights_TK, probs_TE = weigh(logits_TE, ids_TK, gate=gate, normalize=normalize, scale=scale)
+    if top_p is not None:
+        ids_TK = _top_p(logits_TE.detach(), ids_TK, gate, top_p)
+    weights_TK, probs_TE = weigh(
+        logits_TE, ids_TK, gate=gate, normalize=normalize, scale=scale, drops=top_p is not None
+    )
     return weights_TK, ids_TK, probs_TE
+
+
+def _top_p(logits_TE: Tensor, ids_TK: Tensor, gate: str, top_p: float) -> Tensor:
+    """E in place of each choice before which the probabilities of the others sum to ``top_p`` already."""
+    probs_TK = gate_probs(logits_TE, gate).gather(-1, ids_TK)
+    return ids_TK.masked_fill(probs_TK.cumsum(dim=-1) - probs_TK >= top_p, logits_TE.shape[-1])
 
 
 def _chosen_by(z_TE: Tensor, gate: str, bias: Tensor | None, place: str, *, grouped: bool) -> Tensor:
@@ -214,10 +232,18 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
 
 
-def check_routing(num_experts: int, top_k: int, gate: str, num_groups: int = 1, top_groups: int = 1) -> None:
+def check_routing(
+    num_experts: int, top_k: int, gate: str, num_groups: int = 1, top_groups: int = 1, top_p: float | None = None
+) -> None:
     """Raises ConfigError for a router that cannot route: called once when it is built and by ``route``."""
     if gate not in GATES:
         raise unknown_name("gate", gate, GATES)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(
+            expected="top_p above 0 and at most 1: how much probability a token's experts have together",
+            got=f"top_p={top_p}",
+            do="papers use 0.4 to 0.6; leave it out for K experts for every token",
+        )
     if not 1 <= top_k <= num_experts:
         raise ConfigError(
             expected="1 <= top_k <= num_experts",

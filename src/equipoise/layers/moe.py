@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..autograd.token_classes import check_class_masks
 from ..autograd.token_layout import TokenLayout
 from ..devices import host_readable
-from ..errors import InputError
+from ..errors import ConfigError, InputError
 from .experts import Experts
 from .router import Router
 
@@ -50,13 +50,17 @@ class MoE(nn.Module):
     """Replaces a feed-forward layer. No token is dropped, whatever the load.
 
     Args:
-        dim: width D of a token.  hidden: width of one expert (fine-grained: small hidden, many experts, larger K).
+        dim: width D of a token.  hidden: width of one expert (fine-grained: small hidden, many experts, larger K), or
+            a list with a width for each.
         batch_first: how inputs of three dimensions lie: True (B, S, D), False (S, B, D). None leaves it to a mask or
             document numbers (B, S), and open where there are none: then nothing that depends on it is measured, and
             a policy with a scope inside a micro-batch is refused.
         num_shared: shared experts, as one SwiGLU of width ``num_shared * hidden`` (or ``shared_hidden``).
-        router: every keyword of ``Router``: gate, normalize, scale, num_groups, top_groups, selection_bias. Weights are
-            normalised unless ``top_k`` is 1, where that would leave the router without a gradient.
+        router: every keyword of ``Router``: gate, normalize, scale, num_groups, top_groups, selection_bias, top_p.
+            Weights are normalised unless ``top_k`` is 1 or there is a ``top_p``: one expert's share of itself teaches a
+            router nothing.
+
+    Raises ConfigError where `Router` or `Experts` does, and for ``num_shared`` of experts of unlike widths.
 
     The forward pass: 1. flatten (B, S, D) to T tokens; 2. route; 3. experts; 4. shared experts, for all tokens.
 
@@ -68,7 +72,7 @@ class MoE(nn.Module):
     def __init__(
         self,
         dim: int,
-        hidden: int,
+        hidden: int | Sequence[int],
         num_experts: int,
         top_k: int,
         *,
@@ -81,7 +85,15 @@ class MoE(nn.Module):
         self.batch_first = batch_first
         self.gate = Router(dim, num_experts, top_k, **router)
         self.experts = Experts(num_experts, dim, hidden)
-        shared = shared_hidden if shared_hidden is not None else num_shared * hidden
+        if not self.experts.even:
+            self.gate.expert_widths = self.experts.widths
+            if num_shared and shared_hidden is None:
+                raise ConfigError(
+                    expected="the width of the shared experts beside experts of unlike widths",
+                    got=f"num_shared={num_shared}",
+                    do="pass shared_hidden, the width of all shared experts together",
+                )
+        shared = shared_hidden if shared_hidden is not None else num_shared * self.experts.widths[0]
         self.shared_experts: SwiGLU | None = SwiGLU(dim, shared) if shared else None
 
     def forward(

@@ -60,11 +60,14 @@ class Router(nn.Module):
     Args:
         normalize: divide the K weights by their sum. Default: for K > 1. One expert's share of itself is always 1, and
             the gradient of that at the logits 0: with ``top_k=1`` a weight is the probability, as in Switch
-            Transformers (arXiv 2101.03961, eq. 2), through which the model's loss teaches the router.
+            Transformers (arXiv 2101.03961, eq. 2), through which the model's loss teaches the router. So they are with
+            ``top_p``, where a token may have one expert.
         selection_bias: keep an ``expert_bias`` (E,) that is added before top-k only. It is fp32 whatever the model is
             cast to (in bf16 a step of 1e-3 is lost from 0.5 on), persistent in checkpoints, moved by ``ExpertBias``,
             which may let it act elsewhere: ``bias_place``, one of the places of ``functional.route``. Checkpoints name
             it ``expert_bias_multiply`` or ``expert_bias_logits`` then, so that nobody takes it for another.
+        top_p: a token uses the fewest experts, the best first, whose probabilities sum to this or more, and K at most
+            (arXiv 2403.07652; HMoE, arXiv 2408.10681, takes 0.6). The ids of the other choices are E, no expert.
 
     ``ExpertBias(tokens="image")`` adds ``expert_bias_of_image`` (E,), kept alike, which acts at the same place for the
     tokens of that class alone (see ``functional.class_bias``). A router with such a bias asks with each call which
@@ -87,7 +90,8 @@ class Router(nn.Module):
 
     expert_bias: Tensor | None
     visible_experts: Tensor | None
-    drops = False  # whether some of its choices may be none: an id of E, for tokens that use fewer than K experts
+    drops: bool  # whether some of its choices may be none: an id of E, for tokens that use fewer than K experts
+    expert_widths: tuple[int, ...] | None = None  # of the experts behind it, where they are unlike; `MoE` sets it
     bias_place = PLACES[0]
     bias_classes: tuple[str, ...] = ()  # in the order of their names: the sum of their biases depends on it
 
@@ -103,11 +107,13 @@ class Router(nn.Module):
         num_groups: int = 1,
         top_groups: int = 1,
         selection_bias: bool = False,
+        top_p: float | None = None,
     ) -> None:
         super().__init__()
-        check_routing(num_experts, top_k, gate, num_groups, top_groups)
+        check_routing(num_experts, top_k, gate, num_groups, top_groups, top_p)
         self.dim, self.num_experts, self.top_k, self.gate = dim, num_experts, top_k, gate
-        self.normalize = top_k > 1 if normalize is None else normalize
+        self.top_p, self.drops = top_p, top_p is not None
+        self.normalize = (top_k > 1 and top_p is None) if normalize is None else normalize
         self.scale, self.num_groups, self.top_groups = scale, num_groups, top_groups
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.balance_state: RouterState | None = None
@@ -135,6 +141,7 @@ class Router(nn.Module):
             bias_places=PLACES,
             selects=True,
             class_biases=True,
+            widths=self.expert_widths,
         )
 
     @property
@@ -196,11 +203,12 @@ class Router(nn.Module):
             )
         check_visible(visible_VE, self.num_experts)
         at = visible_VE.device if self.weight.is_meta else self.weight.device
-        self.visible_experts, self.drops = visible_VE.to(at, copy=True), sees_too_few(visible_VE, self.top_k)
+        self.visible_experts = visible_VE.to(at, copy=True)
+        self.drops = self.top_p is not None or sees_too_few(visible_VE, self.top_k)
 
     def disable_mask(self) -> None:
         """Every token chooses from all experts."""
-        self.visible_experts, self.drops = None, False
+        self.visible_experts, self.drops = None, self.top_p is not None
 
     def _hidden(self, logits_TE: Tensor, batch: TokenLayout) -> Tensor:
         """-inf for the experts that a token's id does not see; InputError where nobody said the ids."""
@@ -219,6 +227,24 @@ class Router(nn.Module):
             return self.expert_bias
         masks, own = class_masks(self.bias_classes, batch, tokens, self.weight.device), self.class_biases
         return token_biases(self.expert_bias, [(masks[name], own[name]) for name in own], self.bias_place)
+
+    def _choose(self, logits_TE: Tensor, selection_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(weights (T, K), expert ids (T, K), p (T, E) where the weights were taken from it)."""
+        masked = self.visible_experts is not None
+        weights_TK, ids_TK, probs_TE = choose(
+            logits_TE,
+            self.top_k,
+            gate=self.gate,
+            selection_bias=selection_bias,
+            bias_place=self.bias_place,
+            num_groups=self.num_groups,
+            top_groups=self.top_groups,
+            normalize=self.normalize,
+            scale=self.scale,
+            masked=masked,
+            top_p=self.top_p,
+        )
+        return weights_TK, drop_hidden(ids_TK, logits_TE) if masked and self.drops else ids_TK, probs_TE
 
     def forward(self, x_TD: Tensor, batch: TokenLayout | None = None) -> Routing:
         """Routes T tokens; ``batch`` says how they lie in sequences (default: one sequence, no padding).
@@ -246,26 +272,13 @@ class Router(nn.Module):
         if masked:
             raw_TE = self._hidden(raw_TE, batch)
         logits_TE = raw_TE if state is None else record_logit_grad(state, raw_TE, training=self.training)
-        weights_TK, ids_TK, probs_TE = choose(
-            logits_TE,
-            self.top_k,
-            gate=self.gate,
-            selection_bias=selection_bias,
-            bias_place=self.bias_place,
-            num_groups=self.num_groups,
-            top_groups=self.top_groups,
-            normalize=self.normalize,
-            scale=self.scale,
-            masked=masked,
-        )
-        if masked and self.drops:
-            ids_TK = drop_hidden(ids_TK, raw_TE)
+        weights_TK, ids_TK, probs_TE = self._choose(logits_TE, selection_bias)
         replayed_T2 = None
         if self.routing_calls is not None:
             ids_TK, replayed_T2 = self.routing_calls.dispatch(ids_TK, raw_TE)
         if replayed_T2 is not None:
-            form = {"gate": self.gate, "normalize": self.normalize, "scale": self.scale, "drops": self.drops}
-            weights_TK, probs_TE = weigh(logits_TE, ids_TK, **form)
+            more = {"normalize": self.normalize, "scale": self.scale, "drops": self.drops}
+            weights_TK, probs_TE = weigh(logits_TE, ids_TK, gate=self.gate, **more)
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         if state is not None:
             weights_TK = attach_balance_gradient(

@@ -45,6 +45,7 @@ class Header:
     started: str  # ISO 8601, UTC
     resumed_at: int = 0
     schema: int = SCHEMA_VERSION
+    expert_widths: list[int] = field(default_factory=list)  # of a layer's experts; empty where they are alike
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from contracts.invariance._case import COEF, MODELS, SEQUENCES, Case, Data, assign, make_data, places_of, policies_of
-from contracts.invariance._reference import Expected, Token, reference, select_all
+from contracts.invariance._case import (
+    COEF,
+    MODELS,
+    SEQUENCES,
+    TOP_P,
+    WIDTHS,
+    Case,
+    Data,
+    assign,
+    make_data,
+    places_of,
+    policies_of,
+)
+from contracts.invariance._reference import Architecture, Expected, Token, reference, select_all
 from contracts.law._reference import History
 
 # Relative to the largest entry of each parameter's gradient. fp32: rounding of forward and backward, measured at most
@@ -71,7 +83,7 @@ def judge(case: Case, ranks: list[list[Any]], sequences: int = SEQUENCES) -> lis
         flat = torch.tensor([[t.sequence, t.place] for t in table.tokens])
         x_TD, target_TD = (f[flat[:, 0], flat[:, 1]] for f in (data.x_NSD, data.target_NSD))
         expected = reference(
-            step.weights, MODELS[case.model], table.tokens, x_TD, target_TD, policies, history,
+            step.weights, architecture_of(case), table.tokens, x_TD, target_TD, policies, history,
             language_weights=table.language_weights, token_weights=table.token_weights, rows=table.rows,
             routed=_routed(case, step.weights, table.tokens, [steps[number].routed for steps in ranks]),
         )  # fmt: skip
@@ -80,6 +92,12 @@ def judge(case: Case, ranks: list[list[Any]], sequences: int = SEQUENCES) -> lis
             _same_state(f"step {number}, rank {rank}", steps[number], expected)
         _same_gradients(case, number, step.gradients, expected)
     return found
+
+
+def architecture_of(case: Case) -> Architecture:
+    sizes, order, gate = MODELS[case.model]
+    widths = WIDTHS.get(case.model, [[8] * experts for experts, _ in sizes])
+    return Architecture(sizes, order, gate, widths, TOP_P.get(case.model))
 
 
 def _same_state(where: str, step: Any, expected: Expected) -> None:
@@ -130,9 +148,9 @@ def _routed(case: Case, weights: dict, tokens: list[Token], ranks: list[Any]) ->
             for micro, per_call in enumerate(micros):
                 logits_TE, ids = per_call[call]
                 bias_E = [0.0] * sizes[layer][0] if bias is None else bias.tolist()
-                chosen, plain = select_all(logits_TE, bias_E, sizes[layer][1], gate)
-                none = {sizes[layer][0]}  # of a token that may choose fewer than K
-                assert chosen == [set(one) - none for one in ids], "the router chose other experts than the loops"
+                experts, top_k = sizes[layer]
+                chosen, plain = select_all(logits_TE, bias_E, top_k, gate, TOP_P.get(case.model))
+                assert chosen == [set(one) - {experts} for one in ids], "the router chose other experts than the loops"
                 for t, both in enumerate(zip(chosen, plain, strict=True)):
                     place = places_of(case, rank % case.shards)[t % width]
                     at[rank // case.shards, micro, t // width, place] = both

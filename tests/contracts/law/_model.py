@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from _rounding import allowed
 from contracts.law._reference import History
-from equipoise import AuxLoss, Balancer, ExpertBias, MoE, Sequences, ZLoss
+from equipoise import AuxLoss, Balancer, EntropyLoss, ExpertBias, MoE, Sequences, ZLoss
 from equipoise.functional import draw_visible
 
 DIM = 8
@@ -40,13 +40,15 @@ class Net(nn.Module):
         *,
         mode: str = "plain",
         dropout: float = 0.0,
+        widths: Sequence[int | Sequence[int]] | None = None,
         **router: Any,
     ) -> None:
         super().__init__()
         self.inp = nn.Linear(DIM, DIM)
         self.drop = nn.Dropout(dropout)
         self.blocks: Any = nn.ModuleList(
-            MoE(DIM, 8, e, k, batch_first=True, **router) for e, k in zip(experts, top_k, strict=True)
+            MoE(DIM, h, e, k, batch_first=True, **router)
+            for h, e, k in zip(widths or [8] * len(experts), experts, top_k, strict=True)
         )
         self.mode = mode
 
@@ -149,11 +151,11 @@ def rounding(step: list[Micro], **options: Any) -> float:
     return allowed(*found)
 
 
-def policy(description: dict) -> AuxLoss | ZLoss:
+def policy(description: dict) -> AuxLoss | EntropyLoss | ZLoss:
     """equipoise's object for a plain description of the reference."""
     rest = {k: v for k, v in description.items() if k not in ("kind", "n", "scope")}
-    if description["kind"] == "z":
-        return ZLoss(**rest)
+    if description["kind"] in ("z", "entropy"):
+        return {"z": ZLoss, "entropy": EntropyLoss}[description["kind"]](**rest)
     scope = Sequences(description["n"]) if description["scope"] == "sequences" else description["scope"]
     return AuxLoss(scope, **rest)
 

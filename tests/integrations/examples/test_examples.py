@@ -17,6 +17,7 @@ from integrations.examples._fresh import run as fresh
 FOLDER = Path(__file__).resolve().parents[3] / "examples"
 NEEDS = {
     "plain_loop": (),
+    "unlike_experts": (),
     "accelerate_loop": ("accelerate", "transformers"),
     "hf_trainer": ("accelerate", "transformers"),
     "lightning_trainer": ("lightning",),
@@ -49,6 +50,16 @@ def test_the_plain_loop_balances_what_grows_uneven_without():
     balanced, left_alone = (maxvio(run("plain_loop", "--steps", "25", *more)) for more in ((), ("--coef", "0")))
     assert balanced[1] == left_alone[1], "the first step is the same"
     assert max(balanced[25]) < max(left_alone[25])
+
+
+@pytest.mark.parametrize("more", [(), ("--top-p", "0.6")], ids=["top-2", "top-p"])
+def test_the_penalty_gives_narrow_experts_more(more):
+    said = run("unlike_experts", "--steps", "40", *more)
+    plain, penalty = (float(width) for width in re.findall(r"active width (\d+)", said))
+    assert penalty < plain
+    loads = [[float(load) for load in line.split()] for line in re.findall(r"load  (.*)", said)]
+    assert sum(loads[1][:4]) > sum(loads[0][:4])
+    assert ("experts a token" in said) == bool(more)
 
 
 def test_accelerate_sees_the_same_load_on_two_processes():

@@ -129,3 +129,12 @@ def test_the_step_of_the_slowest_of_four_ranks():
     apart = [[[4, 4, 0, 0, 0, 0, 0, 0]], [[0, 0, 4, 4, 0, 0, 0, 0]]]  # two domains, each on a rank of its own
     assert predicted_step_cost(apart, top_k=1) > predicted_step_cost([[[1, 1, 1, 1, 0, 0, 0, 0]]], top_k=1)
     assert math.isnan(predicted_step_cost([[[1, 1, 1]]], top_k=1))
+
+
+def test_measures_that_came_later_are_in_no_older_record(tmp_path):
+    claim = claim_in(tmp_path / "claims")
+    (run, *_) = runs_of(claim, [-0.01])
+    for name in run_summary.LATE_MEASURES:
+        assert name not in run_summary._plain_record(run)
+        assert run_summary._plain_record(replace(run, **{name: 1.5}))[name] == 1.5
+        assert math.isnan(MEASURES[name][1](run)) and MEASURES[name][1](replace(run, **{name: 1.5})) == 1.5

@@ -16,6 +16,8 @@ from equipoise.functional.permute import sort_by_expert
 from equipoise.kernels import INTERPRETED, fused_experts
 from equipoise.kernels import experts as kernels
 from equipoise.kernels.experts import add_rows, copy_rows, sort_pairs, swiglu, swiglu_gradient
+from equipoise.layers.cpu.uneven_experts import uneven_experts
+from equipoise.layers.experts import uneven_grouped_experts
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 EXAMPLES = settings(deadline=None, max_examples=10 if INTERPRETED else 200, derandomize=True)
@@ -95,9 +97,9 @@ def test_swiglu_and_its_gradient(routing, hidden, dtype):
 
 
 def naive(x_TD: Tensor, gate_up_EFD: Tensor, down_EDH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    out = []
+    out, zero = [], 0 * sum(t.sum() for t in (x_TD, gate_up_EFD, down_EDH, weights_TK))
     for x_D, ids, weights in zip(x_TD, ids_TK.tolist(), weights_TK, strict=True):
-        y_D = 0 * x_D
+        y_D = zero + torch.zeros_like(x_D)
         for e, weight in zip(ids, weights, strict=True):
             if e < len(gate_up_EFD):
                 gate, up = (gate_up_EFD[e] @ x_D).chunk(2)
@@ -131,10 +133,28 @@ def test_output_and_every_gradient_are_those_of_loops(dtype, tokens, top_k, skew
     expected.backward(dy.double())
     for one, other in [(got, expected), *((a.grad, b.grad) for a, b in zip(leaves, wide, strict=True))]:
         assert one is not None and other is not None
-        error = float((one.detach().double() - other.detach()).norm() / other.detach().norm())
+        error = float((one.detach().double() - other.detach()).norm() / other.detach().norm().clamp(min=1e-30))
         assert error < (1e-5 if dtype == torch.float32 else 0.02)
     assert weights.grad is not None and weights.grad.dtype == torch.float32
     assert not weights.grad[none_TK].any()
+
+
+def test_experts_of_unlike_widths_are_the_cpu_s():
+    """A call for each run of one width, to which the experts of the others are none."""
+    generator = torch.Generator().manual_seed(3)
+    widths, arguments = [8, 8, 24, 16], []
+    for shape in ((30, 16), (2 * sum(widths), 16), (sum(widths), 16), (30, 2)):
+        arguments.append((torch.randn(shape, generator=generator) / 4).requires_grad_())
+    ids_TK = torch.randint(5, (30, 2), generator=generator)  # 4 is none
+    x, gate_up, down, weights = arguments
+    expected = uneven_experts(x, gate_up, down, ids_TK, weights, widths)
+    there = [t.detach().to(DEVICE).requires_grad_() for t in arguments]
+    got = uneven_grouped_experts(*there[:3], ids_TK.to(DEVICE), there[3], widths)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-5)
+    direction = torch.randn(30, 16, generator=generator)
+    wanted = torch.autograd.grad(expected, arguments, direction)
+    for one, other in zip(torch.autograd.grad(got, there, direction.to(DEVICE)), wanted, strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_that_nobody_wants_are_not_computed(monkeypatch: pytest.MonkeyPatch):

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from ...errors import ConfigError, unknown_name
 from .loading import from_dict, load_toml, merge, parse_set, to_toml
+from .masks import check_mask
+from .widths import expert_widths
 
 __all__ = ["QUICK", "CompareConfig", "DataConfig", "ModelConfig", "ParallelConfig", "RunConfig", "StrategyConfig",
            "TrainConfig", "from_dict", "load_config", "parse_set", "to_toml"]  # fmt: skip
@@ -62,6 +64,8 @@ class ModelConfig:
     experts: int = 8
     top_k: int = 2
     expert_hidden: int = 64
+    expert_widths: str = ""  # ratios of unlike widths of the same sum, "9:11:13", or "arithmetic": see `config.widths`
+    top_p: float = 0.0  # 0: top_k experts for every token; else the fewest that have so much probability, top_k at most
     shared_experts: int = 0  # experts of the same size that see every token
     gate: str = "auto"  # auto: what the strategy asks for
     selection_bias: bool = False  # a strategy with ExpertBias turns it on
@@ -90,7 +94,10 @@ class ModelConfig:
         return self.mask_rare > 0 or self.mask_visible > 0
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts", "mask_rare", "mask_visible"))
+        zero = ("kv_heads", "shared_experts", "top_p", "mask_rare", "mask_visible")
+        _check_numbers(self, "model.", may_be_zero=zero)
+        expert_widths(self.expert_widths, self.experts, self.expert_hidden)
+        _check_top_p(self)
         _one_of("gate", self.gate, GATES)
         _one_of("kind of checkpointing", self.checkpointing, CHECKPOINTING)
         _one_of("way through a model", self.through, THROUGH)
@@ -137,7 +144,7 @@ class ModelConfig:
             f"top_k = {self.top_k}, but {self.top_groups} groups hold {reachable} experts",
             "raise top_groups or lower top_k",
         )
-        _check_mask(self)
+        check_mask(self.mask_rare, self.mask_visible, self.experts, given=self.folder is not None)
         _require(
             self.folder is not None or 257 <= self.vocab_size <= 65_536,
             "model.vocab_size of 257 (all bytes) to 65536 (16-bit tokens)",
@@ -343,25 +350,18 @@ def _choose(data: dict[str, Any], defined: list[Any]) -> dict[str, Any]:
     return data
 
 
-def _check_mask(model: ModelConfig) -> None:
-    rare, visible = model.mask_rare, model.mask_visible
+def _check_top_p(model: ModelConfig) -> None:
     _require(
-        rare <= 1,
-        "model.mask_rare, a share of the training text, of at most 1",
-        f"mask_rare = {rare}",
-        "0.2 lets the ids see one expert that the last 20 % of the text are of, 1 all ids",
+        model.top_p <= 1,
+        "model.top_p of at most 1: how much probability a token's experts have together",
+        f"top_p = {model.top_p}",
+        "papers use 0.4 to 0.6; 0 gives every token model.top_k experts",
     )
     _require(
-        visible <= model.experts,
-        "model.mask_visible <= model.experts",
-        f"mask_visible = {visible}, experts = {model.experts}",
-        "lower it, or leave it out: then frequent ids see all experts",
-    )
-    _require(
-        model.folder is None or not model.masked,
-        "a model without model.mask_rare and model.mask_visible, where it is given with model.folder",
-        f"mask_rare = {rare}, mask_visible = {visible}",
-        "leave them out; equipoise.mask_routers masks a model of transformers in a training loop of your own",
+        not model.top_p or not model.normalize_weights,
+        "model.normalize_weights = false with model.top_p: one expert's share of itself teaches a router nothing",
+        f"top_p = {model.top_p}, normalize_weights = true",
+        "--set model.normalize_weights=false",
     )
 
 

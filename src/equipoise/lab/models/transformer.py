@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...errors import InputError
 from ...layers.moe import MoE
+from ..config.widths import expert_widths
 from .cpu_ops.attention import Positions, causal_attention
 from .cpu_ops.loss import linear_cross_entropy, token_losses
 from .cpu_ops.norm import RMSNorm
@@ -153,13 +154,15 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.width, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        widths = expert_widths(config.expert_widths, config.experts, config.expert_hidden)
         self.mlp = MoE(
             config.width,
-            config.expert_hidden,
+            widths or config.expert_hidden,
             config.experts,
             config.top_k,
             batch_first=True,
-            num_shared=config.shared_experts,
+            shared_hidden=config.shared_experts * config.expert_hidden,
+            top_p=config.top_p or None,
             gate="softmax" if config.gate == "auto" else config.gate,
             selection_bias=config.selection_bias,
             normalize=config.normalize_weights,

@@ -35,6 +35,7 @@ from ...storage.files import atomic_write
 from ...storage.run_record import RECORD_NAME, End, Fidelity, Header, Load, Record, RecordWriter, Step, read_run
 from ..config.schema import RunConfig, TrainConfig, from_dict
 from ..config.strategies import strategy_of
+from ..config.widths import expert_widths
 from ..data.packing import BatchSampler
 from ..models.pretrained import build, fingerprint, prepare_text
 from ..models.protocol import active_parameters
@@ -331,6 +332,7 @@ class _Run:
             domains=list(data.domains), corpus_sha256=data.corpus_sha256, versions=versions,
             parameters=self.sizes[0], active_parameters=self.sizes[1],
             started=datetime.now(UTC).isoformat(timespec="seconds"), resumed_at=self.step,
+            expert_widths=list(expert_widths(model.expert_widths, model.experts, model.expert_hidden) or ()),
         )  # fmt: skip
 
     def _end(self, status: str, message: str = "") -> End:

@@ -15,8 +15,6 @@ works under ``torch.compile(fullgraph=True)`` and can be named in a selective ch
 
 from __future__ import annotations
 
-import math
-import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -25,30 +23,11 @@ from torch import Tensor, library
 from ...functional.permute import equal_runs, gather_sum, max_rows, pad_rows
 from ...kernels import grouped_mm, has_grouped_mm
 from .huge_pages import LARGE, fresh
+from .swiglu import scratch, swiglu, swiglu_gradient
 
 __all__ = ["padded_experts"]
 
 BLOCK_ROWS = 4096
-_silu = torch.ops.aten.silu.out
-_silu_backward = torch.ops.aten.silu_backward.grad_input
-
-
-class _Scratch(threading.local):
-    """Buffers that every call in a thread uses again; each grows to the largest ever asked for."""
-
-    def __init__(self) -> None:
-        self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """An uninitialised tensor of the type of ``like``, yours until the same name is taken again."""
-        numel, key = math.prod(shape), (name, like.dtype)
-        if key not in self.kept or self.kept[key].numel() < numel:
-            with torch.inference_mode(False):  # or a later training step could not write to it
-                self.kept[key] = fresh(like, numel)
-        return self.kept[key][:numel].view(shape)
-
-
-_scratch = _Scratch()
 
 
 class _Block(NamedTuple):
@@ -88,7 +67,7 @@ class _Block(NamedTuple):
 
     def gather(self, name: str, x_TD: Tensor, tokens_R: Tensor) -> Tensor:
         tokens = tokens_R[self.rows]
-        return torch.index_select(x_TD, 0, tokens, out=_scratch.take(name, x_TD, len(tokens), x_TD.shape[1]))
+        return torch.index_select(x_TD, 0, tokens, out=scratch.take(name, x_TD, len(tokens), x_TD.shape[1]))
 
 
 def _blocks(sizes_E: Tensor, x_TD: Tensor, hidden: int) -> list[_Block]:
@@ -147,13 +126,11 @@ def _forward(
     pairs_R, rows_TK, *sizes, drops = pad_rows(expert_ids_TK, num_experts, **layout)
     tokens_R = pairs_R // expert_ids_TK.shape[1]
     hidden_RF = fresh(x_TD, len(pairs_R), width)
-    out_RD = _scratch.take("out", x_TD, len(pairs_R), dim)
+    out_RD = scratch.take("out", x_TD, len(pairs_R), dim)
     for block in _blocks(sizes[0], x_TD, width // 2):
         x = block.gather("x", x_TD, tokens_R)
         hidden = block.multiply(x, gate_up_EFD.mT, hidden_RF[block.rows])
-        gate, up = hidden.chunk(2, dim=1)
-        act = _silu(gate, out=_scratch.take("act", x, *gate.shape)).mul_(up)
-        out = block.multiply(act, down_EDH.mT, out_RD[block.rows])
+        out = block.multiply(swiglu(hidden), down_EDH.mT, out_RD[block.rows])
         if block.ends_E is not None:
             hidden_RF[block.rows], out_RD = hidden, _beside_idle(out, out_RD) if drops else out
     weights_TK = weights_TK.to(x_TD.dtype)
@@ -179,24 +156,15 @@ def _backward(
     sizes_E, counts_E = sizes_2E.unbind()
     drops = sum(counts_E.tolist()) < rows_TK.numel()
     d_gate_up_EFD, d_down_EDH = fresh(x_TD, *gate_up_EFD.shape), fresh(x_TD, *down_EDH.shape)
-    dx_RD = _scratch.take("out", x_TD, len(tokens_R), x_TD.shape[1])
+    dx_RD = scratch.take("out", x_TD, len(tokens_R), x_TD.shape[1])
     d_weights_R = x_TD.new_empty(len(tokens_R), dtype=torch.promote_types(x_TD.dtype, torch.float32))
     weights_R1 = x_TD.new_zeros(len(tokens_R), 1)
     weights_R1.view(-1)[rows_TK] = weights_TK.to(x_TD.dtype)
     for block in _blocks(sizes_E, x_TD, down_EDH.shape[2]):
         x, dy = block.gather("x", x_TD, tokens_R), block.gather("dy", dy_TD, tokens_R)
-        gate, up = hidden_RF[block.rows].chunk(2, dim=1)
-        act, silu, d_act = (_scratch.take(name, x, *gate.shape) for name in ("act", "silu", "d_act"))
-        d_hidden = _scratch.take("d_hidden", x, len(x), hidden_RF.shape[1])
-        d_gate, d_up = d_hidden.chunk(2, dim=1)
-        d_act = block.multiply(dy, down_EDH, d_act)
-        torch.mul(_silu(gate, out=silu), up, out=act)
-        product = torch.mul(d_act, act, out=d_gate)  # d_gate is free until the last line below
-        torch.sum(product, dim=1, dtype=d_weights_R.dtype, out=d_weights_R[block.rows])
-        act.mul_(weights_R1[block.rows])  # padding has weight 0, so from here on it adds nothing anywhere
-        d_act.mul_(weights_R1[block.rows])
-        torch.mul(d_act, silu, out=d_up)
-        _silu_backward(d_act.mul_(up), gate, grad_input=d_gate)
+        hidden = hidden_RF[block.rows]
+        d_act = block.multiply(dy, down_EDH, scratch.take("d_act", x, len(x), down_EDH.shape[2]))
+        act, d_hidden = swiglu_gradient(hidden, d_act, weights_R1[block.rows], d_weights_R[block.rows])
         d_down = block.outer(dy, act, d_down_EDH)
         d_gate_up = block.outer(d_hidden, x, d_gate_up_EFD)
         dx = block.multiply(d_hidden, gate_up_EFD, dx_RD[block.rows])

@@ -57,6 +57,7 @@ class StrategySummary:
     layers: dict[str, list[float]]  # field of the evaluation -> mean over seeds, by layer
     estimators: list[EstimatorSummary]
     charts: Charts
+    load_by_width: dict[int, float] = field(default_factory=dict)  # over the even load; empty where all are alike
 
 
 @dataclass(frozen=True)

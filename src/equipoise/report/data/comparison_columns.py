@@ -104,6 +104,15 @@ def _numbers(value: object) -> list[float]:
     return [value] if is_number(value) else []  # type: ignore[list-item]
 
 
+def _active_width(view: RunView) -> float:
+    """Where it is not the same for every token, or every choice."""
+    return view.active_width if view.header.expert_widths or view.config.get("model.top_p") else math.nan
+
+
+def _experts_per_token(view: RunView) -> float:
+    return view.experts_per_token if view.config.get("model.top_p") else math.nan
+
+
 def _trained(name: str) -> Callable[[RunView], float]:
     return lambda view: view.trained(name)
 
@@ -197,6 +206,12 @@ COMPARISON_COLUMNS = (
     Column("dead_experts", "Dead experts", "Balance on held-out text",
            "Experts, over all layers, that no held-out token chose: weights that do nothing.",
            _dead, "lower", show=lambda value, _: count(value), terminal=TerminalColumn("dead")),
+    Column("active_width", "Active width", "Cost",
+           "Hidden units that a token's experts have together, mean over held-out tokens and layers.",
+           _active_width, "lower", ratio=True, places=1, terminal=TerminalColumn("width", 1)),
+    Column("experts_per_token", "Experts per token", "Cost",
+           "Mean over held-out tokens and layers: with top-p a token may use fewer than K.",
+           _experts_per_token, "", places=2, terminal=TerminalColumn("experts", 2)),
     Column("tokens_per_second", "Tokens per second", "Cost",
            "Training speed, median over the steps; evaluation and checkpoints left out.",
            _speed, "higher", ratio=True, places=0, terminal=TerminalColumn("tokens/s", 0)),

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from ...errors import ConfigError, unknown_name
 from ...storage.codec import without_nan
 from ...storage.run_record import Run
@@ -195,6 +197,7 @@ def _strategy(
         layers=_layers(shown),
         estimators=_estimators(own),
         charts=charts([one.run for one in own], shown[0], metrics, len(views), against),
+        load_by_width=_load_by_width(shown),
     )
 
 
@@ -230,6 +233,19 @@ def _layers(views: Sequence[RunView]) -> dict[str, list[float]]:
     found = {name: by_layer([getattr(one, name) for one in evaluations]) for name in names}
     found["topk_score"] = by_layer([of_domain for one in evaluations for of_domain in one.topk_score])
     return found
+
+
+def _load_by_width(views: Sequence[RunView]) -> dict[int, float]:
+    """Width -> load of such an expert over the even one, mean over experts, layers and seeds, of held-out text."""
+    loads: dict[int, list[float]] = {}
+    for view in views:
+        if view.evaluation is None:
+            continue
+        for counts_E in np.array(view.evaluation.counts, dtype=float).sum(axis=0):
+            even = counts_E.mean()
+            for width, count in zip(view.header.expert_widths, counts_E, strict=False):
+                loads.setdefault(width, []).append(float(count / even) if even else math.nan)
+    return {width: mean(loads[width]) for width in sorted(loads)}
 
 
 def _estimators(views: Sequence[RunView]) -> list[EstimatorSummary]:
@@ -283,7 +299,9 @@ def _noise_floor(view: RunView) -> dict[str, float]:
     """Column -> MaxVio that uniformly random routing of as many tokens would show on average."""
     tokens = {one.key: one.noise_tokens(view) for one in COMPARISON_COLUMNS if one.noise_tokens}
     known = {key: count for key, count in tokens.items() if math.isfinite(count) and count > 0}
-    return {key: random_maxvio(count, view.header.top_k, view.header.num_experts) for key, count in known.items()}
+    top_p, choices = view.config.get("model.top_p"), view.experts_per_token
+    top_k = choices if top_p and choices > 0 else view.header.top_k
+    return {key: random_maxvio(count, top_k, view.header.num_experts) for key, count in known.items()}
 
 
 def _facts(view: RunView) -> dict[str, Any]:
@@ -292,6 +310,7 @@ def _facts(view: RunView) -> dict[str, Any]:
         "layers": header.num_layers,
         "experts": header.num_experts,
         "top_k": header.top_k,
+        "expert_widths": header.expert_widths,
         "parameters": header.parameters,
         "active_parameters": header.active_parameters,
         "tokens_per_step": mean(step.tokens for step in view.window),

@@ -30,8 +30,8 @@ def run_facts(comparison: Comparison) -> list[str]:
 def run_sections(comparison: Comparison, widgets: Widgets) -> list[Section]:
     """All sections in the order of the page, without those that have no data; the first two are always there."""
     page = _Sections(comparison, widgets)
-    made = (page.quality(), page.balance(), page.numbers(), page.domains_of_experts(), page.loads(), page.layers(),
-            page.domains(), page.estimators())  # fmt: skip
+    made = (page.quality(), page.balance(), page.numbers(), page.domains_of_experts(), page.loads(), page.widths(),
+            page.layers(), page.domains(), page.estimators())  # fmt: skip
     return [one for one in made if one]
 
 
@@ -80,6 +80,15 @@ class _Sections:
             "How many tokens of one global batch each expert got, over the mean of its layer. In a balanced "
             "layer all cells have the colour of 1. The slider moves through the run.",
         )  # fmt: skip
+
+    def widths(self) -> Section | None:
+        if not any(one.load_by_width for one in self.comparison.strategies):
+            return None
+        lead = (
+            "Load of an expert of each width over the even load, on held-out text, mean over layers and seeds: above 1 "
+            "it is used more than its share. What a token costs by that is its active width, among the numbers above."
+        )
+        return Section("Which widths are used", lead, [tables.widths_table(self.comparison)])
 
     def layers(self) -> Section:
         return self._lines(

@@ -14,7 +14,7 @@ from .rendering import minus
 from .widgets import Cell, Part, Row, table
 
 __all__ = ["card", "estimators_table", "frequency_table", "numbers_table", "per_domain_table", "policies_table",
-           "runs_table"]  # fmt: skip
+           "runs_table", "widths_table"]  # fmt: skip
 
 BY_KEY = {column.key: column for column in COMPARISON_COLUMNS}
 
@@ -142,6 +142,15 @@ def frequency_table(comparison: Comparison) -> Part | None:
             ends = {0: "most frequent tenth", tenths - 1: "rarest tenth"}
             rows.append(Row(ends.get(i, f"tenth {i + 1}"), cells, "", "", group if i == 0 else ""))
     return _stacked(comparison, "tenths", "", rows) if rows else None
+
+
+def widths_table(comparison: Comparison) -> Part:
+    """Which experts are used, by their width."""
+    rows = []
+    for width in sorted({width for one in comparison.strategies for width in one.load_by_width}):
+        loads = [one.load_by_width.get(width) for one in comparison.strategies]
+        rows.append(Row(str(width), [Cell(number(load, 2), "" if load is None else load) for load in loads]))
+    return _stacked(comparison, "widths", "Width", rows)
 
 
 def estimators_table(comparison: Comparison) -> Part:
