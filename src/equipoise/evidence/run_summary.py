@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..lab.config.schema import RunConfig
+from ..lab.config.strategies import strategy_of
 from ..lab.training.numerics import NUMERICS
 from ..plan.cluster import Cluster
 from ..plan.forecast import forecast
@@ -45,14 +46,14 @@ APART = {"train.seed", "train.eval_every", "train.checkpoint_every", "train.load
          "train.tensorboard"}  # fmt: skip
 # Settings that came after runs were recorded, with the value that leaves those runs as they were: a new setting must
 # not rename them.
-LATER: dict[str, Any] = {
-    "model.expert_widths": "",
-    "model.top_p": 0.0,
-    "model.mask_rare": 0.0,
-    "model.mask_visible": 0,
-    "model.masks": None,
+LATER: dict[str, Any] = {"model.expert_widths": "", "model.top_p": 0.0, "model.mask_rare": 0.0, "model.mask_visible": 0,
+                         "model.masks": None}  # fmt: skip
+LATE_MEASURES = {  # which older records have not, and what they have in place of them
+    "step_cost": None,
+    "active_width": None,
+    "experts_per_token": None,
+    "loss_by_frequency": {},
 }
-LATE_MEASURES = ("step_cost", "active_width", "experts_per_token")  # which older records have not
 RANKS = 4  # that share out the experts, for `predicted_step_cost`
 TRAIL = 20  # steps between two stored points of a training curve
 SCOPES = ("global", "micro_batch", "sequence")  # of MaxVio
@@ -88,7 +89,7 @@ class RunSummary:
     step_cost: float = math.nan  # `predicted_step_cost`
     active_width: float = math.nan  # hidden units that a token's experts have together, mean over tokens and layers
     experts_per_token: float = math.nan
-    loss_by_frequency: dict[str, list[float]] = field(default_factory=dict)  # as of `Evaluation`; or not yet measured
+    loss_by_frequency: dict[str, list[float]] = field(default_factory=dict)  # as of `Evaluation`
     numbers: dict[str, float] = field(default_factory=dict)  # of an experiment
 
     @property
@@ -205,7 +206,8 @@ def summarize_run(run: Run, config: RunConfig) -> RunSummary:
             "experts_per_token": _round(view.experts_per_token),
             "loss_by_frequency": {side: list(map(_round, each)) for side, each in last.loss_by_frequency.items()},
         }
-        if not run.header.expert_widths and not config.model.top_p:  # a plan is made of equal experts and choices
+        model = strategy_of(config).apply(config.model)
+        if not (run.header.expert_widths or model.top_p or model.masked):  # a plan is made of equal experts and choices
             held_out["step_cost"] = _round(predicted_step_cost(last.counts, run.header.top_k))
     names = sorted({name for step in view.window for name in step.balance if "/layer_" not in name})
     trail = [
@@ -301,8 +303,7 @@ def _plain_record(run: RunSummary) -> dict[str, Any]:
     plain = without_nan(asdict(run))
     if not run.numbers:
         plain.pop("numbers")
-        plain = {name: value for name, value in plain.items() if name != "loss_by_frequency" or value}
-        return {name: value for name, value in plain.items() if not (value is None and name in LATE_MEASURES)}
+        return {n: value for n, value in plain.items() if n not in LATE_MEASURES or value != LATE_MEASURES[n]}
     empty = without_nan(asdict(RunSummary(key="", seed=-1, corpus="", strategy="", status="")))
     return {name: value for name, value in plain.items() if value != empty[name]}
 

@@ -33,8 +33,8 @@ __all__ = ["Choices", "ObservedRouter", "capture", "find_routers", "is_own_route
 class Choices(NamedTuple):
     """What a router decided about T tokens.
 
-    ``logits_TE`` has columns for no-op experts too; an id of -1 is a choice that the router dropped, and one of E no
-    choice, of a token that uses fewer than K experts.
+    ``logits_TE`` has columns for no-op experts too; an id of -1 is a choice that the router dropped, an id of E behind
+    all of them one that is none (`equipoise.Router` with ``top_p``, or with a mask by token id).
     """
 
     logits_TE: Tensor
@@ -53,7 +53,7 @@ class ObservedRouter:
     read: Callable[[tuple, dict[str, Any], Any], Choices]  # from the arguments and the output of a call
     idle: int = 0  # no-op experts, whose ids follow those of the experts
     gate_fits: bool = True  # False: the router's weights follow from no known gate, and softmax is assumed
-    drops: bool = False  # some choices are none, with the id E
+    drops: bool = False  # choices may be none
 
 
 def is_own_router(module: nn.Module) -> bool:

@@ -204,7 +204,7 @@ def _vocabulary(model: nn.Module) -> int | None:
         if hasattr(module, "get_input_embeddings"):
             try:
                 return len(module.get_input_embeddings().weight)  # type: ignore[operator]
-            except (NotImplementedError, AttributeError, TypeError):
+            except (RuntimeError, AttributeError, TypeError):
                 return None
     return None
 

@@ -172,6 +172,5 @@ def drop_hidden(ids_TK: Tensor, logits_TE: Tensor) -> Tensor:
     >>> drop_hidden(torch.tensor([[1, 0]]), torch.tensor([[float("-inf"), 2.0]]))
     tensor([[1, 2]])
     """
-    experts = logits_TE.shape[-1]
-    chosen_TK = logits_TE.gather(-1, ids_TK.clamp(max=experts - 1))  # an id of E stays one
-    return ids_TK.masked_fill(chosen_TK == float("-inf"), experts)
+    chosen_TK = logits_TE.gather(-1, ids_TK.clamp(max=logits_TE.shape[-1] - 1))  # an id may be E already
+    return ids_TK.masked_fill(chosen_TK == float("-inf"), logits_TE.shape[-1])

@@ -140,6 +140,24 @@ class Router(RouterBuffers):
         masks, own = class_masks(self.bias_classes, batch, tokens, self.weight.device), self.class_biases
         return token_biases(self.expert_bias, [(masks[name], own[name]) for name in own], self.bias_place)
 
+    def _choose(self, logits_TE: Tensor, selection_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(weights (T, K), expert ids (T, K), p (T, E) where the weights were taken from it)."""
+        masked = self.visible_experts is not None
+        weights_TK, ids_TK, probs_TE = choose(
+            logits_TE,
+            self.top_k,
+            gate=self.gate,
+            selection_bias=selection_bias,
+            bias_place=self.bias_place,
+            num_groups=self.num_groups,
+            top_groups=self.top_groups,
+            normalize=self.normalize,
+            scale=self.scale,
+            masked=masked,
+            top_p=self.top_p,
+        )
+        return weights_TK, drop_hidden(ids_TK, logits_TE) if masked and self.drops else ids_TK, probs_TE
+
     def forward(self, x_TD: Tensor, batch: TokenLayout | None = None) -> Routing:
         """Routes T tokens; ``batch`` says how they lie in sequences (default: one sequence, no padding).
 
@@ -166,21 +184,7 @@ class Router(RouterBuffers):
         if masked:
             raw_TE = self._hidden(raw_TE, batch)
         logits_TE = raw_TE if state is None else record_logit_grad(state, raw_TE, training=self.training)
-        weights_TK, ids_TK, probs_TE = choose(
-            logits_TE,
-            self.top_k,
-            gate=self.gate,
-            selection_bias=selection_bias,
-            bias_place=self.bias_place,
-            num_groups=self.num_groups,
-            top_groups=self.top_groups,
-            normalize=self.normalize,
-            scale=self.scale,
-            top_p=self.top_p,
-            masked=masked,
-        )
-        if masked and self.drops:
-            ids_TK = drop_hidden(ids_TK, raw_TE)
+        weights_TK, ids_TK, probs_TE = self._choose(logits_TE, selection_bias)
         replayed_T2 = None
         if self.routing_calls is not None:
             ids_TK, replayed_T2 = self.routing_calls.dispatch(ids_TK, raw_TE)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ...errors import ConfigError, unknown_name
 from .loading import from_dict, load_toml, merge, parse_set, to_toml
+from .masks import check_mask
 from .widths import expert_widths
 
 __all__ = ["QUICK", "CompareConfig", "DataConfig", "ModelConfig", "ParallelConfig", "RunConfig", "StrategyConfig",
@@ -93,7 +94,8 @@ class ModelConfig:
         return self.mask_rare > 0 or self.mask_visible > 0
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts", "top_p", "mask_rare", "mask_visible"))
+        zero = ("kv_heads", "shared_experts", "top_p", "mask_rare", "mask_visible")
+        _check_numbers(self, "model.", may_be_zero=zero)
         _check_experts(self)
         _one_of("gate", self.gate, GATES)
         _one_of("kind of checkpointing", self.checkpointing, CHECKPOINTING)
@@ -141,24 +143,7 @@ class ModelConfig:
             f"top_k = {self.top_k}, but {self.top_groups} groups hold {reachable} experts",
             "raise top_groups or lower top_k",
         )
-        _require(
-            self.mask_rare <= 1,
-            "model.mask_rare, a share of the training text, of at most 1",
-            f"mask_rare = {self.mask_rare}",
-            "0.2 lets the ids see one expert that the last 20 % of the text are of, 1 all ids",
-        )
-        _require(
-            self.mask_visible <= self.experts,
-            "model.mask_visible <= model.experts",
-            f"mask_visible = {self.mask_visible}, experts = {self.experts}",
-            "lower it, or leave it out: then frequent ids see all experts",
-        )
-        _require(
-            self.folder is None or not self.masked,
-            "a model without model.mask_rare and model.mask_visible, where it is given with model.folder",
-            f"mask_rare = {self.mask_rare}, mask_visible = {self.mask_visible}",
-            "leave them out; equipoise.mask_routers masks a model of transformers in a training loop of your own",
-        )
+        check_mask(self.mask_rare, self.mask_visible, self.experts, given=self.folder is not None)
         _require(
             self.folder is not None or 257 <= self.vocab_size <= 65_536,
             "model.vocab_size of 257 (all bytes) to 65536 (16-bit tokens)",

@@ -22,6 +22,7 @@ from ...policies import Policy
 from ...policies.from_data import KINDS, build
 from ...policies.names import NAMES, NUMBERED, Numbers, flat, read_name, usual_gate
 from ...policies.schedule import Schedule
+from .masks import split_mask
 from .schema import GATES, ModelConfig, RunConfig
 
 __all__ = ["NAMES", "NUMBERED", "Strategy", "describe_names", "parse_strategy", "slug", "strategy_of"]
@@ -31,7 +32,6 @@ __all__ = ["NAMES", "NUMBERED", "Strategy", "describe_names", "parse_strategy", 
 # their constant rate of 1e-3 needs thousands of steps to arrive.
 SHORT_RUNS = Numbers(coef=0.02, estimator="exact", rate=1e-2, schedule="cosine")
 SOFTMAX_RATE = 0.1  # / E: of the proportional rule, on scores that are about 1/E
-MASK_DETAIL = re.compile(r":(rare|visible)=([^:@+\s]*?)(?=[:@+\s]|->|$)")
 LOSS_FREE = SHORT_RUNS.fill(NAMES["loss-free"][0])
 
 
@@ -90,28 +90,9 @@ def parse_strategy(text: str) -> Strategy:
     >>> [policy["coef"] for policy in parse_strategy("global@0.01+micro").policies]
     [0.01, 0.0001]
     """
-    plain, mask = _without_mask(text)
+    plain, mask = split_mask(text)
     found = read_name(plain, SHORT_RUNS, gates=GATES[1:])
     return Strategy(text, found.policies, found.gate, mask)
-
-
-def _without_mask(text: str) -> tuple[str, dict[str, Any]]:
-    """The name without details of a mask, and the settings of the model that these are."""
-    mask: dict[str, Any] = {}
-    for word, value in MASK_DETAIL.findall(text):
-        kind = float if word == "rare" else int
-        try:
-            number = kind(value)
-        except ValueError:
-            number = -1
-        if not number > 0 or f"mask_{word}" in mask:
-            raise ConfigError(
-                expected="one rare=SHARE above 0 and one visible=EXPERTS of 1 or more in a strategy",
-                got=repr(text),
-                do="for example global:rare=0.2, global:rare=0.2:visible=4",
-            )
-        mask[f"mask_{word}"] = number
-    return MASK_DETAIL.sub("", text), mask
 
 
 def describe_names() -> str:

@@ -194,8 +194,10 @@ def _sequence_scores(seen: Mapping[str, Choices], routers: Sequence[ObservedRout
     scores = []
     for router in routers:
         logits_TE, ids_TK = seen[router.name]
-        probs_TE = torch.nn.functional.pad(gate_probs(logits_TE, router.gate), (0, 1))  # an id of E is no expert
-        chosen_TK = probs_TE.gather(-1, ids_TK)
+        probs_TE = gate_probs(logits_TE, router.gate)
+        chosen_TK = probs_TE.gather(-1, ids_TK.clamp(max=probs_TE.shape[-1] - 1) if router.drops else ids_TK)
+        if router.drops:
+            chosen_TK = chosen_TK.where(ids_TK < probs_TE.shape[-1], 0)
         scores.append(chosen_TK.sum(dim=-1).view(num_sequences, -1).double().mean(dim=1))
     return torch.stack(scores, dim=1)
 
