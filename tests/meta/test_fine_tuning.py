@@ -9,7 +9,7 @@ from meta.test_defects import find
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
-TABLE = PAGE.partition("## Trainer by situation")[2]
+TABLE = PAGE.partition("## What was tried")[2]
 TESTS = dict(re.findall(r"^- ([a-z]): `(tests/[^`]+)`$", TABLE, flags=re.MULTILINE))
 CELLS = [[c.strip() for c in line.strip("|").split("|")] for line in TABLE.splitlines() if line.startswith("|")]
 
