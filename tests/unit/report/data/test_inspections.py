@@ -30,7 +30,7 @@ def called(model):
         (["a/olmoe", "b/qwen/"], ["olmoe", "qwen"]),
         (["a/olmoe", "b/olmoe"], ["a/olmoe", "b/olmoe"]),
         (["x/a/m", "y/a/m"], ["x/a/m", "y/a/m"]),
-        (["a/m", "a/m"], ["a/m #1", "a/m #2"]),
+        (["a/m", "a/m"], ["m #1", "m #2"]),
         (["/"], ["model"]),
     ],
 )
