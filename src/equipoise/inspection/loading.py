@@ -124,7 +124,8 @@ def _model_of_run(folder: Path, device: torch.device, dtype: str, step: int | No
         raise DataError(expected=f"a checkpoint of step {step} in {folder / CHECKPOINTS}",
                         got=f"those of {', '.join(map(str, there)) or 'none'}",
                         do="choose one of these; train.keep_checkpoints=0 keeps all of a new run")  # fmt: skip
-    found = checkpoint.load_latest(folder / CHECKPOINTS) if step is None else checkpoint.load(folder / CHECKPOINTS, step)
+    place = folder / CHECKPOINTS
+    found = checkpoint.load_latest(place) if step is None else checkpoint.load(place, step)
     if found is None:
         raise DataError(expected=f"a checkpoint in {folder / CHECKPOINTS}", got="none yet",
                         do=f"let the run come to its first checkpoint: equipoise resume {folder}")  # fmt: skip

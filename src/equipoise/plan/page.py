@@ -88,8 +88,9 @@ def _costs(plan: Forecast, widgets: Widgets) -> Section:
         "simulation. Memory: activations of routed experts on the fullest GPU."
     )
     title = "What each strategy costs"
-    bars = _bars([("Seconds of a step beyond even load", plan.rows, CAUSES[WASTE:], 1.0, ""),
-                  ("Step time beyond even load, %", plan.rows, CAUSES[WASTE:], 100 / plan.even.total, "%")])  # fmt: skip
+    beyond = CAUSES[WASTE:]
+    bars = _bars([("Seconds of a step beyond even load", plan.rows, beyond, 1.0, ""),
+                  ("Step time beyond even load, %", plan.rows, beyond, 100 / plan.even.total, "%")])  # fmt: skip
     return Section(title, lead, [table("costs", "what each strategy costs", heads, rows),
                                  widgets.lines("beyond", title, bars)])  # fmt: skip
 

@@ -63,7 +63,7 @@ def slowest(loads: Loads, cluster: Cluster, *, seed: int = 0) -> NDArray[np.floa
 
     >>> from .loads import Skew
     >>> one = slowest(Skew(0.0, 1.0), Cluster())
-    >>> bool(one.min() >= 1) and one.mean() == straggler(Skew(0.0, 1.0), Cluster()).mean
+    >>> float(one.mean()) == straggler(Skew(0.0, 1.0), Cluster()).mean
     True
     """
     return _relative(loads, cluster, seed).max(axis=-1)

@@ -47,11 +47,11 @@ class LoadMap:
 
 @dataclass(frozen=True)
 class GroupCharts:
-    """One grouping of the experts: largest load of a group over its own share, minus 1; and the last load, [layer][group]."""
+    """One grouping of the experts."""
 
     grouping: Grouping
-    maxvio: Curve
-    share: LoadMap
+    maxvio: Curve  # largest load of a group over the share that it is to have, minus 1; mean over the layers
+    share: LoadMap  # the last load, [layer][group], over those shares
 
 
 @dataclass(frozen=True)

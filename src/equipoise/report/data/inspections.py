@@ -26,7 +26,8 @@ __all__ = [
     "straggler",
 ]
 
-STEP = r"(?:^|[-_.])(step|checkpoint|ckpt|iter|iteration)s?[-_]?0*(\d{1,12})(?!\d|\.\d)"  # in a folder's name; step-3.5 is a model
+# in the name of a folder; step-3.5 is a model
+STEP = r"(?:^|[-_.])(step|checkpoint|ckpt|iter|iteration)s?[-_]?0*(\d{1,12})(?!\d|\.\d)"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The sections of the page about checkpoints of one model: its measures, its layers and its experts through training."""
+"""The sections of the page about checkpoints of one model: its measures, layers and experts through training."""
 
 from __future__ import annotations
 
@@ -88,7 +88,9 @@ def _share(counts_CE: np.ndarray) -> np.ndarray:
     return np.divide(counts_CE, mean_C1, out=np.full(counts_CE.shape, np.nan), where=mean_C1 > 0).T
 
 
-def _over_steps(one: Series, views: list[dict[str, Any]], rows: list[str], *, top: float = 1.0, **more: Any) -> Map | None:
+def _over_steps(
+    one: Series, views: list[dict[str, Any]], rows: list[str], *, top: float = 1.0, **more: Any
+) -> Map | None:  # fmt: skip
     steps = [str(step) for step in one.steps]
     return heat_map(views, rows, top=top, cell="step", column="step", columns=steps, **more)
 

@@ -120,9 +120,7 @@ def group_curves(comparison: Comparison) -> Figure | None:
     views = []
     for grouping in dict.fromkeys(grouping for found in of_strategies for grouping in found):
         curves = [found.get(grouping) for found in of_strategies]
-        layout = _over_steps(None, "linear", _end(curves))
-        layout["yaxis"] |= {"rangemode": "tozero"}
-        views.append(_view(f"MaxVio over {grouping.name}", curves, layout))
+        views.append(_view(f"MaxVio over {grouping.name}", curves, _from_zero(curves)))
     return {"views": views, "height": 300} if views else None
 
 
@@ -132,9 +130,7 @@ def domain_load_curves(comparison: Comparison) -> Figure | None:
     for name in comparison.domains:
         curves = [one.charts.domain_maxvio.get(name) for one in comparison.strategies]
         if any(curves):
-            layout = _over_steps(None, "linear", _end(curves))
-            layout["yaxis"] |= {"rangemode": "tozero"}
-            views.append(_view(f"MaxVio in {name}", curves, layout))
+            views.append(_view(f"MaxVio in {name}", curves, _from_zero(curves)))
     return {"views": views, "height": 300} if views else None
 
 
@@ -177,8 +173,7 @@ def over_checkpoints(
         if not any(curves):
             continue
         named = [(f"@s{colour}", name) for name, colour, *_ in models]
-        layout = _over_steps(None, "linear", _end(curves)) | {"showlegend": True}
-        layout["yaxis"] |= {"rangemode": "tozero"}
+        layout = _from_zero(curves) | {"showlegend": True}
         view = _view(label, curves, layout, note=OF_LAYERS, mode="lines+markers", named=named)
         for name, colour, _, floor, chance in models:
             if floor is not None:
@@ -230,7 +225,8 @@ def _lines(
         if curve is None:
             continue
         own = mode or ("lines" if len(curve.steps) > 1 else "lines+markers")  # a line through one point is invisible
-        line = _line(curve.steps, curve.mean, None if named else index, color=named[index][0] if named else "", mode=own)
+        color, strategy = (named[index][0], None) if named else ("", index)
+        line = _line(curve.steps, curve.mean, strategy, color=color, mode=own)
         more = {"name": _named(named[index][1]), "showlegend": True} if named else {}
         data.append(line | {"legendgroup": str(index)} | more)
     return data
@@ -275,6 +271,11 @@ def _over_steps(window: list[float] | None, scale: str, end: int = 0) -> dict[st
     if ticks:
         y |= {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     return {"xaxis": x, "yaxis": y, "hovermode": "x unified"}
+
+
+def _from_zero(curves: Sequence[Curve | None]) -> dict[str, Any]:
+    layout = _over_steps(None, "linear", _end(curves))
+    return layout | {"yaxis": layout["yaxis"] | {"rangemode": "tozero"}}
 
 
 def _round_ticks(low: float, high: float) -> list[float]:

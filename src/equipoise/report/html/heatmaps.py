@@ -32,7 +32,8 @@ def heat_map(
     if not views:
         return None
     made = {"views": views, "rows": [clean(one) for one in rows], "top": top, "row": row, "cell": cell,
-            "column": column, "scale": scale, "unit": unit} | ({"borders": list(borders)} if borders else {})  # fmt: skip
+            "column": column, "scale": scale, "unit": unit}  # fmt: skip
+    made |= {"borders": list(borders)} if borders else {}
     return made | ({"columns": [clean(one) for one in columns]} if columns is not None else {})
 
 
@@ -87,11 +88,7 @@ def group_maps(comparison: Comparison) -> tuple[list[str], list[Map | None]]:
     top = top_of([share.share for found in of_strategies for share in found.values()])
     figures = []
     for found in of_strategies:
-        views = [
-            view(grouping.name, share.share)
-            for grouping in known
-            if (share := found.get(grouping)) is not None
-        ]
+        views = [view(grouping.name, share.share) for grouping in known if (share := found.get(grouping)) is not None]
         rows = [str(layer) for layer in range(max((len(one["z"]) for one in views), default=0))]
         figures.append(heat_map(views, rows, top=top, row="layer", cell="group", column="group", unit=" × its share"))
     return [grouping.name for grouping in known], figures

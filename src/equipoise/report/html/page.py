@@ -82,7 +82,7 @@ def render_html(
         mark="load balancing of mixture-of-experts training",
         headline=headline, quality=c.quality if c else "", facts=run_facts(c) if c else [],
         warnings=c.warnings if c else [], problems=unread, live=f"{live:g}" if live else "",
-        second=headline_with_time(found) if c and found else "",  # the headline and cards at the top are those of the runs
+        second=headline_with_time(found) if c and found else "",  # at the top are headline and cards of the runs
         run_cards=[card(c, one, index) for index, one in enumerate(c.strategies)] if c else [],
         inspection_cards=inspection_cards(full),
         runs=runs, sections=[*runs, *inspected, Section("Where this comes from", "", origin)],

