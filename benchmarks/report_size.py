@@ -40,6 +40,9 @@ class Sizes:
     layers: int = 48
     experts: int = 128
     domains: int = 12
+    seeds: int = 3
+    steps: int = 150
+    checkpoints: int = 8
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ def make(folder: Path, sizes: Sizes) -> dict[str, list[Path]]:
     looks = importlib.import_module("unit.report.synthetic_inspection")
     names = [f"domain {i}" for i in range(sizes.domains)]
     shape = {"layers": sizes.layers, "experts": sizes.experts}
-    runs.write_comparison(folder / "runs", seeds=3, steps=150, domains=names, **shape)
-    steps = range(1000, 9000, 1000)
+    runs.write_comparison(folder / "runs", seeds=sizes.seeds, steps=sizes.steps, domains=names, **shape)
+    steps = [1000 * (1 + number) for number in range(sizes.checkpoints)]
     checkpoints = looks.synthetic_checkpoints(steps, names=names, top_k=min(8, sizes.experts // 2), **shape)
     folders = [folder / f"step-{step}" for step in steps]
     for place, one in zip(folders, checkpoints, strict=True):

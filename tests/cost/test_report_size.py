@@ -18,17 +18,12 @@ def bench(monkeypatch) -> ModuleType:
 
 
 def test_every_case_is_measured(bench, tmp_path):
-    cases = bench.make(tmp_path, bench.Sizes(layers=2, experts=8, domains=3))
+    cases = bench.make(tmp_path, bench.Sizes(layers=2, experts=8, domains=3, seeds=2, steps=20, checkpoints=2))
     found = [bench.measure(name, paths, 1, lambda page: None) for name, paths in cases.items()]
     assert [one.name for one in found] == ["comparison", "inspection", "training", "all"]
     sizes = {one.name: one.megabytes for one in found}
     assert 2 < sizes["inspection"] < sizes["training"] < sizes["all"] < 8  # plotly alone is 2
     assert not any(one.above for one in found)
-
-
-def test_the_page_of_all_of_the_largest_stays_under_8_megabytes(bench, tmp_path):
-    paths = bench.make(tmp_path, bench.Sizes())["all"]
-    assert bench.measure("all", paths, 1, lambda page: None).megabytes < bench.MEGABYTES
 
 
 def test_what_is_above_a_bound_is_marked(bench):

@@ -15,7 +15,7 @@ from .curves import Curve
 from .formatting import clean, number
 from .inspections import LAYER_COLUMNS, STEP, LayerColumn, NamedInspection, headline_of, mean_of
 
-__all__ = ["LAYER_MEASURES", "LayerMeasure", "Series", "changed_choices", "headline_with_time", "in_full", "left_out",
+__all__ = ["LAYER_MEASURES", "LayerMeasure", "Series", "churn_between", "headline_with_time", "in_full", "left_out",
            "over_training", "series_of"]  # fmt: skip
 
 SIDE_BY_SIDE = 3  # checkpoints of one model; of more, only the first and the last are shown in full
@@ -89,10 +89,10 @@ def over_training(series: Series, measure: LayerMeasure) -> tuple[Curve | None, 
     return curve, Curve(steps, chance) if all(map(math.isfinite, chance)) else None
 
 
-def changed_choices(before: Inspection, after: Inspection) -> np.ndarray:
-    """(L,): share of the choices in the recorded passages that another checkpoint makes otherwise; NaN of other text.
+def churn_between(before: Inspection, after: Inspection) -> np.ndarray:
+    """(L,): routing churn, the share of the choices in the recorded passages that are others now; NaN of other text.
 
-    The order of the chosen experts does not matter.
+    The order of the chosen experts does not matter. docs/measures.md has the definition.
     """
     one, other = before.arrays, after.arrays
     alike = one.passage_ids_NS.shape == other.passage_ids_NS.shape and np.array_equal(
@@ -184,7 +184,7 @@ def _count(name: str) -> Callable[[Series], np.ndarray]:
 def _changed(series: Series) -> np.ndarray:
     inspections = [one.inspection for one in series.checkpoints]
     first = np.full(len(inspections[0].layers), math.nan)
-    return np.stack([first, *(changed_choices(*pair) for pair in pairwise(inspections))])
+    return np.stack([first, *(churn_between(*pair) for pair in pairwise(inspections))])
 
 
 def _alike(array: str, take: Callable[[np.ndarray], float]) -> Callable[[Series], np.ndarray]:
@@ -210,7 +210,7 @@ LAYER_MEASURES = (
       for column in LAYER_COLUMNS[:4]),
     LayerMeasure("Dead experts, all layers", _count("dead"), summed=True, places=0),
     LayerMeasure("Idle experts, all layers", _count("idle"), summed=True, places=0),
-    LayerMeasure("Choices changed since the checkpoint before", _changed, places=3),
+    LayerMeasure("Routing churn since the checkpoint before", _changed, places=3),
     LayerMeasure("Likeness of two experts' weights, mean of all pairs", _alike("weight_similarity_LEE", np.mean)),
     LayerMeasure("Likeness of two experts' weights, the most alike", _alike("weight_similarity_LEE", np.max)),
     LayerMeasure("Likeness of two experts' gates, the most alike", _alike("routing_similarity_LEE", np.max)),

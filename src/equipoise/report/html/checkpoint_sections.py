@@ -37,9 +37,10 @@ def _measures(series: Sequence[Series], widgets: Widgets) -> Section:
         choices.append((measure.label, curves))
     figure = over_checkpoints(choices)
     lead = (
-        "Inspections of one model at several steps, in the order of training; dotted: what chance gives. Changed "
-        "choices are counted in the passages that all inspections keep, against the checkpoint before. Likeness of "
-        "weights is a cosine, of gates a correlation: near 1, two experts do the same. Below, every layer by itself."
+        "Inspections of one model at several steps, in the order of training; dotted: what chance gives. Routing churn "
+        "is the share of choices that changed since the checkpoint before, in the passages that all inspections keep. "
+        "Likeness of weights is a cosine, of gates a correlation: near 1, two experts do the same. Below, every layer "
+        "by itself."
     ) + "".join(map(left_out, series))
     parts: list[Part] = [widgets.lines("checkpoints", title, figure)] if figure is not None else []
     shown, panels = _layers(series)

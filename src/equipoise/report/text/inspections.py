@@ -19,7 +19,7 @@ NAME = 14  # the widest an inspection's name gets
 LABELS, CELLS = 34, 15  # columns of text
 TIME = {
     "MaxVio": "MaxVio, all text", "sequence": "MaxVio, sequence", "information": "Domain information, nats",
-    "dead": "Dead experts, all layers", "changed": "Choices changed since the checkpoint before",
+    "dead": "Dead experts, all layers", "churn": "Routing churn since the checkpoint before",
     "most alike": "Likeness of two experts' weights, the most alike", "top-K": "Top-K score",
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ import pytest
 
 from equipoise.report.data.checkpoints import (
     LAYER_MEASURES,
-    changed_choices,
+    churn_between,
     headline_with_time,
     in_full,
     left_out,
@@ -70,7 +70,7 @@ def test_a_run_that_was_inspected_at_several_steps_has_them_in_its_names():
     assert series_of(named(found))[0].name == "mine"
 
 
-def test_changed_choices_are_those_that_a_loop_counts():
+def test_churn_between_are_those_that_a_loop_counts():
     first, second = synthetic_checkpoints((20, 100))
     old, new = first.arrays.passage_experts_NSLK.copy(), second.arrays.passage_experts_NSLK.copy()
     old[0, 0, 0], new[0, 0, 0] = (3, 5), (5, 3)  # another order is no other choice
@@ -80,11 +80,11 @@ def test_changed_choices_are_those_that_a_loop_counts():
         for one, experts in ((first, old), (second, new))
     )
     N, S, L, K = new.shape
-    for layer, share in enumerate(changed_choices(first, second)):
+    for layer, share in enumerate(churn_between(first, second)):
         chosen = [(n, s, k) for n in range(N) for s in range(S) for k in range(K) if new[n, s, layer, k] >= 0]
         changed = sum(new[n, s, layer, k] not in old[n, s, layer] for n, s, k in chosen)
         assert share == pytest.approx(changed / len(chosen)) and 0 < share < 1
-    assert changed_choices(second, second).tolist() == [0.0] * L
+    assert churn_between(second, second).tolist() == [0.0] * L
 
 
 def test_choices_of_other_text_are_not_compared():
@@ -92,9 +92,9 @@ def test_choices_of_other_text_are_not_compared():
     ids = second.arrays.passage_ids_NS.copy()
     ids[0, 0] += 1
     other = replace(second, arrays=replace(second.arrays, passage_ids_NS=ids))
-    assert np.isnan(changed_choices(first, other)).all()
+    assert np.isnan(churn_between(first, other)).all()
     shorter = replace(second, arrays=replace(second.arrays, passage_ids_NS=ids[:, :4]))
-    assert np.isnan(changed_choices(first, shorter)).all()
+    assert np.isnan(churn_between(first, shorter)).all()
 
 
 def test_a_curve_is_the_mean_of_the_layers_between_the_lowest_and_the_highest():
@@ -108,7 +108,7 @@ def test_a_curve_is_the_mean_of_the_layers_between_the_lowest_and_the_highest():
     dead, _ = over_training(series, BY_LABEL["Dead experts, all layers"])
     assert dead.low is None
     assert dead.mean == [sum(len(layer.dead) for layer in one.inspection.layers) for one in series.checkpoints]
-    changed, _ = over_training(series, BY_LABEL["Choices changed since the checkpoint before"])
+    changed, _ = over_training(series, BY_LABEL["Routing churn since the checkpoint before"])
     assert changed.steps == [100, 300]  # before the first there is none
     alike, _ = over_training(series, BY_LABEL["Likeness of two experts' weights, the most alike"])
     pairs = series.checkpoints[1].inspection.arrays.weight_similarity_LEE[0]
