@@ -147,7 +147,7 @@ MUTATIONS = {
         "contracts/law/test_tie.py half_precision",
     ),
     "sigmoids over their sum plus an epsilon (B69)": Mutation(
-        "functional/routing.py",
+        "functional/gates.py",
         "    return gate_log_scores(logits_TE, gate).softmax(dim=-1)\n\n\ndef gate_slope",
         "    scores_TE = gate_log_scores(logits_TE, gate).exp()\n"
         "    return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)\n\n\ndef gate_slope",
