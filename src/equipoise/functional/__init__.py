@@ -17,6 +17,7 @@ from .metrics import (
     normalized_entropy,
 )
 from .routing import GATES, PLACES, Routing, gate_probs, gate_scores, route
+from .routing_mask import draw_visible, frequency_class, rare_ids
 from .updates import center, center_factors, momentum_step, proportional_step, rms_step, sign_step, violation
 
 __all__ = [
@@ -31,8 +32,10 @@ __all__ = [
     "convert_coef",
     "cv",
     "dead_experts",
+    "draw_visible",
     "efficiency",
     "entropy_loss",
+    "frequency_class",
     "gate_probs",
     "gate_scores",
     "gini",
@@ -45,6 +48,7 @@ __all__ = [
     "mutual_information",
     "normalized_entropy",
     "proportional_step",
+    "rare_ids",
     "rms_step",
     "route",
     "seen_load",
