@@ -22,7 +22,8 @@ class TokenLayout(NamedTuple):
     micro-batch: integers in [0, T), or in [0, T * shards) where other ranks hold the rest of each sequence.
     ``valid_T``: the tokens that are no padding, where a router gets only some of them; ``token_mask_T`` then leaves
     out what goes to another router too. ``classes``: for each class of tokens its name and a mask (T,), True where a
-    token is of it; a token may be of several, or of none. Padding is of none, whatever a mask says.
+    token is of it; a token may be of several, or of none. Padding is of none, whatever a mask says. ``token_ids_T``:
+    the ids in the vocabulary, which a router with a mask by token id asks for.
 
     >>> TokenLayout().rows, TokenLayout(num_sequences=4).rows
     (1, 4)
@@ -35,12 +36,13 @@ class TokenLayout(NamedTuple):
     document_T: Tensor | None = None
     valid_T: Tensor | None = None
     classes: Mapping[str, Tensor] | None = None
+    token_ids_T: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that were said."""
         of_classes = () if self.classes is None else self.classes.values()
-        said = (self.token_mask_T, self.document_T, self.valid_T, *of_classes)
+        said = (self.token_mask_T, self.document_T, self.valid_T, *of_classes, self.token_ids_T)
         return tuple(one for one in said if one is not None)
 
     @property
@@ -55,9 +57,9 @@ class TokenLayout(NamedTuple):
         device(type='meta')
         """
         classes = None if self.classes is None else {name: mask.to(device) for name, mask in self.classes.items()}
-        masks = (self.token_mask_T, self.document_T, self.valid_T)
-        mask_T, document_T, valid_T = (None if mask is None else mask.to(device) for mask in masks)
-        return TokenLayout(self.num_sequences, mask_T, document_T, valid_T, classes)
+        said = (self.token_mask_T, self.document_T, self.valid_T, self.token_ids_T)
+        mask_T, document_T, valid_T, ids_T = (None if one is None else one.to(device) for one in said)
+        return TokenLayout(self.num_sequences, mask_T, document_T, valid_T, classes, ids_T)
 
 
 Batch = TokenLayout  # its name in scripts that were written before it was public

@@ -103,6 +103,7 @@ class MoE(nn.Module):
         token_mask_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None,
         token_classes_BS: Mapping[str, Tensor] | None = None,
+        token_ids_BS: Tensor | None = None,
     ) -> Tensor:
         """(B, S, D), (S, B, D) or (T, D) in, the same shape out.
 
@@ -111,6 +112,7 @@ class MoE(nn.Module):
             document_ids_BS: the document of each token inside its sequence, integers in [0, S), for scope "document";
                 where other ranks hold the rest of each sequence, numbered through the whole of it.
             token_classes_BS: name of a class of tokens -> True where a token is of it, for policies with ``tokens=``.
+            token_ids_BS: ids in the vocabulary, for a router with a mask by token id.
 
         All are (B, S) whatever ``batch_first``, as PyTorch's padding masks are.
         """
@@ -121,10 +123,9 @@ class MoE(nn.Module):
                 do="merge what lies between: x.flatten(1, -2) of (B, H, W, D) is (B, S, D)",
             )
         if x_BSD.dim() == 3 and self.batch_first is False:
-            return self._forward(x_BSD.transpose(0, 1), token_mask_BS, document_ids_BS, token_classes_BS).transpose(
-                0, 1
-            )
-        return self._forward(x_BSD, token_mask_BS, document_ids_BS, token_classes_BS)
+            said = token_mask_BS, document_ids_BS, token_classes_BS, token_ids_BS
+            return self._forward(x_BSD.transpose(0, 1), *said).transpose(0, 1)
+        return self._forward(x_BSD, token_mask_BS, document_ids_BS, token_classes_BS, token_ids_BS)
 
     def _forward(
         self,
@@ -132,6 +133,7 @@ class MoE(nn.Module):
         token_mask_BS: Tensor | None,
         document_ids_BS: Tensor | None,
         token_classes_BS: Mapping[str, Tensor] | None,
+        token_ids_BS: Tensor | None,
     ) -> Tensor:
         sequences = x_BSD.unsqueeze(0) if x_BSD.dim() == 2 else x_BSD
         num_sequences, length, dim = sequences.shape
@@ -149,6 +151,8 @@ class MoE(nn.Module):
             shape = (num_sequences, length) if x_BSD.dim() == 3 else (length,)
             check_class_masks(token_classes_BS, shape, "token_classes_BS")
             batch = batch._replace(classes={name: mask.reshape(-1) for name, mask in token_classes_BS.items()})
+        if token_ids_BS is not None:
+            batch = batch._replace(token_ids_T=token_ids_BS.reshape(-1))
         routing = self.gate(x_TD, batch)
         y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK, drops=self.gate.drops)
         if self.shared_experts is not None:

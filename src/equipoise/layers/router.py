@@ -16,7 +16,7 @@ from ..autograd.router_state import RouterState
 from ..autograd.routing_calls import RecordedCalls, ReplayedCalls
 from ..autograd.token_classes import check_class_masks, class_masks
 from ..autograd.token_layout import TokenLayout
-from ..errors import InputError
+from ..errors import InputError, StateError
 from ..functional.class_bias import token_biases
 from ..functional.quantile import Selection
 from ..functional.routing import (
@@ -29,11 +29,13 @@ from ..functional.routing import (
     weigh,
     without_autocast,
 )
+from ..functional.routing_mask import check_visible, drop_hidden, hide, sees_too_few
 from ..kernels import RouterForm, gate_fits, gate_logits
 from .fused_router import fused_route, fuses
 
 __all__ = ["Router", "bias_name"]
 
+MASK_NAME = "visible_experts"
 BIAS_NAME = re.compile(rf"expert_bias(?:_({'|'.join(PLACES[1:])}))?(?:_of_([^.]+))?")
 
 
@@ -71,6 +73,10 @@ class Router(nn.Module):
     tokens of that class alone (see ``functional.class_bias``). A router with such a bias asks with each call which
     tokens these are, in evaluation and generation too, and chooses in plain PyTorch.
 
+    ``enable_mask`` adds a mask by token id, ``visible_experts`` (V, E), persistent in checkpoints: which experts the
+    tokens of each id may choose (MaskMoE, see ``mask_routers``). Such a router asks with each call for the ids, and
+    chooses in plain PyTorch. A token that sees fewer than K experts has choices with the id E: no expert, no load.
+
     ``balance_state`` is None until a ``Balancer`` attaches one, ``routing_calls`` outside of ``record_routing`` and
     ``replay_routing``.
 
@@ -83,6 +89,7 @@ class Router(nn.Module):
     """
 
     expert_bias: Tensor | None
+    visible_experts: Tensor | None
     drops: bool  # whether some of its choices may be none: an id of E, for tokens that use fewer than K experts
     expert_widths: tuple[int, ...] | None = None  # of the experts behind it, where they are unlike; `MoE` sets it
     bias_place = PLACES[0]
@@ -112,6 +119,7 @@ class Router(nn.Module):
         self.balance_state: RouterState | None = None
         self.routing_calls: RecordedCalls | ReplayedCalls | None = None
         self.register_buffer("expert_bias", None)
+        self.register_buffer(MASK_NAME, None)
         if selection_bias:
             self.enable_selection_bias()
         self.reset_parameters()
@@ -181,6 +189,38 @@ class Router(nn.Module):
         for name in self.bias_classes:
             self.register_buffer(bias_name(place, name), of_classes[name])
 
+    def enable_mask(self, visible_VE: Tensor) -> None:
+        """From now on a token chooses from the experts alone that its id sees, (V, E) bool: see ``draw_visible``.
+
+        Raises InputError for a mask that does not fit, StateError while the router has a balancer, which is told once
+        what may be chosen.
+        """
+        if self.balance_state is not None:
+            raise StateError(
+                expected="a mask before the Balancer, which is told once what its routers may choose",
+                got=f"router {self.balance_state.name!r} with a balancer",
+                do="call balancer.remove(), then enable_mask, and make the Balancer again",
+            )
+        check_visible(visible_VE, self.num_experts)
+        at = visible_VE.device if self.weight.is_meta else self.weight.device
+        self.visible_experts = visible_VE.to(at, copy=True)
+        self.drops = self.top_p is not None or sees_too_few(visible_VE, self.top_k)
+
+    def disable_mask(self) -> None:
+        """Every token chooses from all experts."""
+        self.visible_experts, self.drops = None, self.top_p is not None
+
+    def _hidden(self, logits_TE: Tensor, batch: TokenLayout) -> Tensor:
+        """-inf for the experts that a token's id does not see; InputError where nobody said the ids."""
+        assert self.visible_experts is not None
+        if batch.token_ids_T is None:
+            raise InputError(
+                expected="the ids of the tokens, for a router with a mask by token id",
+                got=f"{len(logits_TE)} tokens without ids",
+                do="say them with each call: MoE(...)(x, token_ids_BS=ids), router(x, TokenLayout(B, token_ids_T=ids))",
+            )
+        return hide(logits_TE, self.visible_experts, batch.token_ids_T)
+
     def _selection_bias(self, batch: TokenLayout, tokens: int) -> Tensor | None:
         """(E,), or (T, E) where a class has its own; InputError where nobody said which tokens are of it."""
         if not self.bias_classes:
@@ -188,29 +228,9 @@ class Router(nn.Module):
         masks, own = class_masks(self.bias_classes, batch, tokens, self.weight.device), self.class_biases
         return token_biases(self.expert_bias, [(masks[name], own[name]) for name in own], self.bias_place)
 
-    def forward(self, x_TD: Tensor, batch: TokenLayout | None = None) -> Routing:
-        """Routes T tokens; ``batch`` says how they lie in sequences (default: one sequence, no padding).
-
-        Raises InputError for a wrong width, a mask of the wrong length or kind, NaN logits, or a class of tokens that
-        has a bias of its own and is not in ``batch.classes``.
-        """
-        batch = self._checked(x_TD, batch or TokenLayout())
-        selection_bias = self._selection_bias(batch, len(x_TD))
-        with without_autocast(x_TD):  # fp32 even where the model computes in bf16
-            if gate_fits(x_TD, self.weight):
-                raw_TE = gate_logits(x_TD, self.weight)
-            else:
-                wide = torch.promote_types(x_TD.dtype, torch.float32)
-                raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
-        state = self.balance_state
-        plain = self.routing_calls is not None or bool(self.bias_classes) or self.drops
-        if not plain and fuses(raw_TE, self.top_k, self.num_groups, state, batch):
-            form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
-            biased = self.expert_bias, self.bias_place
-            return fused_route(raw_TE, form, *biased, state, batch, training=self.training)
-        if state is None or state.raises_immediately:
-            check_logits(raw_TE, name="" if state is None else state.name)
-        logits_TE = raw_TE if state is None else record_logit_grad(state, raw_TE, training=self.training)
+    def _choose(self, logits_TE: Tensor, selection_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(weights (T, K), expert ids (T, K), p (T, E) where the weights were taken from it)."""
+        masked = self.visible_experts is not None
         weights_TK, ids_TK, probs_TE = choose(
             logits_TE,
             self.top_k,
@@ -221,8 +241,38 @@ class Router(nn.Module):
             top_groups=self.top_groups,
             normalize=self.normalize,
             scale=self.scale,
+            masked=masked,
             top_p=self.top_p,
         )
+        return weights_TK, drop_hidden(ids_TK, logits_TE) if masked and self.drops else ids_TK, probs_TE
+
+    def forward(self, x_TD: Tensor, batch: TokenLayout | None = None) -> Routing:
+        """Routes T tokens; ``batch`` says how they lie in sequences (default: one sequence, no padding).
+
+        Raises InputError for a wrong width, a mask of the wrong length or kind, NaN logits, a class of tokens that has
+        a bias of its own and is not in ``batch.classes``, or ids that a mask asks for and ``batch`` does not say.
+        """
+        batch = self._checked(x_TD, batch or TokenLayout())
+        selection_bias = self._selection_bias(batch, len(x_TD))
+        with without_autocast(x_TD):  # fp32 even where the model computes in bf16
+            if gate_fits(x_TD, self.weight):
+                raw_TE = gate_logits(x_TD, self.weight)
+            else:
+                wide = torch.promote_types(x_TD.dtype, torch.float32)
+                raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        state = self.balance_state
+        masked = self.visible_experts is not None
+        plain = self.routing_calls is not None or bool(self.bias_classes) or self.drops or masked
+        if not plain and fuses(raw_TE, self.top_k, self.num_groups, state, batch):
+            form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
+            biased = self.expert_bias, self.bias_place
+            return fused_route(raw_TE, form, *biased, state, batch, training=self.training)
+        if state is None or state.raises_immediately:
+            check_logits(raw_TE, name="" if state is None else state.name)
+        if masked:
+            raw_TE = self._hidden(raw_TE, batch)
+        logits_TE = raw_TE if state is None else record_logit_grad(state, raw_TE, training=self.training)
+        weights_TK, ids_TK, probs_TE = self._choose(logits_TE, selection_bias)
         replayed_T2 = None
         if self.routing_calls is not None:
             ids_TK, replayed_T2 = self.routing_calls.dispatch(ids_TK, raw_TE)
@@ -240,7 +290,7 @@ class Router(nn.Module):
                 batch,
                 training=self.training,
                 probs_TE=probs_TE,
-                selection=Selection(selection_bias, self.bias_place, self.num_groups, self.top_groups),
+                selection=Selection(selection_bias, self.bias_place, self.num_groups, self.top_groups, masked),
                 replayed_T2=replayed_T2,
             )
         return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))
@@ -277,6 +327,7 @@ class Router(nn.Module):
             None if mask_T is None else mask_T.to(x_TD.device, torch.bool),
             None if document_T is None else document_T.to(x_TD.device, torch.long),
             classes=classes,
+            token_ids_T=batch.token_ids_T,
         )
 
     expert_bias_multiply, expert_bias_logits = _named_after("multiply"), _named_after("logits")
@@ -309,15 +360,32 @@ class Router(nn.Module):
                 continue
             self.enable_selection_bias(place, tokens)
             state_dict[f"{prefix}expert_bias" if tokens is None else key] = bias_E
+        self._load_mask(state_dict, prefix, error_msgs)
         names = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         super()._load_from_state_dict(state_dict, prefix, *names)
         for name, bias_E in self._biases().items():
             setattr(self, name, bias_E.float())
 
+    def _load_mask(self, state_dict: dict, prefix: str, error_msgs: list[str]) -> None:
+        """Takes the mask in the file, also where the router has none, or one of another vocabulary."""
+        visible_VE, own_VE = state_dict.get(prefix + MASK_NAME), self.visible_experts
+        if visible_VE is None or (own_VE is not None and own_VE.equal(visible_VE.to(own_VE.device))):
+            return
+        try:
+            self.enable_mask(visible_VE)
+        except (InputError, StateError) as error:
+            error_msgs.append(f"{prefix}{MASK_NAME}: {error}")
+            del state_dict[prefix + MASK_NAME]
+
     def _apply(self, fn, recurse: bool = True):
-        """Casts and moves like any module, but biases stay fp32 (B34, B38, B39) and are zero when they leave meta."""
-        before = self._biases()
+        """Casts and moves like any module, but biases stay fp32 (B34, B38, B39) and are zero when they leave meta, and
+        a mask stays what it is."""
+        before, visible_VE = self._biases(), self.visible_experts
         super()._apply(fn, recurse)
+        if visible_VE is not None:  # nothing draws it again: not where to_empty leaves garbage, and not from meta
+            now_VE = self._buffers[MASK_NAME]
+            at = visible_VE.device if now_VE is None or now_VE.is_meta else now_VE.device
+            self.visible_experts = visible_VE.to(at)
         for name, after in self._biases().items():
             if before[name].is_meta and not after.is_meta:
                 setattr(self, name, torch.zeros_like(after, dtype=torch.float32))  # to_empty leaves garbage

@@ -19,6 +19,7 @@ MODELS = {  # (E, K, gate) of the layers in their order; a name that comes twice
     "different": ([(4, 2), (6, 2)], [0, 1], "sigmoid"),
     "twice": ([(6, 2), (4, 2)], [0, 1, 1], "softmax"),
     "variable": ([(6, 3), (4, 2)], [0, 1], "softmax"),
+    "masked": ([(6, 2), (4, 2)], [0, 1], "softmax"),  # by token id: some tokens have one choice
 }
 TOP_P = {"variable": 0.5}  # of probability a token's experts have; without an entry all have K, and weights sum to 1
 WIDTHS = {"variable": [[2, 4, 6, 8, 12, 16], [8, 8, 8, 8]]}  # of the experts of each layer; without an entry 8

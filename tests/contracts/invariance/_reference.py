@@ -18,6 +18,7 @@ from contracts.law._reference import (
     History,
     fraction,
     naive_bias_step,
+    naive_hidden,
     naive_maxvio,
     naive_micro_batch_bias_step,
     naive_probs,
@@ -92,7 +93,7 @@ def reference(
         rows: (data rank, micro-batch) -> sequences in it, also where it has none.
         routed: for each call the experts of each token, with and without bias, where bf16 has rounded its way to them.
     """
-    leaves = {n: w.double().requires_grad_("expert_bias" not in n) for n, w in weights.items()}
+    leaves = {n: w.double().requires_grad_("expert" not in n.rpartition(".")[2]) for n, w in weights.items()}
     y_TD, calls = _forward(leaves, architecture, x_TD.double(), routed)
     error_T = (y_TD - target_TD.double()).square().mean(dim=1)
     language = (error_T * torch.tensor(language_weights, dtype=torch.float64)).sum()
@@ -142,6 +143,9 @@ def _forward(
         num_experts, top_k = sizes[layer]
         at = f"blocks.{layer}."
         logits_TE = h_TD @ weights[at + "gate.weight"].T
+        if (visible := weights.get(at + "gate.visible_experts")) is not None:
+            rows = [visible[int(abs(int(4 * x[0])) % len(visible))].tolist() for x in x_TD]
+            logits_TE = logits_TE.masked_fill(torch.tensor(rows) == 0, float("-inf"))
         bias = weights.get(at + "gate.expert_bias")
         bias_E = [0.0] * num_experts if bias is None else bias.tolist()
         picked, plain = routed[number] if routed is not None else select_all(logits_TE, bias_E, top_k, gate, top_p)
@@ -175,7 +179,7 @@ def select_all(
     logits_TE: Tensor, bias_E: list[float], top_k: int, gate: str, top_p: float | None = None
 ) -> tuple[list[set[int]], list[set[int]]]:
     """(experts of each token, as many without the selection bias)."""
-    rows = naive_scores(logits_TE.detach(), gate).tolist()
+    rows = naive_hidden(naive_scores(logits_TE.detach(), gate).tolist(), logits_TE.detach())
     biased = [[s + b for s, b in zip(row, bias_E, strict=True)] for row in rows]
     chosen = [naive_select(row, top_k) for row in biased]
     if top_p is not None:

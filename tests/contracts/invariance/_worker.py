@@ -31,7 +31,7 @@ from contracts.invariance._case import (
     places_of,
     policies_of,
 )
-from contracts.law._model import Net, policy
+from contracts.law._model import MaskedNet, Net, policy
 from equipoise import Balancer, ExpertBias
 from equipoise.distributed import Group, Ranks
 
@@ -160,7 +160,8 @@ def build(case: Case) -> Any:
     torch.manual_seed(0)
     mode = "plain" if case.recompute == "none" else case.recompute
     sizes = {"experts": [e for e, _ in sizes], "top_k": [k for _, k in sizes], "widths": WIDTHS.get(case.model)}
-    model: Any = Net(**sizes, mode=mode, gate=gate, top_p=TOP_P.get(case.model))
+    made = MaskedNet if case.model == "masked" else Net
+    model: Any = made(**sizes, mode=mode, gate=gate, top_p=TOP_P.get(case.model))
     layers = list(model.blocks)
     model.blocks = nn.ModuleList(layers[i] for i in order)
     return model.bfloat16() if case.precision == "bf16" else model
