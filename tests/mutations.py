@@ -164,9 +164,21 @@ MUTATIONS = {
     ),
     "a bias on the logits added to the scores": Mutation(
         "external/router.py",
-        "                bias_place=self._bias_place,\n                num_groups=1,\n",
-        "                num_groups=1,\n",
+        "            bias_place=self._bias_place,\n            num_groups=groups,\n",
+        "            num_groups=groups,\n",
         "contracts/law/test_bias_places.py another_library and logits",
+    ),
+    "a token that sees one expert counted at another, too": Mutation(
+        "layers/router.py",
+        "            ids_TK = drop_hidden(ids_TK, raw_TE)\n",
+        "            ids_TK = ids_TK + 0\n",
+        "contracts/law/test_routing_masks.py every_loss and micro_batch and softmax",
+    ),
+    "a recompute given the ids of the last forward": Mutation(
+        "external/token_ids.py",
+        "        alike = [one for one in self._forwards if one.ids_BS.numel() == tokens]\n",
+        "        alike = self._forwards[-1:]\n",
+        "integrations/hf/test_routing_masks.py two_forwards",
     ),
     "the place of a bias not in the name that it is saved under": Mutation(
         "layers/router.py",

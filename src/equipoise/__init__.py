@@ -11,6 +11,7 @@ from .distributed import Ranks
 from .errors import ConfigError, DataError, EquipoiseError, InputError, OutputError, StateError
 from .external.carrier import RouterCarrier
 from .external.registry import register_router
+from .external.routing_masks import load_masks, mask_routers, routing_masks, save_masks, unmask_routers
 from .functional.convert import convert_coef
 from .functional.routing import Routing
 from .layers import Experts, MoE, Router, clip_grad_norm_, shard_experts
@@ -45,10 +46,15 @@ __all__ = [
     "ZLoss",
     "clip_grad_norm_",
     "convert_coef",
+    "load_masks",
+    "mask_routers",
     "record_routing",
     "register_router",
     "replay_routing",
+    "routing_masks",
+    "save_masks",
     "shard_experts",
+    "unmask_routers",
 ]
 
 
