@@ -14,7 +14,7 @@ from ..lab.models.pretrained import prepare_text
 from ..storage.locks import locked
 from ..storage.run_record import read_run
 from .claim import Claim
-from .run_summary import read_summaries, run_key, summarize_run, write_summaries
+from .run_summary import lacks, read_summaries, run_key, summarize_run, write_summaries
 
 __all__ = ["RECORDS", "jobs_for", "missing_runs", "train_runs"]
 
@@ -24,10 +24,11 @@ RECORDS = "records"  # beside the claims
 def missing_runs(claims: Sequence[Claim], records: Path, progress: Callable[[str, float], None]) -> list[RunConfig]:
     """The runs of these claims that are not on record for the text of this machine, each once, seed by seed.
 
-    Prepares the text: only then it is known which text that is. Raises ConfigError for a strategy that its router
-    refuses.
+    One that was recorded before a measure was known which a contrast asks for is trained again. Prepares the text: only
+    then it is known which text that is. Raises ConfigError for a strategy that its router refuses.
     """
-    known = {(run.key, run.seed, run.corpus) for run in (read_summaries(records) if records.is_dir() else [])}
+    known = {(run.key, run.seed, run.corpus): run for run in (read_summaries(records) if records.is_dir() else [])}
+    asked = _measures(claims)
     corpora: dict[str, str] = {}
     found: dict[tuple[str, int], RunConfig] = {}
     wanted = [config for claim in claims for config in claim.runs()]
@@ -37,9 +38,22 @@ def missing_runs(claims: Sequence[Claim], records: Path, progress: Callable[[str
             strategy_of(config).check(config)
             corpora[text] = prepare_text(config.model, config.data, progress).corpus_sha256[:12]
         at = run_key(config), config.train.seed
-        if (*at, corpora[text]) not in known:
+        run = known.get((*at, corpora[text]))
+        if run is None or any(lacks(run, measure) for measure in asked[at]):
             found.setdefault(at, config)
     return list(found.values())
+
+
+def _measures(claims: Sequence[Claim]) -> dict[tuple[str, int], set[str]]:
+    """What the contrasts ask for of each run, by its key and seed."""
+    asked: dict[tuple[str, int], set[str]] = {}
+    for claim in claims:
+        for contrast in claim.contrast:
+            for side in ("baseline", "treated"):
+                key = run_key(claim.run(contrast, side, contrast.first_seed))  # the seed is no part of it
+                for seed in contrast.which:
+                    asked.setdefault((key, seed), set()).add(contrast.measure)
+    return asked
 
 
 def jobs_for(missing: Sequence[RunConfig], folder: Path) -> list[Job]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..lab.config.schema import RunConfig
+from ..lab.config.strategies import strategy_of
 from ..lab.training.numerics import NUMERICS
 from ..plan.cluster import Cluster
 from ..plan.forecast import forecast
@@ -27,6 +28,7 @@ from ..storage.run_record import Run
 __all__ = [
     "MEASURES",
     "RunSummary",
+    "lacks",
     "predicted_step_cost",
     "read_summaries",
     "run_key",
@@ -39,8 +41,14 @@ APART = {"train.seed", "train.eval_every", "train.checkpoint_every", "train.load
          "train.tensorboard"}  # fmt: skip
 # Settings that came after runs were recorded, with the value that leaves those runs as they were: a new setting must
 # not rename them.
-LATER: dict[str, Any] = {"model.expert_widths": "", "model.top_p": 0.0}
-LATE_MEASURES = ("step_cost", "active_width", "experts_per_token")  # which older records have not
+LATER: dict[str, Any] = {"model.expert_widths": "", "model.top_p": 0.0, "model.mask_rare": 0.0, "model.mask_visible": 0,
+                         "model.masks": None}  # fmt: skip
+LATE_MEASURES = {  # which older records have not, and what they have in place of them
+    "step_cost": None,
+    "active_width": None,
+    "experts_per_token": None,
+    "loss_by_frequency": {},
+}
 RANKS = 4  # that share out the experts, for `predicted_step_cost`
 TRAIL = 20  # steps between two stored points of a training curve
 SCOPES = ("global", "micro_batch", "sequence")  # of MaxVio
@@ -73,15 +81,30 @@ class RunSummary:
     step_cost: float = math.nan  # `predicted_step_cost`
     active_width: float = math.nan  # hidden units that a token's experts have together, mean over tokens and layers
     experts_per_token: float = math.nan
+    loss_by_frequency: dict[str, list[float]] = field(default_factory=dict)  # as of `Evaluation`
 
     @property
     def mean_loss(self) -> float:
         return mean(self.loss.values()) if self.status == "finished" else math.nan
 
+    def loss_of_tenth(self, tenth: int, side: str = "input") -> float:
+        """Nats per token where the token that is read ("input") or predicted ("target") is of a tenth of the training
+        text; 0 is the most frequent one, -1 the rarest."""
+        found = self.loss_by_frequency.get(side)
+        return found[tenth] if found else math.nan
+
 
 # What a contrast can ask for: name -> (unit, how it is read).
 MEASURES: dict[str, tuple[str, Callable[[RunSummary], float]]] = {
     "loss": ("nats per token", lambda run: run.mean_loss),
+    "loss_rare": ("nats per token where one of the rarest tenth is read", lambda run: run.loss_of_tenth(-1)),
+    "loss_frequent": ("nats per token where one of the most frequent tenth is read", lambda run: run.loss_of_tenth(0)),
+    "loss_rare_target": (
+        "nats per token of the rarest tenth that is predicted", lambda run: run.loss_of_tenth(-1, "target")
+    ),
+    "loss_frequent_target": (
+        "nats per token of the most frequent tenth that is predicted", lambda run: run.loss_of_tenth(0, "target")
+    ),
     "maxvio": ("held-out text", lambda run: run.maxvio["global"]),
     "maxvio_micro_batch": ("held-out micro-batches", lambda run: run.maxvio["micro_batch"]),
     "maxvio_sequence": ("held-out sequences", lambda run: run.maxvio["sequence"]),
@@ -105,6 +128,11 @@ MEASURES: dict[str, tuple[str, Callable[[RunSummary], float]]] = {
         ),
     ),
 }  # fmt: skip
+
+
+def lacks(run: RunSummary, measure: str) -> bool:
+    """Whether a run was recorded before this measure was known, so that it has to be trained again to have it."""
+    return measure.startswith("loss_") and run.status == "finished" and not run.loss_by_frequency
 
 
 def run_key(config: RunConfig) -> str:
@@ -140,8 +168,10 @@ def summarize_run(run: Run, config: RunConfig) -> RunSummary:
             "dead_experts": sum(last.dead_experts),
             "active_width": _round(view.active_width),
             "experts_per_token": _round(view.experts_per_token),
+            "loss_by_frequency": {side: list(map(_round, each)) for side, each in last.loss_by_frequency.items()},
         }
-        if not run.header.expert_widths and not config.model.top_p:  # a plan is made of equal experts and choices
+        model = strategy_of(config).apply(config.model)
+        if not (run.header.expert_widths or model.top_p or model.masked):  # a plan is made of equal experts and choices
             held_out["step_cost"] = _round(predicted_step_cost(last.counts, run.header.top_k))
     names = sorted({name for step in view.window for name in step.balance if "/layer_" not in name})
     trail = [
@@ -216,7 +246,7 @@ def write_summaries(folder: Path, runs: Iterable[RunSummary]) -> None:
 def _plain_record(run: RunSummary) -> dict[str, Any]:
     """Without numbers that were not measured when it ran, so that a later measure rewrites no earlier record."""
     plain = without_nan(asdict(run))
-    return {name: value for name, value in plain.items() if not (value is None and name in LATE_MEASURES)}
+    return {n: value for n, value in plain.items() if n not in LATE_MEASURES or value != LATE_MEASURES[n]}
 
 
 def _diverged(run: Run) -> bool:

@@ -12,7 +12,6 @@ from ..report.data.formatting import number
 from ..report.text.table import table, wrap
 from .claim import Contrast
 from .law import cells_of, fit_laws, law_words
-from .run_summary import MEASURES
 from .verdict import ClaimVerdict, Judged
 
 __all__ = ["criterion", "interval", "pairs", "render_again", "render_list", "render_verdict", "signed_of"]
@@ -78,7 +77,7 @@ def interval(judged: Judged) -> str:
 
 def signed_of(contrast: Contrast, value: float) -> str:
     """A difference in what a contrast measures, with as many decimals as seeds leave of it."""
-    return f"{value:+.{4 if MEASURES[contrast.measure][0] == 'nats per token' else 3}f}"
+    return f"{value:+.{4 if contrast.measure.startswith('loss') else 3}f}"
 
 
 def criterion(judged: Judged) -> str:

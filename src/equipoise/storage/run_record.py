@@ -97,6 +97,9 @@ class Evaluation:
     mutual_information_shuffled: list[float]  # the same with shuffled domain labels: the floor
     # [layer] share of choices that changed since the evaluation before; empty at the first, and in older records
     routing_churn: list[float] = field(default_factory=list)
+    # "input", "target" -> nats per token where the token that is read, or predicted, is of each tenth of the training
+    # text, the most frequent ids first; NaN for a tenth without a token. Older records have none
+    loss_by_frequency: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def mean_loss(self) -> float:

@@ -80,6 +80,16 @@ def _held_out(name: str) -> Callable[[RunView], float]:
     return read
 
 
+def _of_tenth(tenth: int) -> Callable[[RunView], float]:
+    """Loss where a token of one tenth of the training text is read, 0 the most frequent."""
+
+    def read(view: RunView) -> float:
+        found = view.evaluation.loss_by_frequency.get("input") if view.evaluation else None
+        return found[tenth] if found else math.nan
+
+    return read
+
+
 def _dead(view: RunView) -> float:
     known = _numbers(view.evaluation.dead_experts) if view.evaluation else []
     return math.fsum(known) if known else math.nan
@@ -147,6 +157,12 @@ COMPARISON_COLUMNS = (
     Column("bits_per_byte", "Bits per byte", "Quality",
            "The same loss, free of the tokenizer: bits needed for one byte of held-out text.",
            _held_out("bits_per_byte"), "lower", places=3, terminal=TerminalColumn("bits/byte", 3)),
+    Column("loss_frequent", "Loss after frequent tokens", "Quality",
+           "Held-out loss where the token that is read is one of the most frequent tenth of the training text.",
+           _of_tenth(0), "lower", "nats", places=3),
+    Column("loss_rare", "Loss after rare tokens", "Quality",
+           "The same for the rarest tenth: what a routing mask by token id is meant to lower.",
+           _of_tenth(-1), "lower", "nats", places=3),
     Column("train_loss", "Training loss", "Quality",
            "Mean cross-entropy over the last quarter of the steps, without the balance loss.",
            lambda view: mean(step.loss for step in view.window), "lower", "nats", places=3),

@@ -29,6 +29,7 @@ SIGNALS = "balance/signals/"
 # in each of two layers, two seeds: global+micro 0.08 to 0.10, micro 0.09 to 0.14, loss-free 0.07 to 0.09; where the
 # learning rate does not fall, 0.20 to 0.22. Choices by chance: 0.75.
 UNSETTLED = 0.2
+SIDES = ("input", "target")  # whether the token that is read, or the one that is predicted, is rare or frequent
 PREFERRED_BASELINE = "micro"  # the usual choice: differences read as what switching away from it changes
 
 
@@ -187,6 +188,12 @@ def _strategy(
             for name in names
             if compare
         },
+        tenth_losses={side: [estimate(each) for each in _tenths(shown, side)] for side in SIDES},
+        tenth_differences={
+            side: [paired_difference(*pair) for pair in zip(_tenths(at, side), _tenths(base_at, side), strict=False)]
+            for side in SIDES
+            if compare
+        },
         layers=_layers(shown),
         estimators=_estimators(own),
         charts=charts([one.run for one in own], shown[0], metrics, len(views), against),
@@ -201,6 +208,15 @@ def _domain(views: Sequence[RunView], name: str, field_name: str) -> dict[int, f
     if field_name != "loss":
         return values
     return {seed: math.exp(loss) if loss < 700 else math.inf for seed, loss in values.items()}
+
+
+def _tenths(views: Sequence[RunView], side: str) -> list[dict[int, float]]:
+    """Of each tenth of the text: seed -> loss. Empty where no run has it."""
+    found = {one.header.seed: one.evaluation.loss_by_frequency.get(side, []) for one in views if one.evaluation}
+    return [
+        {seed: of[i] for seed, of in found.items() if len(of) > i}
+        for i in range(max(map(len, found.values()), default=0))
+    ]
 
 
 def _layers(views: Sequence[RunView]) -> dict[str, list[float]]:

@@ -100,7 +100,11 @@ class _Sections:
         if not self.comparison.domains:
             return None
         lead = "Held-out perplexity of each domain, and bits per byte (b/B), which do not depend on the tokenizer."
-        return Section("Domain by domain", lead, [tables.per_domain_table(self.comparison)])
+        parts = [tables.per_domain_table(self.comparison)]
+        if (inner := tables.frequency_table(self.comparison)) is not None:
+            summary = "Rare and frequent tokens: loss by tenths of the training text, nats"
+            parts.append(("fold", {"summary": summary, "inner": inner}))
+        return Section("Domain by domain", lead, parts)
 
     def estimators(self) -> Section | None:
         figure = figures.estimator_curves(self.comparison)
