@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from ..adapters.biases import biases_beside, put_back
 from ..errors import ConfigError, DataError
 from ..external.observe import ObservedRouter
+from ..external.routing_masks import mask_routers
 from ..lab.models.quantised import dequantised, how_quantised, unreadable
 from ..storage.balancer_file import FILE
+from ..storage.mask_file import mask_file, read_masks
 from ..storage.run_record import RECORD_NAME, read_run
 from .routers import find_routers
 
@@ -184,6 +186,8 @@ def _model_of_folder(folder: Path, device: torch.device, dtype: str) -> LoadedMo
         model = _load(folder, config, DTYPES[dtype], device).eval()
         if (biases := biases_beside(folder)) is not None:
             put_back(model, *biases)
+        if mask_file(folder) is not None:
+            mask_routers(model, read_masks(folder))
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         for one in (config, text):
             one.use_cache = False

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ...errors import ConfigError, unknown_name
 from .loading import from_dict, load_toml, merge, parse_set, to_toml
+from .masks import check_mask
 from .widths import expert_widths
 
 __all__ = ["QUICK", "CompareConfig", "DataConfig", "ModelConfig", "ParallelConfig", "RunConfig", "StrategyConfig",
@@ -72,6 +73,8 @@ class ModelConfig:
     top_groups: int = 1
     normalize_weights: bool = True  # the K routing weights of a token sum to 1
     weight_scale: float = 1.0  # ... times this
+    mask_rare: float = 0.0  # ids that the last so large share of the training text is of see one expert (MaskMoE)
+    mask_visible: int = 0  # experts that all other ids see; 0 = all
     vocab_size: int = 2048
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
@@ -83,9 +86,16 @@ class ModelConfig:
     through: str = "auto"  # compute it as transformers does, or as the lab's own model where that is the same (auto)
     family: str = ""  # its model_type: set when the folder was read
     biases: str | None = None  # a file beside its weights with the initial expert biases: set when the folder was read
+    masks: str | None = None  # a file beside its weights with the masks of its routers: set when the folder was read
+
+    @property
+    def masked(self) -> bool:
+        """Whether routers get a mask that is made from the training text."""
+        return self.mask_rare > 0 or self.mask_visible > 0
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts", "top_p"))
+        zero = ("kv_heads", "shared_experts", "top_p", "mask_rare", "mask_visible")
+        _check_numbers(self, "model.", may_be_zero=zero)
         _check_experts(self)
         _one_of("gate", self.gate, GATES)
         _one_of("kind of checkpointing", self.checkpointing, CHECKPOINTING)
@@ -133,6 +143,7 @@ class ModelConfig:
             f"top_k = {self.top_k}, but {self.top_groups} groups hold {reachable} experts",
             "raise top_groups or lower top_k",
         )
+        check_mask(self.mask_rare, self.mask_visible, self.experts, given=self.folder is not None)
         _require(
             self.folder is not None or 257 <= self.vocab_size <= 65_536,
             "model.vocab_size of 257 (all bytes) to 65536 (16-bit tokens)",

@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ...errors import ConfigError, DataError, OutputError
 from ...storage import checkpoint
 from ...storage.files import atomic_folder
+from ...storage.mask_file import read_masks, write_masks
 from ...storage.run_record import Run, read_run
 from ..config.schema import ModelConfig, RunConfig, from_dict
 from ..config.strategies import Strategy, strategy_of
@@ -20,6 +23,7 @@ from ..data.tokenizer import END_ID, END_OF_TEXT, load_tokenizer, tokenizer_file
 from .hf_files import BESIDE, TOKENIZER, WRITTEN, read_settings, safetensors_errors, write_json, write_weights
 from .hf_weights import architecture, hugging_face_config
 from .pretrained import Pretrained, load_network, quiet_transformers
+from .text_masks import masks_in, without_masks
 
 __all__ = ["BEST", "LAST", "Exported", "export_run", "save_pretrained"]
 
@@ -34,12 +38,17 @@ class Exported(NamedTuple):
     architecture: str
 
 
-def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, force: bool = False) -> Exported:
+def export_run(
+    run: str | Path, out: str | Path, *, which: str | int = LAST, force: bool = False, masks: bool = False
+) -> Exported:
     """Writes a checkpoint of a trained run as the Hugging Face folder ``out``.
 
     Args:
         which: "last"; "best", the lowest held-out loss among the checkpoints that are still there; or a step.
         force: replace an earlier export. A folder that holds anything else is left alone all the same.
+        masks: of a run whose routers have masks by token id, write these beside the weights. No class of transformers
+            chooses with them by itself; ``mask_routers(model, load_masks(out))`` lets it. Without this such a run is
+            refused.
 
     Raises:
         DataError: no run, no checkpoint (of that step), a damaged one, or a run whose tokenizer is missing.
@@ -57,12 +66,15 @@ def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, for
     # refuses a model that no class holds before anything is read
     name = "" if through_transformers else architecture(model)
     step, state = _checkpoint(folder, seen, which)
+    found = _masks(config, state)
+    if found and not masks:
+        raise _masked()
     with atomic_folder(out, do="free disk space, or choose another folder") as building, safetensors_errors(out):
         building.chmod(out.parent.stat().st_mode & 0o777)
         if through_transformers:
             name = save_pretrained(config, state, building)
         else:
-            write_weights(state["model"], model, building)
+            write_weights(without_masks(state["model"]), model, building)
             settings = _settings(config, model)
             write_json(building / "config.json", settings)
         if config.model.folder is None:
@@ -71,9 +83,27 @@ def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, for
             for file in BESIDE:
                 if (given := Path(config.model.folder) / file).is_file():
                     shutil.copyfile(given, building / file)
+        if found:
+            write_masks(found, building)
         for file in building.iterdir():  # safetensors makes files for their owner alone
             file.chmod(out.parent.stat().st_mode & 0o666)
     return Exported(out, step, name)
+
+
+def _masks(config: RunConfig, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Those of a run's routers, by name: in its weights, or in the folder that it began with."""
+    if config.model.through == "transformers" and config.model.masks is not None:
+        return read_masks(str(config.model.folder))
+    return masks_in(state["model"])
+
+
+def _masked() -> ConfigError:
+    return ConfigError(
+        expected="routers that choose by their weights alone, as those of transformers do",
+        got="masks by token id: without them other experts would answer",
+        do="add --masks to write them beside the weights, and call equipoise.mask_routers(model, load_masks(OUT)) on "
+        "what AutoModelForCausalLM loads; `equipoise inspect RUN` and `compare --model OUT` know them by themselves",
+    )
 
 
 def _check_place(strategy: Strategy) -> None:

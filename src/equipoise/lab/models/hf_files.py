@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import DataError, OutputError
+from ...storage.mask_file import MASKS
 from ..config.schema import ModelConfig
 from .hf_weights import split_experts, to_hugging_face
 
@@ -27,7 +28,7 @@ TOKENIZER = "tokenizer.json"
 # Files of a tokenizer, and of how the model is prompted and generates.
 BESIDE = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
           "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")  # fmt: skip
-WRITTEN = {*BESIDE, WEIGHTS, INDEX, "config.json"}
+WRITTEN = {*BESIDE, WEIGHTS, INDEX, MASKS, "config.json"}
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:

@@ -140,11 +140,11 @@ class Decoder(nn.Module):
                                  device=tokens_BS.device)  # fmt: skip
         recompute = self.config.checkpointing
         for layer in self.layers:
+            said = dtype, positions, token_mask_BS, document_ids_BS, tokens_BS if layer.masked else None
             if recompute != "none" and torch.is_grad_enabled():
-                x_BSD = checkpoint(layer, x_BSD, dtype, positions, token_mask_BS, document_ids_BS,
-                                   use_reentrant=recompute == "reentrant")  # fmt: skip
+                x_BSD = checkpoint(layer, x_BSD, *said, use_reentrant=recompute == "reentrant")
             else:
-                x_BSD = layer(x_BSD, dtype, positions, token_mask_BS, document_ids_BS)
+                x_BSD = layer(x_BSD, *said)
         return self.norm(x_BSD, x_BSD.dtype)
 
 
@@ -171,6 +171,11 @@ class Block(nn.Module):
             top_groups=config.top_groups,
         )
 
+    @property
+    def masked(self) -> bool:
+        """Whether the router asks for token ids."""
+        return self.mlp.gate.visible_experts is not None
+
     def forward(
         self,
         x_BSD: Tensor,
@@ -178,10 +183,12 @@ class Block(nn.Module):
         positions: Positions,
         token_mask_BS: Tensor | None,
         document_ids_BS: Tensor | None,
+        token_ids_BS: Tensor | None,
     ) -> Tensor:
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD, dtype), positions)
         y_BSD = self.post_attention_layernorm(x_BSD, dtype)
-        return x_BSD + self.mlp(y_BSD, token_mask_BS=token_mask_BS, document_ids_BS=document_ids_BS)
+        said = {"token_mask_BS": token_mask_BS, "document_ids_BS": document_ids_BS, "token_ids_BS": token_ids_BS}
+        return x_BSD + self.mlp(y_BSD, **said)
 
 
 class Attention(nn.Module):

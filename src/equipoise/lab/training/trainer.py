@@ -39,6 +39,7 @@ from ..config.widths import expert_widths
 from ..data.packing import BatchSampler
 from ..models.pretrained import build, fingerprint, prepare_text
 from ..models.protocol import active_parameters
+from ..models.text_masks import mask_by_text
 from .distributed import RankContext, ShardedModel, join
 from .evaluation import evaluate
 from .micro_batching import max_pass_size, num_passes, uses_shuffle
@@ -137,6 +138,7 @@ class _Run:
         torch.manual_seed(train.seed)
         self.fingerprint = fingerprint(config.model)
         self.model = build(config, compute_dtype=DTYPES[train.precision])
+        mask_by_text(self.model, self.strategy.apply(config.model), self.data, train.seed)
         self.sizes = sum(p.numel() for p in self.model.parameters()), active_parameters(self.model)
         self.sharded = ShardedModel(context, self.model)
         self.optimizer = _optimizer(self.model, train, self.sharded.separate_params)
