@@ -21,6 +21,7 @@ NEEDS = {
     "accelerate_loop": ("accelerate", "transformers"),
     "hf_trainer": ("accelerate", "transformers"),
     "lightning_trainer": ("lightning",),
+    "masked_words": ("transformers",),
 }
 
 
@@ -73,6 +74,14 @@ def test_a_trainer_with_the_callback(name):
     seen = maxvio(run(name, "--steps", "3"))
     assert sorted(seen) == [1, 3]
     assert all(len(layers) == 2 and min(layers) > 0 for layers in seen.values())
+
+
+def test_masked_words_go_three_ways_and_are_generated():
+    said = run("masked_words", "--steps", "2")
+    ways = re.findall(r"(\w+): held-out loss after frequent words (\d\.\d+), others \d\.\d+, rare ones (\d\.\d+)", said)
+    assert [way for way, _, _ in ways] == ["free", "masked", "masked"]
+    assert len({loss for _, *both in ways for loss in both}) > 3, "the masks make a difference"
+    assert "written with a cache: " in said
 
 
 @pytest.mark.full
