@@ -43,24 +43,28 @@ def record_choices(
     names = list(model.routers)
     used: dict[str, list[Tensor]] = {name: [] for name in names}
     predicted: dict[str, list[Tensor]] = {name: [] for name in names[1:]}
+    ahead: list[Tensor] = []  # what a router chose for the input of the one before
+    before: Tensor | None = None
     busy = False
 
     def see(seen: Seen) -> None:
-        nonlocal busy
+        nonlocal busy, before
         if busy:
             ahead.append(seen.ids_TK)
             return
         used[seen.name].append(seen.ids_TK.masked_fill(seen.weights_TK == 0, -1).cpu())
-        after = names.index(seen.name) + 1
-        if after < len(names):
-            busy, router = True, model.routers[names[after]]
+        if seen.name != names[0]:
+            assert before is not None, "routers run in the order of the model's modules"
+            router, busy = model.routers[seen.name], True
             ahead.clear()
             with _all_choices(router):
-                router.module(*seen.args, **seen.kwargs)
+                own = _input(seen)
+                args = [before if x is own else x for x in seen.args]
+                router.module(*args, **{key: before if x is own else x for key, x in seen.kwargs.items()})
             busy = False
-            predicted[names[after]].append(ahead[0].cpu())
+            predicted[seen.name].append(ahead[0].cpu())
+        before = _input(seen)
 
-    ahead: list[Tensor] = []
     with model.dropping(thresholds), watched(model, see):
         for ids_BS in batches:
             model.logits(ids_BS[:, :-1].to(model.device))
@@ -110,6 +114,11 @@ def _all_choices(router: Any) -> Any:
         yield
     finally:
         setattr(router, name, before)
+
+
+def _input(seen: Seen) -> Tensor:
+    """What a router chooses by: its first floating tensor."""
+    return next(x for x in (*seen.args, *seen.kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
 
 
 def _stacked(of_layers: Sequence[np.ndarray]) -> np.ndarray:
