@@ -15,6 +15,7 @@ import re
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +26,10 @@ from equipoise import AuxLoss, Balancer, load_masks, mask_routers, save_masks
 from equipoise.functional import draw_visible, frequency_class, rare_ids
 
 WORDS, LENGTH, ROWS, MICRO_BATCHES, LAYERS, EXPERTS = 3000, 64, 8, 2, 2, 8
-CONFIG = Qwen3MoeConfig(
-    vocab_size=WORDS, hidden_size=64, moe_intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=2,
-    num_key_value_heads=2, head_dim=32, num_experts=EXPERTS, num_experts_per_tok=2,
-)  # fmt: skip
+SIZES: dict[str, Any] = {
+    "vocab_size": WORDS, "hidden_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": LAYERS, "head_dim": 32,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": EXPERTS, "num_experts_per_tok": 2,
+}  # fmt: skip
 
 
 def read() -> tuple[list[str], Tensor, Tensor]:
@@ -77,10 +78,10 @@ def main() -> None:
     counts = torch.bincount(text, minlength=WORDS)
     rare, classes = rare_ids(counts, arguments.rare), frequency_class(counts, 3)
     print(f"{int(rare.sum())} of {WORDS} words are rare: {arguments.rare:.0%} of {len(text)} in the text")
-    model = Qwen3MoeForCausalLM(CONFIG)
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES))
     for name, masked in (("free", torch.zeros_like(rare)), ("every word masked", rare | True), ("rare masked", rare)):
         torch.manual_seed(0)
-        model = Qwen3MoeForCausalLM(CONFIG)
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES))
         mask_routers(model, [draw_visible(masked, EXPERTS, seed=layer) for layer in range(LAYERS)])
         train(model, text, arguments.steps)
         print(f"{name:>18}: {losses(model, held_out, classes)}")
@@ -88,7 +89,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         save_masks(model, folder)  # beside the weights, which do not hold them
-        again = Qwen3MoeForCausalLM.from_pretrained(folder)
+        again: Any = Qwen3MoeForCausalLM.from_pretrained(folder)
         mask_routers(again, load_masks(folder))
         ids = again.generate(held_out[:8].unsqueeze(0), max_new_tokens=12, do_sample=False, pad_token_id=0)
     print("written with a cache:", " ".join(words[i] for i in ids[0].tolist()).replace("\n", "\\n"))

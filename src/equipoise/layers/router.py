@@ -247,5 +247,71 @@ class Router(RouterBuffers):
             token_ids_T=batch.token_ids_T,
         )
 
+<<<<<<< ours
+=======
+    expert_bias_multiply, expert_bias_logits = _named_after("multiply"), _named_after("logits")
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bias_place != PLACES[0] and (bias_E := destination.pop(f"{prefix}expert_bias", None)) is not None:
+            destination[prefix + bias_name(self.bias_place)] = bias_E
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """A bias in the file is taken, also before a balancer asks for one: without it other experts would answer.
+
+        It acts where it acted; an error where the router has a balancer and a bias that acts elsewhere.
+        ``load_state_dict(assign=True)`` keeps the file's dtype; the bias stays fp32 all the same.
+        """
+        state_dict = dict(state_dict)
+        for key in [key for key in state_dict if key.startswith(f"{prefix}expert_bias")]:
+            if (named := BIAS_NAME.fullmatch(key.removeprefix(prefix))) is None:
+                continue
+            (place, tokens), bias_E = named.groups(default=None), state_dict.pop(key)
+            place = place or PLACES[0]
+            if self.balance_state is not None and self._biases() and place != self.bias_place:
+                error_msgs.append(
+                    f"expected a bias of place={self.bias_place!r}, as this router has it under its balancer; got "
+                    f"{key!r}, of place={place!r}; load the weights first, then make the balancer with "
+                    f"ExpertBias(place={place!r})"
+                )
+                continue
+            self.enable_selection_bias(place, tokens)
+            state_dict[f"{prefix}expert_bias" if tokens is None else key] = bias_E
+        self._load_mask(state_dict, prefix, error_msgs)
+        names = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *names)
+        for name, bias_E in self._biases().items():
+            setattr(self, name, bias_E.float())
+
+    def _load_mask(self, state_dict: dict, prefix: str, error_msgs: list[str]) -> None:
+        """Takes the mask in the file, also where the router has none, or one of another vocabulary."""
+        visible_VE, own_VE = state_dict.get(prefix + MASK_NAME), self.visible_experts
+        if visible_VE is None or (own_VE is not None and own_VE.equal(visible_VE.to(own_VE.device))):
+            return
+        try:
+            self.enable_mask(visible_VE)
+        except (InputError, StateError) as error:
+            error_msgs.append(f"{prefix}{MASK_NAME}: {error}")
+            del state_dict[prefix + MASK_NAME]
+
+    def _apply(self, fn, recurse: bool = True):
+        """Casts and moves like any module, but biases stay fp32 (B34, B38, B39) and are zero when they leave meta, and
+        a mask stays what it is."""
+        before, visible_VE = self._biases(), self.visible_experts
+        super()._apply(fn, recurse)
+        if visible_VE is not None:  # nothing draws it again: not where to_empty leaves garbage, and not from meta
+            now_VE = self._buffers[MASK_NAME]
+            at = visible_VE.device if now_VE is None or now_VE.is_meta else now_VE.device
+            self.visible_experts = visible_VE.to(at)
+        for name, after in self._biases().items():
+            if before[name].is_meta and not after.is_meta:
+                setattr(self, name, torch.zeros_like(after, dtype=torch.float32))  # to_empty leaves garbage
+            elif after.dtype != torch.float32:
+                setattr(self, name, before[name].to(device=after.device, dtype=torch.float32))
+        return self
+
+>>>>>>> theirs
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, gate={self.gate!r}"

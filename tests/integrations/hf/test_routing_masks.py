@@ -35,6 +35,10 @@ FAMILIES = ["qwen3_moe", "mixtral", "olmoe", "dots1"]
 VOCABULARY, E, K, COEF = 64, 8, 2, 0.3
 
 
+def tiny(family: str) -> Any:
+    return build(family)
+
+
 def made(family: str) -> Any:
     """In float64; one with a correction bias chooses from two of four groups."""
     torch.manual_seed(0)
@@ -189,6 +193,7 @@ def test_a_bias_of_ours_chooses_among_what_is_visible() -> None:
         mask_routers(model, drawn())
         balancer = Balancer(model, [ExpertBias(rule="proportional", rate=0.1)])
         for layer in balancer._layers:
+            assert layer.router.expert_bias is not None
             layer.router.expert_bias.copy_(0.05 * torch.arange(E))
         Loops(other, drawn(), bias=0.05)
         torch.testing.assert_close(loss_of(model, inputs()), loss_of(other, inputs()), rtol=OURS, atol=OURS)
@@ -202,7 +207,7 @@ def test_a_recompute_has_the_ids_of_its_forward(way: str, balanced: bool) -> Non
     """Micro-batch after micro-batch, as trainers do it, with another forward between forward and backward."""
 
     def trained(recompute: Any, masked: bool) -> dict[str, Tensor]:
-        model = build("qwen3_moe").train()
+        model = tiny("qwen3_moe").train()
         if masked:
             mask_routers(model, drawn())
         recompute(model)
@@ -223,13 +228,13 @@ def test_a_recompute_has_the_ids_of_its_forward(way: str, balanced: bool) -> Non
 
 def test_a_recompute_that_may_be_of_two_forwards_is_an_error() -> None:
     with quiet():
-        model = build("qwen3_moe").train()
+        model = tiny("qwen3_moe").train()
         mask_routers(model, drawn())
         model.gradient_checkpointing_enable({"use_reentrant": False})
         first, second = loss_of(model, inputs(0)), loss_of(model, inputs(1))
         with pytest.raises(StateError, match="as one batch"):
             (first + second).backward()
-        model = build("qwen3_moe").train()
+        model = tiny("qwen3_moe").train()
         mask_routers(model, drawn())
         model.gradient_checkpointing_enable({"use_reentrant": False})
         other = inputs(1, length=5, padded=False)  # another number of tokens: nobody is in doubt
@@ -238,7 +243,7 @@ def test_a_recompute_that_may_be_of_two_forwards_is_an_error() -> None:
 
 def test_masks_lie_beside_the_weights(tmp_path: Any) -> None:
     with quiet(), torch.no_grad():
-        model = build("qwen3_moe").eval()
+        model = tiny("qwen3_moe").eval()
         plain = model(**inputs()).logits
         mask_routers(model, drawn())
         want = model(**inputs()).logits
@@ -256,7 +261,7 @@ def test_masks_lie_beside_the_weights(tmp_path: Any) -> None:
 
 def test_a_copy_is_told_to_be_masked_again() -> None:
     with quiet(), torch.no_grad():
-        model = build("qwen3_moe").eval()
+        model = tiny("qwen3_moe").eval()
         mask_routers(model, drawn())
         want, copied = model(**inputs()).logits, copy.deepcopy(model)
         with pytest.raises(InputError, match=r"mask_routers\(copy, routing_masks\(model\)\)"):
@@ -267,7 +272,7 @@ def test_a_copy_is_told_to_be_masked_again() -> None:
 
 def test_a_mask_changes_and_a_balancer_comes_and_goes() -> None:
     with quiet():
-        model = build("qwen3_moe").train()
+        model = tiny("qwen3_moe").train()
         mask_routers(model, drawn(4))
         first = loss_of(model, inputs())
         for _ in range(2):
@@ -285,7 +290,7 @@ def test_a_mask_changes_and_a_balancer_comes_and_goes() -> None:
 
 def test_who_looks_sees_no_choice_where_there_is_none() -> None:
     with quiet(), torch.no_grad():
-        model = build("olmoe").eval()
+        model = tiny("olmoe").eval()
         mask_routers(model, drawn())
         given = inputs(padded=False)
         with capture(find_routers(model, lambda: model(**given))) as seen:
@@ -302,15 +307,19 @@ def test_who_looks_sees_no_choice_where_there_is_none() -> None:
 class Table(nn.Module):
     """Experts whose block writes weights into a table of all experts: the same expert twice is one with weight 0."""
 
-    class Gate(nn.Linear):
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, E, bias=False)
+
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            z = super().forward(x)
+            z = self.linear(x)
             weights, ids = z.softmax(dim=-1).topk(K, dim=-1)
             return z, weights, ids
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.gate = nn.Embedding(VOCABULARY, 16), self.Gate(16, E, bias=False)
+        self.embed, self.gate = nn.Embedding(VOCABULARY, 16), self.Gate()
         self.experts = nn.Parameter(torch.randn(E, 16, 16))
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -322,7 +331,7 @@ class Table(nn.Module):
 
 def test_what_is_refused() -> None:
     with quiet():
-        model = build("qwen3_moe").eval()
+        model = tiny("qwen3_moe").eval()
         for bad, word in [
             (drawn()[0][:50], "64 ids"),
             (drawn()[0][:, :4], "(V, 8)"),
@@ -349,4 +358,4 @@ def test_what_is_refused() -> None:
         with pytest.raises(ConfigError, match="MoE layers"):
             mask_routers(nn.Linear(4, 4), drawn()[0])
         with pytest.raises(ConfigError, match="weights hold more"):
-            mask_routers(build("phimoe"), drawn()[0])
+            mask_routers(tiny("phimoe"), drawn()[0])
