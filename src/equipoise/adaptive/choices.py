@@ -42,32 +42,37 @@ def record_choices(
     """
     names = list(model.routers)
     used: dict[str, list[Tensor]] = {name: [] for name in names}
-    predicted: dict[str, list[Tensor]] = {name: [] for name in names[1:]}
+    predicted: dict[str, list[Tensor]] = {name: [] for name in names}
+    ahead: list[Tensor] = []  # what a router chose for the input of the one before
+    before: Tensor | None = None  # the input of the router that ran last in this forward
     busy = False
 
     def see(seen: Seen) -> None:
-        nonlocal busy
+        nonlocal busy, before
         if busy:
             ahead.append(seen.ids_TK)
             return
         used[seen.name].append(seen.ids_TK.masked_fill(seen.weights_TK == 0, -1).cpu())
-        after = names.index(seen.name) + 1
-        if after < len(names):
-            busy, router = True, model.routers[names[after]]
+        own, router = _input(seen), model.routers[seen.name]
+        if before is None:
+            predicted[seen.name].append(torch.full_like(seen.ids_TK, -1).cpu())
+        else:
+            busy = True
             ahead.clear()
             with _all_choices(router):
-                router.module(*seen.args, **seen.kwargs)
+                args = [before if x is own else x for x in seen.args]
+                router.module(*args, **{key: before if x is own else x for key, x in seen.kwargs.items()})
             busy = False
-            predicted[names[after]].append(ahead[0].cpu())
+            predicted[seen.name].append(ahead[0].cpu())
+        before = own
 
-    ahead: list[Tensor] = []
     with model.dropping(thresholds), watched(model, see):
         for ids_BS in batches:
+            before = None
             model.logits(ids_BS[:, :-1].to(model.device))
-    first = [np.full_like(torch.cat(used[names[0]]).numpy(), -1)]
     return RecordedChoices(
         _stacked([torch.cat(used[name]).numpy() for name in names]),
-        _stacked(first + [torch.cat(predicted[name]).numpy() for name in names[1:]]),
+        _stacked([torch.cat(predicted[name]).numpy() for name in names]),
         [router.num_experts for router in model.routers.values()],
     )
 
@@ -110,6 +115,11 @@ def _all_choices(router: Any) -> Any:
         yield
     finally:
         setattr(router, name, before)
+
+
+def _input(seen: Seen) -> Tensor:
+    """What a router chooses by: its first floating tensor."""
+    return next(x for x in (*seen.args, *seen.kwargs.values()) if isinstance(x, Tensor) and x.is_floating_point())
 
 
 def _stacked(of_layers: Sequence[np.ndarray]) -> np.ndarray:

@@ -18,6 +18,7 @@ from .model import AdaptableModel, Seen, watched
 __all__ = ["Profile", "measure_sensitivity"]
 
 TARGETS = ("model", "text")
+AT_ONCE = 512  # tokens whose distributions lie in memory beside their logits
 Progress = Callable[[int, int], None]  # batches done, of how many
 
 
@@ -134,9 +135,13 @@ def _gradients(
 
 def _drawn(logits_BSV: Tensor, draw: torch.Generator) -> Tensor:
     """A token (B, S) from each prediction, the same on every device: by inverting the distribution function."""
-    uniform_BS1 = torch.rand(*logits_BSV.shape[:2], 1, generator=draw).to(logits_BSV.device)
-    below_BSV = logits_BSV.detach().softmax(dim=-1).cumsum(dim=-1)
-    return (below_BSV < uniform_BS1 * below_BSV[..., -1:]).sum(dim=-1).clamp(max=logits_BSV.shape[-1] - 1)
+    logits_TV = logits_BSV.detach().flatten(0, 1)
+    uniform_T1 = torch.rand(len(logits_TV), 1, generator=draw).to(logits_TV.device)
+    drawn = []
+    for z_tV, uniform_t1 in zip(logits_TV.split(AT_ONCE), uniform_T1.split(AT_ONCE), strict=True):
+        below_tV = z_tV.softmax(dim=-1).cumsum(dim=-1)
+        drawn.append((below_tV < uniform_t1 * below_tV[:, -1:]).sum(dim=-1).clamp(max=z_tV.shape[-1] - 1))
+    return torch.cat(drawn).view(logits_BSV.shape[:2])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ OUT/adaptive.json         every number        OUT/adaptive.html   the curve and 
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -117,6 +118,7 @@ def adapt(
         loaded = open_model(request.model, device, request.dtype)
         model = _adaptable(loaded, is_run(request.model))
         tokenizer = open_tokenizer(request.tokenizer or request.model)
+        shutil.rmtree(out / TOKENS, ignore_errors=True)  # of a run that was stopped, perhaps of other text
         windows = windows_for(out / TOKENS, request, loaded, tokenizer, on_progress)
         windows.frequency(loaded.vocab_size)
         measured, held = _halves(windows, tokenizer.begin, max(1, request.pass_tokens // windows.length))
@@ -131,6 +133,7 @@ def adapt(
         )  # fmt: skip
         found = Adaptive(facts=facts, problems=windows.problems, **numbers)
         _write(out, found, model)
+        shutil.rmtree(out / TOKENS, ignore_errors=True)
     return found
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 
 from equipoise import ConfigError, DataError, apply_adaptive_top_k
+from equipoise.adapters.biases import put_back
 from equipoise.external.adaptive_top_k import adaptable_routers, router_mark, set_drop_thresholds
 from equipoise.external.output_formats import parse_output
 from equipoise.storage.adaptive_top_k_file import SavedThreshold, SavedTopK, write_top_k
@@ -232,3 +233,20 @@ def test_a_model_without_its_head_takes_the_file(tmp_path):
     model = build("qwen3_moe").eval()
     folder = saved(model, 0.4, tmp_path)
     assert all(apply_adaptive_top_k(model.model, folder).values())
+
+
+def test_a_bias_chooses_first_whichever_is_loaded_first(tmp_path):
+    """Mixtral's files have no place for a bias: a hook chooses with it, and another drops behind it."""
+    found = []
+    for bias_first in (True, False):
+        model = build("mixtral").eval()
+        folder, biases = saved(model, 0.45, tmp_path), {"file": tmp_path / "balancer.equipoise", "place": "scores"}
+        biases["biases"] = {name: torch.linspace(-0.3, 0.3, 8) for name in adaptable_routers(model)}
+        steps = [lambda m=model, b=biases: put_back(m, **b), lambda m=model, f=folder: apply_adaptive_top_k(m, f)]
+        for step in steps if bias_first else steps[::-1]:
+            step()
+        found.append(outputs(model))
+        alone = build("mixtral").eval()
+        apply_adaptive_top_k(alone, folder)
+        assert not torch.equal(outputs(alone), found[-1]), "the bias changes nothing"
+    assert torch.equal(*found)

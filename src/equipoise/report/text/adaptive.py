@@ -13,6 +13,7 @@ __all__ = ["CACHE_NOTE", "CURVE_NOTE", "LAYER_NOTE", "cache_table", "curve_table
            "render_adaptive", "short_names", "words_of"]  # fmt: skip
 
 NAME = 18  # the widest a layer's name gets
+ONE = 1e6  # a budget or a threshold from here on leaves one expert a token
 CURVE_NOTE = (
     "T: an expert is dropped where it costs less than so many nats by its layer's sensitivity. One weight: the same "
     "share dropped by one threshold for all layers. Increases are of held-out loss, in nats per token."
@@ -48,9 +49,10 @@ def words_of(found: Adaptive) -> str:
     text = f"{facts.measured_tokens:,} tokens, losses of {facts.held_tokens:,} others"
     loss = f"{signed(point.loss - start.loss, 4)} nats ({start.loss:.4f} before)"
     control = f"{signed(point.control_loss - start.loss, 4)} at {point.control_fewer:.1%} fewer"
+    budget = f"At T = {point.budget:.3g} nats" if point.budget < ONE else "With one expert for each of them"
     said = [
         f"{facts.model} ({facts.family}): {len(found.layers)} MoE layers of {sizes}. Sensitivities from {text}.",
-        f"At T = {point.budget:.3g} nats tokens use {point.fewer:.1%} fewer experts; held-out loss {loss}.",
+        f"{budget} tokens use {point.fewer:.1%} fewer experts; held-out loss {loss}.",
         f"With one threshold for all layers: {control}.",
     ]
     known = [one for one in found.layers if math.isfinite(one.alone_measured)]
@@ -96,7 +98,7 @@ def curve_table(found: Adaptive) -> Cells:
         points = sorted([*points, (found.saved, "saved")], key=lambda one: one[0].fewer)
     rows = [
         [
-            f"{point.budget:.3g}" if point.budget < 1e6 else "all",
+            f"{point.budget:.3g}" if point.budget < ONE else "all",
             f"{point.fewer:.1%}",
             f"{point.loss:.4f}",
             signed(point.loss - start.loss, 4),
@@ -127,7 +129,7 @@ def layer_table(found: Adaptive) -> Cells:
             number(one.sensitivity),
             signed(one.alone, 4),
             *([signed(one.alone_measured, 4)] if measured else []),
-            number(one.threshold) if one.threshold < 1e6 else "all",
+            number(one.threshold) if one.threshold < ONE else "all",
             f"{one.used:.2f} of {one.top_k}",
             f"{_share(one.predicted)} ({_share(one.most_used)})",
         ]
