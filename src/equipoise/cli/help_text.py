@@ -6,6 +6,7 @@ import argparse
 import re
 import textwrap
 from itertools import groupby
+from typing import Any
 
 __all__ = ["HelpFormatter", "fit"]
 
@@ -57,7 +58,7 @@ def _example(line: str, width: int) -> list[str]:
     """Command and comment, which two blanks or more part."""
     indent = len(line) - len(line.lstrip())
     command, _, comment = re.sub(r"(?<=\S) {2,}", "\0", line.strip(), count=1).partition("\0")
-    room = {"break_long_words": False, "break_on_hyphens": False}
+    room: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
     lead, under = " " * indent, " " * (indent + 4)
     *begun, last = textwrap.wrap(command, width - 2, initial_indent=lead, subsequent_indent=under, **room)
     said = textwrap.wrap(comment, width, initial_indent=under, subsequent_indent=under, **room)
