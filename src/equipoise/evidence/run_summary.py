@@ -42,8 +42,8 @@ __all__ = [
 ]
 
 # Of a run's configuration, what does not change its numbers, and the seed, which tells runs of one key apart.
-APART = {"train.seed", "train.eval_every", "train.checkpoint_every", "train.load_every", "train.log",
-         "train.tensorboard"}  # fmt: skip
+APART = {"train.seed", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints", "train.load_every",
+         "train.log", "train.tensorboard"}  # fmt: skip
 # Settings that came after runs were recorded, with the value that leaves those runs as they were: a new setting must
 # not rename them.
 LATER: dict[str, Any] = {"model.expert_widths": "", "model.top_p": 0.0, "model.mask_rare": 0.0, "model.mask_visible": 0,

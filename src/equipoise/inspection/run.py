@@ -59,6 +59,7 @@ class Request:
     """What to inspect, and how. ``data`` None: a run's own held-out text, or the text of this installation."""
 
     model: Path
+    step: int | None = None  # of a run: the checkpoint of this step; None: the newest
     data: Path | None = None
     domains: tuple[str, ...] = ()
     layers: str = ""  # "0,3-5,-1"; all
@@ -81,6 +82,8 @@ class Request:
     def key(self) -> dict[str, Any]:
         """What identifies an inspection: another one in the same folder is resumed only if this is equal."""
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        if self.step is None:  # inspections from before it could be asked for have no such entry
+            del plain["step"]
         files = [fingerprint(path) for path in (self.model, self.against) if path is not None]
         return json.loads(json.dumps(plain | {"files": files, "text": source_files(self.data)}))
 
@@ -117,7 +120,7 @@ def inspect(
             return read_inspection(out)
         keep_freed_memory()
         device = device_named(request.device)
-        loaded = open_model(request.model, device, request.dtype)
+        loaded = open_model(request.model, device, request.dtype, request.step)
         other = open_model(request.against, device, request.dtype) if request.against else None
         chosen = layers_of(request.layers, len(loaded.routers), "routers")
         tokenizer = open_tokenizer(request.tokenizer or request.model)
@@ -137,6 +140,7 @@ def inspect(
             device=name_of_device(device), dtype=str(loaded.dtype).removeprefix("torch."),
             created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=seconds, versions=describe_versions(),
             biases=" and ".join(one.biases for one in (loaded, other) if one and one.biases) or None,
+            step=loaded.step,
         )  # fmt: skip
         write_inspection(out, found)
         shutil.rmtree(out / STATE, ignore_errors=True)

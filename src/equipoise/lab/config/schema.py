@@ -196,6 +196,7 @@ class TrainConfig:
     eval_every: int = 60  # steps; 0 = only at the end
     eval_sequences: int = 64  # held-out sequences per domain; 0 = all
     checkpoint_every: int = 100  # steps; 0 = only at the end
+    keep_checkpoints: int = 2  # the newest so many; 0 = all, to inspect a model through its training
     load_every: int = 5  # steps between stored loads; 0 = never
     fidelity_every: int = 20  # steps between comparisons of the estimators with ``exact``; 0 = never
     tensorboard: bool = True
@@ -205,7 +206,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         zero = ("min_lr_ratio", "warmup", "weight_decay", "clip", "eval_every", "eval_sequences", "checkpoint_every",
-                "load_every", "fidelity_every", "seed", "micro_batches_per_pass")  # fmt: skip
+                "keep_checkpoints", "load_every", "fidelity_every", "seed", "micro_batches_per_pass")  # fmt: skip
         _check_numbers(self, "train.", may_be_zero=zero)
         _one_of("precision", self.precision, PRECISIONS)
         for name in self.log:

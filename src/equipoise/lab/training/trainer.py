@@ -1,7 +1,7 @@
 """The trainer: one run from a configuration to a folder with its record, its checkpoints and its TensorBoard events.
 
     runs/my-run/record.jsonl           every number, see `equipoise.storage.run_record`
-    runs/my-run/checkpoints/step_*/    the two newest, see `equipoise.storage.checkpoint`
+    runs/my-run/checkpoints/step_*/    the newest, see `equipoise.storage.checkpoint`
     runs/my-run/tensorboard/           events, see `equipoise.lab.training.trackers`
 
 On a CPU a run is a function of its configuration: killed at any moment and resumed, it gives the same numbers. Several
@@ -249,7 +249,8 @@ class _Run:
             "seconds": self.seconds,
             "tokens": self.tokens,
         }
-        self.context.from_rank_0(lambda: checkpoint.save(self.folder / CHECKPOINTS, self.step, state))
+        keep = self.config.train.keep_checkpoints
+        self.context.from_rank_0(lambda: checkpoint.save(self.folder / CHECKPOINTS, self.step, state, keep=keep))
         self.saved = self.step
 
     def finish(self) -> None:

@@ -11,8 +11,8 @@ from .run_view import flatten
 __all__ = ["Settings", "common_step", "compare_settings", "settings_key"]
 
 # Settings that affect neither training nor evaluation, or that identify the strategy and the seed
-FREE = {"strategy", "policies", "train.seed", "train.eval_every", "train.checkpoint_every", "train.load_every",
-        "train.fidelity_every", "train.log", "train.tensorboard", "train.threads"}  # fmt: skip
+FREE = {"strategy", "policies", "train.seed", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
+        "train.load_every", "train.fidelity_every", "train.log", "train.tensorboard", "train.threads"}  # fmt: skip
 BY_STRATEGY = {"model.gate", "model.selection_bias"}  # a strategy may set its own gate
 SAME_TEXT = {"corpus", "domains", "data.domains", "data.sequence_length", "model.vocab_size", "train.eval_sequences"}
 OFF = ("", "0", "0.0", "False", "None")

@@ -15,8 +15,9 @@ from ...storage.run_record import Run
 from . import comparability
 from .comparison import Comparison, EstimatorSummary, RunFacts, StrategySummary
 from .comparison_columns import COMPARISON_COLUMNS
-from .curves import charts, training_metrics
+from .curves import LAYER_FIELDS, charts, layer_values, training_metrics
 from .formatting import clean, listed
+from .groups import Grouping, groupings
 from .headline import headline
 from .order_statistics import random_maxvio
 from .run_view import RunView, is_number, mean, usable, view_run
@@ -55,7 +56,8 @@ def summarize(runs: Sequence[Run], *, baseline: str | None = None, problems: Seq
     warnings += found + about_steps
     views = {label: [view_run(run, step) for run in group] for label, group in groups.items()}
     metrics = training_metrics(every, len(groups))
-    strategies = [_strategy(label, views, baseline, step, same_text, metrics) for label in groups]
+    known = groupings(run.header for run in every)
+    strategies = [_strategy(label, views, baseline, step, same_text, metrics, known) for label in groups]
     strategies = sorted(strategies, key=lambda one: one.name != baseline)  # the baseline first, the rest as they came
     for one in strategies:
         if not one.compared and step is not None:
@@ -157,6 +159,7 @@ def _strategy(
     step: int | None,
     same_text: bool,
     metrics: list[str],
+    known: list[Grouping],
 ) -> StrategySummary:
     own = views[label]
     at, base_at = (
@@ -196,7 +199,7 @@ def _strategy(
         },
         layers=_layers(shown),
         estimators=_estimators(own),
-        charts=charts([one.run for one in own], shown[0], metrics, len(views), against),
+        charts=charts(shown, metrics, len(views), against, known),
         load_by_width=_load_by_width(shown),
     )
 
@@ -220,19 +223,16 @@ def _tenths(views: Sequence[RunView], side: str) -> list[dict[int, float]]:
 
 
 def _layers(views: Sequence[RunView]) -> dict[str, list[float]]:
+    """Means over the seeds, by layer."""
     evaluations = [one.evaluation for one in views if one.evaluation]
     if not evaluations:
         return {}
-
-    def by_layer(values_of: list[list[float]]) -> list[float]:
-        return [mean(values[layer] for values in values_of if len(values) > layer) for layer in layers]
-
     layers = range(len(evaluations[0].counts[0]))
-    names = ("mutual_information", "mutual_information_shuffled", "maxvio_global", "maxvio_micro_batch",
-             "maxvio_sequence", "dead_experts", "routing_churn")  # fmt: skip
-    found = {name: by_layer([getattr(one, name) for one in evaluations]) for name in names}
-    found["topk_score"] = by_layer([of_domain for one in evaluations for of_domain in one.topk_score])
-    return found
+    values = {name: [layer_values(one, name) for one in evaluations] for name in LAYER_FIELDS}
+    return {
+        name: [mean(values[layer] for values in of_seeds if len(values) > layer) for layer in layers]
+        for name, of_seeds in values.items()
+    }
 
 
 def _load_by_width(views: Sequence[RunView]) -> dict[int, float]:

@@ -19,7 +19,8 @@ def test_all_sections_and_their_figures(comparison):
     found, widgets = heads(comparison)
     assert found[:4] == ["Held-out perplexity", "During training", "All numbers", "What the experts specialize in"]
     assert found[4:] == ["Load of every expert", "Layer by layer", "Domain by domain", "How true the gradient is"]
-    assert set(widgets.figures) == {f"plot-{one}" for one in ("perplexity", "training", "layers", "estimators")}
+    drawn = ("perplexity", "training", "layers", "domain-loads", "estimators")
+    assert set(widgets.figures) == {f"plot-{one}" for one in drawn}
     assert len(widgets.maps) == 2 * 4
 
 
