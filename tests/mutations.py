@@ -170,8 +170,8 @@ MUTATIONS = {
     ),
     "a token that sees one expert counted at another, too": Mutation(
         "layers/router.py",
-        "            ids_TK = drop_hidden(ids_TK, raw_TE)\n",
-        "            ids_TK = ids_TK + 0\n",
+        "drop_hidden(ids_TK, logits_TE) if masked and self.drops else ids_TK, probs_TE",
+        "ids_TK, probs_TE",
         "contracts/law/test_routing_masks.py every_loss and micro_batch and softmax",
     ),
     "a recompute given the ids of the last forward": Mutation(
@@ -181,7 +181,7 @@ MUTATIONS = {
         "integrations/hf/test_routing_masks.py two_forwards",
     ),
     "the place of a bias not in the name that it is saved under": Mutation(
-        "layers/router.py",
+        "layers/router_buffers.py",
         "            destination[prefix + bias_name(self.bias_place)] = bias_E\n",
         '            destination[f"{prefix}expert_bias"] = bias_E\n',
         "contracts/law/test_bias_places.py a_file_says and logits",
@@ -223,7 +223,7 @@ MUTATIONS = {
         "contracts/law/test_lifetimes.py bias_rules and sign",
     ),
     "bias cast with the model (B38, B39)": Mutation(
-        "layers/router.py",
+        "layers/router_buffers.py",
         "            elif after.dtype != torch.float32:\n",
         "            elif after is None:\n",
         "contracts/law/test_lifetimes.py casting",

@@ -34,11 +34,16 @@ def render_verdict(one: ClaimVerdict) -> str:
     ]  # fmt: skip
     head = [wrap(f"{claim.name}: {claim.title}"), wrap(f"published: {claim.published} ({claim.source})"),
             f"verdict: {one.verdict or 'shown, not judged'}"]  # fmt: skip
-    lines = [wrap(f"{cell}, {pair}", "  ") + f"\n  {measure:<24} {text:>32} {n:>6}  {word}"
+    lines = [wrap(f"{cell}, {pair}", "  ") + f"\n{_beside(measure)} {text:>32} {n:>6}  {word}"
              for cell, pair, measure, text, n, word in rows]  # fmt: skip
     cells = cells_of(one)
     laws = [wrap(law_words(one, cells, fits))] if (fits := fit_laws(cells)) else []
     return "\n".join([*head, *laws, "", *lines])
+
+
+def _beside(measure: str) -> str:
+    """In the first 26 columns, or on a line of its own."""
+    return f"  {measure:<24}" if len(measure) <= 24 else f"  {measure}\n{'':26}"
 
 
 def render_again(now: Sequence[ClaimVerdict], before: Sequence[ClaimVerdict]) -> str:

@@ -100,7 +100,7 @@ def count_choices(
     else:
         ones = token_mask_T.to(ids_TK.device, torch.int64).unsqueeze(1).expand(-1, top_k).reshape(-1)
     counts = torch.zeros(num_sequences * bins, dtype=torch.int64, device=ids_TK.device)
-    return counts.scatter_add_(0, ids_TK.reshape(-1), ones).view(num_sequences, bins)[:, :num_experts]
+    return counts.scatter_add_(0, ids_TK.reshape(-1), ones).view(num_sequences, bins).narrow(1, 0, num_experts)
 
 
 def route(

@@ -108,6 +108,7 @@ class RouterBuffers(nn.Module):
 
         See `equipoise.functional.drop_experts`. The threshold is a buffer, in ``state_dict()``; None takes it away.
 
+        >>> from equipoise import Router
         >>> router = Router(dim=8, num_experts=4, top_k=2).eval()
         >>> router.drop_below(0.6)  # the second of two normalised weights is below one half
         >>> int(router(torch.randn(6, 8)).counts_E.sum())

@@ -214,7 +214,8 @@ def _values(
 ) -> Tensor:
     """E <f_t, p_t> of every token, its entropy, or the z-loss's squared logsumexp."""
     if policy["kind"] == "entropy":
-        return -(call.probs_TE * torch.log(call.probs_TE)).sum(dim=1)
+        logs_TE = torch.log(call.probs_TE.clamp(min=1e-300))  # an expert that is masked has 0, and p ln p is 0 there
+        return -(call.probs_TE * logs_TE).sum(dim=1)
     if policy["kind"] == "z":
         return torch.log(torch.exp(call.logits_TE).sum(dim=1)) ** 2
     key, make = _fraction_by_key(policy, call, calls, tokens, rows, history)

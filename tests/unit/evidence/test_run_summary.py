@@ -137,4 +137,5 @@ def test_measures_that_came_later_are_in_no_older_record(tmp_path):
     for name in run_summary.LATE_MEASURES:
         assert name not in run_summary._plain_record(run)
         assert run_summary._plain_record(replace(run, **{name: 1.5}))[name] == 1.5
-        assert math.isnan(MEASURES[name][1](run)) and MEASURES[name][1](replace(run, **{name: 1.5})) == 1.5
+        if name in MEASURES:
+            assert math.isnan(MEASURES[name][1](run)) and MEASURES[name][1](replace(run, **{name: 1.5})) == 1.5

@@ -29,7 +29,8 @@ def test_all_numbers_are_there_to_every_digit(comparison):
     text = drawn(numbers_table(comparison))
     for column in COMPARISON_COLUMNS:
         for one in comparison.strategies:
-            assert f'data-value="{one.values[column.key].mean}"' in text
+            if (value := one.values[column.key]) is not None:  # None: what is the same for every token of such a run
+                assert f'data-value="{value.mean}"' in text
     assert text.count("uniform random: ") == 6
 
 
