@@ -194,19 +194,20 @@ def measure(point: Point, rounds: int, bandwidth: float, rate: float) -> None:
     show("gradient", milliseconds(push, rounds, spoil), by_bytes(2 * tokens * num_experts * 4 + rows * 12))
 
     order, sorted_pairs = sort_by_expert(found.ids_TK, num_experts), sort_pairs(found.ids_TK, num_experts)
-    out_ND = copy_rows(x_TD, sorted_pairs.rows_TK)
+    at = sorted_pairs.rows_TK, sorted_pairs.offsets[1:]
+    out_ND = copy_rows(x_TD, *at)
     sorts: dict[str, Call] = {
         "ours": lambda: sort_pairs(found.ids_TK, num_experts),
         "plain": lambda: sort_by_expert(found.ids_TK, num_experts),
     }
     show("sort", milliseconds(sorts, rounds, spoil), by_bytes(rows * 24))
     copies: dict[str, Call] = {
-        "ours": lambda: copy_rows(x_TD, sorted_pairs.rows_TK),
+        "ours": lambda: copy_rows(x_TD, *at),
         "plain": lambda: permute(x_TD, order),
     }
     show("copy rows", milliseconds(copies, rounds, spoil), by_bytes((tokens + rows) * dim * 2))
     sums: dict[str, Call] = {
-        "ours": lambda: add_rows(out_ND, sorted_pairs.rows_TK),
+        "ours": lambda: add_rows(out_ND, *at),
         "plain": lambda: unpermute(out_ND, order),
     }
     show("add rows", milliseconds(sums, rounds, spoil), by_bytes((tokens + rows) * dim * 2))

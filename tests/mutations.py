@@ -147,7 +147,7 @@ MUTATIONS = {
         "contracts/law/test_tie.py half_precision",
     ),
     "sigmoids over their sum plus an epsilon (B69)": Mutation(
-        "functional/routing.py",
+        "functional/gates.py",
         "    return gate_log_scores(logits_TE, gate).softmax(dim=-1)\n\n\ndef gate_slope",
         "    scores_TE = gate_log_scores(logits_TE, gate).exp()\n"
         "    return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)\n\n\ndef gate_slope",
@@ -164,12 +164,24 @@ MUTATIONS = {
     ),
     "a bias on the logits added to the scores": Mutation(
         "external/router.py",
-        "                bias_place=self._bias_place,\n                num_groups=1,\n",
-        "                num_groups=1,\n",
+        "            bias_place=self._bias_place,\n            num_groups=groups,\n",
+        "            num_groups=groups,\n",
         "contracts/law/test_bias_places.py another_library and logits",
     ),
-    "the place of a bias not in the name that it is saved under": Mutation(
+    "a token that sees one expert counted at another, too": Mutation(
         "layers/router.py",
+        "drop_hidden(ids_TK, logits_TE) if masked and self.drops else ids_TK, probs_TE",
+        "ids_TK, probs_TE",
+        "contracts/law/test_routing_masks.py every_loss and micro_batch and softmax",
+    ),
+    "a recompute given the ids of the last forward": Mutation(
+        "external/token_ids.py",
+        "        alike = [one for one in self._forwards if one.ids_BS.numel() == tokens]\n",
+        "        alike = self._forwards[-1:]\n",
+        "integrations/hf/test_routing_masks.py two_forwards",
+    ),
+    "the place of a bias not in the name that it is saved under": Mutation(
+        "layers/router_buffers.py",
         "            destination[prefix + bias_name(self.bias_place)] = bias_E\n",
         '            destination[f"{prefix}expert_bias"] = bias_E\n',
         "contracts/law/test_bias_places.py a_file_says and logits",
@@ -211,7 +223,7 @@ MUTATIONS = {
         "contracts/law/test_lifetimes.py bias_rules and sign",
     ),
     "bias cast with the model (B38, B39)": Mutation(
-        "layers/router.py",
+        "layers/router_buffers.py",
         "            elif after.dtype != torch.float32:\n",
         "            elif after is None:\n",
         "contracts/law/test_lifetimes.py casting",
@@ -245,6 +257,24 @@ MUTATIONS = {
         "        return lambda: [sums.view_as(part) for sums, part in zip(wait().split(sizes), parts, strict=True)]\n",
         "        return lambda: wait and parts\n",
         "contracts/law/test_defects_ranks.py B40",
+    ),
+    "experts choose from the tokens of their rank alone": Mutation(
+        "layers/expert_choice.py",
+        "choose_tokens(group.gather_rows(own_TE), capacity)[start : start + len(own_TE)]",
+        "choose_tokens(own_TE, capacity)",
+        "unit/layers/test_token_pools.py ranks_share",
+    ),
+    "thresholds of a predictor by this rank's tokens alone": Mutation(
+        "layers/token_pools.py",
+        "scores_TE = self.group.gather_rows(torch.cat(state.predicted))",
+        "scores_TE = torch.cat(state.predicted)",
+        "unit/layers/test_token_pools.py ranks_share",
+    ),
+    "a recompute chooses again": Mutation(
+        "layers/expert_choice.py",
+        "        if current_backward() != -1 and self.choices:\n            return self._chosen_before(scores_TE)\n",
+        "",
+        "unit/layers/test_token_pools.py after_the_loop",
     ),
     "layers of other stages mixed up (B78)": Mutation(
         "balancer/reduction.py",

@@ -9,12 +9,14 @@ from .autograd.token_layout import TokenLayout
 from .balancer.balancer import Balancer
 from .distributed import Ranks
 from .errors import ConfigError, DataError, EquipoiseError, InputError, OutputError, StateError
+from .external.adaptive_top_k import apply_adaptive_top_k
 from .external.carrier import RouterCarrier
 from .external.registry import register_router
+from .external.routing_masks import load_masks, mask_routers, routing_masks, save_masks, unmask_routers
 from .functional.convert import convert_coef
 from .functional.routing import Routing
-from .layers import Experts, MoE, Router, clip_grad_norm_, shard_experts
-from .policies import AuxLoss, ExpertBias, Ratio, Sequences, Switch, Target, ZLoss
+from .layers import ExpertChoiceMoE, Experts, MoE, Router, TokenPools, clip_grad_norm_, shard_experts
+from .policies import AuxLoss, EntropyLoss, ExpertBias, Ratio, Sequences, Switch, Target, ZLoss
 from .replay import RoutingRecord, record_routing, replay_routing
 
 __version__ = "0.1.0"
@@ -24,8 +26,10 @@ __all__ = [
     "Balancer",
     "ConfigError",
     "DataError",
+    "EntropyLoss",
     "EquipoiseError",
     "ExpertBias",
+    "ExpertChoiceMoE",
     "Experts",
     "InputError",
     "MoE",
@@ -41,13 +45,20 @@ __all__ = [
     "Switch",
     "Target",
     "TokenLayout",
+    "TokenPools",
     "ZLoss",
+    "apply_adaptive_top_k",
     "clip_grad_norm_",
     "convert_coef",
+    "load_masks",
+    "mask_routers",
     "record_routing",
     "register_router",
     "replay_routing",
+    "routing_masks",
+    "save_masks",
     "shard_experts",
+    "unmask_routers",
 ]
 
 

@@ -23,7 +23,7 @@ FLOORS = (
     ("autograd", "report"),
     ("policies", "layers", "external", "plan", "plot", "doctor"),
     ("balancer", "replay"),
-    ("adapters", "conformance"),
+    ("adapters", "adaptive", "conformance"),
     ("lab",),
     ("inspection", "evidence"),
     ("cli",),

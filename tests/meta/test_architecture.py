@@ -28,12 +28,12 @@ from meta.house import (
 )
 
 PYTHON = [*FILES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
-OPTIONAL = {"accelerate", "axolotl", "datasets", "jinja2", "lightning", "llamafactory", "lm_eval", "markupsafe",
+OPTIONAL = {"PIL", "accelerate", "axolotl", "datasets", "jinja2", "lightning", "llamafactory", "lm_eval", "markupsafe",
             "megatron", "mlflow", "nemo_automodel", "olmo_core", "omegaconf", "pandas", "peft", "plotly", "pyarrow",
-            "pydantic", "ray", "rich", "safetensors", "swift", "tensorboard", "tokenizers", "torchtitan",
+            "pydantic", "ray", "rich", "safetensors", "sklearn", "swift", "tensorboard", "tokenizers", "torchtitan",
             "transformers", "triton", "trl", "wandb", "yaml", "zstandard"}  # fmt: skip
 EDGE = {"adapters", "cli", "conformance", "doctor", "inspection", "lab", "report"}  # the only rooms that may use them
-EXCEPTIONS = {"evidence": {"lm_eval"}, "kernels": {"triton"}, "storage": {"safetensors"}}
+EXCEPTIONS = {"evidence": {"lm_eval", "transformers"}, "kernels": {"triton"}, "storage": {"safetensors"}}
 # the only files that may name torch.distributed
 DISTRIBUTED = {"conformance/processes.py", "distributed.py", "lab/training/distributed.py"}
 WITHOUT_TORCH = {"doctor", "functional/convert.py", "plan", "plot", "report", *(f"storage/{one}.py" for one in (

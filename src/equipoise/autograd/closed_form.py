@@ -1,6 +1,7 @@
 """The gradient of the balance losses at the logits in closed form, and its squared norms. Pure: no state, no step.
 
 With p = g(z) / sum g(z) and q = sum over terms of scale * coef * E * f / T,  dz = d log g / dz * p * (q - <p, q>).
+So it is for the entropy of p, where q = -scale * coef * ln p / T.
 """
 
 from __future__ import annotations
@@ -58,13 +59,15 @@ def logit_gradient(
 def _weighted_fractions(
     spec: StatsSpec, grad_coefs: Tensor, probs_BSE: Tensor, fraction_NBE: Tensor, fraction_NTE: Tensor | None
 ) -> list[Tensor]:
-    """q of every term, broadcastable to (B, S, E): the row that the tap chose, or a factor times forward's f."""
+    """q of every term, broadcastable to (B, S, E): the row that the tap chose, or a factor times f, or times -ln p."""
     dtype = probs_BSE.dtype
     q_N, documents = [], 0
     for i, term in enumerate(spec.terms):
         row_E, factor = spec.coef_row(grad_coefs, i), spec.coef_factor(grad_coefs, i)
         if term.kind == "deferred":
             q_N.append(row_E.to(dtype))
+        elif term.kind == "entropy":  # where p is 0 in its dtype, so is p ln p
+            q_N.append(-factor.to(dtype) * probs_BSE.clamp(min=torch.finfo(dtype).tiny).log())
         elif term.kind == "document":
             assert fraction_NTE is not None
             q_N.append((factor.to(dtype) * fraction_NTE[documents]).view_as(probs_BSE))

@@ -39,7 +39,9 @@ class RouterTraits(NamedTuple):
 
     normalize: bool = True  # the K weights are divided by their sum
     scale: float = 1.0  # and multiplied by this
-    idle_experts: int = 0  # ids from num_experts on that may be chosen and do no work
+    # Ids from num_experts on that may be chosen and do no work: experts that are none, or one id for a choice that is
+    # none, where a token may use fewer than K experts.
+    idle_experts: int = 0
     returns_logits: bool = True  # False: probabilities, of which a z-loss knows nothing
     records_logit_grad: bool = True  # False: the LM's gradient at the logits is computed from that at the weights
     measures_norms: bool = True  # False: neither is possible
@@ -47,6 +49,7 @@ class RouterTraits(NamedTuple):
     bias_places: tuple[str, ...] = PLACES[:1]  # and may act: what `enable_selection_bias` takes
     selects: bool = False  # it says with each call how it chose (`Selection`), which the quantile rule asks for
     class_biases: bool = False  # it is a `ClassBiasedRouter`
+    widths: tuple[int, ...] | None = None  # of the experts behind it, where these are unlike
 
     @property
     def weights_form(self) -> tuple[bool, float] | None:

@@ -132,10 +132,9 @@ class ReplayedCalls:
         ids_TK = given.ids_TK.to(live_TK.device, torch.int64, non_blocking=True)
         known_T1 = ids_TK[:, :1] >= 0
         ids_TK = torch.where(known_T1, ids_TK, live_TK)
-        missed_TK = (ids_TK.unsqueeze(2) != live_TK.unsqueeze(1)).all(dim=2)
-        return Dispatch(
-            ids_TK, torch.stack([known_T1.expand_as(ids_TK).sum(dim=1), missed_TK.sum(dim=1)], dim=1).double()
-        )
+        one_TK = ids_TK < logits_TE.shape[-1]  # an id of E is none
+        missed_TK = (ids_TK.unsqueeze(2) != live_TK.unsqueeze(1)).all(dim=2) & one_TK
+        return Dispatch(ids_TK, torch.stack([(known_T1 & one_TK).sum(dim=1), missed_TK.sum(dim=1)], dim=1).double())
 
     def _next(self, live_TK: Tensor, logits_TE: Tensor) -> _Given:
         number = len(self._given)

@@ -119,7 +119,9 @@ def correct_for_shards(
     """
     statistics = statistics.clone()
     names = ("nonempty_sequences", "maxvio_sequence", "nonempty_micro_batches", "maxvio_micro_batch")
-    spec.values(statistics).zero_()
+    for value, term in zip(spec.values(statistics), spec.terms, strict=True):
+        if term.kind != "entropy":  # which knows no load
+            value.zero_()
     spec.rule_sums(statistics).zero_()
     for name in names:
         spec.scalar(statistics, name).zero_()

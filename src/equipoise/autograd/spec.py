@@ -35,10 +35,11 @@ STEP_COLUMNS = ("bad_documents", "missing_gradient", "recompute_flips")  # behin
 class LossTerm(NamedTuple):
     """Over which tokens a loss term measures f.
 
-    ``deferred``: forward cannot know (other micro-batches, other ranks); the tap chooses f.
+    ``deferred``: forward cannot know (other micro-batches, other ranks); the tap chooses f. ``entropy``: no load, each
+    token's own - ln p stands for E f.
     """
 
-    kind: str  # "deferred", "sequences", "micro_batch", "document"
+    kind: str  # "deferred", "sequences", "micro_batch", "document", "entropy"
     sequences: int = 1  # for "sequences": how many neighbouring ones share an f
     unbiased: bool = False  # f of the top-k without selection bias and groups, as in DeepSeek-V3's sequence loss
     view: LoadView | None = None  # groups, costs and targets that f is seen through
@@ -69,7 +70,10 @@ class StatsSpec(NamedTuple):
     gram: bool = False  # sum of J^T J over tokens: turns any difference in f into a difference of gradients
     shards: int = 1  # ranks that hold parts of the same sequences: the tap adds up their loads
     weights_form: tuple[bool, float] | None = None  # (normalize, scale), where the logit gradient is not recorded
-    idle_experts: int = 0  # expert ids from num_experts on that may be chosen and do no work: they are no load
+    idle_experts: int = (
+        0  # ids from num_experts on that may be chosen and do no work, or are no choice: they are no load
+    )
+    widths: tuple[int, ...] | None = None  # of the experts, where these are unlike
     observe_only: bool = False  # no policy: forward's statistics are all there is, and backward is left as it was
     micro_rules: tuple[str, ...] = ()  # bias rules that are asked of each micro-batch's load and summed over them
     quantile: bool = False  # what each bias would have to change by, counted in bins: see `functional.quantile`
@@ -179,7 +183,7 @@ class StatsSpec(NamedTuple):
         return statistics.select(-1, self.at(name))
 
     def values(self, statistics: Tensor) -> Tensor:
-        """(..., N) sum over tokens of E <f, p> of the terms whose f forward knows."""
+        """(..., N) sum over tokens of E <f, p>, or of the entropy of p, of the terms whose f forward knows."""
         return statistics[..., self.values_at : self.forward_size]
 
     def lm_norm(self, statistics: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def measure(
     probs_BE = valid_TE.view(num_sequences, length, num_experts).sum(dim=1)  # pairwise; to fp64 it would be copied
     counts_BE, unbiased_TK, unbiased_BE = counts_BE.double(), ids_TK, None
     if spec.unbiased:
-        unbiased_TK = logits_TE.topk(ids_TK.shape[1], dim=-1).indices  # K of this call: it may change while one trains
+        unbiased_TK = _unbiased_ids(spec, logits_TE, ids_TK)
         unbiased_BE = count_choices(unbiased_TK, num_experts, batch.token_mask_T, num_sequences).double()
 
     of_class = class_statistics(spec, ids_TK, valid_TE, batch, num_sequences) if spec.classes else {}
@@ -100,6 +100,16 @@ def measure(
     )
 
 
+def _unbiased_ids(spec: StatsSpec, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    """As many experts as each token has, by its logits alone."""
+    unbiased_TK = logits_TE.topk(ids_TK.shape[1], dim=-1).indices  # K of this call: it may change while one trains
+    if not spec.idle_experts:
+        return unbiased_TK
+    used_T1 = (ids_TK < spec.num_experts).sum(dim=-1, keepdim=True)
+    place_K = torch.arange(ids_TK.shape[1], device=ids_TK.device)
+    return unbiased_TK.masked_fill(place_K >= used_T1, spec.num_experts)
+
+
 def _of_rules(
     spec: StatsSpec,
     logits_TE: Tensor,
@@ -128,7 +138,9 @@ def _term_values(
     """(sum over tokens of E <f, p> for each term, None where forward does not know f; f of the document terms)."""
     values, documents = [], []
     for term, fraction_BE in zip(spec.terms, fractions, strict=True):
-        if term.kind == "document":
+        if term.kind == "entropy":
+            values.append(torch.special.entr(valid_TE).sum(dtype=torch.float64))
+        elif term.kind == "document":
             counts_RE = of_documents[term.unbiased, term.tokens]
             fraction_TE = seen_load(term.view, load_fractions(counts_RE))[batch.document_T]
             documents.append(fraction_TE.to(valid_TE.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..errors import InputError
 from .spec import StatsSpec
 
-__all__ = ["TokenLayout", "TokenPlacement", "check_layout"]
+__all__ = ["TokenLayout", "TokenPlacement", "are_pieces", "check_layout", "same_placement"]
 
 
 class TokenLayout(NamedTuple):
@@ -22,7 +23,8 @@ class TokenLayout(NamedTuple):
     micro-batch: integers in [0, T), or in [0, T * shards) where other ranks hold the rest of each sequence.
     ``valid_T``: the tokens that are no padding, where a router gets only some of them; ``token_mask_T`` then leaves
     out what goes to another router too. ``classes``: for each class of tokens its name and a mask (T,), True where a
-    token is of it; a token may be of several, or of none. Padding is of none, whatever a mask says.
+    token is of it; a token may be of several, or of none. Padding is of none, whatever a mask says. ``token_ids_T``:
+    the ids in the vocabulary, which a router with a mask by token id asks for.
 
     >>> TokenLayout().rows, TokenLayout(num_sequences=4).rows
     (1, 4)
@@ -35,12 +37,13 @@ class TokenLayout(NamedTuple):
     document_T: Tensor | None = None
     valid_T: Tensor | None = None
     classes: Mapping[str, Tensor] | None = None
+    token_ids_T: Tensor | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that were said."""
         of_classes = () if self.classes is None else self.classes.values()
-        said = (self.token_mask_T, self.document_T, self.valid_T, *of_classes)
+        said = (self.token_mask_T, self.document_T, self.valid_T, *of_classes, self.token_ids_T)
         return tuple(one for one in said if one is not None)
 
     @property
@@ -55,9 +58,9 @@ class TokenLayout(NamedTuple):
         device(type='meta')
         """
         classes = None if self.classes is None else {name: mask.to(device) for name, mask in self.classes.items()}
-        masks = (self.token_mask_T, self.document_T, self.valid_T)
-        mask_T, document_T, valid_T = (None if mask is None else mask.to(device) for mask in masks)
-        return TokenLayout(self.num_sequences, mask_T, document_T, valid_T, classes)
+        said = (self.token_mask_T, self.document_T, self.valid_T, self.token_ids_T)
+        mask_T, document_T, valid_T, ids_T = (None if one is None else one.to(device) for one in said)
+        return TokenLayout(self.num_sequences, mask_T, document_T, valid_T, classes, ids_T)
 
 
 Batch = TokenLayout  # its name in scripts that were written before it was public
@@ -88,3 +91,23 @@ def check_layout(spec: StatsSpec, layout: TokenLayout, tokens: int) -> None:
             "a router called by itself takes router(x_TD, TokenLayout(num_sequences=B)); a model of another library "
             "has to be called with input_ids or inputs_embeds (B, S, ...)",
         )
+
+
+def are_pieces(placed: list[TokenPlacement]) -> bool:
+    """Whether these are calls of a router with pieces of one forward of the model."""
+    begins = [one.piece for one in placed if one.piece is not None]
+    return len(begins) == len(placed) > 1 and all(a < b for a, b in itertools.pairwise(begins))
+
+
+def same_placement(one: TokenPlacement, other: TokenPlacement) -> bool:
+    """Synchronizes with the device only if the tensors are distinct objects."""
+    if one is other:
+        return True
+    pairs = list(zip((*one.batch[1:4], one.rows_T), (*other.batch[1:4], other.rows_T), strict=True))
+    classes, others = (dict(placed.batch.classes or {}) for placed in (one, other))
+    if classes.keys() != others.keys():
+        return False
+    pairs += [(mask_T, others[name]) for name, mask_T in classes.items()]
+    return one.batch.num_sequences == other.batch.num_sequences and all(
+        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
+    )

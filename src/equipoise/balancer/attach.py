@@ -17,8 +17,8 @@ from ..external.discovery import find_external_routers
 from ..external.no_router import accelerate_wraps, no_router
 from ..external.own_loss import OwnLoss
 from ..external.router import ExternalRouter
+from ..functional.load_view import LoadView
 from ..functional.routing import PLACES
-from ..policies.losses import AuxLoss
 from ..policies.schedule import Schedule
 from .degenerate import FoundRouter, check_degenerate
 from .layer_group import Layer, biases_of
@@ -70,13 +70,12 @@ def attach(
     try:
         _check_routers(routers, schedule, shards)
         check_degenerate(routers, schedule)
-        terms = tuple(_term(loss, micro_sequences) for _, loss in schedule.losses)
         norms = _measures_norms(schedule, routers, gradient_norms)
         for layer in layers:
             router, traits = layer.router, layer.router.traits
             spec = StatsSpec(
                 *(router.num_experts, router.top_k, router.gate),
-                terms=terms,
+                terms=tuple(_term(loss.term, micro_sequences, traits.widths) for _, loss in schedule.terms),
                 z_loss=bool(schedule.z_losses),
                 norms=norms,
                 micro_sequences=micro_sequences,
@@ -88,6 +87,7 @@ def attach(
                 micro_rules=schedule.micro_rules,
                 quantile=schedule.pools_quantiles,
                 bias_classes=schedule.bias_classes,
+                widths=traits.widths,
             )
             layer.balance_state = RouterState(spec, _device(router), layer.name)
         _add_biases(layers, schedule)
@@ -221,7 +221,7 @@ def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule, shards: i
     _check_classes(schedule, shards)
     for _, name, router in routers:
         for view in schedule.views:
-            view.members(router.num_experts)
+            (view.of_layer(router.traits.widths) or LoadView()).members(router.num_experts)
         for _, policy in schedule.biases:
             policy.check_gate(router.gate, router.num_experts)
         if schedule.bias_classes and not has_class_biases(router):
@@ -327,9 +327,11 @@ def _check_options(micro_sequences: int | None) -> None:
         )
 
 
-def _term(policy: AuxLoss, micro_sequences: int | None) -> LossTerm:
-    """Where several micro-batches run as one pass, each is a group of sequences in it."""
-    term = policy.term
+def _term(term: LossTerm, micro_sequences: int | None, widths: tuple[int, ...] | None) -> LossTerm:
+    """As a router with experts of these widths has it. Where several micro-batches run as one pass, each is a group of
+    sequences in it."""
+    if term.view is not None:
+        term = term._replace(view=term.view.of_layer(widths))
     if term.kind == "micro_batch" and micro_sequences is not None:
         return term._replace(kind="sequences", sequences=micro_sequences)
     return term

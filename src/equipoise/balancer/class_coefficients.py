@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..functional.load_view import seen_load
+from ..functional.load_view import LoadView, seen_load
 from ..functional.losses import load_fractions
 from ..policies.estimators import ESTIMATORS
 from ..policies.losses import AuxLoss
@@ -16,7 +16,7 @@ __all__ = ["class_coefficients"]
 
 
 def class_coefficients(
-    group: LayerGroup, policy: AuxLoss, taken_LS: Tensor, push_L: Tensor, number: int
+    group: LayerGroup, policy: AuxLoss, view: LoadView | None, taken_LS: Tensor, push_L: Tensor, number: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(row (L, E), factor (L,), deferred value (L,)): a row for an f chosen here, a factor for one of forward's.
 
@@ -26,6 +26,7 @@ def class_coefficients(
     share it yet.
 
     Args:
+        view: the policy's, as these layers have it.
         taken_LS: the statistics of this micro-batch.
         number: of the micro-step, 1 = the first.
     """
@@ -42,5 +43,5 @@ def class_coefficients(
     if policy.scope == "data_parallel":
         assert history.current_E is not None
         fraction_LE = load_fractions(history.current_E[:, :experts])
-    fraction_LE = seen_load(policy.view, fraction_LE)
+    fraction_LE = seen_load(view, fraction_LE)
     return push_L.unsqueeze(1) * fraction_LE, zero_L, experts * (fraction_LE * probs_LE).sum(dim=1)

@@ -15,7 +15,7 @@ from ..errors import ConfigError, StateError
 from ..functional.load_view import seen_load
 from ..functional.losses import load_fractions
 from ..policies.estimators import ESTIMATORS, shares_at
-from ..policies.losses import AuxLoss, coefficient
+from ..policies.losses import AuxLoss, EntropyLoss, coefficient
 from ..policies.schedule import Schedule
 from ..policies.scopes import Sequences
 from ..policies.self_setting import SelfSetting
@@ -72,19 +72,19 @@ def micro_batch_coefficients(
     zero_LE, zero_L = torch.zeros_like(own_LE), torch.zeros_like(weight_L)
     terms: list[tuple[Tensor, Tensor, Tensor]] = []  # of each loss: (row (L, E), factor (L,), deferred value (L,))
     z_L = zero_L
-    for scheduled, policy in schedule.losses:
-        if scheduled.active(micro.step):
-            coef: Tensor | float
-            if isinstance(policy.coef, SelfSetting):
-                coef, pushes = group.coefficients(scheduled.name, policy.coef), True
-            else:
-                coef = coefficient(policy, micro.step)
-                pushes = coef > 0
-            push_L = weight_L * (coef * spec.num_experts)
-            group.step_pushes |= pushes
-            terms.append(_term_coefficients(group, policy, scheduled.term, (taken_LS, own_LE), push_L, micro))
-        else:
+    for scheduled, policy in schedule.terms:
+        if not scheduled.active(micro.step):
             terms.append((zero_LE, zero_L, zero_L))
+            continue
+        coef: Tensor | float = coefficient(policy, micro.step)
+        group.step_pushes |= coef > 0
+        if isinstance(policy.coef, SelfSetting):
+            coef, group.step_pushes = group.coefficients(scheduled.name, policy.coef), True
+        if isinstance(policy, EntropyLoss):
+            terms.append((zero_LE, weight_L * coef, zero_L))
+        else:
+            push_L = weight_L * (coef * spec.num_experts)
+            terms.append(_term_coefficients(group, policy, scheduled.term, (taken_LS, own_LE), push_L, micro))
     for scheduled, policy in schedule.z_losses:
         if scheduled.active(micro.step):
             coef = coefficient(policy, micro.step)
@@ -163,14 +163,14 @@ def _term_coefficients(
 
     ``seen``: the statistics of this micro-batch, and the counts of its sequences over all their shards.
     """
-    spec, (taken_LS, own_LE) = group.spec, seen
+    spec, (taken_LS, own_LE), view = group.spec, seen, group.spec.terms[term].view
     if policy.tokens is not None:
-        return class_coefficients(group, policy, taken_LS, push_L, micro.number)
+        return class_coefficients(group, policy, view, taken_LS, push_L, micro.number)
     probs_LE, zero_L = spec.probs(taken_LS), torch.zeros_like(push_L)
     match policy.scope:
         case Sequences(n):
             fraction_LE, wider_L = _window(group, term, n, taken_LS, own_LE)
-            fraction_LE = seen_load(policy.view, fraction_LE)
+            fraction_LE = seen_load(view, fraction_LE)
             value_L = spec.num_experts * (fraction_LE * probs_LE).sum(dim=1) - spec.values(taken_LS)[:, term]
             row_LE = torch.where(wider_L.unsqueeze(1), push_L.unsqueeze(1) * fraction_LE, 0.0)
             return row_LE, torch.where(wider_L, 0.0, push_L), torch.where(wider_L, value_L, 0.0)
@@ -183,7 +183,7 @@ def _term_coefficients(
             fraction_LE = _shuffled(group, taken_LS, micro)
         case _:
             fraction_LE = _fraction(group, policy.estimator, policy.decay, micro.number)
-    fraction_LE = seen_load(policy.view, fraction_LE)
+    fraction_LE = seen_load(view, fraction_LE)
     return push_L.unsqueeze(1) * fraction_LE, zero_L, spec.num_experts * (fraction_LE * probs_LE).sum(dim=1)
 
 

@@ -50,7 +50,7 @@ def _untaught(routers: Sequence[FoundRouter], schedule: Schedule) -> str | None:
     )
     if zero:
         got, do = f"weights that are multiplied by 0 ({_some(zero)})", "give the router a scale other than 0"
-    pushes = any(loss.coef != 0 for _, loss in (*schedule.losses, *schedule.z_losses))
+    pushes = any(loss.coef != 0 for _, loss in (*schedule.terms, *schedule.z_losses))
     left = "only the policies' own loss moves it" if pushes else "nothing moves it"
     return (
         f"expected weights through which the model's loss teaches the router; got {got}: its gradient there is 0 and "

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from ..distributed import Ranks
 from ..external.carrier import RouterCarrier
 from ..policies.expert_bias import ExpertBias
-from ..policies.losses import AuxLoss, Coefficient, ZLoss
+from ..policies.losses import AuxLoss, Coefficient, EntropyLoss, ZLoss
 from ..policies.schedule import Schedule, ScheduledPolicy
 from ..policies.self_setting import Ratio, Target
 from .declared_step import DeclaredStep
@@ -94,7 +94,11 @@ def _policy(scheduled: ScheduledPolicy) -> str:
         if not scheduled.start and scheduled.end is None
         else f" from step {scheduled.start} to {scheduled.end or 'the end'}"
     )
-    of = "" if isinstance(policy, ZLoss) or policy.tokens is None else f", tokens {policy.tokens!r} alone"
+    if isinstance(policy, EntropyLoss | ZLoss):
+        return (
+            f"{type(policy).__name__}{f', coef {_coefficient(policy.coef)}' * isinstance(policy, EntropyLoss)}{window}"
+        )
+    of = "" if policy.tokens is None else f", tokens {policy.tokens!r} alone"
     match policy:
         case AuxLoss():
             coef = _coefficient(policy.coef)
@@ -104,7 +108,6 @@ def _policy(scheduled: ScheduledPolicy) -> str:
             where = "" if policy.place == ExpertBias.place else f", place {policy.place}"
             scope = "" if policy.scope == ExpertBias.scope else f", scope {policy.scope}"
             return f"ExpertBias {policy.rule}, rate {policy.rate:g}{where}{scope}{of}{_view(policy)}{window}"
-    return f"ZLoss{window}"
 
 
 def _coefficient(coef: Coefficient) -> str:

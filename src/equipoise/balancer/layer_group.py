@@ -207,7 +207,8 @@ class LayerGroup:
                 own_L, text_L = spec.term_norm(summed_LS, scheduled.term), spec.lm_norm(summed_LS)
                 seen_L = torch.where((own_L > 0) & (text_L > 0), own_L / text_L, torch.nan).sqrt()
             else:  # of a replay the load is another router's
-                seen_L = maxvio(counts_LE) if policy.view is None else target_excess(policy.view, counts_LE)
+                view = spec.terms[scheduled.term].view
+                seen_L = maxvio(counts_LE) if view is None else target_excess(view, counts_LE)
                 seen_L = torch.where(spec.scalar(summed_LS, "replayed_choices") == 0, seen_L, torch.nan)
             learns_L = to_device([float(layer.trainable) for layer in self.layers], routed_L.device)
             chooses_L = (counts_LE.sum(dim=1) < routed_L * spec.num_experts) & (counts_LE.sum(dim=1) > 0)

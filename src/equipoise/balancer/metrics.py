@@ -128,8 +128,10 @@ def _signals(
     chance = [0.0] * len(loads["maxvio_global"])
     for one in committed:
         for place in one.places:
-            tokens = int(policies["tokens"][place])
-            chance[place] = maxvio_noise_floor(tokens, one.spec.top_k, one.spec.num_experts)
+            tokens, choices = int(policies["tokens"][place]), float(one.spec.top_k)
+            if "experts_per_token" in loads and loads["experts_per_token"][place] > 0:
+                choices = loads["experts_per_token"][place]
+            chance[place] = maxvio_noise_floor(tokens, choices, one.spec.num_experts)
     if schedule.bias_place != PLACES[0]:
         loads = {key: numbers for key, numbers in loads.items() if key != "bias_range"}
     pushes = [policies[f"{name}/gradient_ratio"] for name in acting]
@@ -170,6 +172,12 @@ def _layer_metrics(one: StepStats) -> dict[str, Tensor]:
         "dead_experts": dead_experts(counts),
         "topk_score": one.of("topk_score") / one.of("routed_tokens"),
     }
+    if one.spec.idle_experts:
+        found["experts_per_token"] = one.counts.sum(dim=1) / one.of("routed_tokens")
+    if one.spec.widths is not None:
+        widths_E = to_device(one.spec.widths, one.sums.device).double()
+        found["active_width"] = one.counts @ widths_E / one.of("routed_tokens")
+        found["maxvio_width"] = maxvio(counts * widths_E)
     found["replay_gap"] = one.of("replay_gap") / one.of("replayed_choices")  # NaN where there was none
     if not one.spec.observe_only:  # in backward nothing was looked at
         found["recompute_flips"] = one.spec.step_column(one.sums, "recompute_flips")
@@ -212,12 +220,15 @@ def _policies(one: StepStats, schedule: Schedule, step: int) -> dict[str, Tensor
             if scheduled.name in coefs:
                 _put(found, one, rows, {f"{scheduled.name}/coef": coefs[scheduled.name]})
     for scheduled, policy in (pair for pair in (*schedule.losses, *schedule.biases) if pair[0].active(step)):
-        name = policy.tokens
+        name, view = policy.tokens, policy.view if scheduled.term < 0 else spec.terms[scheduled.term].view
         counts = (one.counts if name is None else spec.of_class(sums, name)[0]) * one.chooses.unsqueeze(1)
-        if policy.view is not None:
-            found[f"{scheduled.name}/maxvio"] = target_excess(policy.view, counts)
+        if view is not None:
+            found[f"{scheduled.name}/maxvio"] = target_excess(view, counts)
         elif name is not None:
             found[f"{scheduled.name}/maxvio"] = maxvio(counts)
+    for scheduled, _ in (pair for pair in schedule.entropy_losses if pair[0].active(step)):
+        found[f"{scheduled.name}/loss"] = spec.values(sums)[:, scheduled.term] / routed
+        found[f"{scheduled.name}/gradient_ratio"] = spec.term_norm(sums, scheduled.term)
     for scheduled, _ in (pair for pair in schedule.z_losses if pair[0].active(step)):
         found[f"{scheduled.name}/loss"] = one.of("lse_square") / routed
         found[f"{scheduled.name}/gradient_ratio"] = spec.term_norm(sums, len(spec.terms))

@@ -11,7 +11,22 @@ from collections.abc import Sequence
 from types import FrameType
 
 from ..errors import EquipoiseError
-from . import compare, conformance, doctor, downstream, export, inspect, plan, report, reproduce, resume, train
+from . import (
+    adapt,
+    compare,
+    conformance,
+    diffuse,
+    doctor,
+    downstream,
+    export,
+    inspect,
+    plan,
+    report,
+    reproduce,
+    resume,
+    train,
+    upcycle,
+)
 from .help_text import HelpFormatter
 
 __all__ = ["COMMANDS", "INTERRUPTED", "build_parser", "main"]
@@ -23,12 +38,15 @@ COMMANDS = {
     "train": train,
     "resume": resume,
     "inspect": inspect,
+    "adapt": adapt,
     "report": report,
     "export": export,
+    "upcycle": upcycle,
     "downstream": downstream,
     "plan": plan,
     "doctor": doctor,
     "conformance": conformance,
+    "diffuse": diffuse,
     "reproduce": reproduce,
 }
 INTERRUPTED = 130
@@ -48,10 +66,13 @@ begin with:
   equipoise train --strategy global@0.01+micro --set model.experts=32 --print-config > run.toml
   equipoise train run.toml                        one run; Ctrl-C saves it, `equipoise resume RUN` goes on
   equipoise inspect MODEL --data val.jsonl        which expert reads what, of any MoE model of transformers
+  equipoise upcycle DENSE OUT                     a dense model of transformers as one with experts
+  equipoise adapt MODEL --data val.jsonl          which of its tokens can do with fewer experts, saved for generation
   equipoise downstream RUN                        which of four continuations is true? asked by the lm-eval harness
   equipoise plan                                  what imbalance costs on your cluster
   equipoise doctor CONFIG                         what balancing your training configuration will really do
   equipoise conformance ROUTER                    whether a router of yours balances alike in every cut
+  equipoise diffuse                               images: experts that choose tokens from one image, or a whole batch
 
 exit codes:
   0    done
@@ -113,6 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 EXTRAS = {
+    "PIL": "images",
     "jinja2": "report",
     "lm_eval": "downstream",
     "plotly": "report",
@@ -121,6 +143,7 @@ EXTRAS = {
     "rich": "lab",
     "safetensors": "lab",
     "scipy": "lab",
+    "sklearn": "images",
     "tensorboard": "lab",
     "tokenizers": "lab",
     "zstandard": "lab",

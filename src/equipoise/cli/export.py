@@ -21,6 +21,10 @@ The folder then works offline and without code of ours:
 A run with a softmax gate becomes Qwen3MoeForCausalLM. One with a sigmoid gate (loss-free, deepseek-v3) becomes
 Dots1ForCausalLM: DeepSeek-V3's router, trained bias in fp32, with the attention that the lab uses. A run that began
 with --model stays of that model's class. Logits are equal to 1e-5. The folder appears whole or not at all.
+
+A run whose routers have masks by token id (model.mask_rare, rare= in a strategy) is refused without --masks, because
+transformers alone would choose other experts. With it the loaded model chooses as the run did after
+equipoise.mask_routers(model, equipoise.load_masks("my-model")).
 """
 
 
@@ -32,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", "--step", default="last", metavar="WHICH",
                         help="last (default); best, the lowest held-out loss of those kept; or a step")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace an earlier export in OUT")
+    parser.add_argument("--masks", action="store_true", help="write masks by token id beside the weights, in a file")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,7 +53,11 @@ def run(arguments: argparse.Namespace) -> int:
             do=f"name one of its runs: {', '.join(names[:6])}",
         )
     done = export_run(
-        arguments.run_folder, arguments.out, which=int(which) if which.isdigit() else which, force=arguments.force
+        arguments.run_folder,
+        arguments.out,
+        which=int(which) if which.isdigit() else which,
+        force=arguments.force,
+        masks=arguments.masks,
     )
     print(f"{done.folder}: {done.architecture}, step {done.step}")
     return 0

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..inspection import Request
     from ..storage.inspection_record import Inspection
 
-__all__ = ["EPILOG", "HELP", "add_arguments", "run"]
+__all__ = ["EPILOG", "HELP", "add_arguments", "run", "tokens_of"]
 
 ROOT = Path("inspections")
 HELP = "run text through a model and show which of its experts see what"
@@ -26,6 +26,7 @@ examples:
   equipoise inspect runs/train-global-20260131-120000
   equipoise inspect models/OLMoE-1B-7B --data val.jsonl --tokens 100000 --device cuda
   equipoise inspect models/step-40000 --against models/step-80000 --layers 0,8-15,-1
+  for n in 60 120 180 240; do equipoise inspect runs/mine --step $n; done
 
 MODEL is a folder of transformers (config.json, weights, tokenizer) or a run of this lab. The text is what `equipoise
 train --data` reads, of a source with a held-out part that part; by default a run's own held-out text, or the text of
@@ -38,9 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="a model folder of transformers, or a run")
     parser.add_argument("--data", type=Path, metavar="PATH",
                         help="text: .jsonl[.gz|.xz|.zst], parquet, a folder per domain, a data set")  # fmt: skip
+    parser.add_argument("--step", type=int, metavar="N", help="of a run: the checkpoint of step N (default: newest)")
     parser.add_argument("--domains", metavar="A,B", help="only these domains")
     parser.add_argument("--layers", metavar="0,2-4,-1", default="", help="only these routers, counted from 0")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: inspections/MODEL")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: inspections/MODEL[-step-N]")
     parser.add_argument("--overwrite", action="store_true", help="begin anew in a folder with an inspection")
     parser.add_argument("--against", type=Path, metavar="MODEL2",
                         help="another checkpoint: how many choices are the same (router saturation)")  # fmt: skip
@@ -65,10 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     request = Request(
         model=arguments.model,
+        step=arguments.step,
         data=arguments.data,
         domains=tuple(name.strip() for name in (arguments.domains or "").split(",") if name.strip()),
         layers=arguments.layers,
-        tokens=_tokens(arguments.tokens),
+        tokens=tokens_of(arguments.tokens),
         length=arguments.length,
         micro_batch=arguments.micro_batch,
         against=arguments.against,
@@ -101,7 +104,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tokens(text: str) -> int | None:
+def tokens_of(text: str) -> int | None:
+    """What ``--tokens`` says; None for all."""
     if text == "all":
         return None
     try:
@@ -111,7 +115,8 @@ def _tokens(text: str) -> int | None:
 
 
 def _slug(request: Request) -> str:
-    return re.sub(r"[^A-Za-z0-9.+@-]", "_", request.model.resolve().name) or "model"
+    name = re.sub(r"[^A-Za-z0-9.+@-]", "_", request.model.resolve().name) or "model"
+    return name if request.step is None else f"{name}-step-{request.step}"
 
 
 def _plain(found: Inspection) -> dict[str, object]:

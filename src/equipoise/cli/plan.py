@@ -20,6 +20,7 @@ examples:
   equipoise plan counts.npy --ep 4     counts [micro-batches, layers, experts]
   equipoise plan --maxvio before=0.9 --maxvio after=0.3,0.05
   equipoise plan --cluster ours.toml --set overlap=0.5 --set placement=packed
+  equipoise plan --out plan.html       the same with figures
   equipoise plan --presets             models and GPUs that are known by name
   equipoise plan --check               against published step times
 
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--strategies", metavar="A,B", help="only these")
     add("--up-to", type=int, default=4096, metavar="N", help="largest EP of the growth table, 0: none (default 4096)")
     add("--seed", type=int, default=0, metavar="N", help="of the simulation")
+    add("--out", metavar="FILE", help="also one self-contained HTML page with figures, e.g. plan.html")
     add("--json", action="store_true", help="all numbers as JSON")
     add("--presets", action="store_true", help="list models, GPUs and typical loads, and end")
     add("--check", action="store_true", help="compare the model with published step times, and end")
@@ -92,6 +94,9 @@ def run(args: argparse.Namespace) -> int:
                                   preset=args.preset, gpu=args.gpu, maxvio=args.maxvio, maxvio_over=args.maxvio_over,
                                   only=args.strategies)  # fmt: skip
     found = plan.forecast(scenario.cluster, scenario.strategies, up_to=args.up_to, seed=args.seed, notes=scenario.notes)
+    page = plan.write_page(found, scenario.strategies, args.out) if args.out else None
     as_json = json.dumps(plan.to_json(found), indent=2, allow_nan=False) + "\n"
     print(as_json if args.json else plan.render_forecast(found), end="")
+    if page and not args.json:
+        print(f"\nPage: {page}")
     return 0

@@ -13,7 +13,8 @@ HELP = "show runs, comparisons and inspections: a table here, or a page that hol
 EPILOG = """\
 examples:
   equipoise report runs/compare-20260101-120000 --out report.html
-  equipoise report runs/a runs/b inspections/olmoe --out report.html --csv numbers/ --png pictures/
+  equipoise report runs/a runs/b inspections/olmoe --out report.html --csv numbers/ --png pictures/ --svg figures/
+  equipoise report inspections/step-*             checkpoints of one model: curves through its training
   equipoise report runs/now --watch               the page follows the run; Ctrl-C, or the run's end, ends it
 """
 EVERY = 10.0  # seconds
@@ -32,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--csv", metavar="PATH", help="write the numbers: FILE.csv, or a folder for all that was recorded"
     )
     parser.add_argument("--png", metavar="PATH", help="draw each section into this folder, or the page into FILE.png")
-    parser.add_argument("--dark", action="store_true", help="dark pictures")
+    parser.add_argument("--svg", metavar="FOLDER", help="take each figure out of the page, as an SVG file of its own")
+    parser.add_argument("--dark", action="store_true", help="dark pictures and figures")
     parser.add_argument("--watch", action="store_true",
                         help="write the page again whenever something was recorded, until the runs end")  # fmt: skip
     parser.add_argument(
@@ -52,11 +54,11 @@ def run(args: argparse.Namespace) -> int:
         report, page = follow(
             args.runs, args.out, baseline=args.baseline, every=args.every, say=lambda line: print(line, file=sys.stderr)
         )
-        written = write_outputs(report, csv=args.csv, png=args.png, dark=args.dark)
+        written = write_outputs(report, csv=args.csv, png=args.png, svg=args.svg, dark=args.dark)
         print("\n".join([*written, f"Report: {page}"]))
         return 0
     report = read_report(args.runs, args.baseline)
-    written = write_outputs(report, out=args.out, csv=args.csv, png=args.png, dark=args.dark)
+    written = write_outputs(report, out=args.out, csv=args.csv, png=args.png, svg=args.svg, dark=args.dark)
     if args.json:
         print(report.json())
         return 0

@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="written with --all (default: docs/evidence.md, and none with --records)")  # fmt: skip
     parser.add_argument("--html", type=Path, metavar="FILE", help="the claims that are named, or all, as one HTML file")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="runs at a time (default: one per core)")
+    parser.add_argument("--trial", type=Path, help=argparse.SUPPRESS)  # how a worker runs an experiment
     parser.add_argument("--on", choices=("local", "ray"), default="local", help="where runs are trained")
     parser.add_argument("--ray-address", metavar="ADDRESS",
                         help="with --on ray: HOST:6379, or ray://HOST:10001 from outside (default: $RAY_ADDRESS, or "
@@ -68,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.trial:
+        from ..evidence.experiment import run_trial
+
+        run_trial(arguments.trial)
+        return 0
     from ..evidence.claim import read_claims
     from ..evidence.html_page import write_html
     from ..evidence.page import write_page
@@ -124,7 +130,7 @@ def _chosen(claims: list[Claim], names: list[str]) -> list[Claim]:
 
 def _train(claims: list[Claim], records: Path, arguments: argparse.Namespace) -> int:
     """Trains what is missing, with progress on stderr; 0, or 1 where a run failed."""
-    from ..evidence.reproduce import jobs_for, missing_runs, train_runs
+    from ..evidence.reproduce import check_for_ray, jobs_for, missing_runs, train_runs
     from ..lab.comparison.progress import Preparation, RunTable, open_console
     from ..lab.comparison.ray_cluster import RayPool, open_cluster
     from ..lab.comparison.workers import Pool, slots
@@ -138,10 +144,11 @@ def _train(claims: list[Claim], records: Path, arguments: argparse.Namespace) ->
         if not missing:
             return 0
         if ray:
+            check_for_ray(missing)
             pool = RayPool(jobs_for(missing, runs / "ray"), ray, arguments.workers)
         else:
-            threads = max(config.train.threads for config in missing)
-            pool = Pool(jobs_for(missing, runs), slots(threads, arguments.workers))
+            jobs = jobs_for(missing, runs)
+            pool = Pool(jobs, slots(max(job.threads for job in jobs), arguments.workers))
         try:
             with RunTable(pool.jobs, console) as table:
                 train_runs(pool, records, runs, table)

@@ -11,7 +11,8 @@ from ..errors import ConfigError, DataError, unknown_name
 from ..lab.config.loading import from_dict, load_toml, merge
 from ..lab.config.schema import RunConfig
 from ..lab.config.strategies import strategy_of
-from .run_summary import MEASURES
+from .experiment import Trial, trial_of
+from .run_summary import RunSummary, measures_of
 
 __all__ = ["BASE_NAME", "Claim", "Contrast", "read_claim", "read_claims"]
 
@@ -26,14 +27,16 @@ class Contrast:
 
     Args:
         cell: where in the plane, in words; contrasts of one cell stand together.
-        treated, baseline: strategies, as ``equipoise compare --strategies`` takes them.
-        measure: what is compared, one of ``MEASURES``.
+        treated, baseline: strategies, as ``equipoise compare --strategies`` takes them, or cases of an experiment.
+        experiment: the experiment of whose cases this is (`evidence.experiment`); "": strategies of the lab.
+        measure: what is compared, one of ``MEASURES`` or of the experiment's.
+        baseline_measure: of the baseline, where one run has both numbers, of the same unit; "": the same measure.
         criterion: what confirms: "lower", "higher", or "equal" within ``margin``; "any" is shown and not judged.
         margin: half the width within which two strategies count as equal, in the unit of the measure.
         around: for "equal", the difference that was predicted.
         margin_of, around_of: instead, a share of the mean difference of other strategies in the same cell, {treated,
             baseline, share}, or of the same ones in another contrast of this claim, {cell, share}.
-        settings: of both, over those of the base file, by dotted name.
+        settings: of both, over those of the base file or over the experiment's defaults, by dotted name.
         baseline_settings: of the baseline alone, where not the strategy but a setting is compared.
         gaps: `diversity_gap` of the baseline's balance batch and of the treated's; a claim that states them for its
             cells is about a law (`law`).
@@ -43,7 +46,9 @@ class Contrast:
     cell: str
     treated: str
     baseline: str
+    experiment: str = ""
     measure: str = "loss"
+    baseline_measure: str = ""
     criterion: str = "any"
     margin: float | None = None
     around: float = 0.0
@@ -56,9 +61,17 @@ class Contrast:
     first_seed: int = 0
 
     def __post_init__(self) -> None:
-        for kind, name, known in (("criterion", self.criterion, CRITERIA), ("measure", self.measure, tuple(MEASURES))):
-            if name not in known:
-                raise unknown_name(kind, name, known)
+        known = measures_of(self.experiment)
+        wanted = [("measure", one, tuple(known)) for one in (self.measure, self.baseline_measure or self.measure)]
+        for kind, name, names in (("criterion", self.criterion, CRITERIA), *wanted):
+            if name not in names:
+                raise unknown_name(kind, name, names)
+        if known[self.baseline_measure or self.measure][0] != self.unit:
+            raise ConfigError(
+                expected=f"a baseline_measure in {self.unit}, as {self.measure!r} is",
+                got=f"{self.baseline_measure!r} in {known[self.baseline_measure][0]}",
+                do="compare numbers of one unit",
+            )
         if self.seeds < 1 or self.first_seed < 0:
             raise ConfigError(
                 expected="seeds of 1 or more, from first_seed of 0 or more",
@@ -96,6 +109,21 @@ class Contrast:
         """The seeds of its pairs."""
         return range(self.first_seed, self.first_seed + self.seeds)
 
+    @property
+    def unit(self) -> str:
+        """Of its measure."""
+        return measures_of(self.experiment)[self.measure][0]
+
+    @property
+    def measured(self) -> str:
+        """Its measure in words; of both sides where they differ."""
+        return f"{self.measure} - {self.baseline_measure}" if self.baseline_measure else self.measure
+
+    def read(self, run: RunSummary, side: str) -> float:
+        """Its measure of a run of one side ("treated" or "baseline")."""
+        name = self.baseline_measure or self.measure if side == "baseline" else self.measure
+        return measures_of(self.experiment)[name][1](run)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
@@ -132,20 +160,22 @@ class Claim:
         if not self.contrast:
             raise ConfigError(expected=f"[[contrast]] in claim {self.name}", got="none", do="add what is compared")
 
-    def run(self, contrast: Contrast, side: str, seed: int) -> RunConfig:
+    def run(self, contrast: Contrast, side: str, seed: int) -> RunConfig | Trial:
         """The run of one side ("treated" or "baseline") of a contrast. Raises ConfigError for what cannot run."""
         settings: Mapping[str, Any] = contrast.settings
         if side == "baseline":
             settings = {**settings, **contrast.baseline_settings}
+        if contrast.experiment:
+            return trial_of(contrast.experiment, getattr(contrast, side), settings, seed)
         data = merge(self.base, settings)
         data = merge(data, {"strategy": getattr(contrast, side), "train.seed": seed})
         config = from_dict(RunConfig, data)
         strategy_of(config)
         return config
 
-    def runs(self) -> list[RunConfig]:
+    def runs(self) -> list[RunConfig | Trial]:
         """Every run the claim needs, once, seed by seed so that a stopped claim has whole pairs."""
-        found: dict[str, RunConfig] = {}
+        found: dict[str, RunConfig | Trial] = {}
         for seed in sorted({seed for contrast in self.contrast for seed in contrast.which}):
             for contrast in self.contrast:
                 if seed in contrast.which:

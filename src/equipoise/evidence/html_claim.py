@@ -7,12 +7,12 @@ import shlex
 from typing import Any, NamedTuple
 
 from ..report.data.formatting import number
+from ..report.html.pictures import Picture, round_up
 from ..report.html.widgets import Part
 from .breakdown import by_domain, over_steps
 from .claim import Contrast
 from .law import HEADS, cells_of, fit_laws, law_rows, law_words
-from .pictures import Picture, curves_picture, domains_picture, extent, interval_picture, round_up
-from .run_summary import MEASURES
+from .pictures import curves_picture, domains_picture, extent, interval_picture
 from .text import criterion, interval, pairs
 from .verdict import ClaimVerdict, Judged
 
@@ -75,7 +75,7 @@ def _row(judged: Judged, reach: float) -> dict[str, Any]:
     contrast = judged.contrast
     sides = {side: number(value, 4) if math.isfinite(value := getattr(judged, side)) else "" for side in SIDES}
     return sides | {
-        "contrast": contrast, "settings": _settings(contrast), "unit": MEASURES[contrast.measure][0],
+        "contrast": contrast, "settings": _settings(contrast), "unit": contrast.unit,
         "difference": difference_of(judged), "picture": interval_picture(judged, reach),
         "pairs": f"{judged.difference.n if judged.difference else 0} of {contrast.seeds}", "diverged": judged.diverged,
         "p": f"{judged.p:.2g}" if math.isfinite(judged.p) else "", "verdict": judged.verdict or "shown",

@@ -11,13 +11,14 @@ from typing import Any
 from ..lab.config.loading import from_dict
 from ..lab.config.schema import RunConfig
 from ..report.data.formatting import listed
+from ..report.html.pictures import round_up
 from ..report.html.rendering import render, slug
 from ..report.html.widgets import Part, Section
 from ..storage.files import atomic_write
 from .breakdown import core_hours, distinct_runs, noise
 from .html_claim import Drawn, claim_part, command, difference_of
 from .page import INSTRUMENT, NOT_TESTED
-from .pictures import extent, interval_picture, round_up
+from .pictures import extent, interval_picture
 from .power import PAIRS
 from .verdict import ClaimVerdict
 
@@ -47,7 +48,7 @@ def render_html(judged: Sequence[ClaimVerdict]) -> str:
     ]
     return render(
         "claims.html.jinja", "equipoise.evidence", title="claims about balancing", sections=sections,
-        styles=("base", "tables", "print", "claims"), **_head(judged),
+        styles=("base", "tables", "print", "pictures", "claims"), **_head(judged),
     )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def _row(one: ClaimVerdict, identity: str) -> dict[str, Any]:
     if leading is not None and leading.difference is not None:
         contrast = leading.contrast
         reach = round_up(extent(leading.difference, contrast.around, leading.margin))
-        row |= {"difference": difference_of(leading), "about": f"{contrast.measure}, n = {leading.difference.n}",
+        row |= {"difference": difference_of(leading), "about": f"{contrast.measured}, n = {leading.difference.n}",
                 "cell": contrast.cell if several else "", "picture": interval_picture(leading, reach)}  # fmt: skip
     if several:
         counted = Counter(judged.verdict for judged in one.judged)

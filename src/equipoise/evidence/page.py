@@ -20,7 +20,6 @@ from .breakdown import by_domain, core_hours, noise
 from .claim import Claim
 from .figure import render_figure
 from .law import HEADS, cells_of, fit_laws, law_rows, law_words
-from .run_summary import MEASURES
 from .text import criterion, interval, pairs
 from .verdict import ClaimVerdict, Judged
 
@@ -49,7 +48,8 @@ outside it. Whatever is neither is **undecided**. *any* has no criterion and is 
 (seeds that both sides have) than were named before the runs is **unfinished**, and not judged. Of a primary claim p is
 Holm's, over all contrasts of the primary claims, so an interval, which is that of a difference by itself, may leave out
 zero and the word be undecided; the other claims' p are each by itself. "The gap" is the difference between `micro` and
-`global` in the same cell. Losses are nats per token of held-out text: -0.01 is 1 % of perplexity.
+`global` in the same cell. Losses are nats per token of held-out text: -0.01 is 1 % of perplexity. Where what is
+compared is no training of the lab, its two sides are cases of an experiment, paired by seed in the same way.
 """
 TRAINED = """\
 What is trained, unless a claim says otherwise: a model of {layers} layers of width {width} with {experts} experts of
@@ -188,9 +188,18 @@ def _row(judged: Judged) -> str:
     count += f", {judged.diverged} diverged" if judged.diverged else ""
     p = f"{judged.p:.2g}" if math.isfinite(judged.p) else ""
     sides = [number(side, 4) if math.isfinite(side) else "" for side in (judged.treated, judged.baseline)]
-    unit = MEASURES[contrast.measure][0]
+    unit = contrast.unit
     pair = f"{contrast.treated} - {contrast.baseline}"
-    cells = [contrast.cell, pair, f"{contrast.measure} ({unit})", criterion(judged), *sides, interval(judged), count, p]
+    cells = [
+        contrast.cell,
+        pair,
+        f"{contrast.measured} ({unit})",
+        criterion(judged),
+        *sides,
+        interval(judged),
+        count,
+        p,
+    ]
     cells.append(judged.verdict)
     return "| " + " | ".join(cells) + " |"
 
@@ -200,4 +209,4 @@ def _short(one: ClaimVerdict) -> str:
     if leading is None or leading.difference is None:
         return ""
     where = f" ({leading.contrast.cell})" if len(one.judged) > 1 else ""
-    return f"{interval(leading)} {leading.contrast.measure}, n = {leading.difference.n}{where}"
+    return f"{interval(leading)} {leading.contrast.measured}, n = {leading.difference.n}{where}"

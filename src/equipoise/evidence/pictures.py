@@ -1,35 +1,17 @@
-"""Small pictures for the HTML page, as what picture.html.jinja draws: an interval, curves over steps, domains."""
+"""Small pictures for the HTML page on claims: an interval, curves over steps, domains."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from ..report.data.curves import Curve
 from ..report.data.formatting import clip, signed
 from ..report.data.statistics import Difference
+from ..report.html.pictures import WIDE, Picture, Text, dots, round_numbers, round_up, scale, through
 from ..report.html.rendering import slug
 from .verdict import Judged
 
-__all__ = ["Picture", "curves_picture", "domains_picture", "extent", "interval_picture", "round_up"]
-
-WIDE = 520  # of a chart, in units of its own: half pixels, so that whole numbers are exact enough
-
-Text = tuple[str, int, int, str]  # side that stands at x ("start", "end", "" for the middle), x, y, text
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Paths are (CSS class, SVG path data), drawn in this order on the band; ``label`` is said in place of texts."""
-
-    kind: str
-    wide: int
-    high: int
-    paths: Sequence[tuple[str, str]]
-    texts: Sequence[Text]
-    margin: tuple[int, int] | None = None  # left end and width of the band for an "equal"
-    label: str = ""
+__all__ = ["curves_picture", "domains_picture", "extent", "interval_picture"]
 
 
 def interval_picture(judged: Judged, reach: float) -> Picture | None:
@@ -41,16 +23,16 @@ def interval_picture(judged: Judged, reach: float) -> Picture | None:
     difference, around = judged.difference, judged.contrast.around
     if difference is None:
         return None
-    x = _scale(-reach, reach, 16, 324)
+    x = scale(-reach, reach, 16, 324)
     margin = None
     if judged.margin is not None:
         left, right = x(around - judged.margin), x(around + judged.margin)
         margin = (left, right - left)
     paths = [("axis", "M16 54H324M16 48v12M324 48v12"), ("zero", f"M{x(0)} 4V60"),
-             ("seeds", _dots((x(value), 40) for value in difference.by_seed.values()))]  # fmt: skip
+             ("seeds", dots((x(value), 40) for value in difference.by_seed.values()))]  # fmt: skip
     if difference.low is not None and difference.high is not None:
         paths.append(("interval", f"M{x(difference.low)} 18H{x(difference.high)}"))
-    paths.append(("mean", _dots([(x(difference.mean), 18)])))
+    paths.append(("mean", dots([(x(difference.mean), 18)])))
     texts = [("start", 16, 82, f"{-reach:g}"), ("", x(0), 82, "0"), ("end", 324, 82, f"{reach:+g}")]
     return Picture(f"pic {slug(judged.verdict or 'shown')}", 340, 88, paths, texts, margin)
 
@@ -70,8 +52,8 @@ def curves_picture(curves: Sequence[tuple[str, Curve | None]], label: str, *, ze
     low, high = min(values), max(values)
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     last, right = max(1, *(curve.steps[-1] for _, curve in known)), WIDE - 16
-    x, y = _scale(0, last, 88, right), _scale(low - room, high + room, 236, 16)
-    ticks = _ticks(low - room, high + room)
+    x, y = scale(0, last, 88, right), scale(low - room, high + room, 236, 16)
+    ticks = round_numbers(low - room, high + room)
     paths = [("grid", "".join(f"M88 {y(tick)}H{right}" for tick in ticks))]
     paths += [("zero", f"M88 {y(0)}H{right}")] if zero else []
     texts = [("end", 76, y(tick) + 8, f"{tick:+g}" if zero and tick else f"{tick:g}") for tick in ticks]
@@ -83,10 +65,10 @@ def curves_picture(curves: Sequence[tuple[str, Curve | None]], label: str, *, ze
             if part is not None
         )
         if edges:
-            paths.append((f"band {name}", f"{_through(edges[0] + edges[1][::-1])}z"))
-        paths.append((f"line {name}", _through(line)))
+            paths.append((f"band {name}", f"{through(edges[0] + edges[1][::-1])}z"))
+        paths.append((f"line {name}", through(line)))
         if len(line) == 1:  # a line through one point would not be seen
-            paths.append((f"dots {name}", _dots(line)))
+            paths.append((f"dots {name}", dots(line)))
     return Picture("chart", WIDE, 280, paths, texts, label=label)
 
 
@@ -95,7 +77,7 @@ def domains_picture(domains: Mapping[str, Difference]) -> Picture | None:
     if not domains:
         return None
     reach = round_up(max(extent(difference) for difference in domains.values()))
-    x, bottom = _scale(-reach, reach, 208, 412), 36 * len(domains) + 8
+    x, bottom = scale(-reach, reach, 208, 412), 36 * len(domains) + 8
     texts: list[Text] = []
     lines, means = "", []
     for place, (name, one) in enumerate(domains.items()):
@@ -107,7 +89,7 @@ def domains_picture(domains: Mapping[str, Difference]) -> Picture | None:
     texts += [("", 208, bottom + 28, f"{-reach:g}"), ("", x(0), bottom + 28, "0"),
               ("", 412, bottom + 28, f"{reach:+g}")]  # fmt: skip
     paths = [("zero", f"M{x(0)} 4V{bottom}"), ("axis", f"M208 {bottom}H412"), ("interval", lines),
-             ("mean", _dots(means))]  # fmt: skip
+             ("mean", dots(means))]  # fmt: skip
     return Picture("chart", WIDE, bottom + 36, [path for path in paths if path[1]], texts)
 
 
@@ -118,38 +100,3 @@ def extent(difference: Difference | None, around: float = 0.0, margin: float | N
         ends += [difference.mean, *difference.by_seed.values()]
         ends += [end for end in (difference.low, difference.high) if end is not None]
     return max(map(abs, ends), default=0.0)
-
-
-def round_up(value: float, steps: Sequence[float] = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)) -> float:
-    """The next of these numbers times a power of ten; 0.01 for what is zero but for rounding.
-
-    >>> [round_up(value) for value in (0.0136, 0.02, 0.23, 6.0, 0.0)]
-    [0.015, 0.02, 0.3, 6.0, 0.01]
-    """
-    if value < 1e-12:
-        return 0.01
-    power = math.floor(math.log10(value))
-    return next(found for step in steps if (found := round(step * 10.0**power, 12 - power)) >= value)
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Two to five round numbers between the ends.
-
-    >>> _ticks(3.5, 4.9), _ticks(-0.021, 0.003)
-    ([3.5, 4.0, 4.5], [-0.02, -0.01, 0.0])
-    """
-    step = round_up((high - low) / 4, (1, 2, 5, 10))
-    return [round(n * step, 10) + 0.0 for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def _scale(low: float, high: float, start: int, end: int) -> Callable[[float], int]:
-    return lambda value: round(start + (value - low) / (high - low) * (end - start))
-
-
-def _through(points: Iterable[tuple[int, int]]) -> str:
-    return "M" + " ".join(f"{x} {y}" for x, y in points)
-
-
-def _dots(points: Iterable[tuple[int, int]]) -> str:
-    """Lines of no length: their round ends are dots as wide as the stroke."""
-    return "".join(f"M{x} {y}h0" for x, y in points)

@@ -11,7 +11,6 @@ from scipy import stats
 from ..report.text.table import table, wrap
 from .claim import Contrast
 from .law import cells_of, fit_laws, law_words
-from .run_summary import MEASURES
 from .verdict import ClaimVerdict, Judged
 
 __all__ = ["criterion", "interval", "pairs", "render_again", "render_list", "render_verdict", "signed_of"]
@@ -29,17 +28,22 @@ def render_verdict(one: ClaimVerdict) -> str:
     """A claim, its contrasts as a table, and the word."""
     claim = one.claim
     rows = [
-        [judged.contrast.cell, f"{judged.contrast.treated} - {judged.contrast.baseline}", judged.contrast.measure,
+        [judged.contrast.cell, f"{judged.contrast.treated} - {judged.contrast.baseline}", judged.contrast.measured,
          interval(judged), f"{judged.difference.n if judged.difference else 0}/{judged.contrast.seeds}", judged.verdict]
         for judged in one.judged
     ]  # fmt: skip
     head = [wrap(f"{claim.name}: {claim.title}"), wrap(f"published: {claim.published} ({claim.source})"),
             f"verdict: {one.verdict or 'shown, not judged'}"]  # fmt: skip
-    lines = [wrap(f"{cell}, {pair}", "  ") + f"\n  {measure:<24} {text:>32} {n:>6}  {word}"
+    lines = [wrap(f"{cell}, {pair}", "  ") + f"\n{_beside(measure)} {text:>32} {n:>6}  {word}"
              for cell, pair, measure, text, n, word in rows]  # fmt: skip
     cells = cells_of(one)
     laws = [wrap(law_words(one, cells, fits))] if (fits := fit_laws(cells)) else []
     return "\n".join([*head, *laws, "", *lines])
+
+
+def _beside(measure: str) -> str:
+    """In the first 26 columns, or on a line of its own."""
+    return f"  {measure:<24}" if len(measure) <= 24 else f"  {measure}\n{'':26}"
 
 
 def render_again(now: Sequence[ClaimVerdict], before: Sequence[ClaimVerdict]) -> str:
@@ -54,7 +58,7 @@ def render_again(now: Sequence[ClaimVerdict], before: Sequence[ClaimVerdict]) ->
                 inside = abs(new.difference.mean - old.difference.mean) <= half
                 where = f"{'inside' if inside else 'OUTSIDE'} {old.difference.mean:+.4f} ± {half:.4f}"
             mean = f"{new.difference.mean:+.4f}" if new.difference else ""
-            rows.append([one.claim.name, new.contrast.measure, mean, where])
+            rows.append([one.claim.name, new.contrast.measured, mean, where])
     return table("Trained again, against what is on record", ["claim", "measure", "again", "predicted"], rows)
 
 
@@ -77,7 +81,7 @@ def interval(judged: Judged) -> str:
 
 def signed_of(contrast: Contrast, value: float) -> str:
     """A difference in what a contrast measures, with as many decimals as seeds leave of it."""
-    return f"{value:+.{4 if MEASURES[contrast.measure][0] == 'nats per token' else 3}f}"
+    return f"{value:+.{4 if contrast.unit == 'nats per token' else 3}f}"
 
 
 def criterion(judged: Judged) -> str:

@@ -18,7 +18,7 @@ from scipy import stats
 
 from ..report.data.statistics import Difference, paired_difference
 from .claim import Claim, Contrast
-from .run_summary import MEASURES, RunSummary, run_key
+from .run_summary import RunSummary, run_key, seed_of
 
 __all__ = ["LEVEL", "ClaimVerdict", "Judged", "holm", "judge_all"]
 
@@ -60,9 +60,8 @@ class Judged:
         return sum(run.status == "diverged" for of_side in self.runs.values() for run in of_side.values())
 
     def _mean(self, side: str) -> float:
-        read = MEASURES[self.contrast.measure][1]
         seeds = self.difference.by_seed if self.difference else {}
-        return fmean(read(self.runs[side][seed]) for seed in seeds) if seeds else math.nan
+        return fmean(self.contrast.read(self.runs[side][seed], side) for seed in seeds) if seeds else math.nan
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def judge_all(claims: Sequence[Claim], runs: Iterable[RunSummary]) -> list[Claim
 
 
 def _judge_claim(claim: Claim, runs: Summaries) -> ClaimVerdict:
-    used = {(run_key(config), config.train.seed) for config in claim.runs()}
+    used = {(run_key(config), seed_of(config)) for config in claim.runs()}
     seconds = math.fsum(run.seconds for at in sorted(used) for run in runs.get(at, {}).values())
     return ClaimVerdict(claim, [_judge(claim, contrast, runs) for contrast in claim.contrast], seconds)
 
@@ -169,7 +168,6 @@ def _paired(
     claim: Claim, contrast: Contrast, runs: Summaries
 ) -> tuple[Difference | None, dict[str, dict[int, RunSummary]]]:
     """Treated - baseline over the seeds that both sides have on record, and all their runs of that text."""
-    read = MEASURES[contrast.measure][1]
     sides = {
         side: {seed: runs.get((run_key(claim.run(contrast, side, seed)), seed), {}) for seed in contrast.which}
         for side in ("treated", "baseline")
@@ -180,7 +178,9 @@ def _paired(
     found = {
         side: {seed: one[text] for seed, one in of_seeds.items() if text in one} for side, of_seeds in sides.items()
     }
-    values = {side: {seed: read(run) for seed, run in of_side.items()} for side, of_side in found.items()}
+    values = {
+        side: {seed: contrast.read(run, side) for seed, run in of_side.items()} for side, of_side in found.items()
+    }
     return paired_difference(values["treated"], values["baseline"]), found
 
 

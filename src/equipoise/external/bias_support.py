@@ -1,18 +1,54 @@
-"""Checks whether other experts can be given to another library's router, by a bias or by a replay."""
+"""Checks whether other experts can be given to another library's router, by a bias, a mask or a replay."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
+from ..functional.routing import choose
 from .example_run import RouterCall, run_in_training
 from .gate_fitting import CLOSE, gate_weights
 from .output_formats import RouterOutput
 from .router_spec import RouterSpec
 
-__all__ = ["why_no_bias", "why_no_replay", "why_other_weights"]
+__all__ = ["check_choice", "why_no_bias", "why_no_replay", "why_other_weights"]
 
 RUNS = 8  # noise is random, and an example has few tokens
+
+
+def check_choice(
+    module: nn.Module,
+    call: RouterCall | None,
+    spec: RouterSpec,
+    bias_E: Tensor | None,
+    groups: tuple[int, int] | None,
+    said: tuple[str, str],
+) -> None:
+    """Raises ConfigError where a router's choice cannot be made again from its logits.
+
+    Args:
+        call: to repeat; None: it was looked at before.
+        bias_E: a correction bias of the model's own.
+        groups: (how many, of how many a token may choose) or None where that is not known.
+        said: what is expected, and what to do in place of it.
+    """
+    expected, do = said
+    own = bias_E is not None and not spec.ids_ignored and spec.exact  # then what the logits alone say is not the point
+    why = "" if own else spec.no_bias
+    if not why and own and groups is None:
+        why = "which groups of experts it chooses from is not known"
+    elif not why and call is not None:
+        if bias_E is not None and groups is not None:
+            why = _why_other_choice(module, call, spec, bias_E, *groups)
+        else:
+            why = why_no_bias(module, call, spec)
+    if not why:
+        return
+    kind = type(module).__name__
+    if not spec.no_bias:
+        do = f"let {kind} return the logits that it chooses by, noise and masks (-inf) included, or {do}"
+    raise ConfigError(expected=expected, got=f"{kind}: {why}", do=do)
 
 
 def why_no_bias(module: nn.Module, call: RouterCall, spec: RouterSpec) -> str:
@@ -43,6 +79,38 @@ def why_no_bias(module: nn.Module, call: RouterCall, spec: RouterSpec) -> str:
     return (
         f"in training mode the weights of {weighed} of {rows} tokens do not follow from its logits" if weighed else ""
     )
+
+
+def _why_other_choice(
+    module: nn.Module, call: RouterCall, spec: RouterSpec, bias_E: Tensor, num_groups: int, top_groups: int
+) -> str:
+    """What of the choice of a router with a bias of its own does not follow from its logits, bias and groups."""
+    rows = other = 0
+    for parsed in run_in_training(module, call, RUNS):
+        logits_TE, weights_TK, ids_TK = parsed.parts
+        if bool((ids_TK < 0).any()):
+            return "in training mode it drops choices (id -1)"
+        z_TE = logits_TE.float().clamp(min=1e-30).log() if spec.probabilities else logits_TE.float()
+        made_TK, chosen_TK, _ = choose(
+            z_TE,
+            spec.top_k,
+            gate=spec.gate,
+            selection_bias=bias_E.to(z_TE.device),
+            num_groups=num_groups,
+            top_groups=top_groups,
+            normalize=spec.normalize,
+            scale=spec.scale,
+        )
+        theirs_TE, ours_TE = (
+            torch.zeros_like(z_TE).scatter(-1, at_TK, one_TK.float())
+            for at_TK, one_TK in ((ids_TK, weights_TK), (chosen_TK, made_TK))
+        )
+        close_T1 = CLOSE + _rounding(z_TE, logits_TE.dtype).unsqueeze(-1)
+        other += int(((theirs_TE - ours_TE).abs() > close_T1 * (ours_TE.abs() + 1e-2)).any(dim=-1).sum())
+        rows += len(ids_TK)
+    if other:
+        return f"in training mode {other} of {rows} tokens go elsewhere than its logits, its bias and its groups say"
+    return ""
 
 
 def why_no_replay(spec: RouterSpec) -> str:

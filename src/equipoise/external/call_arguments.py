@@ -52,6 +52,7 @@ class CallArguments:
         self.image_tokens: Any = None
         self.kinds: Any = None
         self.ids: Any = None
+        self.first: Any = None  # the first argument, whatever its name
         self.config = getattr(module, "config", None)
 
     @staticmethod
@@ -77,7 +78,7 @@ class CallArguments:
         self.boundaries = next((given[k] for k in BOUNDARIES if given.get(k) is not None), None)
         self.image_tokens = given.get("moe_mm_token_type_ids")
         self.kinds = self.image_tokens if given.get("mm_token_type_ids") is None else given["mm_token_type_ids"]
-        self.ids = given.get("input_ids")
+        self.ids, self.first = given.get("input_ids"), args[0] if args else None
 
     @property
     def num_tokens(self) -> int:

@@ -25,6 +25,7 @@ from .output_formats import format_of, parse_output
 from .recognition import first_calls, router_call
 from .router import attached_routers
 from .router_spec import RouterSpec, fit_spec_to_observe
+from .token_ids import RouterMask
 
 __all__ = ["Choices", "ObservedRouter", "capture", "find_routers", "is_own_router", "observed"]
 
@@ -32,7 +33,8 @@ __all__ = ["Choices", "ObservedRouter", "capture", "find_routers", "is_own_route
 class Choices(NamedTuple):
     """What a router decided about T tokens.
 
-    ``logits_TE`` has columns for no-op experts too; an id of -1 is a choice that the router dropped.
+    ``logits_TE`` has columns for no-op experts too; an id of -1 is a choice that the router dropped, an id of E behind
+    all of them one that is none (`equipoise.Router` with ``top_p``, or with a mask by token id).
     """
 
     logits_TE: Tensor
@@ -51,6 +53,7 @@ class ObservedRouter:
     read: Callable[[tuple, dict[str, Any], Any], Choices]  # from the arguments and the output of a call
     idle: int = 0  # no-op experts, whose ids follow those of the experts
     gate_fits: bool = True  # False: the router's weights follow from no known gate, and softmax is assumed
+    drops: bool = False  # choices may be none
 
 
 def is_own_router(module: nn.Module) -> bool:
@@ -83,7 +86,7 @@ def find_routers(model: nn.Module, run: Callable[[], Any]) -> list[ObservedRoute
     if own:
         return [_own(name, modules[name]) for name in own]
     if attached := attached_routers(model):
-        return [observed(name, router.module, router.spec) for name, router in attached]
+        return [observed(name, one.module, one.spec, one.mask) for name, one in attached]
 
     def recognize(name: str, module: nn.Module, *call: Any) -> ObservedRouter | RouterCall | None:
         if (choices := format_of(module).choices) is not None:
@@ -99,7 +102,7 @@ def find_routers(model: nn.Module, run: Callable[[], Any]) -> list[ObservedRoute
     ]
 
 
-def observed(name: str, module: nn.Module, spec: RouterSpec) -> ObservedRouter:
+def observed(name: str, module: nn.Module, spec: RouterSpec, mask: RouterMask | None = None) -> ObservedRouter:
     """Another library's router whose specification is known."""
     return ObservedRouter(
         name,
@@ -107,9 +110,10 @@ def observed(name: str, module: nn.Module, spec: RouterSpec) -> ObservedRouter:
         spec.num_experts,
         spec.top_k,
         spec.gate,
-        partial(_read, module, spec),
+        partial(_read, module, spec, mask),
         spec.idle,
         spec.gate_fits,
+        mask is not None and mask.drops,
     )
 
 
@@ -143,6 +147,7 @@ def _own(name: str, module: Any) -> ObservedRouter:
         module.top_k,
         module.gate,
         lambda _args, _kwargs, routing: Choices(routing.logits_TE, routing.expert_ids_TK),
+        drops=module.drops,
     )
 
 
@@ -159,8 +164,16 @@ def _choosing(name: str, module: nn.Module, choices: Callable[[Any], Any], outpu
     )
 
 
-def _read(module: nn.Module, spec: RouterSpec, args: tuple, kwargs: dict[str, Any], output: Any) -> Choices:
+def _read(
+    module: nn.Module, spec: RouterSpec, mask: RouterMask | None, args: tuple, kwargs: dict[str, Any], output: Any
+) -> Choices:
     parsed = parse_output(module, args, kwargs, output, swapped=spec.swapped)
     assert parsed is not None, "its output was parsed in the example run"
-    logits_TE = parsed.parts.logits_TE
-    return Choices(log_probabilities(logits_TE) if spec.probabilities else logits_TE, parsed.parts.ids_TK)
+    logits_TE, ids_TK = parsed.parts.logits_TE, parsed.parts.ids_TK
+    logits_TE = log_probabilities(logits_TE) if spec.probabilities else logits_TE
+    if mask is not None:
+        logits_TE = mask.hide(logits_TE)
+    if mask is not None and mask.drops:  # its first expert again is no choice
+        again_TK = ids_TK[:, 1:] == ids_TK[:, :1]
+        ids_TK = torch.cat([ids_TK[:, :1], ids_TK[:, 1:].masked_fill(again_TK, spec.num_experts)], dim=1)
+    return Choices(logits_TE, ids_TK)

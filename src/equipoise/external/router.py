@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,19 +13,22 @@ from ..autograd.finite import check_logits
 from ..autograd.protocol import RouterTraits
 from ..autograd.router_state import RouterState
 from ..autograd.routing_calls import RecordedCalls, ReplayedCalls
-from ..autograd.token_layout import TokenPlacement
+from ..autograd.token_layout import TokenPlacement, are_pieces, same_placement
 from ..errors import ConfigError, InputError, StateError
 from ..functional.quantile import Selection
 from ..functional.routing import PLACES, choose, count_choices, weigh
+from ..functional.routing_mask import drop_hidden
 from ..torch_internals import current_backward
 from .batch_context import BatchContext
-from .bias_support import why_no_bias, why_other_weights
+from .bias_support import check_choice, why_other_weights
 from .correction_bias import CorrectionBias
+from .dropped_choices import DroppedChoices
 from .example_run import RouterCall
 from .gate_fitting import log_probabilities
 from .output_formats import RouterOutput, parse_output
 from .padding import padding_unknown
 from .router_spec import RouterSpec
+from .token_ids import RouterMask
 
 __all__ = ["ExternalRouter", "attached_routers"]
 
@@ -41,7 +43,8 @@ class ExternalRouter:
     are those of the other experts, as if no-op experts were no choice. How many choices go to no-op experts is left to
     the model; the distance of their biases from the mean of the others stays. A choice that the router dropped (id -1:
     capacity, dynamic k, expert dropout) is counted as one of a further no-op expert. That costs ten small operations a
-    call, and is omitted for the classes of transformers, which drop none.
+    call, and is omitted for the classes of transformers, which drop none. So is one that a mask by token id leaves
+    without an expert: its weight is 0, and to the block it is the token's first expert once more.
 
     Args:
         module: the router.
@@ -64,11 +67,14 @@ class ExternalRouter:
         self.num_experts, self.top_k, self.gate = spec.num_experts, spec.top_k, spec.gate
         self.idle = spec.idle + spec.may_drop
         self.own_bias: Tensor | None = None
+        self.mask: RouterMask | None = None  # by token id; it stays with the model, as a bias of ours does
+        self.drops = False  # with that mask some choices are none: an id of E
         self._bias_place = PLACES[0]  # of a bias of ours
         self._correction_bias, self._call = correction_bias, call
         self._balance_state: RouterState | None = None
         self._routing_calls: RecordedCalls | ReplayedCalls | None = None
         self._replays = False  # it was looked at whether its weights can be made for other experts
+        self.dropped: DroppedChoices | None = None  # choices that evaluation leaves out
         self._hook: Any = None
         self._recomputed = (-1, 0)  # the backward that recomputes pieces of a forward, and how many it has recomputed
 
@@ -137,16 +143,47 @@ class ExternalRouter:
     def only_waits(self) -> bool:
         """Whether its hook does nothing but wait, after a replay, for a recompute that comes too late."""
         waits = self._routing_calls is not None and self._routing_calls.ended
-        return waits and self._balance_state is None and self.own_bias is None
+        return waits and self._balance_state is None and not self._chooses and self.dropped is None
+
+    def drop_below(self, threshold: float | None) -> None:
+        """Adaptive top-k in evaluation; see `equipoise.functional.drop_experts`. None: all K choices again."""
+        if threshold is None:
+            if self.dropped is not None:
+                self.dropped.leave_out((), eager=False)
+            self.dropped = None
+        elif self.dropped is None:
+            self.dropped = DroppedChoices(threshold, self.spec)
+        else:
+            self.dropped.threshold = threshold
+        self._keep_hook()
 
     def _keep_hook(self) -> None:
-        """A hook as long as there is something to do; a bias of ours stays with the model."""
-        wanted = self._balance_state is not None or self._routing_calls is not None
+        """A hook as long as there is something to do; a bias of ours and a mask stay with the model."""
+        parts = (self._balance_state, self._routing_calls, self.mask, self.dropped)
+        wanted = any(one is not None for one in parts)
         if wanted and self._hook is None:
             self._hook = self.module.register_forward_hook(self._hooked, with_kwargs=True)
         elif not wanted and self._hook is not None and self.own_bias is None:
             self._hook.remove()
             self._hook = None
+
+    @property
+    def _chooses(self) -> bool:
+        """Whether experts are chosen again in the hook."""
+        return self.own_bias is not None or self.mask is not None
+
+    def set_mask(self, mask: RouterMask | None) -> None:
+        """Lets a token choose among what its id sees alone; None: among all. Not while there is a balancer.
+
+        Raises ConfigError where its choice cannot be repeated.
+        """
+        if mask is not None:
+            self._check_choice("a router whose choices could be made again with a mask", "leave this model without one")
+            self._call = None
+        self.mask = mask
+        self.drops = mask is not None and mask.drops
+        self.idle = self.spec.idle + (self.spec.may_drop or self.drops)
+        self._keep_hook()
 
     @property
     def expert_bias(self) -> Tensor | None:
@@ -175,20 +212,37 @@ class ExternalRouter:
         if self.own_bias is not None:
             self._bias_place = place
             return
-        why = self.spec.no_bias or ("" if self._call is None else why_no_bias(self.module, self._call, self.spec))
-        if why:
-            kind = type(self.module).__name__
-            do = "use AuxLoss for this model"
-            if not self.spec.no_bias:
-                do = f"let {kind} return the logits that it chooses by, noise and masks (-inf) included, or use AuxLoss"
-            raise ConfigError(
-                expected="a router that owns a correction bias, or whose choices could be made again with one",
-                got=f"{kind}: {why}",
-                do=do,
-            )
+        expected = "a router that owns a correction bias, or whose choices could be made again with one"
+        self._check_choice(expected, "use AuxLoss for this model")
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         self.own_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
         self._bias_place = place
+
+    def _check_choice(self, expected: str, do: str) -> None:
+        """Raises ConfigError where its choice cannot be made again here."""
+        own = None if self._correction_bias is None else self._correction_bias.view()
+        check_choice(self.module, self._call, self.spec, own, self._groups, (expected, do))
+
+    def _choose_again(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights, ids) with a bias of ours, or with a mask; an id of E is no expert."""
+        if self._balance_state is None or self._balance_state.raises_immediately:
+            check_logits(logits_TE, masked=True, name="" if self._balance_state is None else self._balance_state.name)
+        groups, top_groups = self._groups or (1, 1)
+        weights_TK, ids_TK, _ = choose(
+            logits_TE,
+            self.top_k,
+            gate=self.gate,
+            selection_bias=self.expert_bias,
+            bias_place=self._bias_place,
+            num_groups=groups,
+            top_groups=top_groups,
+            normalize=self.spec.normalize,
+            scale=self.spec.scale,
+            masked=True,
+        )
+        if self.drops:
+            ids_TK = drop_hidden(ids_TK, logits_TE)
+        return weights_TK, ids_TK
 
     def _hooked(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         parsed = parse_output(module, args, kwargs, output, swapped=self.spec.swapped)
@@ -198,43 +252,38 @@ class ExternalRouter:
         returned_TE = logits_TE
         if self.spec.probabilities:
             logits_TE = log_probabilities(logits_TE)
-        if self.own_bias is not None:
-            if self.own_bias.device != logits_TE.device:  # the model moved
+        if self._chooses:
+            if self.own_bias is not None and self.own_bias.device != logits_TE.device:  # the model moved
                 self.own_bias = self.own_bias.to(logits_TE.device)
             if self.spec.probabilities:
                 logits_TE = logits_TE.masked_fill(returned_TE == 0, float("-inf"))
-            if self._balance_state is None or self._balance_state.raises_immediately:
-                check_logits(
-                    logits_TE, masked=True, name="" if self._balance_state is None else self._balance_state.name
-                )
-            again_TK, ids_TK, _ = choose(
-                logits_TE,
-                self.top_k,
-                gate=self.gate,
-                selection_bias=self.own_bias,
-                bias_place=self._bias_place,
-                num_groups=1,
-                top_groups=1,
-                normalize=self.spec.normalize,
-                scale=self.spec.scale,
-                masked=True,
-            )
+            if self.mask is not None:
+                logits_TE = self.mask.hide(logits_TE)
+            again_TK, ids_TK = self._choose_again(logits_TE)
             weights_TK = again_TK.to(weights_TK.dtype)
         choice_TK, replayed_T2 = ids_TK, None
         if self._routing_calls is not None:
             ids_TK, replayed_T2 = self._routing_calls.dispatch(choice_TK, logits_TE)
         if replayed_T2 is not None:
-            self._check_replays(RouterOutput(logits_TE, weights_TK, choice_TK))
-            made_TK, _ = weigh(logits_TE, ids_TK, gate=self.gate, normalize=self.spec.normalize, scale=self.spec.scale)
+            if self.mask is None:
+                self._check_replays(RouterOutput(logits_TE, weights_TK, choice_TK))
+            form = {"gate": self.gate, "normalize": self.spec.normalize, "scale": self.spec.scale, "drops": self.drops}
+            made_TK, _ = weigh(logits_TE, ids_TK, **form)
             as_chosen_T1 = (ids_TK == choice_TK).all(dim=-1, keepdim=True)  # there its own weights, to the last bit
             weights_TK = torch.where(as_chosen_T1, weights_TK, made_TK.to(weights_TK.dtype))
         if self._balance_state is not None and self._balance_state.measures(training=module.training):
             weights_TK = self._attach(
                 self._balance_state, weights_TK, logits_TE[:, : self.num_experts], ids_TK, replayed_T2
             )
+        other_ids = self._chooses or replayed_T2 is not None
+        if self.dropped is not None and not module.training:
+            weights_TK, ids_TK = self.dropped(weights_TK, ids_TK)
+            other_ids = other_ids or self.dropped.none is not None
         if weights_TK is parsed.parts.weights_TK:  # nothing changed
             return None
-        return parsed.replace(weights_TK, None if self.own_bias is None and replayed_T2 is None else ids_TK)
+        if self.drops:  # no block but one that skips knows an id of E, and its weight is 0
+            ids_TK = torch.where(ids_TK == self.num_experts, ids_TK[:, :1], ids_TK)
+        return parsed.replace(weights_TK, ids_TK if other_ids else None)
 
     def _check_replays(self, live: RouterOutput) -> None:
         """Once, in eager mode. Raises ConfigError where weights for other experts cannot be made of its logits."""
@@ -326,36 +375,16 @@ class ExternalRouter:
             if forward and self.training and state.pending_index < 2:
                 state.placed.append(placed)
             return placed
-        if _are_pieces(known):  # recomputed in their order
+        if are_pieces(known):  # recomputed in their order
             self._recomputed = (backward, self._recomputed[1] + 1 if self._recomputed[0] == backward else 0)
             return known[self._recomputed[1] % len(known)]
-        if not all(_same(known[0], other) for other in known[1:]):
+        if not all(same_placement(known[0], other) for other in known[1:]):
             raise StateError(
                 expected="gradient checkpointing of one pass per loss, or of passes whose padding and documents agree",
                 got=f"{len(known)} passes of {tokens} tokens that differ in them; a recompute does not tell which",
                 do="send them through the model as one batch, or call gradient_checkpointing_disable()",
             )
         return known[0]
-
-
-def _are_pieces(placed: list[TokenPlacement]) -> bool:
-    """Whether these are calls of a router with pieces of one forward of the model."""
-    begins = [one.piece for one in placed if one.piece is not None]
-    return len(begins) == len(placed) > 1 and all(a < b for a, b in itertools.pairwise(begins))
-
-
-def _same(one: TokenPlacement, other: TokenPlacement) -> bool:
-    """Synchronizes with the device only if the tensors are distinct objects."""
-    if one is other:
-        return True
-    pairs = list(zip((*one.batch[1:-1], one.rows_T), (*other.batch[1:-1], other.rows_T), strict=True))
-    classes, others = (dict(placed.batch.classes or {}) for placed in (one, other))
-    if classes.keys() != others.keys():
-        return False
-    pairs += [(mask_T, others[name]) for name, mask_T in classes.items()]
-    return one.batch.num_sequences == other.batch.num_sequences and all(
-        a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs
-    )
 
 
 def attached_routers(model: nn.Module) -> list[tuple[str, ExternalRouter]]:

@@ -20,14 +20,19 @@ from torch import Tensor
 
 from ..errors import ConfigError
 
-__all__ = ["LoadView", "load_view", "seen_load", "target_excess", "target_violation"]
+__all__ = ["WIDTH", "LoadView", "load_view", "seen_load", "target_excess", "target_violation"]
+
+WIDTH = "width"  # costs that each layer knows: its experts' widths
 
 
 class LoadView(NamedTuple):
-    """Groups of experts, costs and targets; None is the usual: each expert alone, equal costs, equal shares."""
+    """Groups of experts, costs and targets; None is the usual: each expert alone, equal costs, equal shares.
+
+    Costs of `WIDTH` are those of no layer yet: see `of_layer`.
+    """
 
     groups: int | tuple[tuple[int, ...], ...] | None = None
-    costs: tuple[float, ...] | None = None
+    costs: tuple[float, ...] | str | None = None
     targets: tuple[float, ...] | None = None
 
     def __str__(self) -> str:
@@ -38,8 +43,19 @@ class LoadView(NamedTuple):
         """
         number = self.groups if isinstance(self.groups, int) else len(self.groups or ())
         said = [f"{number} group{'s' * (number > 1)}"] if number else []
-        said += ["costs given"] if self.costs is not None else []
+        said += [] if self.costs is None else ["costs by width" if self.costs == WIDTH else "costs given"]
         return ", ".join(said + (["targets given"] if self.targets is not None else []))
+
+    def of_layer(self, widths: Sequence[int] | None) -> LoadView | None:
+        """As a layer with experts of these widths (None: all alike) has it; None where that is the usual view.
+
+        >>> LoadView(costs=WIDTH).of_layer((8, 24)), LoadView(costs=WIDTH).of_layer(None)
+        (LoadView(groups=None, costs=(8.0, 24.0), targets=None), None)
+        """
+        if self.costs != WIDTH:
+            return self
+        known = None if widths is None else tuple(map(float, widths))
+        return None if known is None and self.groups is self.targets is None else self._replace(costs=known)
 
     def members(self, num_experts: int) -> list[tuple[int, ...]]:
         """The experts of each group. Raises ConfigError where this view is not one of so many experts.
@@ -47,7 +63,7 @@ class LoadView(NamedTuple):
         >>> LoadView(groups=2).members(4)
         [(0, 1), (2, 3)]
         """
-        if self.costs is not None and len(self.costs) != num_experts:
+        if self.costs not in (None, WIDTH) and len(self.costs) != num_experts:
             raise _misfit("a cost for each expert", f"{len(self.costs)} costs", num_experts, f"give {num_experts}")
         if self.groups is None:
             found = [(expert,) for expert in range(num_experts)]
@@ -83,6 +99,7 @@ class LoadView(NamedTuple):
     def weights(self, num_experts: int) -> list[float]:
         """w_e / (E F_g) of each expert."""
         members, shares = self.members(num_experts), self.shares(num_experts)
+        assert self.costs is None or isinstance(self.costs, tuple), "of_layer says what they are"
         costs = self.costs or (1.0,) * num_experts
         mean = sum(tau * sum(costs[e] for e in group) / len(group) for group, tau in zip(members, shares, strict=True))
         weights = [0.0] * num_experts
@@ -98,7 +115,7 @@ def load_view(groups: Any = None, costs: Any = None, targets: Any = None) -> Loa
     Args:
         groups: how many equal groups of neighbouring experts there are, as expert parallelism places them; or the
             numbers of the experts in each group.
-        costs: of each expert, above 0: its width, say.
+        costs: of each expert, above 0; or "width": the experts' widths, as each layer has them.
         targets: the share of the load that each group, without groups each expert, is to have; they sum to 1.
 
     Raises ConfigError.
@@ -121,7 +138,9 @@ def load_view(groups: Any = None, costs: Any = None, targets: Any = None) -> Loa
     if isinstance(groups, bool) or (isinstance(groups, int) and groups < 1) or groups == ():
         raise ConfigError(expected="one group or more", got=f"groups={groups!r}", do="leave groups out for none")
     costs, targets = (
-        None if numbers is None else tuple(_positive(what, number) for number in _listed(what, numbers))
+        numbers
+        if numbers is None or (what, numbers) == ("costs", WIDTH)
+        else tuple(_positive(what, number) for number in _listed(what, numbers))
         for what, numbers in (("costs", costs), ("targets", targets))
     )
     if targets is not None and not math.isclose(total := sum(targets), 1.0, rel_tol=1e-6):
@@ -214,7 +233,7 @@ def _listed(what: str, numbers: Any) -> list[Any]:
     if isinstance(numbers, Tensor):
         numbers = numbers.tolist()
     if isinstance(numbers, str) or not isinstance(numbers, Iterable):
-        example = "[[0, 1], [2, 3]], or 2" if what == "groups" else "[0.5, 0.25, 0.25]"
+        example = {"groups": "[[0, 1], [2, 3]], or 2", "costs": '[1, 1, 2], or "width"'}.get(what, "[0.5, 0.25, 0.25]")
         raise ConfigError(expected=f"{what} as a list", got=repr(numbers), do=f"for example {what}={example}")
     return list(numbers)
 

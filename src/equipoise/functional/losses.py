@@ -1,4 +1,4 @@
-"""Balance losses and z-loss as plain functions with autograd: the formulas that the fused paths are tested against.
+"""Balance, entropy and z-loss as plain functions with autograd: the formulas that the fused paths are tested against.
 
 One convention everywhere: load fractions f are divided by K, so f sums to 1 and perfect balance has the value 1.
 f carries no gradient; P does (GShard; Demons in the Detail, arXiv 2501.11873, eq. 2).
@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .gates import gate_log_scores
 from .load_view import LoadView, seen_load
 from .routing import check_mask_dtype, count_choices
 
-__all__ = ["balance_loss", "load_fractions", "segment_counts", "sequence_segments", "z_loss"]
+__all__ = ["balance_loss", "entropy_loss", "load_fractions", "segment_counts", "sequence_segments", "z_loss"]
 
 
 def load_fractions(counts_E: Tensor) -> Tensor:
     """f = counts / (K T), (..., E): sums to 1; all zero where nothing was counted, so an empty batch pushes nothing.
+
+    K T is the sum of the counts: where some tokens use fewer than K experts, f is still the share of the work.
 
     >>> load_fractions(torch.tensor([3, 1, 0, 0]))
     tensor([0.7500, 0.2500, 0.0000, 0.0000], dtype=torch.float64)
@@ -40,7 +43,7 @@ def sequence_segments(
 def segment_counts(
     expert_ids_TK: Tensor, num_experts: int, segment_T: Tensor, token_mask_T: Tensor | None = None
 ) -> Tensor:
-    """Counts of each segment, (S, E) int64, S = highest segment + 1. Masked tokens (False) are not counted.
+    """Counts of each segment, (S, E) int64, S = highest segment + 1; as `count_choices` otherwise.
 
     >>> segment_counts(torch.tensor([[0], [1], [1]]), 2, torch.tensor([0, 1, 1]))
     tensor([[1, 0],
@@ -48,10 +51,11 @@ def segment_counts(
     """
     num_segments = int(segment_T.max()) + 1 if segment_T.numel() else 1
     one_T = torch.ones_like(segment_T) if token_mask_T is None else token_mask_T.bool()
-    flat_TK = segment_T.unsqueeze(1) * num_experts + expert_ids_TK
-    counts = torch.zeros(num_segments * num_experts, dtype=torch.int64, device=expert_ids_TK.device)
+    bins = num_experts + 1
+    flat_TK = segment_T.unsqueeze(1) * bins + expert_ids_TK
+    counts = torch.zeros(num_segments * bins, dtype=torch.int64, device=expert_ids_TK.device)
     ones_TK = one_T.long().unsqueeze(1).expand_as(expert_ids_TK)
-    return counts.scatter_add_(0, flat_TK.reshape(-1), ones_TK.reshape(-1)).view(num_segments, num_experts)
+    return counts.scatter_add_(0, flat_TK.reshape(-1), ones_TK.reshape(-1)).view(num_segments, bins)[:, :num_experts]
 
 
 def balance_loss(
@@ -100,6 +104,18 @@ def z_loss(logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
     """
     logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
     return _token_mean(logits_TE.logsumexp(dim=-1).square(), token_mask_T)
+
+
+def entropy_loss(logits_TE: Tensor, gate: str = "softmax", token_mask_T: Tensor | None = None) -> Tensor:
+    """Mean over valid tokens of the entropy - sum_e p_e ln p_e of the gate probabilities, in nats (arXiv 2403.07652,
+    the dynamic loss): 0 where every router is sure, ln E where it knows nothing. A scalar.
+
+    >>> entropy_loss(torch.zeros(3, 4)) / torch.tensor(4.0).log()
+    tensor(1.)
+    """
+    logs_TE = gate_log_scores(logits_TE, gate).log_softmax(dim=-1)
+    terms_TE = (logs_TE.exp() * logs_TE).masked_fill(logs_TE == float("-inf"), 0)  # p ln p is 0 where p is
+    return _token_mean(-terms_TE.sum(dim=-1), token_mask_T)
 
 
 def _token_mean(value_T: Tensor, token_mask_T: Tensor | None) -> Tensor:

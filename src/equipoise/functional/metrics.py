@@ -101,13 +101,14 @@ def efficiency(counts_E: Tensor) -> Tensor:
     return 1 / (1 + maxvio(counts_E))
 
 
-def maxvio_noise_floor(tokens: int, top_k: int, num_experts: int) -> float:
+def maxvio_noise_floor(tokens: int, top_k: float, num_experts: int) -> float:
     """MaxVio that uniformly random routing shows on average: print it beside every MaxVio.
 
     With the mean load mu = K T / E: m s + (m^2 - 1) (1 - 2 K / E) / (6 mu), s = sqrt((E - K) / (E - 1) / mu). m is the
     expected maximum of E standard Gaussians (Blom's approximation); s is the spread of a load whose K choices per token
-    are distinct and whose sum is fixed; the second term is the binomial's skewness. Within 6 % of simulations for a
-    mean load of 1 or more. The bound sqrt(2 ln E / mu) is 20-100 % too high: a router could look better than chance.
+    are distinct and whose sum is fixed; the second term is the binomial's skewness. K may be a mean over tokens. Within
+    6 % of simulations for a mean load of 1 or more. The bound sqrt(2 ln E / mu) is 20-100 % too high: a router could
+    look better than chance.
 
     >>> round(maxvio_noise_floor(2048 * 64 // 8, 8, 64), 3)
     0.049

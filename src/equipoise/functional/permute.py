@@ -3,6 +3,8 @@
 A *pair* is one (token, choice), numbered ``token * K + choice``; a *row* is where a pair stands among all pairs once
 they are sorted by expert. Sums over the K choices are gathers through the inverse of the sort and never scatters with
 ``index_add``: each output is written once, in a fixed order, so a repeat gives the same bits on every device.
+
+An id of E is no expert, for a token that has fewer than K: such a pair is *dropped*. It stands behind all others.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from ..errors import InputError
 __all__ = [
     "ExpertOrder",
     "PaddedRows",
+    "check_ids",
     "equal_runs",
     "even_sizes",
     "gather_sum",
@@ -36,14 +39,14 @@ MOST_IN_RUN = 256  # rows of each: beyond that a call of its own costs next to n
 
 
 class ExpertOrder(NamedTuple):
-    """Pairs sorted by expert, ties in token order: N = T * K rows."""
+    """Pairs sorted by expert, ties in token order: N = T * K rows, those of dropped pairs last."""
 
     order_N: Tensor
     """The pair that stands in each row (int64)."""
     rows_TK: Tensor
     """The row of each pair, the inverse of ``order_N`` (int64)."""
     offsets: Tensor
-    """Where each expert's rows begin, and N at the end: (E + 1,) int64."""
+    """Where each expert's rows begin, and where the dropped pairs' do: (E + 1,) int64."""
 
     @property
     def counts_E(self) -> Tensor:
@@ -56,17 +59,19 @@ class PaddedRows(NamedTuple):
     pairs_R: Tensor
     """The pair in each row; a padding row repeats a pair of its own expert, an idle one any (int64)."""
     rows_TK: Tensor
-    """The row of each pair (int64)."""
+    """The row of each pair (int64); of a dropped one the last row, which is then idle."""
     sizes_E: Tensor
     """Rows of each expert with padding, idle rows left out (int64)."""
     counts_E: Tensor
     """Rows of each expert without padding (int64)."""
+    drops: bool
+    """Whether any pair is dropped."""
 
 
 def sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> ExpertOrder:
     """Sort the T * K (token, choice) pairs by expert; stable, so an expert sees its tokens in order.
 
-    Ids outside 0..E-1 are not checked here (that would wait for a GPU): ``offsets`` then does not run from 0 to N.
+    Ids outside 0..E are not checked here, because that would wait for a GPU: see `check_ids`.
 
     >>> order = sort_by_expert(torch.tensor([[2, 0], [0, 1]]), num_experts=4)
     >>> order.order_N.tolist(), order.rows_TK.tolist()
@@ -79,6 +84,27 @@ def sort_by_expert(expert_ids_TK: Tensor, num_experts: int) -> ExpertOrder:
     bounds = torch.arange(num_experts + 1, dtype=torch.int32, device=sorted_N.device)
     rows_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
     return ExpertOrder(order_N, rows_N.view(expert_ids_TK.shape), torch.searchsorted(sorted_N, bounds))
+
+
+def check_ids(expert_ids_TK: Tensor, num_experts: int, first: int, last: int) -> bool:
+    """Whether any pair is dropped. Raises InputError for an id outside 0..E.
+
+    Args:
+        first, last: the ends of the offsets of `sort_by_expert`; only where they are not 0 and N are the ids looked at.
+
+    >>> check_ids(torch.tensor([[2, 0], [4, 1]]), num_experts=4, first=0, last=3)
+    True
+    """
+    if first == 0 and last == expert_ids_TK.numel():
+        return False
+    low, high = (int(end) for end in expert_ids_TK.aminmax())
+    if low < 0 or high > num_experts:
+        raise InputError(
+            expected=f"expert ids in 0..{num_experts - 1}, or {num_experts} for none",
+            got=f"ids from {low} to {high}",
+            do="route over as many experts as the layer holds",
+        )
+    return True
 
 
 def padded_size(count: int) -> int:
@@ -153,7 +179,7 @@ def pad_rows(expert_ids_TK: Tensor, num_experts: int, *, pad: bool = True, call:
     rows at the end make R `max_rows`, whatever the routing.
     Padding repeats a pair of the same expert, so that a NaN in one token cannot reach another expert's gradient; an
     expert without pairs repeats one of a neighbour. What a padding row computes has to be given the weight 0.
-    Raises InputError for an id outside 0..E-1.
+    Raises InputError for an id outside 0..E.
 
     >>> rows = pad_rows(torch.tensor([[0], [1], [0], [3]]), num_experts=4, call=2)
     >>> rows.sizes_E.tolist(), rows.pairs_R[:8].tolist(), rows.rows_TK.flatten().tolist()
@@ -161,25 +187,23 @@ def pad_rows(expert_ids_TK: Tensor, num_experts: int, *, pad: bool = True, call:
     """
     order_N, rows_TK, offsets = sort_by_expert(expert_ids_TK, num_experts)
     bounds = offsets.tolist()
-    if len(order_N) and (bounds[0] != 0 or bounds[-1] != len(order_N)):
-        low, high = expert_ids_TK.aminmax()
-        raise InputError(
-            expected=f"expert ids in 0..{num_experts - 1}",
-            got=f"ids from {low.item()} to {high.item()}",
-            do="route over as many experts as the layer holds",
-        )
+    drops = check_ids(expert_ids_TK, num_experts, bounds[0], bounds[-1])
     counts_E = offsets.diff()
     counts = [stop - start for start, stop in pairwise(bounds)]
     sizes = even_sizes([padded_size(n) for n in counts] if pad else counts, call)
     idle = max_rows(len(order_N), num_experts, pad=pad, call=call) - sum(sizes)
     if sizes == counts and not idle:
-        return PaddedRows(order_N, rows_TK, counts_E, counts_E)
+        return PaddedRows(order_N, rows_TK, counts_E, counts_E, drops)
     sizes_E, spans_E = torch.tensor([sizes, [*sizes[:-1], sizes[-1] + idle]])
     shift_E = sizes_E.cumsum(0) - sizes_E - offsets[:-1]  # what padding before an expert adds to its row numbers
     shift_R, end_R = torch.stack([shift_E, offsets[1:]]).repeat_interleave(spans_E, dim=1)
     source_R = torch.arange(len(shift_R)) - shift_R
     pairs_R = order_N.take(torch.minimum(source_R, end_R - 1).clamp_(min=0))
-    return PaddedRows(pairs_R, rows_TK + shift_E.take(expert_ids_TK), sizes_E, counts_E)
+    if not drops:
+        return PaddedRows(pairs_R, rows_TK + shift_E.take(expert_ids_TK), sizes_E, counts_E, drops)
+    rows_TK = rows_TK + shift_E.take(expert_ids_TK.clamp(max=num_experts - 1))
+    rows_TK.masked_fill_(expert_ids_TK == num_experts, len(pairs_R) - 1)
+    return PaddedRows(pairs_R, rows_TK, sizes_E, counts_E, drops)
 
 
 def permute(x_TD: Tensor, order: ExpertOrder) -> Tensor:

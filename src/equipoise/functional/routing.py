@@ -1,7 +1,7 @@
 """Scores, selection and weights of a router: which K of E experts each token goes to, and how much of each it takes.
 
-Shapes: T tokens, E experts, K experts per token, G groups of E/G experts. A gate is one of ``GATES`` here, with a twin
-in `kernels.triton_gate_functions`.
+Shapes: T tokens, E experts, K experts per token, G groups of E/G experts. An id of E is no expert: a token may use
+fewer than K.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..devices import host_readable
 from ..errors import ConfigError, InputError, unknown_name
+from .gates import GATES, gate_log_scores, gate_probs, gate_scores, gate_slope, wide
 
 __all__ = [
     "GATES",
@@ -36,10 +36,7 @@ __all__ = [
     "without_autocast",
 ]
 
-GATES = ("softmax", "sigmoid", "sqrt_softplus")
 PLACES = ("scores", "multiply", "logits")  # where a selection bias acts: see `route`
-
-FAR_BELOW_ZERO = -40.0  # softplus(z) differs from exp(z) by less than fp64 can hold
 
 
 class Routing(NamedTuple):
@@ -49,74 +46,6 @@ class Routing(NamedTuple):
     expert_ids_TK: Tensor
     logits_TE: Tensor
     counts_E: Tensor
-
-
-def gate_scores(logits_TE: Tensor, gate: str = "softmax") -> Tensor:
-    """Affinity of every token to every expert, (T, E), in fp32 or wider; only softmax sums to 1 over the experts.
-
-    ``sigmoid`` is DeepSeek-V3's gate, ``sqrt_softplus`` DeepSeek-V4's.
-
-    >>> gate_scores(torch.zeros(1, 4))
-    tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
-    """
-    z_TE = _wide(logits_TE)
-    match gate:
-        case "softmax":
-            return z_TE.softmax(dim=-1)
-        case "sigmoid":
-            return z_TE.sigmoid()
-        case "sqrt_softplus":
-            far_TE = z_TE < FAR_BELOW_ZERO  # there softplus(z) = exp(z), and the slope of sqrt at 0 would be infinite
-            near_TE = F.softplus(z_TE.clamp(min=FAR_BELOW_ZERO)).sqrt()
-            return torch.where(far_TE, (0.5 * z_TE.clamp(max=0.0)).exp(), near_TE)
-    raise unknown_name("gate", gate, GATES)
-
-
-def gate_log_scores(logits_TE: Tensor, gate: str = "softmax") -> Tensor:
-    """Logarithm of the un-normalised score, exact where the score itself underflows (z = -110 in fp32).
-
-    For softmax this is the logit itself: exp(z) is its un-normalised score.
-
-    >>> gate_log_scores(torch.tensor([-200.0]), "sigmoid")
-    tensor([-200.])
-    """
-    z_TE = _wide(logits_TE)
-    match gate:
-        case "softmax":
-            return z_TE
-        case "sigmoid":
-            return F.logsigmoid(z_TE)
-        case "sqrt_softplus":  # softplus(z) -> exp(z) far below zero, where its logarithm is z
-            near_TE = F.softplus(z_TE.clamp(min=FAR_BELOW_ZERO)).log()
-            return 0.5 * torch.where(z_TE < FAR_BELOW_ZERO, z_TE, near_TE)
-    raise unknown_name("gate", gate, GATES)
-
-
-def gate_probs(logits_TE: Tensor, gate: str = "softmax") -> Tensor:
-    """Gate probabilities p = g(z) / sum g(z), (T, E): what every balance loss calls P. Normalised in log space.
-
-    >>> gate_probs(torch.tensor([[-110.0, -110.0]]), "sigmoid")
-    tensor([[0.5000, 0.5000]])
-    """
-    return gate_log_scores(logits_TE, gate).softmax(dim=-1)
-
-
-def gate_slope(logits_TE: Tensor, gate: str) -> Tensor:
-    """d log g(z) / dz, (T, E): the factor between a softmax gate's gradient and this gate's.
-
-    >>> gate_slope(torch.zeros(1), "sigmoid")
-    tensor([0.5000])
-    """
-    z_TE = _wide(logits_TE)
-    match gate:
-        case "softmax":
-            return torch.ones_like(z_TE)
-        case "sigmoid":
-            return (-z_TE).sigmoid()
-        case "sqrt_softplus":  # sigmoid / (2 softplus) tends to 1/2 far below zero
-            near_TE = z_TE.clamp(min=FAR_BELOW_ZERO)
-            return torch.where(z_TE < FAR_BELOW_ZERO, 0.5, 0.5 * near_TE.sigmoid() / F.softplus(near_TE))
-    raise unknown_name("gate", gate, GATES)
 
 
 def select_experts(
@@ -154,23 +83,24 @@ def count_choices(
 ) -> Tensor:
     """How many (token, choice) pairs picked each expert, per sequence: (num_sequences, E) int64, exact at any size.
 
-    Tokens lie sequence after sequence, each T / num_sequences long; masked tokens (False) are not counted.
+    Tokens lie sequence after sequence, each T / num_sequences long; masked tokens (False) and choices that are none (an
+    id of E) are not counted.
 
-    >>> count_choices(torch.tensor([[0, 1], [0, 2], [3, 0], [3, 1]]), 4, num_sequences=2)
+    >>> count_choices(torch.tensor([[0, 1], [0, 2], [3, 0], [3, 4]]), 4, num_sequences=2)
     tensor([[2, 1, 1, 0],
-            [1, 1, 0, 2]])
+            [1, 0, 0, 2]])
     """
     tokens, top_k = expert_ids_TK.shape
-    ids_TK = expert_ids_TK
+    ids_TK, bins = expert_ids_TK, num_experts + 1
     if num_sequences > 1:
         start_T = torch.arange(num_sequences, device=ids_TK.device).repeat_interleave(tokens // num_sequences)
-        ids_TK = ids_TK + num_experts * start_T.unsqueeze(1)
+        ids_TK = ids_TK + bins * start_T.unsqueeze(1)
     if token_mask_T is None:
         ones = torch.ones((), dtype=torch.int64, device=ids_TK.device).expand(tokens * top_k)
     else:
         ones = token_mask_T.to(ids_TK.device, torch.int64).unsqueeze(1).expand(-1, top_k).reshape(-1)
-    counts = torch.zeros(num_sequences * num_experts, dtype=torch.int64, device=ids_TK.device)
-    return counts.scatter_add_(0, ids_TK.reshape(-1), ones).view(num_sequences, num_experts)
+    counts = torch.zeros(num_sequences * bins, dtype=torch.int64, device=ids_TK.device)
+    return counts.scatter_add_(0, ids_TK.reshape(-1), ones).view(num_sequences, bins).narrow(1, 0, num_experts)
 
 
 def route(
@@ -185,6 +115,7 @@ def route(
     normalize: bool = True,
     scale: float = 1.0,
     token_mask_T: Tensor | None = None,
+    top_p: float | None = None,
 ) -> Routing:
     """Selects experts by (score + bias) and weighs them by the unbiased score (DeepSeek, arXiv 2408.15664, eq. 3).
 
@@ -196,18 +127,23 @@ def route(
             "logits": the gate's score of (logit + bias); with softmax the same choice as a multiplier of exp(bias).
         normalize: weights of a token sum to 1 (before ``scale``); otherwise they are the scores themselves.
         token_mask_T: True = a real token. Masked tokens are routed but not counted.
+        top_p: a token uses the fewest of its K experts, the best first, whose probabilities (`gate_probs`, over all
+            experts and without the bias) sum to this or more (arXiv 2403.07652). The id of each other choice is E and
+            its weight 0; normalised weights are shared by the rest.
 
     Raises:
-        ConfigError: K > E, E not divisible by the groups, an unknown gate or place.
+        ConfigError: K > E, E not divisible by the groups, an unknown gate or place, top_p outside (0, 1].
         InputError: a shape that does not fit; logits that are NaN or +inf, or -inf for every expert of a token (found
             on CPU; a GPU is not made to wait for it).
 
     >>> routing = route(torch.tensor([[2.0, 1.0, 0.0]]), 2)
     >>> routing.expert_ids_TK, routing.weights_TK, routing.counts_E
     (tensor([[0, 1]]), tensor([[0.7311, 0.2689]]), tensor([1, 1, 0]))
+    >>> route(torch.tensor([[2.0, 1.0, 0.0]]), 2, top_p=0.6).expert_ids_TK  # the first has 0.6652
+    tensor([[0, 3]])
     """
     _check_shapes(logits_TE, selection_bias_E, token_mask_T)
-    check_routing(logits_TE.shape[-1], top_k, gate, num_groups, top_groups)
+    check_routing(logits_TE.shape[-1], top_k, gate, num_groups, top_groups, top_p)
     if bias_place not in PLACES:
         raise unknown_name("place of a bias", bias_place, PLACES)
     check_finite(logits_TE, masked=True)
@@ -222,6 +158,7 @@ def route(
         normalize=normalize,
         scale=scale,
         masked=True,
+        top_p=top_p,
     )
     return Routing(weights_TK, ids_TK, logits_TE, count_choices(ids_TK, logits_TE.shape[-1], token_mask_T)[0])
 
@@ -238,6 +175,7 @@ def choose(
     scale: float,
     bias_place: str = "scores",
     masked: bool = False,
+    top_p: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """``route`` without its checks and without counting; ``selection_bias`` may be that of each token, (T, E).
 
@@ -252,8 +190,18 @@ def choose(
         if masked:
             chosen_by_TE = chosen_by_TE.masked_fill(logits_TE == float("-inf"), float("-inf"))
         ids_TK = select_experts(chosen_by_TE, top_k, num_groups, top_groups, masked=masked)
-    weights_TK, probs_TE = weigh(logits_TE, ids_TK, gate=gate, normalize=normalize, scale=scale)
+    if top_p is not None:
+        ids_TK = _top_p(logits_TE.detach(), ids_TK, gate, top_p)
+    weights_TK, probs_TE = weigh(
+        logits_TE, ids_TK, gate=gate, normalize=normalize, scale=scale, drops=top_p is not None
+    )
     return weights_TK, ids_TK, probs_TE
+
+
+def _top_p(logits_TE: Tensor, ids_TK: Tensor, gate: str, top_p: float) -> Tensor:
+    """E in place of each choice before which the probabilities of the others sum to ``top_p`` already."""
+    probs_TK = gate_probs(logits_TE, gate).gather(-1, ids_TK)
+    return ids_TK.masked_fill(probs_TK.cumsum(dim=-1) - probs_TK >= top_p, logits_TE.shape[-1])
 
 
 def _chosen_by(z_TE: Tensor, gate: str, bias: Tensor | None, place: str, *, grouped: bool) -> Tensor:
@@ -266,7 +214,7 @@ def _chosen_by(z_TE: Tensor, gate: str, bias: Tensor | None, place: str, *, grou
         case "multiply":
             return gate_scores(z_TE, gate) * (1 + bias)
         case "logits":
-            biased_TE = _wide(z_TE) + bias
+            biased_TE = wide(z_TE) + bias
             return gate_scores(biased_TE, gate) if grouped else biased_TE  # groups add up scores
     raise unknown_name("place of a bias", place, PLACES)
 
@@ -284,10 +232,18 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
 
 
-def check_routing(num_experts: int, top_k: int, gate: str, num_groups: int = 1, top_groups: int = 1) -> None:
+def check_routing(
+    num_experts: int, top_k: int, gate: str, num_groups: int = 1, top_groups: int = 1, top_p: float | None = None
+) -> None:
     """Raises ConfigError for a router that cannot route: called once when it is built and by ``route``."""
     if gate not in GATES:
         raise unknown_name("gate", gate, GATES)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(
+            expected="top_p above 0 and at most 1: how much probability a token's experts have together",
+            got=f"top_p={top_p}",
+            do="papers use 0.4 to 0.6; leave it out for K experts for every token",
+        )
     if not 1 <= top_k <= num_experts:
         raise ConfigError(
             expected="1 <= top_k <= num_experts",
@@ -309,15 +265,31 @@ def check_routing(num_experts: int, top_k: int, gate: str, num_groups: int = 1, 
 
 
 def weigh(
-    logits_TE: Tensor, ids_TK: Tensor, *, gate: str, normalize: bool, scale: float
+    logits_TE: Tensor, ids_TK: Tensor, *, gate: str, normalize: bool, scale: float, drops: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """(weights (T, K) of these experts, unbiased and with gradient; p (T, E) where they were taken from it).
+
+    ``drops``: an id may be E. Such a choice is none: its weight is 0, and normalised weights are shared by the others.
 
     >>> weigh(torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([[2, 0]]), gate="softmax", normalize=True, scale=2.0)
     (tensor([[0.2384, 1.7616]]), None)
     """
-    weights_TK, probs_TE = _weights(logits_TE, ids_TK, gate, normalize)
+    if drops:
+        weights_TK, probs_TE = _weights_but(logits_TE, ids_TK, gate, normalize)
+    else:
+        weights_TK, probs_TE = _weights(logits_TE, ids_TK, gate, normalize)
     return (weights_TK * scale if scale != 1.0 else weights_TK), probs_TE
+
+
+def _weights_but(logits_TE: Tensor, ids_TK: Tensor, gate: str, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Those of the choices that are one, and 0."""
+    none_TK = ids_TK == logits_TE.shape[-1]
+    ids_TK = ids_TK.masked_fill(none_TK, 0)
+    if not normalize:
+        weights_TK, probs_TE = _weights(logits_TE, ids_TK, gate, normalize)
+        return weights_TK.masked_fill(none_TK, 0), probs_TE
+    logs_TK = gate_log_scores(logits_TE.gather(-1, ids_TK), gate).masked_fill(none_TK, float("-inf"))
+    return logs_TK.softmax(dim=-1).masked_fill(none_TK, 0), None  # 0 for NaN, too, where a token has no expert
 
 
 def _weights(logits_TE: Tensor, ids_TK: Tensor, gate: str, normalize: bool) -> tuple[Tensor, Tensor | None]:
@@ -393,7 +365,3 @@ def check_mask_dtype(token_mask: Tensor | None) -> None:
             got=f"a mask of {token_mask.dtype}",
             do="pass mask > 0 for a mask of ones and zeros, mask == 0 for an additive one",
         )
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -23,12 +23,13 @@ def log_probs(logits_TE: Tensor, gate: str) -> Tensor:
 
 
 def chosen(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """Which experts a token goes to, (T, E) fp32 of zeros and ones.
+    """Which experts a token goes to, (T, E) fp32 of zeros and ones; an id of E is none.
 
-    >>> chosen(torch.tensor([[0, 2]]), 4)
-    tensor([[1., 0., 1., 0.]])
+    >>> chosen(torch.tensor([[0, 2], [1, 4]]), 4)
+    tensor([[1., 0., 1., 0.],
+            [0., 1., 0., 0.]])
     """
-    return torch.zeros(len(ids_TK), num_experts, device=ids_TK.device).scatter_(-1, ids_TK, 1.0)
+    return torch.zeros(len(ids_TK), num_experts + 1, device=ids_TK.device).scatter_(-1, ids_TK, 1.0)[:, :num_experts]
 
 
 def coactivation(chosen_TE: Tensor) -> Tensor:

@@ -102,23 +102,23 @@ class Accumulator:
         entropies, scores, examples = [], [], []
         for layer, (one, (logits_TE, ids_TK)) in enumerate(zip(self.routers, seen, strict=True)):
             ids_TK, experts = ids_TK.long(), one.num_experts
+            one_TK, at_TK = ids_TK < experts, ids_TK.clamp(max=experts - 1)  # an id of E is no choice
             logs_TE = log_probs(logits_TE, one.gate)
             probs_TE = logs_TE.exp()
             entropies.append((probs_TE * logs_TE).sum().neg())  # summed over tokens
-            scores.append(probs_TE.gather(-1, ids_TK).sum())
+            scores.append((probs_TE.gather(-1, at_TK) * one_TK).sum())
             state["probs_DLE"][domain, layer, :experts] += probs_TE.sum(dim=0)
             state["products_LEE"][layer, :experts, :experts] += probs_TE.T @ probs_TE
             state["pairs_LEE"][layer, :experts, :experts] += coactivation(chosen(ids_TK, experts))
             counts_BE = count_choices(ids_TK, experts, num_sequences=batch)
             window_counts.append(self._wide(counts_BE))
-            cells_TK = slots_T.unsqueeze(1) * state["pairs_LEE"].shape[-1] + ids_TK
-            ones = torch.ones((), dtype=torch.int32, device=self.device).expand(cells_TK.numel())
-            state["ids_LME"][layer].index_add_(0, cells_TK.reshape(-1), ones)
-            examples.append(self._largest_keys(keys_T, ids_TK))
+            cells_TK = slots_T.unsqueeze(1) * state["pairs_LEE"].shape[-1] + at_TK
+            state["ids_LME"][layer].index_add_(0, cells_TK.reshape(-1), one_TK.reshape(-1).int())
+            examples.append(self._largest_keys(keys_T, at_TK, one_TK))
             if other:
-                state["shared_DL"][domain, layer] += overlap(ids_TK, other[layer].ids_TK).sum()
+                state["shared_DL"][domain, layer] += (overlap(ids_TK.where(one_TK, -1), other[layer].ids_TK)).sum()
                 state["other_LE"][layer, :experts] += count_choices(other[layer].ids_TK.long(), experts)[0]
-            self._keep_passages(domain, first, layer, batch, probs_TE, ids_TK)
+            self._keep_passages(domain, first, layer, batch, probs_TE, at_TK, one_TK)
         entropy_L = torch.stack(entropies).double()
         self._check(entropy_L)
         state["entropy_DL"][domain] += entropy_L
@@ -175,10 +175,10 @@ class Accumulator:
         keys_T = draw.integers(0, 1 << 30, tokens) << 32 | np.arange(tokens)
         return torch.from_numpy(keys_T).to(self.device)
 
-    def _largest_keys(self, keys_T: Tensor, ids_TK: Tensor) -> Tensor:
+    def _largest_keys(self, keys_T: Tensor, ids_TK: Tensor, one_TK: Tensor) -> Tensor:
         """(E,) the largest key of the tokens that chose each expert, a uniform sample of one; -1 if none did."""
         best_E = torch.full((self.state["pairs_LEE"].shape[-1],), -1, dtype=torch.int64, device=self.device)
-        keys_TK = keys_T.unsqueeze(1).expand_as(ids_TK)
+        keys_TK = keys_T.unsqueeze(1).where(one_TK, -1)
         return best_E.scatter_reduce_(0, ids_TK.reshape(-1), keys_TK.reshape(-1), "amax")
 
     def _merge_examples(self, keys_LE: Tensor, domain: int, first: int, length: int) -> None:
@@ -191,14 +191,17 @@ class Accumulator:
         best, at = keys.topk(EXAMPLES, dim=-1)
         self.state["example_key_LEJ"], self.state["example_place_LEJ"] = best, places.gather(-1, at)
 
-    def _keep_passages(self, domain: int, first: int, layer: int, batch: int, probs_TE: Tensor, ids_TK: Tensor) -> None:
-        """Keeps the start of the first windows of each domain; experts sorted by probability."""
+    def _keep_passages(
+        self, domain: int, first: int, layer: int, batch: int, probs_TE: Tensor, ids_TK: Tensor, one_TK: Tensor
+    ) -> None:
+        """Keeps the start of the first windows of each domain; experts sorted by probability, -1 behind the last."""
         passages = self.state["passages_NCLK"]
         rows = min(PASSAGES - first, batch)
         if rows <= 0:
             return
-        order_TK = probs_TE.gather(-1, ids_TK).argsort(dim=-1, descending=True, stable=True)
-        ids_BSK = ids_TK.gather(-1, order_TK).view(batch, -1, ids_TK.shape[-1])
+        probs_TK = probs_TE.gather(-1, ids_TK).where(one_TK, -1)
+        order_TK = probs_TK.argsort(dim=-1, descending=True, stable=True)
+        ids_BSK = ids_TK.where(one_TK, -1).gather(-1, order_TK).view(batch, -1, ids_TK.shape[-1])
         start = domain * PASSAGES + first
         passages[start : start + rows, :, layer, : ids_TK.shape[-1]] = ids_BSK[:rows, : passages.shape[1]].short()
 

@@ -15,12 +15,15 @@ UP = 2  # levels above the router in which its experts are looked for
 
 @torch.no_grad()
 def weight_similarity(model: nn.Module, router: str, num_experts: int) -> Tensor | None:
-    """Cosines between the weights of a layer's experts, (E, E) float64; None where the experts are not found.
+    """Cosines between the weights of a layer's experts, (E, E) float64; None where the experts are not found, or are of
+    unlike widths.
 
     Experts are looked for in the module that contains the router: one tensor (E, ..., ...) for all, or a list of E
     modules. Large matrices are compared on a sample of 65,536 elements, the same ones for every expert.
     """
     modules = dict(model.named_modules())
+    if getattr(modules[router], "expert_widths", None) is not None:
+        return None
     place = router
     for _ in range(UP):
         place = place.rpartition(".")[0]

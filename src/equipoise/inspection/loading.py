@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from ..adapters.biases import biases_beside, put_back
 from ..errors import ConfigError, DataError
 from ..external.observe import ObservedRouter
+from ..external.routing_masks import mask_routers
 from ..lab.models.quantised import dequantised, how_quantised, unreadable
 from ..storage.balancer_file import FILE
+from ..storage.mask_file import mask_file, read_masks
 from ..storage.run_record import RECORD_NAME, read_run
 from .routers import find_routers
 
@@ -54,6 +57,7 @@ class LoadedModel:
     vocab_size: int
     longest: int | None  # sequence length that the model has positions for
     biases: str | None = None  # origin of the biases that its weights do not contain
+    step: int | None = None  # of training, where a run or a Trainer's checkpoint says it
     held: Any = None  # an object that has to live as long as the model
 
 
@@ -80,12 +84,18 @@ def run_config(folder: Path) -> Any:
     return from_dict(RunConfig, read_run(folder).header.config)
 
 
-def open_model(folder: Path, device: torch.device, dtype: str = "auto") -> LoadedModel:
-    """Loads the model in a folder. Raises DataError if there is none, ConfigError if it has no routers."""
+def open_model(folder: Path, device: torch.device, dtype: str = "auto", step: int | None = None) -> LoadedModel:
+    """Loads the model in a folder, of a run the newest checkpoint or that of a step.
+
+    Raises DataError if there is none, ConfigError if it has no routers, or for a step of what is no run.
+    """
     if not folder.is_dir():
         raise DataError(expected=f"a model folder or a run at {folder}", got="no such folder",
                         do="pass a folder with config.json and weights (`hf download` makes one)")  # fmt: skip
-    loaded = _model_of_run(folder, device, dtype) if is_run(folder) else _model_of_folder(folder, device, dtype)
+    if step is not None and not is_run(folder):
+        raise ConfigError(expected="--step of a run of the lab", got=f"a model folder, {folder}",
+                          do="name the folder of the checkpoint itself")  # fmt: skip
+    loaded = _model_of_run(folder, device, dtype, step) if is_run(folder) else _model_of_folder(folder, device, dtype)
     _check_finite(loaded)
     return loaded
 
@@ -106,13 +116,18 @@ def fingerprint(folder: Path) -> str:
 # ------------------------------------------------------------------------------------------------- runs of the lab
 
 
-def _model_of_run(folder: Path, device: torch.device, dtype: str) -> LoadedModel:
+def _model_of_run(folder: Path, device: torch.device, dtype: str, step: int | None) -> LoadedModel:
     from ..lab.models.pretrained import build
     from ..lab.training.trainer import CHECKPOINTS
-    from ..storage.checkpoint import load_latest
+    from ..storage import checkpoint
 
     config = run_config(folder)
-    found = load_latest(folder / CHECKPOINTS)
+    if step is not None and step not in (there := sorted(checkpoint.steps(folder / CHECKPOINTS))):
+        raise DataError(expected=f"a checkpoint of step {step} in {folder / CHECKPOINTS}",
+                        got=f"those of {', '.join(map(str, there)) or 'none'}",
+                        do="choose one of these; train.keep_checkpoints=0 keeps all of a new run")  # fmt: skip
+    place = folder / CHECKPOINTS
+    found = checkpoint.load_latest(place) if step is None else checkpoint.load(place, step)
     if found is None:
         raise DataError(expected=f"a checkpoint in {folder / CHECKPOINTS}", got="none yet",
                         do=f"let the run come to its first checkpoint: equipoise resume {folder}")  # fmt: skip
@@ -125,7 +140,8 @@ def _model_of_run(folder: Path, device: torch.device, dtype: str) -> LoadedModel
         held = _balancer_of(model, config, found[1])
         routers = find_routers(model, lambda: model.hidden(torch.arange(8, device=device).view(1, 8)))
     return LoadedModel(config.model.family or "equipoise", model, routers, model.hidden, device, compute,
-                   config.model.vocab_size, None, str(folder / CHECKPOINTS) if held else None, held)  # fmt: skip
+                   config.model.vocab_size, None, str(folder / CHECKPOINTS) if held else None, found[0],
+                   held)  # fmt: skip
 
 
 def _balancer_of(model: Any, config: Any, state: dict[str, Any]) -> Any:
@@ -184,6 +200,8 @@ def _model_of_folder(folder: Path, device: torch.device, dtype: str) -> LoadedMo
         model = _load(folder, config, DTYPES[dtype], device).eval()
         if (biases := biases_beside(folder)) is not None:
             put_back(model, *biases)
+        if mask_file(folder) is not None:
+            mask_routers(model, read_masks(folder))
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         for one in (config, text):
             one.use_cache = False
@@ -207,7 +225,17 @@ def _model_of_folder(folder: Path, device: torch.device, dtype: str) -> LoadedMo
         vocab_size=vocab_size,
         longest=getattr(text, "max_position_embeddings", None),
         biases=str(biases[0]) if biases else None,
+        step=_step_of_trainer(folder),
     )
+
+
+def _step_of_trainer(folder: Path) -> int | None:
+    """What the state of transformers' Trainer says that lies beside a checkpoint."""
+    try:
+        step = json.loads((folder / "trainer_state.json").read_bytes())["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if isinstance(step, int) and not isinstance(step, bool) and step >= 0 else None
 
 
 def _config(folder: Path) -> Any:

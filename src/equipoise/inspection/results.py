@@ -71,8 +71,7 @@ def _arrays(
     passages, passage_domain, passage_experts = _passages(state["passages_NCLK"].numpy(), windows)
     saturation = torch.full(state["score_DL"].shape, torch.nan, dtype=torch.float64)
     if "shared_DL" in state:
-        top_k_L = torch.tensor([one.top_k for one in accumulator.routers])
-        saturation = state["shared_DL"] / (tokens_D1 * top_k_L)
+        saturation = state["shared_DL"] / state["counts_DLE"].sum(dim=-1)
     return Arrays(
         counts_DLE=state["counts_DLE"].numpy(),
         equal_counts_DLE=state["equal_DLE"].numpy(),
@@ -101,13 +100,14 @@ def _layer(accumulator: Accumulator, state: dict[str, Tensor], arrays: Arrays, i
     equal_DE, load_E = state["equal_DLE"][:, i, :E], state["counts_DLE"][:, i, :E].sum(dim=0)
     probs_E = torch.from_numpy(arrays.probs_DLE[:, i, :E]).mean(dim=0)  # domains have equal weight
     batch = min(sizes.micro_batch, max(sizes.windows))
+    choices = float(load_E.sum() / state["tokens_D"].sum())  # of a token: K, or their mean where some use fewer
     numbers = {
         "maxvio_sequence": arrays.maxvio_sequence_DL[:, i].mean(),
         "maxvio_micro_batch": arrays.maxvio_micro_batch_DL[:, i].mean(),
         "maxvio_global": maxvio(equal_DE.sum(dim=0)),
-        "noise_sequence": maxvio_noise_floor(sizes.length, one.top_k, E),
-        "noise_micro_batch": maxvio_noise_floor(sizes.length * batch, one.top_k, E),
-        "noise_global": maxvio_noise_floor(sizes.length * sizes.equal_windows * sizes.domains, one.top_k, E),
+        "noise_sequence": maxvio_noise_floor(sizes.length, choices, E),
+        "noise_micro_batch": maxvio_noise_floor(sizes.length * batch, choices, E),
+        "noise_global": maxvio_noise_floor(sizes.length * sizes.equal_windows * sizes.domains, choices, E),
         "entropy_token": arrays.entropy_DL[:, i].mean(),
         "entropy_mean": -torch.xlogy(probs_E, probs_E).sum(),
         "topk_score": arrays.topk_score_DL[:, i].mean(),
@@ -125,7 +125,7 @@ def _layer(accumulator: Accumulator, state: dict[str, Tensor], arrays: Arrays, i
         alike_routing=_pairs(arrays.routing_similarity_LEE[i, :E, :E]),
         **{name: float(value) for name, value in numbers.items()},
         **_information(sizes.equal_windows, state, i, E),
-        **_saturation(state, arrays, i, one),
+        **_saturation(state, arrays, i),
     )
 
 
@@ -146,11 +146,12 @@ def _information(windows: int, state: dict[str, Tensor], i: int, E: int) -> dict
     }
 
 
-def _saturation(state: dict[str, Tensor], arrays: Arrays, i: int, one: ObservedRouter) -> dict[str, float]:
+def _saturation(state: dict[str, Tensor], arrays: Arrays, i: int) -> dict[str, float]:
     if "shared_DL" not in state:
         return {}
     mine_E, other_E = state["counts_DLE"][:, i].sum(dim=0).double(), state["other_LE"][i].double()
-    by_chance = one.top_k * (mine_E / mine_E.sum() * other_E / other_E.sum()).sum()
+    choices = mine_E.sum() / state["tokens_D"].sum()
+    by_chance = choices * (mine_E / mine_E.sum() * other_E / other_E.sum()).sum()
     return {"saturation": float(arrays.saturation_DL[:, i].mean()), "saturation_chance": float(by_chance)}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, OutputError
+from ..lab.config.layers import layers_of
 from ..lab.training.process import keep_freed_memory
 from ..storage import checkpoint
 from ..storage.files import atomic_write
@@ -44,7 +45,8 @@ from .results import finalize
 from .runner import Runner
 from .windows import Windows, check_length, read_windows, source_files, user_text, windows_of_run, write_windows
 
-__all__ = ["REQUEST_NAME", "Request", "inspect", "layers_of"]
+__all__ = ["REQUEST_NAME", "Request", "data_name", "device_named", "inspect", "layers_of", "name_of_device",
+           "windows_for"]  # fmt: skip
 
 REQUEST_NAME, STATE = "request.json", "state"
 LENGTH = 512
@@ -57,6 +59,7 @@ class Request:
     """What to inspect, and how. ``data`` None: a run's own held-out text, or the text of this installation."""
 
     model: Path
+    step: int | None = None  # of a run: the checkpoint of this step; None: the newest
     data: Path | None = None
     domains: tuple[str, ...] = ()
     layers: str = ""  # "0,3-5,-1"; all
@@ -79,6 +82,8 @@ class Request:
     def key(self) -> dict[str, Any]:
         """What identifies an inspection: another one in the same folder is resumed only if this is equal."""
         plain = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        if self.step is None:  # inspections from before it could be asked for have no such entry
+            del plain["step"]
         files = [fingerprint(path) for path in (self.model, self.against) if path is not None]
         return json.loads(json.dumps(plain | {"files": files, "text": source_files(self.data)}))
 
@@ -114,12 +119,12 @@ def inspect(
         if _open_folder(out, request.key(), overwrite):
             return read_inspection(out)
         keep_freed_memory()
-        device = _device(request.device)
-        loaded = open_model(request.model, device, request.dtype)
+        device = device_named(request.device)
+        loaded = open_model(request.model, device, request.dtype, request.step)
         other = open_model(request.against, device, request.dtype) if request.against else None
-        chosen = layers_of(request.layers, len(loaded.routers))
+        chosen = layers_of(request.layers, len(loaded.routers), "routers")
         tokenizer = open_tokenizer(request.tokenizer or request.model)
-        windows = _windows(out / STATE / "tokens", request, loaded, tokenizer, on_text)
+        windows = windows_for(out / STATE / "tokens", request, loaded, tokenizer, on_text)
         batch = request.micro_batch or _own_batch(request.model)
         sizes = Sizes(len(windows.domains), windows.windows, windows.equal, windows.length, batch, request.seed)
         routers, frequency_V = [loaded.routers[i] for i in chosen], windows.frequency(loaded.vocab_size)
@@ -131,36 +136,15 @@ def inspect(
         found = finalize(
             loaded.model, accumulator, windows, tokenizer.show, _problems(windows),
             model=str(request.model), family=loaded.family,
-            data=_data_name(request), against=str(request.against) if request.against else None,
-            device=_device_name(device), dtype=str(loaded.dtype).removeprefix("torch."),
+            data=data_name(request), against=str(request.against) if request.against else None,
+            device=name_of_device(device), dtype=str(loaded.dtype).removeprefix("torch."),
             created=datetime.now(UTC).isoformat(timespec="seconds"), seconds=seconds, versions=describe_versions(),
             biases=" and ".join(one.biases for one in (loaded, other) if one and one.biases) or None,
+            step=loaded.step,
         )  # fmt: skip
         write_inspection(out, found)
         shutil.rmtree(out / STATE, ignore_errors=True)
     return found
-
-
-def layers_of(text: str, count: int) -> list[int]:
-    """Indices of the routers that ``--layers`` names.
-
-    >>> layers_of("0,2-3,-1", 6), layers_of("", 2)
-    ([0, 2, 3, 5], [0, 1])
-    """
-    chosen: set[int] = set()
-    for part in text.replace(" ", "").split(",") if text else [f"0-{count - 1}"]:
-        first, dash, last = part[1:].partition("-") if part.startswith("-") else part.partition("-")
-        try:
-            start = int(first) * (-1 if part.startswith("-") else 1)
-            stop = int(last) if dash else start
-            places = range(start, stop + 1) if dash else [start]
-        except ValueError:
-            places = []
-        if not places or any(not -count <= place < count for place in places):
-            raise ConfigError(expected=f"--layers of 0 to {count - 1}: this model has {count} routers", got=repr(part),
-                              do="for example 0,2-4,-1")  # fmt: skip
-        chosen |= {place % count for place in places}
-    return sorted(chosen)
 
 
 def _open_folder(out: Path, key: dict[str, Any], overwrite: bool) -> bool:
@@ -191,7 +175,7 @@ def _open_folder(out: Path, key: dict[str, Any], overwrite: bool) -> bool:
     return is_inspection(out)
 
 
-def _windows(
+def windows_for(
     folder: Path, request: Request, loaded: LoadedModel, tokenizer: TokenizerAdapter, on_text: Progress | None
 ) -> Windows:
     """The token windows on disk, or those of the requested text."""
@@ -235,13 +219,13 @@ def _problems(windows: Windows) -> list[str]:
     return []
 
 
-def _data_name(request: Request) -> str:
+def data_name(request: Request) -> str:
     if request.data is not None:
         return str(request.data)
     return "the run's own held-out text" if is_run(request.model) else "the text of this installation"
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -253,5 +237,5 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _device_name(device: torch.device) -> str:
+def name_of_device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

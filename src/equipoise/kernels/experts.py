@@ -115,60 +115,71 @@ def sort_pairs(expert_ids_TK: Tensor, num_experts: int) -> Rows:
 
 
 @library.custom_op("equipoise::copy_rows", mutates_args=())
-def copy_rows(x_TD: torch.Tensor, rows_TK: torch.Tensor) -> torch.Tensor:
-    """Each token in its K rows: (T, D) -> (T K, D). The adjoint of `add_rows`."""
+def copy_rows(x_TD: torch.Tensor, rows_TK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """Each token in its K rows: (T, D) -> (T K, D); those behind the last end are not written. The adjoint of
+    `add_rows`."""
     (tokens, top_k), dim = rows_TK.shape, x_TD.shape[1]
     out_ND = x_TD.new_empty(tokens * top_k, dim)
     if out_ND.numel():
         block = min(_power(dim), 2048)
         grid = (tokens, -(-dim // block))
-        load("triton_experts").copy_rows[grid](x_TD.contiguous(), rows_TK, out_ND, dim, top_k, block)
+        last = len(ends_E) - 1
+        load("triton_experts").copy_rows[grid](x_TD.contiguous(), rows_TK, ends_E, out_ND, dim, last, top_k, block)
     return out_ND
 
 
 @copy_rows.register_fake
-def _(x_TD, rows_TK):
+def _(x_TD, rows_TK, _ends):
     return x_TD.new_empty(rows_TK.numel(), x_TD.shape[1])
 
 
 @library.custom_op("equipoise::add_rows", mutates_args=())
-def add_rows(rows_ND: torch.Tensor, rows_TK: torch.Tensor) -> torch.Tensor:
-    """The sum of each token's K rows, in fp32 and rounded once: (T K, D) -> (T, D). The adjoint of `copy_rows`."""
+def add_rows(rows_ND: torch.Tensor, rows_TK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """The sum of each token's K rows, in fp32 and rounded once, without those behind the last end: (T K, D) -> (T, D).
+    The adjoint of `copy_rows`."""
     (tokens, top_k), dim = rows_TK.shape, rows_ND.shape[1]
     out_TD = rows_ND.new_empty(tokens, dim)
     if out_TD.numel():
         block = min(_power(dim), 2048)
         grid = (tokens, -(-dim // block))
-        load("triton_experts").add_rows[grid](rows_ND.contiguous(), rows_TK, out_TD, dim, top_k, block)
+        last = len(ends_E) - 1
+        load("triton_experts").add_rows[grid](rows_ND.contiguous(), rows_TK, ends_E, out_TD, dim, last, top_k, block)
     return out_TD
 
 
 @add_rows.register_fake
-def _(rows_ND, rows_TK):
+def _(rows_ND, rows_TK, _ends):
     return rows_ND.new_empty(rows_TK.shape[0], rows_ND.shape[1])
 
 
 @library.custom_op("equipoise::swiglu", mutates_args=())
-def swiglu(hidden_NF: torch.Tensor, order_N: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+def swiglu(
+    hidden_NF: torch.Tensor, order_N: torch.Tensor, weights_TK: torch.Tensor, ends_E: torch.Tensor
+) -> torch.Tensor:
     """silu(gate) up w: (N, 2H) -> (N, H), each row with the weight of its pair, in fp32 and rounded once."""
     rows, hidden = hidden_NF.shape[0], hidden_NF.shape[1] // 2
     act_NH = hidden_NF.new_empty(rows, hidden)
     if act_NH.numel():
         block, tile = _tile(hidden)
         load("triton_experts").swiglu[(-(-rows // tile), -(-hidden // block))](
-            hidden_NF.contiguous(), order_N, weights_TK.contiguous(), act_NH, rows, hidden, tile, block
-        )
+            hidden_NF.contiguous(), order_N, weights_TK.contiguous(), ends_E,
+            act_NH, hidden, len(ends_E) - 1, tile, block,
+        )  # fmt: skip
     return act_NH
 
 
 @swiglu.register_fake
-def _(hidden_NF, _order, _weights):
+def _(hidden_NF, _order, _weights, _ends):
     return hidden_NF.new_empty(hidden_NF.shape[0], hidden_NF.shape[1] // 2)
 
 
 @library.custom_op("equipoise::swiglu_gradient", mutates_args=())
 def swiglu_gradient(
-    hidden_NF: torch.Tensor, d_act_NH: torch.Tensor, order_N: torch.Tensor, weights_TK: torch.Tensor
+    hidden_NF: torch.Tensor,
+    d_act_NH: torch.Tensor,
+    order_N: torch.Tensor,
+    weights_TK: torch.Tensor,
+    ends_E: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(`swiglu`'s output again, gradient of hidden, gradient of the weights in fp32)."""
     rows, hidden = d_act_NH.shape
@@ -177,14 +188,14 @@ def swiglu_gradient(
     if act_NH.numel():
         block, tile = _tile(hidden)
         load("triton_experts").swiglu_gradient[(-(-rows // tile),)](
-            hidden_NF.contiguous(), d_act_NH.contiguous(), order_N, weights_TK.contiguous(),
-            act_NH, d_hidden_NF, d_weights_TK, rows, hidden, tile, block, -(-hidden // block),
+            hidden_NF.contiguous(), d_act_NH.contiguous(), order_N, weights_TK.contiguous(), ends_E,
+            act_NH, d_hidden_NF, d_weights_TK, rows, hidden, len(ends_E) - 1, tile, block, -(-hidden // block),
         )  # fmt: skip
     return act_NH, d_hidden_NF, d_weights_TK
 
 
 @swiglu_gradient.register_fake
-def _(hidden_NF, d_act_NH, _order, weights_TK):
+def _(hidden_NF, d_act_NH, _order, weights_TK, _ends):
     d_weights_TK = torch.empty_like(weights_TK, dtype=torch.float32)
     return torch.empty_like(d_act_NH), torch.empty_like(hidden_NF), d_weights_TK
 
@@ -208,26 +219,26 @@ class _Experts(torch.autograd.Function):
     ) -> Tensor:
         order_N, rows_TK, offsets = sort_pairs(ids_TK, len(gate_up_EFD))
         ends_E = offsets[1:]
-        hidden_NF = grouped_mm(copy_rows(x_TD, rows_TK), gate_up_EFD.mT, ends_E)
-        out_ND = grouped_mm(swiglu(hidden_NF, order_N, weights_TK), down_EDH.mT, ends_E)
+        hidden_NF = grouped_mm(copy_rows(x_TD, rows_TK, ends_E), gate_up_EFD.mT, ends_E)
+        out_ND = grouped_mm(swiglu(hidden_NF, order_N, weights_TK, ends_E), down_EDH.mT, ends_E)
         ctx.save_for_backward(x_TD, gate_up_EFD, down_EDH, weights_TK, hidden_NF, order_N, rows_TK, ends_E)
-        return add_rows(out_ND, rows_TK)
+        return add_rows(out_ND, rows_TK, ends_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, gate_up_EFD, down_EDH, weights_TK, hidden_NF, order_N, rows_TK, ends_E = ctx.saved_tensors
         needs_x, needs_gate_up, needs_down, _, needs_weights = ctx.needs_input_grad
-        dy_ND = copy_rows(grads[0], rows_TK)
+        dy_ND = copy_rows(grads[0], rows_TK, ends_E)
         d_act_NH = grouped_mm(dy_ND, down_EDH, ends_E)
-        act_NH, d_hidden_NF, d_weights_TK = swiglu_gradient(hidden_NF, d_act_NH, order_N, weights_TK)
+        act_NH, d_hidden_NF, d_weights_TK = swiglu_gradient(hidden_NF, d_act_NH, order_N, weights_TK, ends_E)
         dx_TD = d_gate_up_EFD = d_down_EDH = None
         if needs_down:
             d_down_EDH = grouped_mm(dy_ND.mT, act_NH, ends_E)
         del dy_ND, d_act_NH, act_NH  # or they would lie beside the rows of x
         if needs_gate_up:
-            d_gate_up_EFD = grouped_mm(d_hidden_NF.mT, copy_rows(x_TD, rows_TK), ends_E)
+            d_gate_up_EFD = grouped_mm(d_hidden_NF.mT, copy_rows(x_TD, rows_TK, ends_E), ends_E)
         if needs_x:
-            dx_TD = add_rows(grouped_mm(d_hidden_NF, gate_up_EFD, ends_E), rows_TK)
+            dx_TD = add_rows(grouped_mm(d_hidden_NF, gate_up_EFD, ends_E), rows_TK, ends_E)
         return dx_TD, d_gate_up_EFD, d_down_EDH, None, d_weights_TK.to(weights_TK.dtype) if needs_weights else None
 
 
@@ -237,6 +248,7 @@ def fused_experts(
     """y_t = the sum over k of w_tk · down_e(silu(gate_e(x_t)) · up_e(x_t)), e = ids_tk; gate rows before up rows.
 
     ``x`` and both parameters share one dtype; ``weights_TK`` may be wider. Gradients for all four; first order only.
+    A choice whose id is E is none: where the experts' rows end is read by the kernels, and not on the host.
     ``F.grouped_mm`` waits for the GPU unless the dtype is bf16 on compute capability 9.0 or 10.0 (torch 2.9 to 2.13).
     """
     return _Experts.apply(x_TD, gate_up_EFD, down_EDH, expert_ids_TK, weights_TK)

@@ -1,7 +1,8 @@
 """The Triton kernels around the products of experts: sort pairs, copy rows, add rows up, SwiGLU and its gradient.
 
 A *pair* is one (token, choice), a *row* its place among all pairs sorted by expert, as in `functional.permute`. Each
-output is written once, in a fixed order: no atomics, so a repeat gives the same bits.
+output is written once, in a fixed order: no atomics, so a repeat gives the same bits. Rows from ``ends[LAST]`` on are
+of no expert: nothing is read there or written, but for a gradient of 0 for their weights.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -55,32 +56,37 @@ def place_pairs(
 
 
 @triton.jit
-def copy_rows(x_ptr, rows_ptr, out_ptr, DIM, TOP: tl.constexpr, BLOCK: tl.constexpr):
+def copy_rows(x_ptr, rows_ptr, ends_ptr, out_ptr, DIM, LAST, TOP: tl.constexpr, BLOCK: tl.constexpr):
     """out[rows[t, k]] = x[t] for all k: a token is read once."""
+    end = tl.load(ends_ptr + LAST)
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x_D = tl.load(x_ptr + token * DIM + d, mask=d < DIM)
     for k in tl.static_range(TOP):
-        tl.store(out_ptr + tl.load(rows_ptr + token * TOP + k) * DIM + d, x_D, mask=d < DIM)
+        row = tl.load(rows_ptr + token * TOP + k)
+        tl.store(out_ptr + row * DIM + d, x_D, mask=(d < DIM) & (row < end))
 
 
 @triton.jit
-def add_rows(rows_in_ptr, rows_ptr, out_ptr, DIM, TOP: tl.constexpr, BLOCK: tl.constexpr):
+def add_rows(rows_in_ptr, rows_ptr, ends_ptr, out_ptr, DIM, LAST, TOP: tl.constexpr, BLOCK: tl.constexpr):
     """out[t] = the sum over k of in[rows[t, k]], in fp32, rounded once."""
+    end = tl.load(ends_ptr + LAST)
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     sum_D = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(TOP):
         row = tl.load(rows_ptr + token * TOP + k)
-        sum_D += tl.load(rows_in_ptr + row * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+        sum_D += tl.load(rows_in_ptr + row * DIM + d, mask=(d < DIM) & (row < end), other=0.0).to(tl.float32)
     tl.store(out_ptr + token * DIM + d, sum_D.to(out_ptr.dtype.element_ty), mask=d < DIM)
 
 
 @triton.jit
-def swiglu(hidden_ptr, order_ptr, weights_ptr, out_ptr, ROWS, HIDDEN, TILE: tl.constexpr, BLOCK: tl.constexpr):
+def swiglu(
+    hidden_ptr, order_ptr, weights_ptr, ends_ptr, out_ptr, HIDDEN, LAST, TILE: tl.constexpr, BLOCK: tl.constexpr
+):
     """out = silu(gate) up w, in fp32, rounded once; hidden = [gate, up] of each row, w the weight of its pair."""
     row_R = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    there = row_R < ROWS
+    there = row_R < tl.load(ends_ptr + LAST)
     w_R = tl.load(weights_ptr + tl.load(order_ptr + row_R, mask=there, other=0), mask=there, other=0.0).to(tl.float32)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = there[:, None] & (h < HIDDEN)[None, :]
@@ -93,13 +99,13 @@ def swiglu(hidden_ptr, order_ptr, weights_ptr, out_ptr, ROWS, HIDDEN, TILE: tl.c
 
 @triton.jit
 def swiglu_gradient(
-    hidden_ptr, d_act_ptr, order_ptr, weights_ptr, act_ptr, d_hidden_ptr, d_weights_ptr, ROWS, HIDDEN,
+    hidden_ptr, d_act_ptr, order_ptr, weights_ptr, ends_ptr, act_ptr, d_hidden_ptr, d_weights_ptr, ROWS, HIDDEN, LAST,
     TILE: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """From d_act, the gradient of silu(gate) up w: that product again, and the gradients of hidden and of w."""
     row_R = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    there = row_R < ROWS
-    pair_R = tl.load(order_ptr + row_R, mask=there, other=0)
+    a_pair, there = row_R < ROWS, row_R < tl.load(ends_ptr + LAST)
+    pair_R = tl.load(order_ptr + row_R, mask=a_pair, other=0)
     w_R1 = tl.load(weights_ptr + pair_R, mask=there, other=0.0).to(tl.float32)[:, None]
     d_weights = tl.zeros([TILE, BLOCK], tl.float32)
     for step in tl.static_range(STEPS):
@@ -118,4 +124,4 @@ def swiglu_gradient(
         tl.store(act_ptr + narrow, (silu * up * w_R1).to(element), mask=inside)
         tl.store(d_hidden_ptr + wide, d_gate.to(element), mask=inside)
         tl.store(d_hidden_ptr + wide + HIDDEN, (d_act * w_R1 * silu).to(element), mask=inside)
-    tl.store(d_weights_ptr + pair_R, tl.sum(d_weights, axis=1), mask=there)
+    tl.store(d_weights_ptr + pair_R, tl.sum(d_weights, axis=1), mask=a_pair)

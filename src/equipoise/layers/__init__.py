@@ -1,10 +1,12 @@
-"""Layers that any model can use: Router, Experts and the dropless MoE made of them."""
+"""Layers that any model can use: Router, Experts and the dropless MoE made of them; and layers whose experts choose."""
 
 from __future__ import annotations
 
 from .clip import clip_grad_norm_
+from .expert_choice import ExpertChoiceMoE
 from .experts import Experts, shard_experts
 from .moe import MoE, SwiGLU
 from .router import Router
+from .token_pools import TokenPools
 
-__all__ = ["Experts", "MoE", "Router", "SwiGLU", "clip_grad_norm_", "shard_experts"]
+__all__ = ["ExpertChoiceMoE", "Experts", "MoE", "Router", "SwiGLU", "TokenPools", "clip_grad_norm_", "shard_experts"]

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..distributed import Group
-from ..errors import InputError
-from ..functional.permute import ExpertOrder, permute, sort_by_expert, unpermute
+from ..functional.permute import ExpertOrder, check_ids, permute, sort_by_expert, unpermute
 
 __all__ = ["ExpertShard"]
 
@@ -48,13 +48,8 @@ class ExpertShard:
     def sort(self, expert_ids_TK: Tensor) -> ExpertOrder:
         """Checked before anything is sent; on the CPU only, because a GPU is not made to wait."""
         order = sort_by_expert(expert_ids_TK, self.num_experts)
-        if expert_ids_TK.device.type == "cpu" and (order.offsets[0] != 0 or order.offsets[-1] != expert_ids_TK.numel()):
-            low, high = expert_ids_TK.aminmax()
-            raise InputError(
-                expected=f"expert ids in 0..{self.num_experts - 1}",
-                got=f"ids from {low.item()} to {high.item()}",
-                do="route over as many experts as the layer has",
-            )
+        if expert_ids_TK.device.type == "cpu":
+            check_ids(expert_ids_TK, self.num_experts, *order.offsets[[0, -1]].tolist())
         return order
 
     def __deepcopy__(self, memo: dict) -> ExpertShard:
@@ -74,7 +69,7 @@ def _travel(
     """Counts, rows and weights go to the experts, results come back.
 
     Weights travel with their rows: an expert applies them where its hidden layer is at hand, and no rank has to keep
-    what comes back for the gradient of the weights.
+    what comes back for the gradient of the weights. Dropped pairs, the last rows, stay here.
     """
     group, held = shard.group, len(gate_up_EFD)
     order = shard.sort(expert_ids_TK)
@@ -82,12 +77,16 @@ def _travel(
     leaving_RE = order.counts_E.view(group.size, held)
     coming_RE = group.exchange_rows(order.counts_E, each, each).view(group.size, held)
     send, receive = torch.stack([leaving_RE.sum(dim=1), coming_RE.sum(dim=1)]).tolist()  # a GPU is waited for once
-    rows_ND = group.exchange(permute(x_TD, order), send, receive)
-    weights_N = group.exchange(weights_TK.flatten()[order.order_N], send, receive)
+    kept = sum(send)
+    rows_ND = group.exchange(permute(x_TD, order)[:kept], send, receive)
+    weights_N = group.exchange(weights_TK.flatten()[order.order_N[:kept]], send, receive)
     ids_N = torch.arange(held, device=x_TD.device).repeat(group.size)
     ids_N = ids_N.repeat_interleave(coming_RE.flatten(), output_size=sum(receive))
     done_ND = compute(rows_ND, gate_up_EFD, down_EDH, ids_N.unsqueeze(1), weights_N.unsqueeze(1))
-    return unpermute(group.exchange(done_ND, receive, send), order)
+    back_ND = group.exchange(done_ND, receive, send)
+    if dropped := weights_TK.numel() - kept:
+        back_ND = F.pad(back_ND, (0, 0, 0, dropped))
+    return unpermute(back_ND, order)
 
 
 def _untraced() -> Callable[..., Tensor]:

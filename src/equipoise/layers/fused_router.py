@@ -23,8 +23,8 @@ def fuses(logits_TE: Tensor, top_k: int, num_groups: int, state: RouterState | N
     """Whether `fused_route` gives what the router needs; if not, plain PyTorch does.
 
     It does not where selection is limited to groups, and where a policy measures f per document or of a class of
-    tokens, a bias moves by each micro-batch's load or by quantiles, sequences are sharded, estimators are compared, or
-    the router is another's.
+    tokens or is the entropy, a bias moves by each micro-batch's load or by quantiles, sequences are sharded, estimators
+    are compared, or the router is another's.
     """
     if not fits(logits_TE, top_k, num_groups) or batch.valid_T is not None:
         return False
@@ -32,7 +32,7 @@ def fuses(logits_TE: Tensor, top_k: int, num_groups: int, state: RouterState | N
         return True
     spec = state.spec
     special = spec.gram or spec.shards > 1 or spec.idle_experts or spec.weights_form is not None
-    special = special or bool(spec.classes)
+    special = special or bool(spec.classes) or any(term.kind == "entropy" for term in spec.terms)
     return not special and not spec.has_documents and not spec.micro_rules and not spec.quantile
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..autograd.token_classes import check_class_masks
 from ..autograd.token_layout import TokenLayout
 from ..devices import host_readable
-from ..errors import InputError
+from ..errors import ConfigError, InputError
 from .experts import Experts
 from .router import Router
 
@@ -50,13 +50,17 @@ class MoE(nn.Module):
     """Replaces a feed-forward layer. No token is dropped, whatever the load.
 
     Args:
-        dim: width D of a token.  hidden: width of one expert (fine-grained: small hidden, many experts, larger K).
+        dim: width D of a token.  hidden: width of one expert (fine-grained: small hidden, many experts, larger K), or
+            a list with a width for each.
         batch_first: how inputs of three dimensions lie: True (B, S, D), False (S, B, D). None leaves it to a mask or
             document numbers (B, S), and open where there are none: then nothing that depends on it is measured, and
             a policy with a scope inside a micro-batch is refused.
         num_shared: shared experts, as one SwiGLU of width ``num_shared * hidden`` (or ``shared_hidden``).
-        router: every keyword of ``Router``: gate, normalize, scale, num_groups, top_groups, selection_bias. Weights are
-            normalised unless ``top_k`` is 1, where that would leave the router without a gradient.
+        router: every keyword of ``Router``: gate, normalize, scale, num_groups, top_groups, selection_bias, top_p.
+            Weights are normalised unless ``top_k`` is 1 or there is a ``top_p``: one expert's share of itself teaches a
+            router nothing.
+
+    Raises ConfigError where `Router` or `Experts` does, and for ``num_shared`` of experts of unlike widths.
 
     The forward pass: 1. flatten (B, S, D) to T tokens; 2. route; 3. experts; 4. shared experts, for all tokens.
 
@@ -68,7 +72,7 @@ class MoE(nn.Module):
     def __init__(
         self,
         dim: int,
-        hidden: int,
+        hidden: int | Sequence[int],
         num_experts: int,
         top_k: int,
         *,
@@ -81,7 +85,15 @@ class MoE(nn.Module):
         self.batch_first = batch_first
         self.gate = Router(dim, num_experts, top_k, **router)
         self.experts = Experts(num_experts, dim, hidden)
-        shared = shared_hidden if shared_hidden is not None else num_shared * hidden
+        if not self.experts.even:
+            self.gate.expert_widths = self.experts.widths
+            if num_shared and shared_hidden is None:
+                raise ConfigError(
+                    expected="the width of the shared experts beside experts of unlike widths",
+                    got=f"num_shared={num_shared}",
+                    do="pass shared_hidden, the width of all shared experts together",
+                )
+        shared = shared_hidden if shared_hidden is not None else num_shared * self.experts.widths[0]
         self.shared_experts: SwiGLU | None = SwiGLU(dim, shared) if shared else None
 
     def forward(
@@ -91,6 +103,7 @@ class MoE(nn.Module):
         token_mask_BS: Tensor | None = None,
         document_ids_BS: Tensor | None = None,
         token_classes_BS: Mapping[str, Tensor] | None = None,
+        token_ids_BS: Tensor | None = None,
     ) -> Tensor:
         """(B, S, D), (S, B, D) or (T, D) in, the same shape out.
 
@@ -99,6 +112,7 @@ class MoE(nn.Module):
             document_ids_BS: the document of each token inside its sequence, integers in [0, S), for scope "document";
                 where other ranks hold the rest of each sequence, numbered through the whole of it.
             token_classes_BS: name of a class of tokens -> True where a token is of it, for policies with ``tokens=``.
+            token_ids_BS: ids in the vocabulary, for a router with a mask by token id.
 
         All are (B, S) whatever ``batch_first``, as PyTorch's padding masks are.
         """
@@ -109,10 +123,9 @@ class MoE(nn.Module):
                 do="merge what lies between: x.flatten(1, -2) of (B, H, W, D) is (B, S, D)",
             )
         if x_BSD.dim() == 3 and self.batch_first is False:
-            return self._forward(x_BSD.transpose(0, 1), token_mask_BS, document_ids_BS, token_classes_BS).transpose(
-                0, 1
-            )
-        return self._forward(x_BSD, token_mask_BS, document_ids_BS, token_classes_BS)
+            said = token_mask_BS, document_ids_BS, token_classes_BS, token_ids_BS
+            return self._forward(x_BSD.transpose(0, 1), *said).transpose(0, 1)
+        return self._forward(x_BSD, token_mask_BS, document_ids_BS, token_classes_BS, token_ids_BS)
 
     def _forward(
         self,
@@ -120,6 +133,7 @@ class MoE(nn.Module):
         token_mask_BS: Tensor | None,
         document_ids_BS: Tensor | None,
         token_classes_BS: Mapping[str, Tensor] | None,
+        token_ids_BS: Tensor | None,
     ) -> Tensor:
         sequences = x_BSD.unsqueeze(0) if x_BSD.dim() == 2 else x_BSD
         num_sequences, length, dim = sequences.shape
@@ -137,8 +151,10 @@ class MoE(nn.Module):
             shape = (num_sequences, length) if x_BSD.dim() == 3 else (length,)
             check_class_masks(token_classes_BS, shape, "token_classes_BS")
             batch = batch._replace(classes={name: mask.reshape(-1) for name, mask in token_classes_BS.items()})
+        if token_ids_BS is not None:
+            batch = batch._replace(token_ids_T=token_ids_BS.reshape(-1))
         routing = self.gate(x_TD, batch)
-        y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK)
+        y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK, drops=self.gate.drops or self.gate.adapts)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
         return y_TD.view_as(x_BSD)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from ..autograd.balance_gradient import attach_balance_gradient, record_logit_grad
 from ..autograd.finite import check_logits
 from ..autograd.protocol import RouterTraits
-from ..autograd.router_state import RouterState
 from ..autograd.routing_calls import RecordedCalls, ReplayedCalls
 from ..autograd.token_classes import check_class_masks, class_masks
 from ..autograd.token_layout import TokenLayout
 from ..errors import InputError
+from ..functional.adaptive_top_k import drop_experts
 from ..functional.class_bias import token_biases
 from ..functional.quantile import Selection
 from ..functional.routing import (
@@ -29,44 +28,36 @@ from ..functional.routing import (
     weigh,
     without_autocast,
 )
+from ..functional.routing_mask import drop_hidden, hide
 from ..kernels import RouterForm, gate_fits, gate_logits
 from .fused_router import fused_route, fuses
+from .router_buffers import RouterBuffers
 
-__all__ = ["Router", "bias_name"]
-
-BIAS_NAME = re.compile(rf"expert_bias(?:_({'|'.join(PLACES[1:])}))?(?:_of_([^.]+))?")
-
-
-def bias_name(place: str, tokens: str | None = None) -> str:
-    """What a checkpoint calls a bias of a router: by where it acts, and by the class of its tokens.
-
-    >>> bias_name("scores"), bias_name("logits"), bias_name("logits", "image")
-    ('expert_bias', 'expert_bias_logits', 'expert_bias_logits_of_image')
-    """
-    of = "" if tokens is None else f"_of_{tokens}"
-    return ("expert_bias" if place == PLACES[0] else f"expert_bias_{place}") + of
+__all__ = ["Router"]
 
 
-def _named_after(place: str) -> property:
-    """The bias under its name in checkpoints, for tools that look such names up (DCP)."""
-    return property(lambda router: router.expert_bias if router.bias_place == place else None)
-
-
-class Router(nn.Module):
+class Router(RouterBuffers):
     """A linear gate over E experts with top-k selection (see ``functional.route`` for gate, groups, weights and scale).
 
     Args:
         normalize: divide the K weights by their sum. Default: for K > 1. One expert's share of itself is always 1, and
             the gradient of that at the logits 0: with ``top_k=1`` a weight is the probability, as in Switch
-            Transformers (arXiv 2101.03961, eq. 2), through which the model's loss teaches the router.
+            Transformers (arXiv 2101.03961, eq. 2), through which the model's loss teaches the router. So they are with
+            ``top_p``, where a token may have one expert.
         selection_bias: keep an ``expert_bias`` (E,) that is added before top-k only. It is fp32 whatever the model is
             cast to (in bf16 a step of 1e-3 is lost from 0.5 on), persistent in checkpoints, moved by ``ExpertBias``,
             which may let it act elsewhere: ``bias_place``, one of the places of ``functional.route``. Checkpoints name
             it ``expert_bias_multiply`` or ``expert_bias_logits`` then, so that nobody takes it for another.
+        top_p: a token uses the fewest experts, the best first, whose probabilities sum to this or more, and K at most
+            (arXiv 2403.07652; HMoE, arXiv 2408.10681, takes 0.6). The ids of the other choices are E, no expert.
 
     ``ExpertBias(tokens="image")`` adds ``expert_bias_of_image`` (E,), kept alike, which acts at the same place for the
     tokens of that class alone (see ``functional.class_bias``). A router with such a bias asks with each call which
     tokens these are, in evaluation and generation too, and chooses in plain PyTorch.
+
+    ``enable_mask`` adds a mask by token id, ``visible_experts`` (V, E), persistent in checkpoints: which experts the
+    tokens of each id may choose (MaskMoE, see ``mask_routers``). Such a router asks with each call for the ids, and
+    chooses in plain PyTorch. A token that sees fewer than K experts has choices with the id E: no expert, no load.
 
     ``balance_state`` is None until a ``Balancer`` attaches one, ``routing_calls`` outside of ``record_routing`` and
     ``replay_routing``.
@@ -79,9 +70,7 @@ class Router(nn.Module):
     (True, False)
     """
 
-    expert_bias: Tensor | None
-    bias_place = PLACES[0]
-    bias_classes: tuple[str, ...] = ()  # in the order of their names: the sum of their biases depends on it
+    expert_widths: tuple[int, ...] | None = None  # of the experts behind it, where they are unlike; `MoE` sets it
 
     def __init__(
         self,
@@ -95,16 +84,15 @@ class Router(nn.Module):
         num_groups: int = 1,
         top_groups: int = 1,
         selection_bias: bool = False,
+        top_p: float | None = None,
     ) -> None:
-        super().__init__()
-        check_routing(num_experts, top_k, gate, num_groups, top_groups)
-        self.dim, self.num_experts, self.top_k, self.gate = dim, num_experts, top_k, gate
-        self.normalize = top_k > 1 if normalize is None else normalize
+        super().__init__(num_experts, top_k, top_p)
+        check_routing(num_experts, top_k, gate, num_groups, top_groups, top_p)
+        self.dim, self.gate = dim, gate
+        self.normalize = (top_k > 1 and top_p is None) if normalize is None else normalize
         self.scale, self.num_groups, self.top_groups = scale, num_groups, top_groups
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.balance_state: RouterState | None = None
         self.routing_calls: RecordedCalls | ReplayedCalls | None = None
-        self.register_buffer("expert_bias", None)
         if selection_bias:
             self.enable_selection_bias()
         self.reset_parameters()
@@ -121,53 +109,29 @@ class Router(nn.Module):
     @property
     def traits(self) -> RouterTraits:
         return RouterTraits(
-            self.normalize, self.scale, bias_place=self.bias_place, bias_places=PLACES, selects=True, class_biases=True
+            *(self.normalize, self.scale, int(self.drops)),
+            bias_place=self.bias_place,
+            bias_places=PLACES,
+            selects=True,
+            class_biases=True,
+            widths=self.expert_widths,
         )
-
-    @property
-    def bias_owner(self) -> str:
-        return "the router's" if self._biases() else "none"
-
-    @property
-    def class_biases(self) -> dict[str, Tensor]:
-        """Name of a class of tokens -> the bias (E,) of its tokens alone."""
-        return {name: getattr(self, bias_name(self.bias_place, name)) for name in self.bias_classes}
-
-    def _biases(self) -> dict[str, Tensor]:
-        """All of them, under the names of their buffers."""
-        of_all = {} if self.expert_bias is None else {"expert_bias": self.expert_bias}
-        return of_all | {bias_name(self.bias_place, name): bias_E for name, bias_E in self.class_biases.items()}
 
     @property
     def batch_context(self) -> None:
         """Told with each call: see ``forward``."""
         return
 
-    def disable_selection_bias(self, tokens: str | None = None) -> None:
-        """Takes the bias away, of all tokens or of a class."""
-        own = self.class_biases
-        if tokens is None:
-            self.expert_bias = None
-        else:
-            own.pop(tokens, None)
-        self._keep(own, self.bias_place if own or self.expert_bias is not None else PLACES[0])
-
-    def enable_selection_bias(self, place: str = PLACES[0], tokens: str | None = None) -> None:
-        """Adds the bias, zero, if there is none yet, of all tokens or of a class; all act there from now on."""
-        own, zero_E = self.class_biases, torch.zeros(self.num_experts, dtype=torch.float32, device=self.weight.device)
-        if tokens is not None:
-            own.setdefault(tokens, zero_E)
-        elif self.expert_bias is None:
-            self.expert_bias = zero_E
-        self._keep(own, place)
-
-    def _keep(self, of_classes: dict[str, Tensor], place: str) -> None:
-        """These and no others, under the names that they have at this place."""
-        for name in self.bias_classes:
-            delattr(self, bias_name(self.bias_place, name))
-        self.bias_place, self.bias_classes = place, tuple(sorted(of_classes))
-        for name in self.bias_classes:
-            self.register_buffer(bias_name(place, name), of_classes[name])
+    def _hidden(self, logits_TE: Tensor, batch: TokenLayout) -> Tensor:
+        """-inf for the experts that a token's id does not see; InputError where nobody said the ids."""
+        assert self.visible_experts is not None
+        if batch.token_ids_T is None:
+            raise InputError(
+                expected="the ids of the tokens, for a router with a mask by token id",
+                got=f"{len(logits_TE)} tokens without ids",
+                do="say them with each call: MoE(...)(x, token_ids_BS=ids), router(x, TokenLayout(B, token_ids_T=ids))",
+            )
+        return hide(logits_TE, self.visible_experts, batch.token_ids_T)
 
     def _selection_bias(self, batch: TokenLayout, tokens: int) -> Tensor | None:
         """(E,), or (T, E) where a class has its own; InputError where nobody said which tokens are of it."""
@@ -176,29 +140,9 @@ class Router(nn.Module):
         masks, own = class_masks(self.bias_classes, batch, tokens, self.weight.device), self.class_biases
         return token_biases(self.expert_bias, [(masks[name], own[name]) for name in own], self.bias_place)
 
-    def forward(self, x_TD: Tensor, batch: TokenLayout | None = None) -> Routing:
-        """Routes T tokens; ``batch`` says how they lie in sequences (default: one sequence, no padding).
-
-        Raises InputError for a wrong width, a mask of the wrong length or kind, NaN logits, or a class of tokens that
-        has a bias of its own and is not in ``batch.classes``.
-        """
-        batch = self._checked(x_TD, batch or TokenLayout())
-        selection_bias = self._selection_bias(batch, len(x_TD))
-        with without_autocast(x_TD):  # fp32 even where the model computes in bf16
-            if gate_fits(x_TD, self.weight):
-                raw_TE = gate_logits(x_TD, self.weight)
-            else:
-                wide = torch.promote_types(x_TD.dtype, torch.float32)
-                raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
-        state = self.balance_state
-        plain = self.routing_calls is not None or bool(self.bias_classes)
-        if not plain and fuses(raw_TE, self.top_k, self.num_groups, state, batch):
-            form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
-            biased = self.expert_bias, self.bias_place
-            return fused_route(raw_TE, form, *biased, state, batch, training=self.training)
-        if state is None or state.raises_immediately:
-            check_logits(raw_TE, name="" if state is None else state.name)
-        logits_TE = raw_TE if state is None else record_logit_grad(state, raw_TE, training=self.training)
+    def _choose(self, logits_TE: Tensor, selection_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(weights (T, K), expert ids (T, K), p (T, E) where the weights were taken from it)."""
+        masked = self.visible_experts is not None
         weights_TK, ids_TK, probs_TE = choose(
             logits_TE,
             self.top_k,
@@ -209,12 +153,44 @@ class Router(nn.Module):
             top_groups=self.top_groups,
             normalize=self.normalize,
             scale=self.scale,
+            masked=masked,
+            top_p=self.top_p,
         )
+        return weights_TK, drop_hidden(ids_TK, logits_TE) if masked and self.drops else ids_TK, probs_TE
+
+    def forward(self, x_TD: Tensor, batch: TokenLayout | None = None) -> Routing:
+        """Routes T tokens; ``batch`` says how they lie in sequences (default: one sequence, no padding).
+
+        Raises InputError for a wrong width, a mask of the wrong length or kind, NaN logits, a class of tokens that has
+        a bias of its own and is not in ``batch.classes``, or ids that a mask asks for and ``batch`` does not say.
+        """
+        batch = self._checked(x_TD, batch or TokenLayout())
+        selection_bias = self._selection_bias(batch, len(x_TD))
+        with without_autocast(x_TD):  # fp32 even where the model computes in bf16
+            if gate_fits(x_TD, self.weight):
+                raw_TE = gate_logits(x_TD, self.weight)
+            else:
+                wide = torch.promote_types(x_TD.dtype, torch.float32)
+                raw_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+        state = self.balance_state
+        masked = self.visible_experts is not None
+        plain = self.routing_calls is not None or bool(self.bias_classes) or self.drops or self.adapts or masked
+        if not plain and fuses(raw_TE, self.top_k, self.num_groups, state, batch):
+            form = RouterForm(self.top_k, self.gate, self.normalize, self.scale)
+            biased = self.expert_bias, self.bias_place
+            return fused_route(raw_TE, form, *biased, state, batch, training=self.training)
+        if state is None or state.raises_immediately:
+            check_logits(raw_TE, name="" if state is None else state.name)
+        if masked:
+            raw_TE = self._hidden(raw_TE, batch)
+        logits_TE = raw_TE if state is None else record_logit_grad(state, raw_TE, training=self.training)
+        weights_TK, ids_TK, probs_TE = self._choose(logits_TE, selection_bias)
         replayed_T2 = None
         if self.routing_calls is not None:
             ids_TK, replayed_T2 = self.routing_calls.dispatch(ids_TK, raw_TE)
         if replayed_T2 is not None:
-            weights_TK, probs_TE = weigh(logits_TE, ids_TK, gate=self.gate, normalize=self.normalize, scale=self.scale)
+            more = {"normalize": self.normalize, "scale": self.scale, "drops": self.drops}
+            weights_TK, probs_TE = weigh(logits_TE, ids_TK, gate=self.gate, **more)
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         if state is not None:
             weights_TK = attach_balance_gradient(
@@ -226,9 +202,14 @@ class Router(nn.Module):
                 batch,
                 training=self.training,
                 probs_TE=probs_TE,
-                selection=Selection(selection_bias, self.bias_place, self.num_groups, self.top_groups),
+                selection=Selection(selection_bias, self.bias_place, self.num_groups, self.top_groups, masked),
                 replayed_T2=replayed_T2,
             )
+        if self.adapts:  # behind the balancer, which counts what the router chose
+            assert self.drop_threshold is not None
+            form = {"normalize": self.normalize, "none": self.num_experts}
+            weights_TK, ids_TK = drop_experts(weights_TK, ids_TK, self.drop_threshold, **form)
+            counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         return Routing(weights_TK, ids_TK, logits_TE, counts_BE.sum(dim=0))
 
     def _checked(self, x_TD: Tensor, batch: TokenLayout) -> TokenLayout:
@@ -263,53 +244,8 @@ class Router(nn.Module):
             None if mask_T is None else mask_T.to(x_TD.device, torch.bool),
             None if document_T is None else document_T.to(x_TD.device, torch.long),
             classes=classes,
+            token_ids_T=batch.token_ids_T,
         )
-
-    expert_bias_multiply, expert_bias_logits = _named_after("multiply"), _named_after("logits")
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.bias_place != PLACES[0] and (bias_E := destination.pop(f"{prefix}expert_bias", None)) is not None:
-            destination[prefix + bias_name(self.bias_place)] = bias_E
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        """A bias in the file is taken, also before a balancer asks for one: without it other experts would answer.
-
-        It acts where it acted; an error where the router has a balancer and a bias that acts elsewhere.
-        ``load_state_dict(assign=True)`` keeps the file's dtype; the bias stays fp32 all the same.
-        """
-        state_dict = dict(state_dict)
-        for key in [key for key in state_dict if key.startswith(f"{prefix}expert_bias")]:
-            if (named := BIAS_NAME.fullmatch(key.removeprefix(prefix))) is None:
-                continue
-            (place, tokens), bias_E = named.groups(default=None), state_dict.pop(key)
-            place = place or PLACES[0]
-            if self.balance_state is not None and self._biases() and place != self.bias_place:
-                error_msgs.append(
-                    f"expected a bias of place={self.bias_place!r}, as this router has it under its balancer; got "
-                    f"{key!r}, of place={place!r}; load the weights first, then make the balancer with "
-                    f"ExpertBias(place={place!r})"
-                )
-                continue
-            self.enable_selection_bias(place, tokens)
-            state_dict[f"{prefix}expert_bias" if tokens is None else key] = bias_E
-        names = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, *names)
-        for name, bias_E in self._biases().items():
-            setattr(self, name, bias_E.float())
-
-    def _apply(self, fn, recurse: bool = True):
-        """Casts and moves like any module, but biases stay fp32 (B34, B38, B39) and are zero when they leave meta."""
-        before = self._biases()
-        super()._apply(fn, recurse)
-        for name, after in self._biases().items():
-            if before[name].is_meta and not after.is_meta:
-                setattr(self, name, torch.zeros_like(after, dtype=torch.float32))  # to_empty leaves garbage
-            elif after.dtype != torch.float32:
-                setattr(self, name, before[name].to(device=after.device, dtype=torch.float32))
-        return self
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, gate={self.gate!r}"

@@ -5,7 +5,7 @@ loads.py      a law of skewed shares, or counts       recorded_loads.py  loads f
 straggler.py  largest / mean load of the ranks        typical_skews.py   loads where none were recorded
 cost.py       seconds and bytes of a step             calibration.py     the model against published step times
 scenario.py   cluster and strategies of a forecast    forecast.py        all numbers, and growth with the ranks
-text.py       a forecast as text
+text.py       a forecast as text                        page.py           a forecast as a page with figures
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from .calibration import calibrate
 from .cluster import Cluster, describe, parse_settings, read_toml
 from .forecast import forecast, to_json
 from .loads import RecordedCounts, Skew, fit
+from .page import render_page, write_page
 from .recorded_loads import read_recorded_loads
 from .scenario import Scenario, make_scenario
 from .straggler import straggler
@@ -37,8 +38,10 @@ __all__ = [
     "read_toml",
     "render_calibration",
     "render_forecast",
+    "render_page",
     "render_presets",
     "straggler",
     "to_json",
     "typical",
+    "write_page",
 ]

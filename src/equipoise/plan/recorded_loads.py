@@ -155,6 +155,10 @@ def _measure(run: Run) -> _Measured:
     if not 1 <= header.top_k <= header.num_experts:
         raise DataError(expected=f"1 <= top_k <= experts in {run.path}",
                         got=f"top_k={header.top_k}, experts={header.num_experts}", do="pass another run")  # fmt: skip
+    if header.expert_widths or _part(header.config, "model").get("top_p"):
+        raise DataError(expected=f"tokens that all cost as much, in {run.path}: experts of one width, K for each token",
+                        got=f"widths {header.expert_widths}" if header.expert_widths else "a run with model.top_p",
+                        do="give the MaxVio of the work instead: --maxvio NAME=0.8")  # fmt: skip
     batch = _mean(step.balance.get("balance/maxvio_micro_batch", math.nan) for step in end)
     corpus = _mean(step.balance.get("balance/maxvio_global", math.nan) for step in end)
     pairs = length * sequences * header.top_k

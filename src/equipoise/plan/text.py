@@ -11,7 +11,8 @@ from .forecast import Forecast, Growth, Row
 from .presets import GPUS, MODELS
 from .typical_skews import TYPICAL
 
-__all__ = ["headline", "render_calibration", "render_forecast", "render_presets"]
+__all__ = ["against", "assumptions", "headline", "percent", "render_calibration", "render_forecast", "render_presets",
+           "seconds", "size"]  # fmt: skip
 
 NAME = 18
 AT_ONCE = 5  # strategies side by side
@@ -25,7 +26,7 @@ def render_forecast(plan: Forecast) -> str:
         _strategies(plan),
         _time(plan),
         *_growth(plan),
-        "Assumed\n" + "\n".join(wrap(f"- {text}", "  ") for text in _assumptions(plan)),
+        "Assumed\n" + "\n".join(wrap(f"- {text}", "  ") for text in assumptions(plan)),
     ]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -37,30 +38,30 @@ def headline(plan: Forecast) -> str:
     c = plan.cluster
     where = f"on {c.gpus} GPUs, {c.ep} sharing out the experts"
     if base and wide:
-        text = f"global-only costs you {_percent(_against(wide, base))} of a step against micro"
+        text = f"global-only costs you {percent(against(wide, base))} of a step against micro"
         if both and both.time.total < wide.time.total:
-            text += f"; adding 1% micro-batch loss brings that to {_percent(_against(both, base))}"
+            text += f"; adding 1% micro-batch loss brings that to {percent(against(both, base))}"
         elif both:
-            text += f"; adding 1% micro-batch loss does not help ({_percent(_against(both, base))})"
+            text += f"; adding 1% micro-batch loss does not help ({percent(against(both, base))})"
         return f"{text} ({where})."
-    listed = ", ".join(f"{clean(one.name)} {_percent(one.cost)}" for one in plan.rows[:6])
+    listed = ", ".join(f"{clean(one.name)} {percent(one.cost)}" for one in plan.rows[:6])
     return f"Against even load a step takes longer by: {listed} ({where})."
 
 
 def _strategies(plan: Forecast) -> str:
     base = next((one for one in plan.rows if one.name == "micro"), None)
     head = ["strategy", "slowest/mean", "s/step", "vs even", *(["vs micro"] if base else []), "experts' memory"]
-    even = _bytes(plan.rows[0].memory.even)
-    lines = [["even load", "1", _seconds(plan.even.total), "", *([""] if base else []), even]]
+    even = size(plan.rows[0].memory.even)
+    lines = [["even load", "1", seconds(plan.even.total), "", *([""] if base else []), even]]
     for one in plan.rows:
         more = one.memory.fullest / one.memory.even - 1
         lines.append([
             one.name,
             f"{one.straggler.mean:.3f} ±{one.straggler.error:.3f}",
-            _seconds(one.time.total),
-            _percent(one.cost, sign=True),
-            *([_percent(_against(one, base), sign=True)] if base else []),
-            f"{_bytes(one.memory.fullest)} {_percent(more, sign=True)}",
+            seconds(one.time.total),
+            percent(one.cost, sign=True),
+            *([percent(against(one, base), sign=True)] if base else []),
+            f"{size(one.memory.fullest)} {percent(more, sign=True)}",
         ])  # fmt: skip
     note = (
         "slowest/mean: load of a group's slowest rank in a layer and micro-batch, mean ± standard error of the "
@@ -97,7 +98,7 @@ def _growth(plan: Forecast) -> Iterator[str]:
 
 def _grown(row: Row) -> str:
     factor = f"{row.straggler.mean:.2f}" if row.straggler.mean < 10 else f"{row.straggler.mean:.1f}"
-    return f"{factor} {_percent(row.cost, sign=True, short=True) if row.cost < 2 else f'{1 + row.cost:.1f}x'}"
+    return f"{factor} {percent(row.cost, sign=True, short=True) if row.cost < 2 else f'{1 + row.cost:.1f}x'}"
 
 
 def _ranks(number: int) -> str:
@@ -108,7 +109,8 @@ def _held(one: Growth) -> str:
     return str(one.experts_per_rank) if one.replicas == 1 else f"1/{one.replicas}"
 
 
-def _assumptions(plan: Forecast) -> Iterator[str]:
+def assumptions(plan: Forecast) -> Iterator[str]:
+    """Sentences about the cluster, the model and the loads."""
     c = plan.cluster
     yield (
         f"{c.layers} MoE layers x {c.experts} experts, top-{c.top_k}, width {c.width}, expert width {c.expert_hidden}, "
@@ -185,17 +187,28 @@ def _name(text: str, columns: int) -> str:
     return clip(clean(text), columns, keep_end=False)
 
 
-def _against(one: Row, base: Row) -> float:
+def against(one: Row, base: Row) -> float:
+    """Step time over that of another strategy, minus 1."""
     return one.time.total / base.time.total - 1
 
 
-def _percent(value: float, *, sign: bool = False, short: bool = False) -> str:
+def percent(value: float, *, sign: bool = False, short: bool = False) -> str:
+    """A fraction in percent; ``short`` leaves decimals out from 10 % on.
+
+    >>> percent(0.103), percent(0.0301, sign=True), percent(0.515, sign=True, short=True), percent(-1e-9, sign=True)
+    ('10.3%', '+3.0%', '+52%', '0.0%')
+    """
     places = 0 if short and abs(value) >= 0.1 else 1
     text = f"{100 * value:{'+' if sign else ''},.{places}f}%"
     return text.replace("-0.0%", "0.0%").replace("+0.0%", "0.0%")
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """Three significant digits.
+
+    >>> seconds(2.4312), seconds(1234.5)
+    ('2.43', '1,234')
+    """
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
@@ -203,7 +216,12 @@ def _ms(value: float) -> str:
     return f"{1e3 * value:,.1f}" if value < 1 else f"{1e3 * value:,.0f}"
 
 
-def _bytes(value: float) -> str:
+def size(value: float) -> str:
+    """Bytes with a decimal unit.
+
+    >>> size(20.1e9)
+    '20.1 GB'
+    """
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if value < 1000 or unit == "TB":
             return f"{value:.3g} {unit}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .estimators import ESTIMATORS
 from .expert_bias import BIAS_SCOPES, RULES, ExpertBias
 from .from_data import policies_from
-from .losses import AuxLoss, ZLoss
+from .losses import AuxLoss, EntropyLoss, ZLoss
 from .schedule import Schedule
 from .scopes import SCOPES, Sequences
 from .self_setting import Ratio, Target
@@ -17,6 +17,7 @@ __all__ = [
     "RULES",
     "SCOPES",
     "AuxLoss",
+    "EntropyLoss",
     "ExpertBias",
     "Policy",
     "Ratio",

@@ -1,4 +1,4 @@
-"""The forces that are gradients: AuxLoss at any scope, and ZLoss. Values without memory."""
+"""The forces that are gradients: AuxLoss at any scope, EntropyLoss and ZLoss. Values without memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .self_setting import SelfSetting
 from .token_classes import check_tokens
 from .views import keep_view
 
-__all__ = ["AuxLoss", "Coefficient", "ZLoss", "coefficient"]
+__all__ = ["AuxLoss", "Coefficient", "EntropyLoss", "ZLoss", "coefficient"]
 
 Coefficient = float | Callable[[int], float] | SelfSetting
 
@@ -36,7 +36,8 @@ class AuxLoss:
         decay: of the "ema" estimator, per step.
         groups: balance groups of experts and not each: how many equal groups of neighbours there are, as expert
             parallelism places them (the loss of Step-3.5 and DeepSeek-V2 per device), or the experts of each.
-        costs: of each expert, above 0: a load counts by it (HMoE, arXiv 2408.10681: the experts' widths).
+        costs: of each expert, above 0: a load counts by it. "width": the widths of each layer's own experts, the
+            parameter penalty of HMoE (arXiv 2408.10681); where they have one width, the loss as it is without costs.
         targets: the share of the load that each group, without groups each expert, is to have; they sum to 1. Default:
             as many as it has of the experts. See ``functional.load_view`` for the equation.
         tokens: a class of tokens, by the name that layouts have for it ("image"): f and P are of its tokens alone, and
@@ -59,7 +60,7 @@ class AuxLoss:
     decay: float = 0.9
     name: str | None = None
     groups: int | Sequence[Sequence[int]] | None = None
-    costs: Sequence[float] | None = None
+    costs: Sequence[float] | str | None = None
     targets: Sequence[float] | None = None
     tokens: str | None = None
     view: LoadView | None = field(init=False, repr=False, default=None)
@@ -96,7 +97,7 @@ class AuxLoss:
                 return LossTerm("sequences", 1, unbiased, self.view, self.tokens)
             case "document" | "micro_batch":
                 return LossTerm(str(self.scope), 1, unbiased, self.view, self.tokens)
-        return LossTerm("deferred", tokens=self.tokens)
+        return LossTerm("deferred", view=self.view, tokens=self.tokens)
 
     @property
     def estimates(self) -> bool:
@@ -121,6 +122,33 @@ class AuxLoss:
 
 
 @dataclass(frozen=True)
+class EntropyLoss:
+    """coef * mean_t H(p_t) with H = - sum_e p_e ln p_e of the gate probabilities, per layer: makes a router sure.
+
+    Of tokens that use as many experts as together have a probability of ``top_p`` (`Router`), a sure router takes fewer
+    (arXiv 2403.07652; HMoE, arXiv 2408.10681, has 3e-2). It measures no load. ``coef``: a number, or a function of the
+    step. ``name``: of its metrics, ``balance/<name>/loss`` in nats; default "entropy".
+
+    Raises ConfigError for a negative coefficient, or one that sets itself.
+
+    >>> EntropyLoss().coef
+    0.03
+    """
+
+    coef: Coefficient = 3e-2
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_policy_name(self.name)
+        _check_plain_coefficient(self.coef, "an entropy loss", "HMoE has 3e-2")
+
+    @property
+    def term(self) -> LossTerm:
+        """What the router's state has to measure for this policy."""
+        return LossTerm("entropy")
+
+
+@dataclass(frozen=True)
 class ZLoss:
     """coef * mean_t logsumexp(z_t)^2, per layer (ST-MoE): keeps router logits small. Papers use 1e-3.
 
@@ -135,14 +163,10 @@ class ZLoss:
 
     def __post_init__(self) -> None:
         check_policy_name(self.name)
-        if isinstance(self.coef, SelfSetting):
-            raise ConfigError(
-                expected="a z-loss with a number or a function of the step", got=repr(self.coef), do="papers use 1e-3"
-            )
-        _check_coefficient(self.coef)
+        _check_plain_coefficient(self.coef, "a z-loss", "papers use 1e-3")
 
 
-def coefficient(policy: AuxLoss | ZLoss, step: int) -> float:
+def coefficient(policy: AuxLoss | EntropyLoss | ZLoss, step: int) -> float:
     """The coefficient of a policy at a step (0 = first); of one that sets itself, the first.
 
     >>> coefficient(ZLoss(coef=lambda step: 0.5 ** step), 2)
@@ -151,6 +175,12 @@ def coefficient(policy: AuxLoss | ZLoss, step: int) -> float:
     if isinstance(policy.coef, SelfSetting):
         return policy.coef.start
     return policy.coef(step) if callable(policy.coef) else policy.coef
+
+
+def _check_plain_coefficient(coef: Coefficient, what: str, do: str) -> None:
+    if isinstance(coef, SelfSetting):
+        raise ConfigError(expected=f"{what} with a number or a function of the step", got=repr(coef), do=do)
+    _check_coefficient(coef)
 
 
 def _check_coefficient(coef: Coefficient) -> None:

@@ -7,18 +7,21 @@
     sequence · document   f over one sequence, or one document of a packed sequence
     sequences:8           f over 8 sequences: one point of a Balance-BSZ sweep
     groups:8              the classic loss over 8 groups of experts, as ranks hold them (Step-3.5, arXiv 2602.10604)
+    parameters            the classic loss, a load counted by its expert's width (HMoE, arXiv 2408.10681)
     shuffle               f over random tokens of the step, as many as a micro-batch has (table 2 there)
     loss-free             a bias on the selection, no loss (arXiv 2408.15664)
     quantile              the same, set each step to what would have given equal loads (Kimi K3, arXiv 2607.24653)
+    entropy               the entropy of the router's probabilities, for top-p routing (HMoE); beside another one
     z                     the z-loss on the router's logits; useful beside another one
     deepseek-v3, qwen3, ...   as released models were balanced (`policies.recipes`): step-3.5:8 for 8 groups
 
 Details follow a name, in any order: ``@`` a coefficient or a rate (``global@0.02``, ``loss-free@1e-3``), ``:`` an
-estimator (``global:prefix``), of a bias a rule or a schedule (``loss-free:proportional``), where it acts
-(``loss-free:multiply``, ``loss-free:logits``) and whose load moves it (``loss-free:micro_batch``, a control, known
-to be worse), or, where a model is made for the strategy, a gate (``micro:sigmoid``). A loss sets its coefficient itself
-with ``global:ratio@0.01`` (a share of the language model's gradient) and ``global:target@0.1`` (a MaxVio). ``+``
-combines, and ``micro->global:100`` switches from one to the other after 100 steps.
+estimator (``global:prefix``) or ``width``, to count loads by the experts' widths (``global:width``), of a bias a rule
+or a schedule (``loss-free:proportional``), where it acts (``loss-free:multiply``, ``loss-free:logits``) and whose load
+moves it (``loss-free:micro_batch``, a control, known to be worse), or, where a model is made for the strategy, a gate
+(``micro:sigmoid``). A loss sets its coefficient itself with ``global:ratio@0.01`` (a share of the language model's
+gradient) and ``global:target@0.1`` (a MaxVio). ``+`` combines, and ``micro->global:100`` switches from one to the
+other after 100 steps.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from itertools import zip_longest
 from typing import Any
 
 from ..errors import ConfigError, unknown_name
+from ..functional.load_view import WIDTH
 from ..functional.routing import GATES, PLACES
 from .estimators import ESTIMATORS
 from .expert_bias import BIAS_SCOPES, RULES
@@ -56,9 +60,11 @@ NAMES: dict[str, tuple[dict[str, Any], ...]] = {
     "document": ({"kind": "AuxLoss", "scope": "document"},),
     "sequences": ({"kind": "AuxLoss", "scope": "sequences"},),
     "groups": ({**MICRO, "groups": None},),
+    "parameters": ({**MICRO, "costs": WIDTH, "coef": 0.1},),
     "shuffle": ({"kind": "AuxLoss", "scope": "shuffle"},),
     "loss-free": (SIGN,),
     "quantile": ({"kind": "ExpertBias", "rule": "quantile"},),
+    "entropy": ({"kind": "EntropyLoss", "coef": 3e-2},),
     "z": ({"kind": "ZLoss", "coef": 1e-3},),
     **{name: recipe.policies for name, recipe in RECIPES.items()},
 }
@@ -249,7 +255,7 @@ def _detail(name: str, word: str, spec: Mapping[str, Any], gates: Sequence[str])
     """Which setting of its policy a word after a name is."""
     choices: dict[str, Sequence[str]] = {"gate": tuple(gates)}
     if spec["kind"] == "AuxLoss":
-        choices["coef"] = tuple(SELF_SETTING)
+        choices |= {"coef": tuple(SELF_SETTING), "costs": (WIDTH,)}
     if spec.get("scope") == "global_batch":
         choices["estimator"] = tuple(ESTIMATORS)
     elif spec["kind"] == "ExpertBias":

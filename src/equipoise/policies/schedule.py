@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..functional.load_view import LoadView
 from .estimators import shares_at
 from .expert_bias import ExpertBias
-from .losses import AuxLoss, ZLoss
+from .losses import AuxLoss, EntropyLoss, ZLoss
 from .scopes import Sequences
 from .self_setting import Ratio, SelfSetting
 from .switch import Policy, Switch
@@ -26,7 +26,7 @@ NAMES = {"global_batch": "global", "micro_batch": "micro"}  # of metrics; other 
 class ScheduledPolicy:
     """A policy without switches, and the steps [start, end) at which it acts."""
 
-    policy: AuxLoss | ZLoss | ExpertBias
+    policy: AuxLoss | EntropyLoss | ZLoss | ExpertBias
     index: int  # in the list that the user wrote
     start: int = 0
     end: int | None = None
@@ -56,10 +56,12 @@ class Schedule:
         flat = [one for index, policy in enumerate(policies) for one in _flatten(policy, index, 0, None)]
         terms, names = iter(range(len(flat))), _names([one.policy for one in flat])
         self._all = tuple(
-            replace(one, name=name, state_name=state, term=next(terms) if isinstance(one.policy, AuxLoss) else -1)
+            replace(one, name=name, state_name=state, term=next(terms) if _is_term(one.policy) else -1)
             for one, name, state in zip(flat, names, _state_names(flat, names), strict=True)
         )
+        self.terms = tuple((one, one.policy) for one in self._all if isinstance(one.policy, AuxLoss | EntropyLoss))
         self.losses = tuple((one, one.policy) for one in self._all if isinstance(one.policy, AuxLoss))
+        self.entropy_losses = tuple((one, one.policy) for one in self._all if isinstance(one.policy, EntropyLoss))
         self.z_losses = tuple((one, one.policy) for one in self._all if isinstance(one.policy, ZLoss))
         self.biases = tuple((one, one.policy) for one in self._all if isinstance(one.policy, ExpertBias))
         self.bias_place = _one_place([bias for _, bias in self.biases])
@@ -136,7 +138,12 @@ class Schedule:
 
     def has_gradient(self, step: int) -> bool:
         """Whether a loss of any kind acts at a step."""
-        return any(one.active(step) for one, _ in (*self.losses, *self.z_losses))
+        return any(one.active(step) for one, _ in (*self.terms, *self.z_losses))
+
+
+def _is_term(policy: Policy) -> bool:
+    """Whether it is one of a router's loss terms; the z-loss has a place of its own."""
+    return isinstance(policy, AuxLoss | EntropyLoss)
 
 
 def _flatten(policy: Policy | None, index: int, start: int, end: int | None) -> list[ScheduledPolicy]:
@@ -148,10 +155,10 @@ def _flatten(policy: Policy | None, index: int, start: int, end: int | None) -> 
             before = _flatten(first, index, start, until) if until > start else []
             after = _flatten(to, index, max(at, start), end) if end is None or max(at, start) < end else []
             return before + after
-        case AuxLoss() | ZLoss() | ExpertBias():
+        case AuxLoss() | EntropyLoss() | ZLoss() | ExpertBias():
             return [ScheduledPolicy(policy, index, start, end)]
     raise ConfigError(
-        expected="policies: AuxLoss, ZLoss, ExpertBias or Switch",
+        expected="policies: AuxLoss, EntropyLoss, ZLoss, ExpertBias or Switch",
         got=repr(policy),
         do='for example [AuxLoss(scope="global_batch", coef=1e-2)]',
     )
@@ -169,7 +176,7 @@ def _one_place(biases: Sequence[ExpertBias]) -> str:
     return places[0]
 
 
-def _names(policies: Sequence[AuxLoss | ZLoss | ExpertBias]) -> list[str]:
+def _names(policies: Sequence[AuxLoss | EntropyLoss | ZLoss | ExpertBias]) -> list[str]:
     """Their own, else by what they are: global, micro, z, bias; the second of a kind is micro_2."""
     chosen = [policy.name for policy in policies if policy.name is not None]
     if twins := sorted({name for name in chosen if chosen.count(name) > 1}):
@@ -215,10 +222,12 @@ def _state_names(flat: Sequence[ScheduledPolicy], names_of_metrics: Sequence[str
     return names
 
 
-def _kind(policy: AuxLoss | ZLoss | ExpertBias) -> str:
+def _kind(policy: AuxLoss | EntropyLoss | ZLoss | ExpertBias) -> str:
     match policy:
         case ZLoss():
             return "z"
+        case EntropyLoss():
+            return "entropy"
         case AuxLoss(scope=Sequences(n)):
             return f"sequences_{n}"
         case ExpertBias():

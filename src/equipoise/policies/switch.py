@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError
 from .expert_bias import ExpertBias
-from .losses import AuxLoss, ZLoss
+from .losses import AuxLoss, EntropyLoss, ZLoss
 
 __all__ = ["Policy", "Switch"]
 
@@ -34,12 +34,12 @@ class Switch:
                 do="count optimizer steps from 0",
             )
         for side in (self.to, self.first):
-            if not isinstance(side, AuxLoss | ZLoss | ExpertBias | Switch | None):
+            if not isinstance(side, AuxLoss | EntropyLoss | ZLoss | ExpertBias | Switch | None):
                 raise ConfigError(
                     expected="a policy or None on each side of a Switch",
                     got=repr(side),
-                    do="pass AuxLoss, ZLoss, ExpertBias or another Switch",
+                    do="pass AuxLoss, EntropyLoss, ZLoss, ExpertBias or another Switch",
                 )
 
 
-Policy = AuxLoss | ZLoss | ExpertBias | Switch
+Policy = AuxLoss | EntropyLoss | ZLoss | ExpertBias | Switch

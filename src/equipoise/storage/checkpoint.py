@@ -28,8 +28,8 @@ FORMAT = 1
 def save(folder: str | Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
     """Writes ``state`` (nested dicts and lists of tensors and plain values, string keys) as the checkpoint of ``step``.
 
-    It and the ``keep`` - 1 before it stay. Raises OutputError when the disk is full or read-only; older checkpoints
-    then stay as they are, and what was half written is removed.
+    It and the ``keep`` - 1 before it stay, with 0 all of them. Raises OutputError when the disk is full or read-only;
+    older checkpoints then stay as they are, and what was half written is removed.
 
     >>> import tempfile, torch; folder = tempfile.mkdtemp()
     >>> _ = save(folder, 3, {"model": {"w": torch.ones(2)}, "seconds": 1.5})
@@ -63,7 +63,7 @@ def save(folder: str | Path, step: int, state: dict[str, Any], *, keep: int = 2)
         ) from None
     found = _checkpoints(root)
     later = found[: found.index(final)]  # later steps are stale: damaged, or of an earlier run in this folder
-    for path in later + found[len(later) + keep :]:
+    for path in later + (found[len(later) + keep :] if keep else []):
         shutil.rmtree(path, ignore_errors=True)
     return final
 

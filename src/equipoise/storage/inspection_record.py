@@ -63,6 +63,7 @@ class InspectionFacts:
     seed: int
     versions: dict[str, str] = field(default_factory=dict)
     biases: str | None = None  # where expert biases were from that the choices were made with and the weights lack
+    step: int | None = None  # of training, that the weights are from; None where nothing said it, and in older records
 
 
 @dataclass(frozen=True)

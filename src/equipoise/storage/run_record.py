@@ -45,6 +45,8 @@ class Header:
     started: str  # ISO 8601, UTC
     resumed_at: int = 0
     schema: int = SCHEMA_VERSION
+    expert_widths: list[int] = field(default_factory=list)  # of a layer's experts; empty where they are alike
+    task: str = "text"  # what it models; of "images" a domain is a noise level and a loss the error of the flow
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,9 @@ class Evaluation:
     mutual_information_shuffled: list[float]  # the same with shuffled domain labels: the floor
     # [layer] share of choices that changed since the evaluation before; empty at the first, and in older records
     routing_churn: list[float] = field(default_factory=list)
+    # "input", "target" -> nats per token where the token that is read, or predicted, is of each tenth of the training
+    # text, the most frequent ids first; NaN for a tenth without a token. Older records have none
+    loss_by_frequency: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def mean_loss(self) -> float:
@@ -191,10 +196,11 @@ class Run:
         return self.end.status if self.end else "running"
 
 
-def read_run(path: str | Path) -> Run:
+def read_run(path: str | Path, task: str = "text") -> Run:
     """Reads a run folder or a record file. Bad lines are reported in ``problems`` and skipped.
 
-    Raises DataError when there is no file, no readable header, or a newer schema than this version knows.
+    Raises DataError when there is no file, no readable header, a newer schema than this version knows, or a run of
+    another task.
     """
     path = Path(path)
     file = path / RECORD_NAME if path.is_dir() else path
@@ -226,6 +232,9 @@ def read_run(path: str | Path) -> Run:
     if run is None:
         raise DataError(expected=f"a header record in {file}", got=problems[0] if problems else "an empty file",
                         do="pass another run, or train this one again")  # fmt: skip
+    if run.header.task != task:
+        raise DataError(expected=f"a run of {task} in {file.parent}", got=f"a run of {run.header.task}",
+                        do="`equipoise diffuse` reads runs of images, every other command those of text")  # fmt: skip
     return run
 
 

@@ -18,7 +18,11 @@ COEF = 5.0  # so large that a wrong balance gradient cannot hide in the language
 MODELS = {  # (E, K, gate) of the layers in their order; a name that comes twice is a layer that is called twice
     "different": ([(4, 2), (6, 2)], [0, 1], "sigmoid"),
     "twice": ([(6, 2), (4, 2)], [0, 1, 1], "softmax"),
+    "variable": ([(6, 3), (4, 2)], [0, 1], "softmax"),
+    "masked": ([(6, 2), (4, 2)], [0, 1], "softmax"),  # by token id: some tokens have one choice
 }
+TOP_P = {"variable": 0.5}  # of probability a token's experts have; without an entry all have K, and weights sum to 1
+WIDTHS = {"variable": [[2, 4, 6, 8, 12, 16], [8, 8, 8, 8]]}  # of the experts of each layer; without an entry 8
 
 
 class Case(NamedTuple):
@@ -68,6 +72,7 @@ SINGLE: dict[str, dict] = {
     "filled": _aux("global_batch", estimator="filled"),
     "exact": _aux("global_batch", estimator="exact"),
     "z": {"kind": "z", "coef": 0.5},
+    "entropy": {"kind": "entropy", "coef": 0.5},
     "sign": {"kind": "bias", "rule": "sign", "rate": 0.008},
     "proportional": {"kind": "bias", "rule": "proportional", "rate": 0.02},
     "micro_rms": {"kind": "bias", "rule": "rms", "rate": 0.008, "scope": "micro_batch"},
@@ -77,7 +82,15 @@ CURRENT = ("data_parallel", "prefix", "filled", "exact")  # need this micro-step
 
 
 def policies_of(case: Case) -> list[dict]:
-    """The losses first, then the bias. Every case moves a bias: 'sign' unless it asks for another."""
+    """The losses first, then the bias. Every case moves a bias: 'sign' unless it asks for another.
+
+    Where experts have unlike widths, every balance loss counts a load by its expert's.
+    """
+    by_width = {"costs": "width"} if case.model in WIDTHS else {}
+    return [one | by_width if one["kind"] == "aux" else one for one in _policies_of(case)]
+
+
+def _policies_of(case: Case) -> list[dict]:
     if case.policy in ("every", "invariant"):
         names = [name for name in SINGLE if name != "document" or case.batch == "packed"]
         names = [name for name in names if case.policy == "every" or name not in BY_THE_CUT]
@@ -97,7 +110,7 @@ FACTORS: dict[str, tuple] = {
     "precision": ("fp32", "bf16"),
     "engine": ("plain", "ddp", "fsdp2", "hsdp"),
     "loss": ("mean", "declared", "sum", "scaled"),
-    "model": ("different", "twice"),
+    "model": tuple(MODELS),
     "policy": (*SINGLE, "every"),
 }
 SHARDED = ("fsdp2", "hsdp")

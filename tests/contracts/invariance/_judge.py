@@ -8,8 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from contracts.invariance._case import COEF, MODELS, SEQUENCES, Case, Data, assign, make_data, places_of, policies_of
-from contracts.invariance._reference import Expected, Token, reference, select_all
+from contracts.invariance._case import (
+    COEF,
+    MODELS,
+    SEQUENCES,
+    TOP_P,
+    WIDTHS,
+    Case,
+    Data,
+    assign,
+    make_data,
+    places_of,
+    policies_of,
+)
+from contracts.invariance._reference import Architecture, Expected, Token, reference, select_all
 from contracts.law._reference import History
 
 # Relative to the largest entry of each parameter's gradient. fp32: rounding of forward and backward, measured at most
@@ -71,7 +83,7 @@ def judge(case: Case, ranks: list[list[Any]], sequences: int = SEQUENCES) -> lis
         flat = torch.tensor([[t.sequence, t.place] for t in table.tokens])
         x_TD, target_TD = (f[flat[:, 0], flat[:, 1]] for f in (data.x_NSD, data.target_NSD))
         expected = reference(
-            step.weights, MODELS[case.model], table.tokens, x_TD, target_TD, policies, history,
+            step.weights, architecture_of(case), table.tokens, x_TD, target_TD, policies, history,
             language_weights=table.language_weights, token_weights=table.token_weights, rows=table.rows,
             routed=_routed(case, step.weights, table.tokens, [steps[number].routed for steps in ranks]),
         )  # fmt: skip
@@ -79,7 +91,16 @@ def judge(case: Case, ranks: list[list[Any]], sequences: int = SEQUENCES) -> lis
         for rank, steps in enumerate(ranks):
             _same_state(f"step {number}, rank {rank}", steps[number], expected)
         _same_gradients(case, number, step.gradients, expected)
+    if any(p["kind"] == "aux" and p["coef"] == COEF for p in policies):  # the policy is there to be seen
+        seen = [_share_of_balance(step.gradients, expected) for step, expected in zip(ranks[0], found, strict=True)]
+        assert max(seen) > 2 * TOLERANCE[case.precision], f"this case could not fail: shares of balance {seen}"
     return found
+
+
+def architecture_of(case: Case) -> Architecture:
+    sizes, order, gate = MODELS[case.model]
+    widths = WIDTHS.get(case.model, [[8] * experts for experts, _ in sizes])
+    return Architecture(sizes, order, gate, widths, TOP_P.get(case.model))
 
 
 def _same_state(where: str, step: Any, expected: Expected) -> None:
@@ -103,15 +124,13 @@ def _same_gradients(case: Case, number: int, got: dict[str, Tensor], expected: E
         error, size = (gradient.double() - truth).abs().max().item(), truth.abs().max().item()
         limit = TOLERANCE[case.precision] * max(size, 1e-12)
         assert error <= limit, f"step {number}, {name}: error {error / max(size, 1e-12):.3g} of {size:.3g}"
-    if number == 0 and any(p["kind"] == "aux" and p.get("estimator") in ("previous", "ema") for p in policies_of(case)):
-        return
-    if any(p["kind"] == "aux" and p["coef"] == COEF for p in policies_of(case)):  # the policy is there to be seen
-        names = [n for n in got if n.endswith("gate.weight")]
-        parts = [
-            (expected.gradients[n] - expected.language[n]).abs().max() / expected.gradients[n].abs().max()
-            for n in names
-        ]
-        assert max(parts) > 2 * TOLERANCE[case.precision], f"step {number}: this case could not fail"
+
+
+def _share_of_balance(got: dict[str, Tensor], expected: Expected) -> float:
+    """Of the largest entry of the gradients of router weights; of the layer where it is largest."""
+    names = [n for n in got if n.endswith("gate.weight")]
+    whole, language = expected.gradients, expected.language
+    return max(((whole[n] - language[n]).abs().max() / whole[n].abs().max()).item() for n in names)
 
 
 def _routed(case: Case, weights: dict, tokens: list[Token], ranks: list[Any]) -> list[tuple] | None:
@@ -130,8 +149,9 @@ def _routed(case: Case, weights: dict, tokens: list[Token], ranks: list[Any]) ->
             for micro, per_call in enumerate(micros):
                 logits_TE, ids = per_call[call]
                 bias_E = [0.0] * sizes[layer][0] if bias is None else bias.tolist()
-                chosen, plain = select_all(logits_TE, bias_E, sizes[layer][1], gate)
-                assert chosen == [set(one) for one in ids], "the router chose other experts than the loops"
+                experts, top_k = sizes[layer]
+                chosen, plain = select_all(logits_TE, bias_E, top_k, gate, TOP_P.get(case.model))
+                assert chosen == [set(one) - {experts} for one in ids], "the router chose other experts than the loops"
                 for t, both in enumerate(zip(chosen, plain, strict=True)):
                     place = places_of(case, rank % case.shards)[t % width]
                     at[rank // case.shards, micro, t // width, place] = both

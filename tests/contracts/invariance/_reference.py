@@ -18,6 +18,7 @@ from contracts.law._reference import (
     History,
     fraction,
     naive_bias_step,
+    naive_hidden,
     naive_maxvio,
     naive_micro_batch_bias_step,
     naive_probs,
@@ -26,7 +27,15 @@ from contracts.law._reference import (
     naive_view,
 )
 
-__all__ = ["Expected", "Token", "reference", "select_all"]
+__all__ = ["Architecture", "Expected", "Token", "reference", "select_all"]
+
+
+class Architecture(NamedTuple):
+    sizes: list[tuple[int, int]]  # (E, K) of each layer
+    order: list[int]  # in which the layers are called
+    gate: str
+    widths: list[list[int]]  # of the experts of each layer
+    top_p: float | None  # None: K experts for every token, whose weights sum to 1
 
 
 class Token(NamedTuple):
@@ -63,7 +72,7 @@ class Expected(NamedTuple):
 
 def reference(
     weights: dict[str, Tensor],
-    architecture: tuple[list[tuple[int, int]], list[int], str],
+    architecture: Architecture,
     tokens: Sequence[Token],
     x_TD: Tensor,
     target_TD: Tensor,
@@ -84,14 +93,14 @@ def reference(
         rows: (data rank, micro-batch) -> sequences in it, also where it has none.
         routed: for each call the experts of each token, with and without bias, where bf16 has rounded its way to them.
     """
-    leaves = {n: w.double().requires_grad_("expert_bias" not in n) for n, w in weights.items()}
+    leaves = {n: w.double().requires_grad_("expert" not in n.rpartition(".")[2]) for n, w in weights.items()}
     y_TD, calls = _forward(leaves, architecture, x_TD.double(), routed)
     error_T = (y_TD - target_TD.double()).square().mean(dim=1)
     language = (error_T * torch.tensor(language_weights, dtype=torch.float64)).sum()
     total, losses = language, {}
     valid_T = torch.tensor([float(t.valid) for t in tokens], dtype=torch.float64)
     weight_T = torch.tensor(token_weights, dtype=torch.float64)
-    layers = len(architecture[0])
+    layers = len(architecture.sizes)
     for number, policy in enumerate(policies):
         if policy["kind"] == "bias":
             continue
@@ -99,8 +108,9 @@ def reference(
         for layer in range(layers):
             mine = [call for call in calls if call.layer == layer]
             value = 0.0
+            seen = policy | ({"costs": architecture.widths[layer]} if policy.get("costs") == "width" else {})
             for call in mine:
-                value_T = _values(policy, call, mine, tokens, rows, history) * valid_T
+                value_T = _values(seen, call, mine, tokens, rows, history) * valid_T
                 total = total + policy["coef"] / len(mine) * (weight_T * value_T).sum()
                 value += value_T.sum().item() / len(mine)
             per_layer.append(value / max(valid_T.sum().item(), 1))
@@ -123,39 +133,68 @@ def _gradients(total: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _forward(
-    weights: dict[str, Tensor], architecture: tuple, x_TD: Tensor, routed: list[tuple] | None
+    weights: dict[str, Tensor], architecture: Architecture, x_TD: Tensor, routed: list[tuple] | None
 ) -> tuple[Tensor, list[Call]]:
-    """A linear layer, then residual MoE layers: router, normalised weights of the chosen, SwiGLU experts."""
-    sizes, order, gate = architecture
+    """A linear layer, then residual MoE layers: router, weights of the chosen, SwiGLU experts."""
+    sizes, order, gate, widths, top_p = architecture
     h_TD = x_TD @ weights["inp.weight"].T + weights["inp.bias"]
     calls = []
     for number, layer in enumerate(order):
         num_experts, top_k = sizes[layer]
         at = f"blocks.{layer}."
         logits_TE = h_TD @ weights[at + "gate.weight"].T
+        if (visible := weights.get(at + "gate.visible_experts")) is not None:
+            rows = [visible[int(abs(int(4 * x[0])) % len(visible))].tolist() for x in x_TD]
+            logits_TE = logits_TE.masked_fill(torch.tensor(rows) == 0, float("-inf"))
         bias = weights.get(at + "gate.expert_bias")
         bias_E = [0.0] * num_experts if bias is None else bias.tolist()
-        picked, plain = routed[number] if routed is not None else select_all(logits_TE, bias_E, top_k, gate)
+        picked, plain = routed[number] if routed is not None else select_all(logits_TE, bias_E, top_k, gate, top_p)
         calls.append(Call(layer, naive_probs(logits_TE, gate), logits_TE, picked, plain))
         scores_TE = naive_scores(logits_TE, gate)
         is_chosen_TE = torch.tensor([[float(e in ids) for e in range(num_experts)] for ids in picked]).double()
         mix_TE = scores_TE * is_chosen_TE
-        mix_TE = mix_TE / mix_TE.sum(dim=1, keepdim=True)
+        if top_p is None:
+            mix_TE = mix_TE / mix_TE.sum(dim=1, keepdim=True)
         out_TD = torch.zeros_like(h_TD)
         for e in range(num_experts):
-            gate_FD, up_FD = weights[at + "experts.gate_up_proj"][e].chunk(2, dim=0)
+            gate_FD, up_FD, down_DF = _expert(weights, at + "experts.", e, widths[layer])
             a, b = h_TD @ gate_FD.T, h_TD @ up_FD.T
-            y = (a / (1 + torch.exp(-a)) * b) @ weights[at + "experts.down_proj"][e].T
+            y = (a / (1 + torch.exp(-a)) * b) @ down_DF.T
             out_TD = out_TD + mix_TE[:, e : e + 1] * y
         h_TD = h_TD + out_TD
     return h_TD, calls
 
 
-def select_all(logits_TE: Tensor, bias_E: list[float], top_k: int, gate: str) -> tuple[list[set[int]], list[set[int]]]:
-    """(experts of each token, the same without the selection bias)."""
-    rows = naive_scores(logits_TE.detach(), gate).tolist()
+def _expert(weights: dict[str, Tensor], at: str, e: int, widths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """gate, up and down of one expert; those of unlike widths lie one after the other, down transposed."""
+    both, down = weights[at + "gate_up_proj"], weights[at + "down_proj"]
+    if both.dim() == 3:
+        return *both[e].chunk(2, dim=0), down[e]
+    start, width = sum(widths[:e]), widths[e]
+    first = 2 * start
+    return both[first : first + width], both[first + width : first + 2 * width], down[start : start + width].T
+
+
+def select_all(
+    logits_TE: Tensor, bias_E: list[float], top_k: int, gate: str, top_p: float | None = None
+) -> tuple[list[set[int]], list[set[int]]]:
+    """(experts of each token, as many without the selection bias)."""
+    rows = naive_hidden(naive_scores(logits_TE.detach(), gate).tolist(), logits_TE.detach())
     biased = [[s + b for s, b in zip(row, bias_E, strict=True)] for row in rows]
-    return [naive_select(row, top_k) for row in biased], [naive_select(row, top_k) for row in rows]
+    chosen = [naive_select(row, top_k) for row in biased]
+    if top_p is not None:
+        probs = naive_probs(logits_TE.detach(), gate).tolist()
+        chosen = [_fewest(c, b, p, top_p) for c, b, p in zip(chosen, biased, probs, strict=True)]
+    return chosen, [naive_select(row, len(c)) for row, c in zip(rows, chosen, strict=True)]
+
+
+def _fewest(chosen: set[int], biased: list[float], probs: list[float], top_p: float) -> set[int]:
+    """The best of these, one after the other, until they have this much probability."""
+    kept: set[int] = set()
+    for e in sorted(chosen, key=lambda e: -biased[e]):
+        if sum(probs[other] for other in kept) < top_p:
+            kept.add(e)
+    return kept
 
 
 def _counts(
@@ -173,7 +212,10 @@ def _counts(
 def _values(
     policy: dict, call: Call, calls: list[Call], tokens: Sequence[Token], rows: dict, history: History
 ) -> Tensor:
-    """E <f_t, p_t> of every token, or the z-loss's squared logsumexp."""
+    """E <f_t, p_t> of every token, its entropy, or the z-loss's squared logsumexp."""
+    if policy["kind"] == "entropy":
+        logs_TE = torch.log(call.probs_TE.clamp(min=1e-300))  # an expert that is masked has 0, and p ln p is 0 there
+        return -(call.probs_TE * logs_TE).sum(dim=1)
     if policy["kind"] == "z":
         return torch.log(torch.exp(call.logits_TE).sum(dim=1)) ** 2
     key, make = _fraction_by_key(policy, call, calls, tokens, rows, history)

@@ -19,8 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 import equipoise.layers.router
 from _named import named
-from contracts.invariance._case import MODELS, SEQUENCES, STEPS, Case, assign, make_data, places_of, policies_of
-from contracts.law._model import Net, policy
+from contracts.invariance._case import (
+    MODELS,
+    SEQUENCES,
+    STEPS,
+    TOP_P,
+    WIDTHS,
+    Case,
+    assign,
+    make_data,
+    places_of,
+    policies_of,
+)
+from contracts.law._model import MaskedNet, Net, policy
 from equipoise import Balancer, ExpertBias
 from equipoise.distributed import Group, Ranks
 
@@ -148,7 +159,9 @@ def build(case: Case) -> Any:
     sizes, order, gate = MODELS[case.model]
     torch.manual_seed(0)
     mode = "plain" if case.recompute == "none" else case.recompute
-    model: Any = Net([e for e, _ in sizes], [k for _, k in sizes], mode=mode, gate=gate)
+    sizes = {"experts": [e for e, _ in sizes], "top_k": [k for _, k in sizes], "widths": WIDTHS.get(case.model)}
+    made = MaskedNet if case.model == "masked" else Net
+    model: Any = made(**sizes, mode=mode, gate=gate, top_p=TOP_P.get(case.model))
     layers = list(model.blocks)
     model.blocks = nn.ModuleList(layers[i] for i in order)
     return model.bfloat16() if case.precision == "bf16" else model

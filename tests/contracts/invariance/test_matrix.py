@@ -67,6 +67,9 @@ HARD = [  # what a pair does not reach
     Case(2, 4, 2, batch="uneven", model="twice", policy="micro_batch"),  # equal counts on one shard, not on the other
     Case(4, 2, 2, "selective", batch="packed", engine="hsdp", loss="sum", model="twice"),
     Case(4, 4, 2, "reentrant", batch="padded", precision="bf16", engine="ddp", loss="declared"),
+    Case(2, 2, batch="packed", recompute="reentrant", engine="fsdp2", loss="declared", model="masked", policy="every"),
+    Case(4, 2, 2, "selective", batch="padded", engine="ddp", loss="sum", model="masked", policy="every"),
+    Case(2, 4, batch="uneven", precision="bf16", model="masked", policy="unbiased"),
 ]
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from contracts.invariance._case import MODELS, SEQUENCES, Case, make_data, policies_of
-from contracts.invariance._judge import judge, tokens_of
+from contracts.invariance._case import SEQUENCES, Case, make_data, policies_of
+from contracts.invariance._judge import architecture_of, judge, tokens_of
 from contracts.invariance._reference import reference
 from contracts.law._reference import History
 
@@ -33,7 +33,7 @@ def whole_batch(ranks, case: Case) -> dict[str, Tensor]:
     tokens = [t for t in table.tokens if t.valid]
     at = torch.tensor([[t.sequence, t.place] for t in tokens]).T
     expected = reference(
-        weights, MODELS[case.model], tokens, data.x_NSD[at[0], at[1]], data.target_NSD[at[0], at[1]],
+        weights, architecture_of(case), tokens, data.x_NSD[at[0], at[1]], data.target_NSD[at[0], at[1]],
         [p | {"coef": COEF} for p in policies_of(case) if p["kind"] != "bias"], History(),
         language_weights=[0.0] * len(tokens), token_weights=[1 / len(tokens)] * len(tokens), rows={(0, 0): SEQUENCES},
     )  # fmt: skip

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from _rounding import allowed
 from contracts.law._reference import History
-from equipoise import AuxLoss, Balancer, ExpertBias, MoE, Sequences, ZLoss
+from equipoise import AuxLoss, Balancer, EntropyLoss, ExpertBias, MoE, Sequences, ZLoss
+from equipoise.functional import draw_visible
 
 DIM = 8
 SMALL: dict[str, Any] = {"experts": (5,), "top_k": (2,), "gate": "sigmoid"}
@@ -39,13 +40,15 @@ class Net(nn.Module):
         *,
         mode: str = "plain",
         dropout: float = 0.0,
+        widths: Sequence[int | Sequence[int]] | None = None,
         **router: Any,
     ) -> None:
         super().__init__()
         self.inp = nn.Linear(DIM, DIM)
         self.drop = nn.Dropout(dropout)
         self.blocks: Any = nn.ModuleList(
-            MoE(DIM, 8, e, k, batch_first=True, **router) for e, k in zip(experts, top_k, strict=True)
+            MoE(DIM, h, e, k, batch_first=True, **router)
+            for h, e, k in zip(widths or [8] * len(experts), experts, top_k, strict=True)
         )
         self.mode = mode
 
@@ -70,13 +73,37 @@ class Net(nn.Module):
         raise AssertionError(self.mode)
 
 
+class MaskedNet(Net):
+    """Its routers have masks by token id. What the id of a token is follows from the token, in every cut."""
+
+    IDS = 5
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        rare_V = torch.arange(self.IDS) < 2
+        for seed, block in enumerate(self.blocks):
+            visible = block.gate.num_experts - 1 if seed else 3
+            block.gate.enable_mask(draw_visible(rare_V, block.gate.num_experts, num_visible=visible, seed=seed))
+
+    @classmethod
+    def ids_of(cls, x: Tensor) -> Tensor:
+        return (4 * x[..., 0]).long().abs() % cls.IDS
+
+    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, documents_BS: Tensor | None = None) -> Tensor:
+        h = self.inp(x_BSD)
+        for block in self.blocks:
+            said = {"document_ids_BS": documents_BS, "token_ids_BS": self.ids_of(x_BSD)}
+            h = h + self._run(functools.partial(block, token_mask_BS=mask_BS, **said), h)
+        return h
+
+
 def _save_matmuls(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in MATMULS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def net(seed: int = 0, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
+def net(seed: int = 0, dtype: torch.dtype = torch.float32, *, by_id: bool = False, **kwargs: Any) -> Any:
     torch.manual_seed(seed)
-    return Net(**kwargs).to(dtype)
+    return (MaskedNet if by_id else Net)(**kwargs).to(dtype)
 
 
 def make_step(
@@ -124,11 +151,11 @@ def rounding(step: list[Micro], **options: Any) -> float:
     return allowed(*found)
 
 
-def policy(description: dict) -> AuxLoss | ZLoss:
+def policy(description: dict) -> AuxLoss | EntropyLoss | ZLoss:
     """equipoise's object for a plain description of the reference."""
     rest = {k: v for k, v in description.items() if k not in ("kind", "n", "scope")}
-    if description["kind"] == "z":
-        return ZLoss(**rest)
+    if description["kind"] in ("z", "entropy"):
+        return {"z": ZLoss, "entropy": EntropyLoss}[description["kind"]](**rest)
     scope = Sequences(description["n"]) if description["scope"] == "sequences" else description["scope"]
     return AuxLoss(scope, **rest)
 

@@ -43,18 +43,27 @@ def naive_chosen_by(logits_TE: Tensor, gate: str, bias_E: list[float], place: st
 
 
 def naive_select(score: list[float], top_k: int, groups: int = 1, top_groups: int = 1) -> set[int]:
-    """The K best of the E scores of one token, only inside the best groups (a group: the sum of its two best)."""
+    """The K best of the E scores of one token, only inside the best groups (a group: the sum of its two best).
+
+    A score of -inf: this token may not choose that expert.
+    """
     num_experts = len(score)
     size = num_experts // groups
-    allowed = list(range(num_experts))
+    allowed = [e for e in range(num_experts) if score[e] > -math.inf]
     if groups > 1:
         worth = []
         for g in range(groups):
             members = sorted(score[g * size : (g + 1) * size], reverse=True)
             worth.append((sum(members[:2]), g))
         best = {g for _, g in sorted(worth, reverse=True)[:top_groups]}
-        allowed = [e for e in range(num_experts) if e // size in best]
+        allowed = [e for e in allowed if e // size in best]
     return set(sorted(allowed, key=lambda e: score[e], reverse=True)[:top_k])
+
+
+def naive_hidden(scores_TE: list[list[float]], logits_TE: Tensor) -> list[list[float]]:
+    """The scores with -inf where the logit is -inf."""
+    pairs = zip(scores_TE, logits_TE.tolist(), strict=True)
+    return [[s if z > -math.inf else -math.inf for s, z in zip(*pair, strict=True)] for pair in pairs]
 
 
 @dataclass
@@ -77,6 +86,7 @@ class Seen:
     def __post_init__(self) -> None:
         scores = naive_scores(self.logits_TE.detach(), self.gate).tolist()
         chosen_by = naive_chosen_by(self.logits_TE.detach(), self.gate, self.bias_E, self.place)
+        scores, chosen_by = (naive_hidden(one, self.logits_TE.detach()) for one in (scores, chosen_by))
         for row, biased in zip(scores, chosen_by, strict=True):
             self.ids.append(naive_select(biased, self.top_k, self.groups, self.top_groups))
             self.plain_ids.append(naive_select(row, self.top_k))
@@ -274,7 +284,8 @@ def watch_routers(model: nn.Module, seen: list[list[Seen]]) -> list[Any]:
             router.num_groups, router.top_groups, place=router.bias_place,
         )  # fmt: skip
         for t, chosen in enumerate(routing.expert_ids_TK.tolist()):
-            assert set(chosen) == one.ids[t], "the router chose other experts than the loops"
+            none = {router.num_experts}  # for a token that may choose fewer than K
+            assert set(chosen) - none == one.ids[t], "the router chose other experts than the loops"
         assert routing.counts_E.tolist() == one.counts()
         seen[-1].append(one)
 

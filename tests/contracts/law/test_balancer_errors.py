@@ -31,7 +31,12 @@ def setup(*policies, **options):
 
 CONFIG = [
     (lambda: Balancer(nn.Linear(2, 2), [MICRO]), "a model with MoE layers", "Linear without a router", "equipoise.MoE"),
-    (lambda: Balancer(net(), cast(Any, ["global"])), "AuxLoss, ZLoss, ExpertBias or Switch", "'global'", "scope="),
+    (
+        lambda: Balancer(net(), cast(Any, ["global"])),
+        "AuxLoss, EntropyLoss, ZLoss, ExpertBias or Switch",
+        "'global'",
+        "scope=",
+    ),
     (lambda: Balancer(net(), [MICRO], reduction="avg"), "'mean' or 'sum'", "'avg'", "'mean'"),
     (lambda: AuxLoss("global"), "a scope", "'global'", "did you mean 'global_batch'"),
     (lambda: AuxLoss("global_batch", estimator="prefx"), "estimator", "'prefx'", "did you mean 'prefix'"),

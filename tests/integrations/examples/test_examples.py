@@ -17,9 +17,12 @@ from integrations.examples._fresh import run as fresh
 FOLDER = Path(__file__).resolve().parents[3] / "examples"
 NEEDS = {
     "plain_loop": (),
+    "unlike_experts": (),
     "accelerate_loop": ("accelerate", "transformers"),
     "hf_trainer": ("accelerate", "transformers"),
     "lightning_trainer": ("lightning",),
+    "expert_choice": ("sklearn",),
+    "masked_words": ("transformers",),
 }
 
 
@@ -50,6 +53,16 @@ def test_the_plain_loop_balances_what_grows_uneven_without():
     assert max(balanced[25]) < max(left_alone[25])
 
 
+@pytest.mark.parametrize("more", [(), ("--top-p", "0.6")], ids=["top-2", "top-p"])
+def test_the_penalty_gives_narrow_experts_more(more):
+    said = run("unlike_experts", "--steps", "40", *more)
+    plain, penalty = (float(width) for width in re.findall(r"active width (\d+)", said))
+    assert penalty < plain
+    loads = [[float(load) for load in line.split()] for line in re.findall(r"load  (.*)", said)]
+    assert sum(loads[1][:4]) > sum(loads[0][:4])
+    assert ("experts a token" in said) == bool(more)
+
+
 def test_accelerate_sees_the_same_load_on_two_processes():
     """Both draw the same rows and share them: the load of the global batch is that of one process."""
     alone, two = (maxvio(run("accelerate_loop", "--steps", "3", size=size)) for size in (1, 2))
@@ -62,6 +75,22 @@ def test_a_trainer_with_the_callback(name):
     seen = maxvio(run(name, "--steps", "3"))
     assert sorted(seen) == [1, 3]
     assert all(len(layers) == 2 and min(layers) > 0 for layers in seen.values())
+
+
+def test_experts_that_choose_from_an_image_give_every_noise_level_the_same():
+    """From the whole batch they need not: there thresholds decide, level by level."""
+    said = {scope: run("expert_choice", "--steps", "3", "--scope", scope) for scope in ("sample", "global_batch")}
+    experts = {scope: re.findall(r"layer \d: (\d\.\d\d)", text) for scope, text in said.items()}
+    assert experts["sample"] == ["1.00"] * 6
+    assert len(experts["global_batch"]) == 6 and len(set(experts["global_batch"])) > 1
+
+
+def test_masked_words_go_three_ways_and_are_generated():
+    said = run("masked_words", "--steps", "2")
+    ways = re.findall(r"(\w+): held-out loss after frequent words (\d\.\d+), others \d\.\d+, rare ones (\d\.\d+)", said)
+    assert [way for way, _, _ in ways] == ["free", "masked", "masked"]
+    assert len({loss for _, *both in ways for loss in both}) > 3, "the masks make a difference"
+    assert "written with a cache: " in said
 
 
 @pytest.mark.full

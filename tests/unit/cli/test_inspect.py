@@ -89,6 +89,29 @@ def test_a_run_is_measured_as_it_measured_itself(tiny, here, capsys):
     assert "checkpoint" in capsys.readouterr().err
 
 
+def test_checkpoints_of_a_run_go_through_time(tiny, here, capsys):
+    """Every kept checkpoint gives the numbers of the run's own evaluation at that step."""
+    more = ["--set=train.keep_checkpoints=0", "--set=train.checkpoint_every=2", "--set=train.eval_every=2"]
+    assert main(["train", *tiny, *more, "--out", "run", "--plain"]) == 0
+    for step in (2, 4, 8):
+        assert main(["inspect", "run", "--step", str(step), "--tokens", str(4 * 32)]) == 0
+    assert main(["inspect", "run", "--tokens", str(4 * 32)]) == 0  # the newest, which is that of step 8
+    evaluations = {one.step: one for one in read_run("run").evaluations}
+    for name, step in (("run-step-2", 2), ("run-step-4", 4), ("run-step-8", 8), ("run", 8)):
+        found = read_inspection(f"inspections/{name}")
+        assert found.facts.step == step
+        assert [one.maxvio_global for one in found.layers] == pytest.approx(evaluations[step].maxvio_global)
+    capsys.readouterr()
+    assert main(["report", *(f"inspections/run-step-{step}" for step in (8, 2, 4)), "--out", "page.html"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("run from step 2 to 8: MaxVio over all text ")
+    lines = said[said.index("run through training") :].splitlines()[2:6]
+    assert [line.split()[0] for line in lines] == ["step", "2", "4", "8"]
+    assert "Through training" in (here / "page.html").read_text()
+    assert main(["inspect", "run", "--step", "3"]) == 4
+    assert "those of 2, 4, 6, 8" in capsys.readouterr().err
+
+
 @pytest.mark.full
 def test_a_run_of_a_given_model_chooses_with_its_bias(here, tmp_path, capsys):
     """Mixtral has no place for a bias: it is in the run's balancer, and the run chose with it."""

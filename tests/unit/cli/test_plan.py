@@ -26,6 +26,17 @@ def test_prints_the_answer_tables_and_assumptions(capsys):
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_out_writes_a_page_beside_the_text(here, capsys):
+    assert main(["plan", "--up-to", "8", "--out", "new/plan.html"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("global-only costs you ") and said.endswith("\nPage: new/plan.html\n")
+    text = (here / "new" / "plan.html").read_text()
+    assert "global-only costs you" in text and text.rstrip().endswith("</html>")
+    assert main(["plan", "--up-to", "0", "--out", "plan.html", "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+    assert (here / "plan.html").exists()
+
+
 def test_a_run_that_was_just_trained(tiny, here, capsys):
     assert main(["train", "--strategy", "micro", "--out", "run", "--plain", *tiny]) == 0
     capsys.readouterr()
@@ -119,6 +130,7 @@ def test_the_check_and_the_presets(capsys):
         (["--maxvio", "x=1,2,3"], 2, "--maxvio NAME=X"),
         (["--maxvio", "x=-1"], 2, "a MaxVio of 0 to"),
         (["--up-to", "-1"], 2, "--up-to"),
+        (["--out", "/proc/none/plan.html"], 5, "to write"),
         (["--seed", "-1"], 2, "--seed"),
         (["--cluster", "nowhere.toml"], 4, "nowhere.toml"),
         (["--cluster", "bad.toml"], 4, "TOML"),

@@ -117,6 +117,16 @@ def test_png_draws_every_section(folder, tmp_path, capsys):
     assert f"Pictures: 9 in {tmp_path / 'pictures'}" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_svg_takes_every_figure_out(folder, tmp_path, capsys):
+    pytest.importorskip("playwright", reason="needs playwright")
+    assert main(["report", str(folder / "micro-s0"), "--svg", str(tmp_path / "figures")]) == 0
+    made = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert made[0] == "01-held-out-perplexity-mean-of-all-domains.svg"
+    assert f"Figures: {len(made)} in {tmp_path / 'figures'}" in capsys.readouterr().out
+    assert main(["report", str(folder / "micro-s0"), "--svg", str(tmp_path / "one.svg")]) == 2
+
+
 def test_png_without_playwright_says_what_to_install(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "playwright.sync_api", None)
     assert main(["report", str(folder), "--png", str(tmp_path / "pictures")]) == 2

@@ -8,6 +8,7 @@ import pytest
 
 from equipoise.errors import ConfigError, DataError
 from equipoise.evidence.claim import BASE_NAME, read_claim, read_claims
+from equipoise.lab.config.schema import RunConfig
 from equipoise.lab.config.strategies import strategy_of
 from unit.evidence._made import CLAIM, claim_in
 
@@ -82,5 +83,5 @@ def test_every_claim_of_the_repository_can_be_trained():
     assert [claim.name for claim in claims if claim.family == "primary"] == ["E01", "E04", "E08"]
     for claim in claims:
         for run in claim.runs():
-            if run.train.seed == 0:
+            if isinstance(run, RunConfig) and run.train.seed == 0:  # an experiment is checked when the claim is read
                 strategy_of(run).check(run)

@@ -18,8 +18,16 @@ import pytest
 from equipoise.cli import main
 from equipoise.evidence.breakdown import distinct_runs
 from equipoise.evidence.claim import Claim, read_claims
+from equipoise.evidence.experiment import Trial
 from equipoise.evidence.html_page import render_html, write_html
-from equipoise.evidence.run_summary import RunSummary, read_summaries, run_key, write_summaries
+from equipoise.evidence.run_summary import (
+    RunSummary,
+    measures_of,
+    read_summaries,
+    run_key,
+    seed_of,
+    write_summaries,
+)
 from equipoise.evidence.verdict import ClaimVerdict, judge_all
 from unit.evidence._made import CLAIM, claim_in, run_of, runs_of
 from unit.report._browser import opened
@@ -83,15 +91,17 @@ def full() -> list[ClaimVerdict]:
 
 
 def made_up(claims: list[Claim]) -> list[RunSummary]:
-    wanted = {(run_key(run), run.train.seed): run for claim in claims for run in claim.runs()}
+    wanted = {(run_key(run), seed_of(run)): run for claim in claims for run in claim.runs()}
     found = []
-    for (key, seed), config in wanted.items():
+    for (key, seed), run in wanted.items():
         own = random.Random(f"{key} {seed}")
+        of_experiment = measures_of(run.experiment) if isinstance(run, Trial) else {}
         loss = {name: 3.5 + own.gauss(0, 0.01) for name in ("docs", "code", "tables")}
         maxvio = {"global": own.random(), "micro_batch": own.random(), "sequence": own.random()}
         made = RunSummary(
-            key=key, seed=seed, corpus="c0ffee", strategy=config.strategy, status="finished", loss=loss, maxvio=maxvio,
+            key=key, seed=seed, corpus="c0ffee", strategy="made up", status="finished", loss=loss, maxvio=maxvio,
             information=own.random(), information_shuffled=0.0, topk_score=own.random(), dead_experts=0,
+            numbers={name: own.random() for name in of_experiment},
             training={f"maxvio_{name}": value for name, value in maxvio.items()},
             trail=[[20.0 * n, 4.0, 1 / n + own.random()] for n in range(1, 13)],
             evaluations=[[60.0 * n, 5.0 - 0.3 * n + own.gauss(0, 0.01)] for n in range(1, 5)], seconds=100.0,
@@ -115,7 +125,7 @@ def test_every_claim_has_a_row_and_its_numbers_are_those_that_were_judged(which,
     rows = [row for row in page.rows if "Measure" in row]
     contrasts = [contrast for one in judged for contrast in one.judged]
     for row, one in zip(rows, contrasts, strict=True):
-        assert row["Measure"].split("|")[0] == one.contrast.measure
+        assert row["Measure"].split("|")[0] == one.contrast.measured
         assert row["Verdict"].split("|")[1] == (one.verdict or "shown")
         count, *diverged = numbers(row["Pairs"].replace("|", " "))[::2]
         assert count == (one.difference.n if one.difference else 0) and diverged == [one.diverged] * bool(one.diverged)

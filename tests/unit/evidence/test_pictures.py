@@ -10,10 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from equipoise.evidence.claim import Contrast
-from equipoise.evidence.pictures import curves_picture, domains_picture, extent, interval_picture, round_up
+from equipoise.evidence.pictures import curves_picture, domains_picture, extent, interval_picture
 from equipoise.evidence.verdict import Judged
 from equipoise.report.data.curves import Curve
 from equipoise.report.data.statistics import paired_difference
+from equipoise.report.html.pictures import round_up
 from equipoise.report.html.rendering import environment
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from equipoise.cli import main
-from equipoise.evidence.run_summary import read_summaries
-from unit.evidence._made import CLAIM, claim_in
+from equipoise.evidence.reproduce import missing_runs
+from equipoise.evidence.run_summary import read_summaries, write_summaries
+from unit.evidence._made import CLAIM, claim_in, runs_of
 
 BASE = """\
 [model]
@@ -102,6 +105,23 @@ def test_killed_and_gone_on_with(tmp_path, corpus_file, capsys):
     assert main(["reproduce", "T1", *where]) == 0
     records = [read_summaries(tmp_path / name / "evidence" / "records") for name in ("whole", "killed")]
     assert [run.loss for run in records[0]] == [run.loss for run in records[1]]
+
+
+def test_a_run_that_was_recorded_before_a_measure_is_trained_again(tmp_path, monkeypatch):
+    claims = [claim_in(tmp_path / name, seeds=2, more=more) for name, more in
+              (("plain", ""), ("rare", 'measure = "loss_rare"'))]  # fmt: skip
+    text = SimpleNamespace(corpus_sha256="c0ffee" + 58 * "0")
+    monkeypatch.setattr("equipoise.evidence.reproduce.prepare_text", lambda *_: text)
+    runs = [replace(run, corpus=text.corpus_sha256[:12]) for run in runs_of(claims[0], [0.1, 0.2])]
+    write_summaries(tmp_path / "records", runs)
+    assert missing_runs(claims[:1], tmp_path / "records", print) == []
+    assert len(missing_runs(claims[1:], tmp_path / "records", print)) == 4
+    assert len(missing_runs(claims, tmp_path / "records", print)) == 4
+    tenths = {"input": [1.0] * 10, "target": [1.0] * 10}
+    write_summaries(tmp_path / "records", [replace(run, loss_by_frequency=tenths) for run in runs[1:]])
+    assert [(one.strategy, one.train.seed) for one in missing_runs(claims, tmp_path / "records", print)] == [
+        (runs[0].strategy, runs[0].seed)
+    ]
 
 
 def test_two_at_once(tmp_path, corpus_file, capsys):

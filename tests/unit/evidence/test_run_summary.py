@@ -9,7 +9,14 @@ import pytest
 
 from equipoise.errors import DataError
 from equipoise.evidence import run_summary
-from equipoise.evidence.run_summary import MEASURES, predicted_step_cost, read_summaries, run_key, write_summaries
+from equipoise.evidence.run_summary import (
+    MEASURES,
+    lacks,
+    predicted_step_cost,
+    read_summaries,
+    run_key,
+    write_summaries,
+)
 from equipoise.lab.config.schema import RunConfig, TrainConfig
 from equipoise.plan.cluster import Cluster
 from equipoise.plan.cost import work
@@ -71,6 +78,23 @@ def test_a_measure_that_came_later_rewrites_no_earlier_run(tmp_path):
     ]
 
 
+def test_loss_by_frequency_of_later_runs_and_none_of_earlier_ones(tmp_path):
+    claim = claim_in(tmp_path / "claims")
+    early = run_of(claim, "treated", 0, 3.0)
+    late = run_of(claim, "treated", 1, 3.0, loss_by_frequency={"input": [2.0, 3.0, 4.0], "target": [1.0, 5.0, 9.0]})
+    write_summaries(tmp_path, [early, late])
+    (path,) = tmp_path.glob("*.jsonl")
+    assert "loss_by_frequency" not in path.read_text().splitlines()[0]
+    first, second = read_summaries(tmp_path)
+    wanted = {"loss_rare": 4.0, "loss_frequent": 2.0, "loss_rare_target": 9.0, "loss_frequent_target": 1.0}
+    for name, value in wanted.items():
+        assert MEASURES[name][1](second) == value
+        assert math.isnan(MEASURES[name][1](first))
+        assert lacks(first, name) and not lacks(second, name)
+    assert not lacks(first, "loss") and not lacks(first, "maxvio")
+    assert not lacks(replace(first, status="diverged"), "loss_rare")
+
+
 def test_a_run_again_takes_the_place_of_the_old_one(tmp_path):
     claim = claim_in(tmp_path / "claims")
     write_summaries(tmp_path, [run_of(claim, "treated", 0, 3.0)])
@@ -105,3 +129,13 @@ def test_the_step_of_the_slowest_of_four_ranks():
     apart = [[[4, 4, 0, 0, 0, 0, 0, 0]], [[0, 0, 4, 4, 0, 0, 0, 0]]]  # two domains, each on a rank of its own
     assert predicted_step_cost(apart, top_k=1) > predicted_step_cost([[[1, 1, 1, 1, 0, 0, 0, 0]]], top_k=1)
     assert math.isnan(predicted_step_cost([[[1, 1, 1]]], top_k=1))
+
+
+def test_measures_that_came_later_are_in_no_older_record(tmp_path):
+    claim = claim_in(tmp_path / "claims")
+    (run, *_) = runs_of(claim, [-0.01])
+    for name in run_summary.LATE_MEASURES:
+        assert name not in run_summary._plain_record(run)
+        assert run_summary._plain_record(replace(run, **{name: 1.5}))[name] == 1.5
+        if name in MEASURES:
+            assert math.isnan(MEASURES[name][1](run)) and MEASURES[name][1](replace(run, **{name: 1.5})) == 1.5

@@ -35,7 +35,7 @@ def test_it_has_what_a_balancer_asks_of_a_router_of_ours() -> None:
     assert router.training and list(router.parameters()) == [model.blocks[0].router.linear.weight]
     normalize, scale, *rest = router.traits
     assert (normalize, scale) == (True, pytest.approx(1.0, abs=1e-5))
-    assert rest == [1, True, False, True, "scores", PLACES, True, False]
+    assert rest == [1, True, False, True, "scores", PLACES, True, False, None]
     assert all(hasattr(router, name) for name in MEMBERS) and router.bias_owner == "none"
     assert router.expert_bias is None and router.balance_state is None and attached_routers(model) == []
 

@@ -25,13 +25,15 @@ quick = settings(max_examples=60, deadline=None)
 
 
 def naive_loss(probs, ids, segments, mask) -> float:
-    """Mean over valid tokens of E <f, p_t>, f counted over the valid tokens of the token's own segment."""
-    num_experts, top_k = len(probs[0]) if probs else 1, len(ids[0]) if ids else 1
+    """Mean over valid tokens of E <f, p_t>, f counted over the valid tokens of the token's own segment; an id of E is
+    no choice."""
+    num_experts = len(probs[0]) if probs else 1
     valid = [t for t in range(len(probs)) if mask[t]]
     terms = []
     for t in valid:
         own = [u for u in valid if segments[u] == segments[t]]
-        f = [sum(e in ids[u] for u in own) / (top_k * len(own)) for e in range(num_experts)]
+        chosen = [e for u in own for e in ids[u] if e < num_experts]
+        f = [chosen.count(e) / max(len(chosen), 1) for e in range(num_experts)]
         terms.append(num_experts * math.fsum(f[e] * probs[t][e] for e in range(num_experts)))
     return math.fsum(terms) / max(len(valid), 1)
 
@@ -50,6 +52,7 @@ def batches(draw):
     probs, ids, mask = tokens(
         draw(st.integers(0, 2**31)), num_sequences * length, num_experts, draw(st.integers(1, num_experts))
     )
+    ids = ids.masked_fill(probs.gather(1, ids) < draw(st.sampled_from([0.0, 0.2, 2.0])), num_experts)  # no choice
     return probs, ids, mask, num_sequences, length
 
 
@@ -201,7 +204,7 @@ def test_masked_tokens_and_the_numbering_do_not_matter(batch, seed):
     torch.testing.assert_close(balance_loss(probs, ids, token_mask_T=mask), want)
     torch.testing.assert_close(balance_loss(probs, ids, token_mask_T=mask.long()), want)
     experts, order = (torch.randperm(n, generator=generator) for n in (probs.shape[1], len(probs)))
-    renamed = experts.argsort()[ids] if ids.numel() else ids
+    renamed = torch.cat([experts.argsort(), torch.tensor([len(experts)])])[ids] if ids.numel() else ids
     torch.testing.assert_close(balance_loss(probs[order][:, experts], renamed[order], token_mask_T=mask[order]), want)
 
 

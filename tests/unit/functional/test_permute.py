@@ -24,10 +24,12 @@ from equipoise.functional.permute import (
 
 @st.composite
 def routings(draw) -> tuple[Tensor, int]:
-    """(expert_ids_TK, E) with any loads: experts without tokens, all tokens on one, the same expert twice."""
+    """(expert_ids_TK, E) with any loads: experts without tokens, all tokens on one, the same expert twice, and with or
+    without choices that are none."""
     num_experts = draw(st.integers(1, 9))
     tokens, top_k = draw(st.integers(0, 40)), draw(st.integers(1, 8))
-    ids = draw(st.lists(st.integers(0, num_experts - 1), min_size=tokens * top_k, max_size=tokens * top_k))
+    largest = num_experts - 1 + draw(st.booleans())
+    ids = draw(st.lists(st.integers(0, largest), min_size=tokens * top_k, max_size=tokens * top_k))
     return torch.tensor(ids, dtype=torch.int64).view(tokens, top_k), num_experts
 
 
@@ -42,7 +44,7 @@ def test_pairs_stand_by_expert_then_by_number(routing):
     assert [pairs[row] for row in order.rows_TK.flatten().tolist()] == list(range(ids_TK.numel()))
     assert order.counts_E.tolist() == [int((ids_TK == e).sum()) for e in range(num_experts)]
     assert order.offsets[0] == 0
-    assert order.offsets[-1] == ids_TK.numel()
+    assert order.offsets[-1] == int((ids_TK < num_experts).sum())
 
 
 @given(routings(), st.booleans(), st.sampled_from([0, 3, 50]))
@@ -50,20 +52,25 @@ def test_pairs_stand_by_expert_then_by_number(routing):
 def test_every_row_of_an_expert_is_its_own(routing, pad, call):
     ids_TK, num_experts = routing
     rows = pad_rows(ids_TK, num_experts, pad=pad, call=call)
-    counts = torch.bincount(ids_TK.flatten(), minlength=num_experts).tolist()
+    ids_N, none_TK = ids_TK.flatten(), ids_TK == num_experts
+    counts = torch.bincount(ids_N, minlength=num_experts)[:num_experts].tolist()
     assert rows.counts_E.tolist() == counts
+    assert rows.drops == bool(none_TK.any())
     assert rows.sizes_E.tolist() == even_sizes([padded_size(n) if pad else n for n in counts], call)
     assert len(rows.pairs_R) == max_rows(ids_TK.numel(), num_experts, pad=pad, call=call)
     pair_R = torch.full_like(rows.pairs_R, -1)
-    pair_R[rows.rows_TK.flatten()] = torch.arange(ids_TK.numel())
+    pair_R[rows.rows_TK[~none_TK]] = torch.arange(ids_TK.numel())[ids_N < num_experts]
     real_R = pair_R >= 0  # each pair has one row that is not padding, the row it was told
-    assert real_R.sum() == ids_TK.numel()
+    assert real_R.sum() == sum(counts)
     assert torch.equal(rows.pairs_R[real_R], pair_R[real_R])
     expert_R = torch.arange(num_experts).repeat_interleave(rows.sizes_E)
     own_R = rows.counts_E[expert_R] > 0  # an expert without pairs may have rows, all of them padding
-    assert torch.equal(ids_TK.flatten()[rows.pairs_R[: len(expert_R)][own_R]], expert_R[own_R])
+    assert torch.equal(ids_N[rows.pairs_R[: len(expert_R)][own_R]], expert_R[own_R])
     assert not real_R[: len(expert_R)][~own_R].any()
     assert not real_R[len(expert_R) :].any()
+    if none_TK.any():
+        assert len(expert_R) < len(real_R)  # the last row is idle: it can be zero
+        assert (rows.rows_TK[none_TK] == len(real_R) - 1).all()
 
 
 @given(st.integers(0, 10**6))
@@ -147,7 +154,8 @@ def test_sorting_can_be_traced():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1])
-def test_an_unknown_expert_is_refused(bad):
-    with pytest.raises(InputError, match=r"expert ids in 0\.\.3"):
-        pad_rows(torch.tensor([[0, bad]]), 4)
+@pytest.mark.parametrize("bad", [-1, 5, 2**31 - 1])
+@pytest.mark.parametrize("other", [0, 4])
+def test_an_unknown_expert_is_refused(bad, other):
+    with pytest.raises(InputError, match=r"expert ids in 0\.\.3, or 4 for none"):
+        pad_rows(torch.tensor([[other, bad]]), 4)

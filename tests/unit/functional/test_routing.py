@@ -21,6 +21,7 @@ from equipoise.functional.routing import (
     gate_slope,
     route,
     select_experts,
+    weigh,
 )
 
 quick = settings(max_examples=60, deadline=None)
@@ -195,11 +196,13 @@ def test_counts_of_sequences_are_those_of_a_loop(num_sequences, length, num_expe
     top_k = data.draw(st.integers(1, num_experts))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     ids = torch.rand(num_sequences * length, num_experts, generator=generator).topk(top_k).indices
+    ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.3, num_experts)  # no choice
     mask = torch.rand(num_sequences * length, generator=generator) > 0.3
     want = [[0] * num_experts for _ in range(num_sequences)]
     for token, row in enumerate(ids.tolist()):
         for expert in row if mask[token] else []:
-            want[token // length][expert] += 1
+            if expert < num_experts:
+                want[token // length][expert] += 1
     got = count_choices(ids, num_experts, mask, num_sequences)
     assert got.dtype == torch.int64
     assert got.tolist() == want
@@ -394,6 +397,29 @@ def test_opposite_infinities_and_huge_finite_logits_are_told_apart():
 def test_logits_of_another_rank_are_refused(shape):
     with pytest.raises(InputError, match="T, E"):
         route(torch.zeros(shape), 1)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_weights_are_shared_by_the_choices_that_are_one(gate, normalize):
+    """And the logits' gradient is that of these choices alone, also where a token has none."""
+    logits = (3 * torch.randn(40, 6, dtype=torch.float64)).requires_grad_()
+    ids = logits.detach().topk(4).indices.masked_fill(torch.rand(40, 4) < 0.4, 6)
+    ids[3] = 6
+    assert (ids[:, 0] == 6).any() and (ids < 6).all(dim=1).any()
+    form = {"gate": gate, "normalize": normalize, "scale": 1.5}
+    weights, _ = weigh(logits, ids, **form, drops=True)
+    rows = []
+    for z, row in zip(logits, ids.tolist(), strict=True):
+        kept = [e for e in row if e < 6]
+        found = iter(weigh(z.unsqueeze(0), torch.tensor([kept]), **form)[0][0] if kept else [])
+        rows.append(torch.stack([next(found) if e < 6 else torch.zeros((), dtype=z.dtype) for e in row]))
+    expected, direction = torch.stack(rows), torch.randn(40, 4, dtype=torch.float64)
+    torch.testing.assert_close(weights, expected)
+    got, wanted = (torch.autograd.grad((w * direction).sum(), logits)[0] for w in (weights, expected))
+    torch.testing.assert_close(got, wanted)
+    assert not weights[ids == 6].any()
+    assert not got[3].any()
 
 
 def test_choose_is_route_without_counting():

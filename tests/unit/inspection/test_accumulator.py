@@ -149,3 +149,43 @@ def test_logits_that_are_not_finite_are_named():
     z[1, 2] = torch.nan
     with pytest.raises(InputError, match=r"model\.layers\.3\.gate"):
         accumulator.add(0, 0, torch.zeros(1, 4, dtype=torch.long), [Choices(z, torch.zeros(4, K, dtype=torch.long))])
+
+
+def test_a_choice_that_is_none_is_in_no_sum():
+    """Of tokens that use fewer than K experts: against loops over their choices."""
+    sizes = Sizes(2, [3, 3], 3, S, 2, 0)
+    one = ObservedRouter("gate", nn.Identity(), E, K, "softmax", lambda _args, _kwargs, output: output, drops=True)
+    accumulator = Accumulator([one], sizes, np.ones(V, np.int64), torch.device("cpu"), against=True)
+    counts, pairs, of_ids, score, shared = [[0] * E for _ in range(2)], [[0] * E for _ in range(E)], {}, [0.0, 0.0], 0
+    for d in range(2):
+        draw = torch.Generator().manual_seed(d)
+        ids_BS, z = torch.randint(V, (3, S), generator=draw), torch.randn(3 * S, E, generator=draw)
+        other = (
+            torch.randn(3 * S, E, generator=draw)
+            .topk(K)
+            .indices.masked_fill(torch.rand(3 * S, K, generator=draw) < 0.3, E)
+        )
+        ids_TK = z.topk(K).indices.masked_fill(torch.rand(3 * S, K, generator=draw) < 0.4, E)
+        accumulator.add(d, 0, ids_BS, [Choices(z, ids_TK)], [Choices(z, other)])
+        probs = z.softmax(dim=1)
+        for t, (token, row) in enumerate(zip(ids_BS.flatten().tolist(), ids_TK.tolist(), strict=True)):
+            kept = [e for e in row if e < E]
+            shared += len(set(kept) & set(other[t].tolist()))
+            score[d] += sum(float(probs[t, e]) for e in kept)
+            for e in kept:
+                counts[d][e] += 1
+                of_ids[token, e] = of_ids.get((token, e), 0) + 1
+                for f in kept:
+                    pairs[e][f] += 1
+            if d == 0 and t < S:
+                passage = accumulator.state["passages_NCLK"][0, t, 0].tolist()
+                assert [e for e in passage if e >= 0] == sorted(kept, key=lambda e: -float(probs[t, e]))
+    accumulator.close_round(0)
+    state = accumulator.state
+    assert state["counts_DLE"][:, 0].tolist() == counts
+    assert state["pairs_LEE"][0].tolist() == pairs
+    assert state["score_DL"][:, 0].tolist() == pytest.approx(score, rel=1e-5)
+    assert int(state["shared_DL"].sum()) == shared
+    table = state["ids_LME"][0].view(-1, E)
+    for slot, token in enumerate(accumulator.tracked_M.tolist()):
+        assert table[slot].tolist() == [of_ids.get((token, e), 0) for e in range(E)]

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from equipoise.errors import DataError
+from equipoise.errors import ConfigError, DataError
 from equipoise.inspection.loading import describe_versions, fingerprint, is_run, open_model, open_tokenizer
 
 CPU = torch.device("cpu")
@@ -49,6 +49,17 @@ def test_a_folder_without_a_model_is_told_what_it_is(files, got, tmp_path):
         open_model(tmp_path, CPU)
     with pytest.raises(DataError, match="no tokenizer"):
         open_tokenizer(tmp_path)
+
+
+def test_the_step_is_what_a_trainer_wrote_beside_the_weights(folder_of, tmp_path):
+    folder = tmp_path / "checkpoint-7"
+    shutil.copytree(folder_of("qwen3_moe"), folder)
+    assert open_model(folder, CPU).step is None
+    for state, step in (('{"global_step": 30}', 30), ('{"global_step": true}', None), ("[]", None), ("{", None)):
+        (folder / "trainer_state.json").write_text(state)
+        assert open_model(folder, CPU).step == step
+    with pytest.raises(ConfigError, match="--step of a run"):
+        open_model(folder, CPU, step=30)
 
 
 def test_versions_are_those_that_numbers_depend_on():

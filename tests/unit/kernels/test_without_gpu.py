@@ -126,7 +126,7 @@ def meta(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
     return torch.empty(shape, device="meta", dtype=dtype)
 
 
-IDS, ROWS = meta(6, 2, dtype=torch.int64), meta(12, 16, dtype=BF16)
+IDS, ROWS, ENDS = meta(6, 2, dtype=torch.int64), meta(12, 16, dtype=BF16), meta(5, dtype=torch.int32)
 TABLES = meta(3, 5, dtype=torch.int64), meta(3, 5, dtype=torch.int64), meta(3, 5, dtype=FP64), meta(3, 2, dtype=FP64)
 SIZE = 3 * 5 + len(SCALARS) + 3
 PRESSURE, FRACTION, MASK = meta(14, dtype=FP64), meta(2, 3, 5, dtype=FP64), meta(6, dtype=torch.bool)
@@ -135,10 +135,10 @@ OPERATORS = {
     "router._backward": [meta(6, 5), IDS, meta(6, 2), None, PRESSURE, FRACTION, MASK, *FORM, [False, True]],
     "router._summarize": [*TABLES, 2, SIZE, list(range(15, 15 + len(STATISTICS))), [1, 0, 3], [True, False, False], 2],
     "experts._sort": [IDS, 5],
-    "experts.copy_rows": [meta(6, 16, dtype=BF16), IDS],
-    "experts.add_rows": [ROWS, IDS],
-    "experts.swiglu": [ROWS, meta(12, dtype=torch.int64), meta(6, 2)],
-    "experts.swiglu_gradient": [ROWS, meta(12, 8, dtype=BF16), meta(12, dtype=torch.int64), meta(6, 2)],
+    "experts.copy_rows": [meta(6, 16, dtype=BF16), IDS, ENDS],
+    "experts.add_rows": [ROWS, IDS, ENDS],
+    "experts.swiglu": [ROWS, meta(12, dtype=torch.int64), meta(6, 2), ENDS],
+    "experts.swiglu_gradient": [ROWS, meta(12, 8, dtype=BF16), meta(12, dtype=torch.int64), meta(6, 2), ENDS],
     "gate._forward": [meta(6, 16, dtype=BF16), meta(5, 16)],
     "gate._backward": [meta(6, 5), meta(6, 16, dtype=BF16), meta(5, 16), True, True],
 }
@@ -183,10 +183,11 @@ KERNELS = [
     (_statistics.fractions, [I, D, D, D, "i32", "i32"], {"NUM": 128, "WIDTH": 128}),
     (_experts.count_pairs, [I, "*i32", "i32"], {"NUM": 128, "BINS": 256, "BLOCK": 128}),
     (_experts.place_pairs, [I, "*i32", I, I, "i32"], {"NUM": 128, "BLOCK": 128, "CHUNK": 32}),
-    (_experts.copy_rows, [H, I, H, "i32"], {"TOP": 8, "BLOCK": 2048}),
-    (_experts.add_rows, [H, I, H, "i32"], {"TOP": 8, "BLOCK": 2048}),
-    (_experts.swiglu, [H, I, P, H, "i32", "i32"], {"TILE": 8, "BLOCK": 256}),
-    (_experts.swiglu_gradient, [H, H, I, P, H, H, P, "i32", "i32"], {"TILE": 8, "BLOCK": 256, "STEPS": 3}),
+    (_experts.copy_rows, [H, I, "*i32", H, "i32", "i32"], {"TOP": 8, "BLOCK": 2048}),
+    (_experts.add_rows, [H, I, "*i32", H, "i32", "i32"], {"TOP": 8, "BLOCK": 2048}),
+    (_experts.swiglu, [H, I, P, "*i32", H, "i32", "i32"], {"TILE": 8, "BLOCK": 256}),
+    (_experts.swiglu_gradient, [H, H, I, P, "*i32", H, H, P, "i32", "i32", "i32"],
+     {"TILE": 8, "BLOCK": 256, "STEPS": 3}),
     (_gate.split, [P, H, "i32", "i32", "i32", "i32"], {"PARTS": 3, "TILE": 8, "BLOCK": 128}),
 ]
 tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")

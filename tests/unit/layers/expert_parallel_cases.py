@@ -82,13 +82,14 @@ def compare(sizes: list[int], dtype: str, recompute: str, idle: bool, reference:
     return found
 
 
-def weights_gradient(size: int) -> tuple[Tensor, Tensor]:
-    """Of the routing weights alone, in front of Experts."""
+def weights_gradient(size: int, dropped: float) -> tuple[Tensor, Tensor]:
+    """Of the routing weights alone, in front of Experts; so large a part of the choices is none."""
     group = Group.world()
     torch.manual_seed(1)
     whole = Experts(EXPERTS, DIM, HIDDEN).double()
     parts = tokens_of([4] * size, torch.float64)
     ids_TK = torch.randint(0, EXPERTS, (4 * size, TOP_K))  # a token may choose an expert twice
+    ids_TK = ids_TK.masked_fill(torch.rand(ids_TK.shape) < dropped, EXPERTS)
     weights_TK = torch.rand(4 * size, TOP_K, dtype=torch.float64)
     mine = slice(4 * group.rank, 4 * group.rank + 4)
     local_TK = weights_TK[mine].clone().requires_grad_()
@@ -136,7 +137,7 @@ def compiled() -> tuple[Tensor, Tensor]:
 def wrong_id() -> None:
     experts = Experts(EXPERTS, DIM, HIDDEN)
     shard_experts(experts, Group.world())
-    experts(torch.randn(1, DIM), torch.tensor([[EXPERTS]]), torch.ones(1, 1))
+    experts(torch.randn(1, DIM), torch.tensor([[EXPERTS + 1]]), torch.ones(1, 1))
 
 
 def shared_out_twice() -> None:

@@ -51,9 +51,9 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zeros(ranks):
     assert not got[2:4].any() and got[:2].any()
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_the_gradient_of_the_routing_weights(ranks, size):
-    for got, wanted in ranks.run(f"{CASES}:weights_gradient", size, size=size):
+@pytest.mark.parametrize(("size", "dropped"), [(2, 0.0), (4, 0.0), (2, 0.5), (2, 1.0)])
+def test_the_gradient_of_the_routing_weights(ranks, size, dropped):
+    for got, wanted in ranks.run(f"{CASES}:weights_gradient", size, dropped, size=size):
         torch.testing.assert_close(got, wanted)
 
 
@@ -81,7 +81,7 @@ def test_autocast(ranks):
 @pytest.mark.parametrize(
     ("case", "size", "kind", "words"),
     [
-        ("wrong_id", 2, "InputError", "ids from 8 to 8"),
+        ("wrong_id", 2, "InputError", "ids from 9 to 9"),
         ("shared_out_twice", 2, "StateError", "call shard_experts once"),
         ("cannot_be_shared", 4, "ConfigError", "6 experts in experts, 4 ranks"),
     ],

@@ -15,6 +15,7 @@ from torch import Tensor, library
 from torch.utils import checkpoint as ckpt
 
 from equipoise.errors import ConfigError, InputError
+from equipoise.layers import experts as experts_module
 from equipoise.layers.cpu.padded_experts import padded_experts
 from equipoise.layers.experts import Experts, grouped_experts
 
@@ -23,11 +24,14 @@ NAMES = ["y", "dx", "dweights", "dgate_up", "ddown"]
 
 
 def loop(x_TD: Tensor, gate_up_EFD: Tensor, down_EDH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """The definition, one token and one choice at a time."""
+    """The definition, one token and one choice at a time; an id of E is none."""
     outputs = []
+    zero = 0 * sum(t.sum() for t in (x_TD, gate_up_EFD, down_EDH, weights_TK))  # all have a gradient, if but 0
     for x, ids, weights in zip(x_TD, ids_TK.tolist(), weights_TK, strict=True):
-        y = torch.zeros_like(x)
+        y = zero + torch.zeros_like(x)
         for e, weight in zip(ids, weights, strict=True):
+            if e == len(gate_up_EFD):
+                continue
             gate, up = (gate_up_EFD[e] @ x).chunk(2)
             y = y + weight * (down_EDH[e] @ (gate * torch.sigmoid(gate) * up))
         outputs.append(y)
@@ -85,16 +89,95 @@ def test_equals_the_loop(dtype, num_experts, top_k):
         assert_near(with_gradients(grouped_experts, arguments), with_gradients(loop, wide), DTYPES[dtype])
 
 
-def test_many_rows_and_blocks():
+LARGEST = 3e30  # a weight that is read by mistake shows
+
+
+def with_none(arguments, part: float):
+    """So large a part of the choices is none, E, with garbage for a weight."""
+    x, gate_up, down, ids, weights = arguments
+    none = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < part
+    return x, gate_up, down, ids.masked_fill(none, len(gate_up)), weights.masked_fill(none, LARGEST)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("part", [0.1, 0.6, 1.0])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(1, 1), (5, 3), (40, 8)])
+def test_a_choice_that_is_none_is_left_out(dtype, part, num_experts, top_k):
+    """Of the output, of every gradient and of its own weight's, whatever the weight is."""
+    arguments = with_none(problem(tokens=70, num_experts=num_experts, top_k=top_k, dtype=dtype), part)
+    wide = [t.double() if t.is_floating_point() else t for t in arguments]
+    expected, none = with_gradients(loop, wide), arguments[3] == num_experts
+    forms = [padded_experts]
+    if dtype != torch.float64:
+        forms.append(lambda *a: grouped_experts(*a, drops=True))
+    for form in forms:
+        with_gradients(padded_experts, problem(tokens=70, dtype=dtype))  # what it leaves in the buffers
+        got = with_gradients(form, arguments)
+        assert_near(got, expected, DTYPES[dtype])
+        assert not got[2][none].any()
+        assert not got[0][none.all(dim=1)].any()
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_what_lies_behind_the_last_row_of_an_expert_is_not_read(missing, monkeypatch):
+    """Grouped products leave there what the memory held; here that is NaN."""
+    if missing:
+        monkeypatch.delattr(F, "grouped_mm", raising=False)
+    elif not hasattr(F, "grouped_mm"):
+        pytest.skip("this PyTorch has no F.grouped_mm")
+    arguments = with_none(problem(dtype=torch.float32), 0.5)
+    real = experts_module.grouped_mm
+
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, left, right, ends):
+            ctx.save_for_backward(left, right, ends)
+            out = real(left, right, ends)
+            out[int(ends[-1]) :] = torch.nan
+            return out
+
+        @staticmethod
+        def backward(ctx, *grads):
+            left, right, ends = ctx.saved_tensors
+            d_left = real(grads[0].contiguous(), right.mT, ends)
+            d_left[int(ends[-1]) :] = torch.nan
+            return d_left, real(left.mT, grads[0].contiguous(), ends), None
+
+    monkeypatch.setattr(experts_module, "grouped_mm", Spoilt.apply)
+    wide = [t.double() if t.is_floating_point() else t for t in arguments]
+    assert_near(with_gradients(lambda *a: grouped_experts(*a, drops=True), arguments), with_gradients(loop, wide), 2e-6)
+
+
+def test_where_no_choice_is_none_nothing_changes():
+    arguments = problem(dtype=torch.float32)
+    assert_same_bits(
+        with_gradients(lambda *a: grouped_experts(*a, drops=True), arguments),
+        with_gradients(grouped_experts, arguments),
+    )
+
+
+def test_the_layer_tells_its_experts(monkeypatch):
+    """Off the CPU nobody looks at the ids."""
+    module, told = Experts(5, 8, 16), []
+    monkeypatch.setattr(experts_module, "experts_fit", lambda _x: True)
+    monkeypatch.setattr(experts_module, "grouped_experts", lambda *_a, **named: told.append(named))
+    x, _, _, ids, weights = problem(dtype=torch.float32)
+    module(x, ids, weights)
+    module(x, ids, weights, drops=True)
+    assert told == [{}, {"drops": True}]
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5])
+def test_many_rows_and_blocks(part):
     """More rows than one block, loads from 0 to thousands: sizes at which padding and blocks matter."""
     torch.manual_seed(1)
     x, gate_up, down, _, weights = problem(tokens=6000, dim=16, hidden=8, num_experts=9, top_k=2, dtype=torch.bfloat16)
     ids = (torch.rand(6000, 2) ** 3 * 8).long()  # expert 8 has none
-    arguments = x, gate_up, down, ids, weights
+    arguments = with_none((x, gate_up, down, ids, weights), part)
     wide = [t.double() if t.is_floating_point() else t for t in arguments]
 
     def by_expert(x, gate_up, down, ids, weights):
-        weights_TE = torch.zeros(len(x), 9, dtype=x.dtype).scatter_add(1, ids, weights)
+        weights_TE = torch.zeros(len(x), 10, dtype=x.dtype).scatter_add(1, ids, weights)[:, :9]
         gate, up = torch.einsum("td,efd->tef", x, gate_up).chunk(2, dim=-1)
         return torch.einsum("te,teh,edh->td", weights_TE, F.silu(gate) * up, down)
 
@@ -105,7 +188,8 @@ def test_many_rows_and_blocks():
 @given(st.integers(0, 12), st.integers(1, 8), st.integers(1, 6), st.randoms(use_true_random=False))
 @settings(deadline=None, max_examples=40)
 def test_any_routing(tokens, top_k, num_experts, random):
-    ids = torch.tensor([random.randrange(num_experts) for _ in range(tokens * top_k)], dtype=torch.int64)
+    largest = num_experts - 1 + random.randrange(2)  # with or without choices that are none
+    ids = torch.tensor([random.randint(0, largest) for _ in range(tokens * top_k)], dtype=torch.int64)
     x, gate_up, down, _, _ = problem(tokens=tokens, num_experts=num_experts, top_k=1)
     arguments = x, gate_up, down, ids.view(tokens, top_k), torch.rand(tokens, top_k, dtype=torch.float64) - 0.3
     got = with_gradients(padded_experts, arguments)
@@ -115,8 +199,10 @@ def test_any_routing(tokens, top_k, num_experts, random):
         assert all(not t.any() for t in got)
 
 
-def test_gradcheck():
+@pytest.mark.parametrize("none", [[], [0, 3, 4]])
+def test_gradcheck(none):
     x, gate_up, down, ids, weights = problem(tokens=5, dim=3, hidden=2, num_experts=4, top_k=2)
+    ids[none, 1] = 4
     leaves = [t.requires_grad_() for t in (x, gate_up, down, weights)]
     assert torch.autograd.gradcheck(lambda x, a, b, w: padded_experts(x, a, b, ids, w), leaves)
 
@@ -341,5 +427,5 @@ def test_errors_say_what_to_do():
     for x, w in [(torch.randn(4, 9), weights), (torch.randn(3, 8), weights), (torch.randn(4, 8), weights[:, :1])]:
         with pytest.raises(InputError, match="flatten the sequences"):
             module(x, ids, w)
-    with pytest.raises(InputError, match=r"expert ids in 0\.\.4"):
-        module(torch.randn(4, 8), ids + 5, weights)
+    with pytest.raises(InputError, match=r"expert ids in 0\.\.4, or 5 for none"):
+        module(torch.randn(4, 8), ids + 6, weights)

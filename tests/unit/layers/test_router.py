@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, InputError, Router
 from equipoise.autograd.token_layout import TokenLayout
-from equipoise.functional import route
+from equipoise.functional import gate_scores, route
 
 OPTIONS = [
     {},
@@ -193,6 +193,90 @@ def test_the_bias_gets_no_gradient_and_is_no_parameter():
     assert [name for name, _ in router.named_parameters()] == ["weight"]
 
 
+VISIBLE = torch.eye(8, dtype=torch.bool)[:5] | torch.tensor([[False], [True], [False], [True], [True]])
+
+
+def masked(**options) -> Router:
+    router = biased(**options)
+    router.enable_mask(VISIBLE)
+    return router
+
+
+def ids(count: int = 12) -> TokenLayout:
+    return TokenLayout(1, token_ids_T=torch.arange(count) % 5)
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"normalize": False, "gate": "sigmoid", "selection_bias": True}])
+def test_a_mask_is_minus_infinity_at_the_logits(options):
+    """Against loops: the best of the visible, weights of these alone, and no expert where there are fewer than K."""
+    router, x = masked(**options), tokens()
+    routing = router(x, ids())
+    z_TE = x @ router.weight.T
+    groups, top_groups = options.get("num_groups", 1), options.get("top_groups", 1)
+    for t, (chosen, weights) in enumerate(zip(routing.expert_ids_TK.tolist(), routing.weights_TK, strict=True)):
+        visible = [e for e in range(8) if VISIBLE[t % 5, e]]
+        score = gate_scores(z_TE[t : t + 1, visible], router.gate)[0]
+        by = {e: float(s.detach() + (0 if router.expert_bias is None else router.expert_bias[e]))
+              for e, s in zip(visible, score, strict=True)}  # fmt: skip
+        size = 8 // groups
+        worth = [sum(sorted((v for e, v in by.items() if e // size == g), reverse=True)[:2]) for g in range(groups)]
+        reached = [g for g in range(groups) if any(e // size == g for e in by)]
+        best = sorted(reached, key=lambda g: -worth[g])[:top_groups]
+        want = sorted((e for e in by if e // size in best), key=lambda e: -by[e])[:2]
+        assert [e for e in chosen if e < 8] == want
+        assert chosen == want + [8] * (2 - len(want))
+        own = torch.stack([score[visible.index(e)] for e in want])
+        own = own / own.sum() if router.normalize else own
+        torch.testing.assert_close(weights[: len(want)], own * router.scale)
+        assert not weights[len(want) :].any()
+    assert int(routing.counts_E.sum()) == int((routing.expert_ids_TK < 8).sum()) < 24
+
+
+def test_a_mask_stays_through_casts_moves_and_checkpoints():
+    router, x = masked(), tokens()
+    want = router(x, ids())
+    assert set(router.state_dict()) == {"weight", "visible_experts"}
+    plain = Router(6, 8, 2)
+    plain.load_state_dict(router.state_dict())  # it had none, and is given one
+    for one in (plain, copy.deepcopy(router), masked().double().float(), masked().to("meta").to_empty(device="cpu")):
+        assert one.visible_experts is not None and one.drops
+        assert one.visible_experts.dtype == torch.bool
+        assert torch.equal(one.visible_experts, VISIBLE)
+        one.load_state_dict(router.state_dict())
+        assert torch.equal(one(x, ids()).expert_ids_TK, want.expert_ids_TK)
+    with torch.device("meta"):
+        born = Router(6, 8, 2)
+    born.enable_mask(VISIBLE)
+    born.to_empty(device="cpu")
+    assert torch.equal(born.visible_experts, VISIBLE)
+    assert masked().bfloat16().visible_experts.dtype == torch.bool
+    other = Router(6, 8, 2)
+    other.enable_mask(torch.ones(3, 8, dtype=torch.bool))
+    other.load_state_dict(router.state_dict())  # one of another vocabulary
+    assert torch.equal(other.visible_experts, VISIBLE)
+    router.disable_mask()
+    assert set(router.state_dict()) == {"weight"} and not router.drops
+    assert torch.equal(router(x).expert_ids_TK, biased()(x).expert_ids_TK)
+
+
+def test_a_file_with_another_mask_is_refused_under_a_balancer():
+    router = masked()
+    other = {"weight": router.weight.detach(), "visible_experts": torch.ones(5, 8, dtype=torch.bool)}
+    Balancer(router, [AuxLoss("micro_batch")])
+    router.load_state_dict(copy.deepcopy(router.state_dict()))
+    with pytest.raises(RuntimeError, match="make the Balancer again"):
+        router.load_state_dict(other)
+    assert torch.equal(router.visible_experts, VISIBLE)
+
+
+def test_all_experts_visible_is_no_mask():
+    router, x = biased(), tokens()
+    want = router(x)
+    router.enable_mask(torch.ones(5, 8, dtype=torch.bool))
+    for one, other in zip(router(x, ids()), want, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_few_tokens(count):
     routing = biased(gate="sigmoid", selection_bias=True)(tokens(count))
@@ -220,6 +304,22 @@ def test_input_that_cannot_be_routed_is_refused_in_three_parts(word, x, batch):
     assert word in str(caught.value)
     assert caught.value.expected
     assert caught.value.got
+    assert caught.value.do
+
+
+@pytest.mark.parametrize(
+    ("word", "batch"),
+    [
+        ("4 tokens without ids", None),
+        ("[0, 5)", TokenLayout(1, token_ids_T=torch.tensor([0, 1, 5, 2]))),
+        ("(4,)", TokenLayout(1, token_ids_T=torch.tensor([0, 1]))),
+        ("torch.float32", TokenLayout(1, token_ids_T=torch.zeros(4))),
+    ],
+)
+def test_ids_that_a_mask_cannot_use_are_refused_in_three_parts(word, batch):
+    with pytest.raises(InputError) as caught:
+        masked()(torch.zeros(4, 6), batch)
+    assert word in str(caught.value)
     assert caught.value.do
 
 

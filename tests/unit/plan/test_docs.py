@@ -43,7 +43,7 @@ def test_the_file_of_the_example_is_a_cluster():
 def test_the_examples_of_the_help_are_arguments_that_work():
     parser = build_parser()
     commands = re.findall(r"^  equipoise (plan(?: .*?)?)(?:   .*)?$", EPILOG, re.M)
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         args = parser.parse_args(command.split())
         values = parse_settings(args.set) | {k: v for k in ("gpus", "ep") if (v := getattr(args, k))}

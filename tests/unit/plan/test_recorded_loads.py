@@ -80,6 +80,8 @@ def test_a_half_written_record_is_used_and_the_line_is_named(tmp_path):
         ([step(1)], {"config": {"train": 3, "data": None}}, "how its micro-batches were cut"),
         ([step(1)], {"top_k": 0}, "top_k"),
         ([step(1)], {"top_k": 17}, "top_k"),
+        ([step(1)], {"expert_widths": [1, 2]}, "tokens that all cost as much"),
+        ([step(1)], {"config": header("micro", 0).config | {"model": {"top_p": 0.6}}}, "model.top_p"),
     ],
 )
 def test_records_that_do_not_say_enough(tmp_path, records, changes, message):

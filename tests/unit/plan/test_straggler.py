@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from equipoise.plan.cluster import Cluster
 from equipoise.plan.loads import Batch, RecordedCounts, Skew
-from equipoise.plan.straggler import straggler
+from equipoise.plan.straggler import slowest, straggler
 from unit.plan import _reference as reference
 
 SMALL = {"gpus": 8, "layers": 2, "experts": 8, "top_k": 1, "sequence": 1}
@@ -31,6 +31,12 @@ def test_uniform_routing_against_every_assignment(ep, tokens, replicas):
     exact = reference.expected_factor(cluster.pairs, ep // replicas)
     assert found.mean == pytest.approx(exact, abs=5 * max(found.error, 1e-12))
     assert found.error < 0.02
+
+
+def test_the_mean_is_that_of_the_single_layers_and_micro_batches():
+    found, factors = straggler(Skew(0.2, 1.0), Cluster(), seed=3), slowest(Skew(0.2, 1.0), Cluster(), seed=3)
+    assert (found.mean, found.draws) == (float(factors.mean()), factors.size)
+    assert factors.min() >= 1
 
 
 @pytest.mark.parametrize("ep", [2, 4])

@@ -6,7 +6,7 @@ import pytest
 
 from equipoise.plan import Skew, Strategy, describe, forecast, typical
 from equipoise.plan.presets import MODELS
-from equipoise.plan.text import headline, render_forecast, render_presets
+from equipoise.plan.text import against, assumptions, headline, render_forecast, render_presets
 
 
 def widest(text: str) -> int:
@@ -50,3 +50,10 @@ def test_presets_are_listed():
     text = render_presets()
     assert widest(text) <= 80
     assert all(name in text for name in MODELS)
+
+
+def test_every_assumption_is_in_the_text():
+    plan = forecast(describe(), typical()[:2], up_to=0)
+    text = " ".join(render_forecast(plan).split())
+    assert all(" ".join(one.split()) in text for one in assumptions(plan))
+    assert against(plan.rows[0], plan.rows[0]) == 0

@@ -114,7 +114,10 @@ def test_what_stands_in_a_file_trains():
         ([{"kind": "ExpertBias", "schedule": "cosine"}], "the steps of the run"),
         (["loss-free:linear"], "the steps of the run"),
         ([{"kind": "Switch", "to": {"kind": "ZLoss"}}], "a switch at a step"),
-        (["micro:softmax"], "a detail of micro: ratio, target\\n.*a gate\\n.*a model that is given has its gate"),
+        (
+            ["micro:softmax"],
+            "a detail of micro: ratio, target, width\\n.*a gate\\n.*a model that is given has its gate",
+        ),
         (["loss-free:sigmoid"], "a model that is given has its gate"),
         (["micro:prefix"], "a detail of micro: ratio, target"),
         (["z:prefix"], "none but @ and a number"),

@@ -47,7 +47,7 @@ def test_only_policies_can_be_switched(side):
 
 
 def test_what_is_no_policy_has_no_place_in_a_list():
-    with pytest.raises(ConfigError, match="AuxLoss, ZLoss, ExpertBias or Switch"):
+    with pytest.raises(ConfigError, match="AuxLoss, EntropyLoss, ZLoss, ExpertBias or Switch"):
         Schedule(["micro"])  # pyright: ignore
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from equipoise.report.export.png import BROWSERS
+from equipoise.report.export.browser import BROWSERS
 
 CHROMIUM = next((found for name in BROWSERS if (found := shutil.which(name))), None)
 

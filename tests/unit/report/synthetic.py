@@ -148,6 +148,7 @@ class _World:
             maxvio_global=maxvio.tolist(), dead_experts=(overall_LE == 0).sum(axis=-1).tolist(),
             mutual_information=information.tolist(), mutual_information_shuffled=[0.0004] * head.num_layers,
             routing_churn=[0.1] * head.num_layers if step else [],
+            loss_by_frequency={side: [self.loss(step) + 0.1 * i for i in range(10)] for side in ("input", "target")},
         )  # fmt: skip
 
     def fidelity(self, step: int) -> Fidelity:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +91,22 @@ def synthetic_inspection(
         strings=dict(enumerate(WORDS)),
         arrays=arrays,
     )
+
+
+def synthetic_checkpoints(steps: Sequence[int], model: str = "models/tiny", **more: Any) -> list[Inspection]:
+    """Checkpoints of one model: the same text, experts that specialize, and choices of which some change each time."""
+    made: list[Inspection] = []
+    for number, step in enumerate(steps):
+        name, sharpness = f"{model}/checkpoint-{step}", 0.2 + 0.3 * number
+        one = synthetic_inspection(model=name, sharpness=sharpness, seed=number, **more)
+        if made:
+            before = made[-1].arrays
+            stays = np.random.default_rng(number).random((*before.passage_experts_NSLK.shape[:3], 1)) < 0.8
+            experts = np.where(stays, before.passage_experts_NSLK, one.arrays.passage_experts_NSLK)
+            arrays = replace(one.arrays, passage_ids_NS=before.passage_ids_NS, passage_experts_NSLK=experts)
+            one = replace(one, arrays=arrays)
+        made.append(one)
+    return made
 
 
 def _layer(i: int, arrays: Arrays, E: int, K: int, *, several: bool, against: bool) -> Layer:

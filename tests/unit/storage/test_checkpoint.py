@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from equipoise.errors import DataError, OutputError
-from equipoise.storage.checkpoint import load_latest, save
+from equipoise.storage.checkpoint import load_latest, save, steps
 from unit.lab.training import victim
 
 
@@ -67,6 +67,12 @@ def test_the_two_newest_stay(tmp_path):
         save(tmp_path, step, {"x": torch.ones(1)})
     assert names(tmp_path) == ["step_1000000", "step_999999"]
     assert load_latest(tmp_path)[0] == 1000000
+
+
+def test_none_goes_where_all_are_kept(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, {"step": step}, keep=0)
+    assert steps(tmp_path) == [4, 3, 2, 1]
 
 
 def test_going_back_gives_up_what_came_after(tmp_path):

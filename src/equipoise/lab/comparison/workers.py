@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ...errors import OutputError
 from ...storage.run_record import RECORD_NAME
-from ..config.schema import RunConfig, to_toml
+from ..config.schema import to_toml
 from .record_tail import RecordTail
 
 __all__ = ["CONFIG_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "Runner", "View", "cores", "orphaned", "run_jobs",
@@ -35,11 +35,15 @@ POLL_SECONDS = 0.5  # between two polls of the workers
 
 @dataclass
 class Job:
-    """One run of a comparison: where it is, how far it is, and how it ended."""
+    """One run of a comparison: where it is, how far it is, and how it ended.
+
+    A subclass does other work than a training, as another command: it has another ``config``, `steps`, `threads` and
+    `arguments`.
+    """
 
     name: str
     folder: Path
-    config: RunConfig
+    config: Any  # a RunConfig
     status: str = "waiting"  # waiting, running, finished, interrupted, failed
     error: str = ""
     exit_code: int = 0
@@ -54,6 +58,16 @@ class Job:
     @property
     def steps(self) -> int:
         return self.config.train.steps
+
+    @property
+    def threads(self) -> int:
+        return self.config.train.threads
+
+    def arguments(self) -> list[str]:
+        """What follows ``python -m equipoise``; writes the file that the command reads into the folder."""
+        path = self.folder / CONFIG_NAME
+        path.write_text(to_toml(self.config) + "\n", encoding="utf-8")
+        return ["train", str(path), "--out", str(self.folder), "--continue", "--plain"]
 
 
 class Pool:
@@ -99,10 +113,9 @@ class Pool:
                 job.status = "interrupted"
 
     def _start(self, job: Job, slot: int) -> None:
-        config = job.folder / CONFIG_NAME
         try:
             job.folder.mkdir(parents=True, exist_ok=True)
-            config.write_text(to_toml(job.config) + "\n", encoding="utf-8")
+            command = [sys.executable, "-m", "equipoise", *job.arguments()]
             log = open(job.folder / LOG_NAME, "ab")
         except OSError as error:
             raise OutputError(
@@ -110,18 +123,7 @@ class Pool:
                 got=error.strerror or str(error),
                 do="free space or choose another folder",
             ) from None
-        command = [
-            sys.executable,
-            "-m",
-            "equipoise",
-            "train",
-            str(config),
-            "--out",
-            str(job.folder),
-            "--continue",
-            "--plain",
-        ]
-        threads = str(job.config.train.threads)
+        threads = str(job.threads)
         alone = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
         quiet = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
         with log:

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from ...errors import ConfigError, unknown_name
 from .loading import from_dict, load_toml, merge, parse_set, to_toml
+from .masks import check_mask
+from .widths import expert_widths
 
 __all__ = ["QUICK", "CompareConfig", "DataConfig", "ModelConfig", "ParallelConfig", "RunConfig", "StrategyConfig",
            "TrainConfig", "from_dict", "load_config", "parse_set", "to_toml"]  # fmt: skip
@@ -62,6 +64,8 @@ class ModelConfig:
     experts: int = 8
     top_k: int = 2
     expert_hidden: int = 64
+    expert_widths: str = ""  # ratios of unlike widths of the same sum, "9:11:13", or "arithmetic": see `config.widths`
+    top_p: float = 0.0  # 0: top_k experts for every token; else the fewest that have so much probability, top_k at most
     shared_experts: int = 0  # experts of the same size that see every token
     gate: str = "auto"  # auto: what the strategy asks for
     selection_bias: bool = False  # a strategy with ExpertBias turns it on
@@ -69,6 +73,8 @@ class ModelConfig:
     top_groups: int = 1
     normalize_weights: bool = True  # the K routing weights of a token sum to 1
     weight_scale: float = 1.0  # ... times this
+    mask_rare: float = 0.0  # ids that the last so large share of the training text is of see one expert (MaskMoE)
+    mask_visible: int = 0  # experts that all other ids see; 0 = all
     vocab_size: int = 2048
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
@@ -80,9 +86,17 @@ class ModelConfig:
     through: str = "auto"  # compute it as transformers does, or as the lab's own model where that is the same (auto)
     family: str = ""  # its model_type: set when the folder was read
     biases: str | None = None  # a file beside its weights with the initial expert biases: set when the folder was read
+    masks: str | None = None  # a file beside its weights with the masks of its routers: set when the folder was read
+
+    @property
+    def masked(self) -> bool:
+        """Whether routers get a mask that is made from the training text."""
+        return self.mask_rare > 0 or self.mask_visible > 0
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "model.", may_be_zero=("kv_heads", "shared_experts"))
+        zero = ("kv_heads", "shared_experts", "top_p", "mask_rare", "mask_visible")
+        _check_numbers(self, "model.", may_be_zero=zero)
+        _check_experts(self)
         _one_of("gate", self.gate, GATES)
         _one_of("kind of checkpointing", self.checkpointing, CHECKPOINTING)
         _one_of("way through a model", self.through, THROUGH)
@@ -129,6 +143,7 @@ class ModelConfig:
             f"top_k = {self.top_k}, but {self.top_groups} groups hold {reachable} experts",
             "raise top_groups or lower top_k",
         )
+        check_mask(self.mask_rare, self.mask_visible, self.experts, given=self.folder is not None)
         _require(
             self.folder is not None or 257 <= self.vocab_size <= 65_536,
             "model.vocab_size of 257 (all bytes) to 65536 (16-bit tokens)",
@@ -181,6 +196,7 @@ class TrainConfig:
     eval_every: int = 60  # steps; 0 = only at the end
     eval_sequences: int = 64  # held-out sequences per domain; 0 = all
     checkpoint_every: int = 100  # steps; 0 = only at the end
+    keep_checkpoints: int = 2  # the newest so many; 0 = all, to inspect a model through its training
     load_every: int = 5  # steps between stored loads; 0 = never
     fidelity_every: int = 20  # steps between comparisons of the estimators with ``exact``; 0 = never
     tensorboard: bool = True
@@ -190,7 +206,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         zero = ("min_lr_ratio", "warmup", "weight_decay", "clip", "eval_every", "eval_sequences", "checkpoint_every",
-                "load_every", "fidelity_every", "seed", "micro_batches_per_pass")  # fmt: skip
+                "keep_checkpoints", "load_every", "fidelity_every", "seed", "micro_batches_per_pass")  # fmt: skip
         _check_numbers(self, "train.", may_be_zero=zero)
         _one_of("precision", self.precision, PRECISIONS)
         for name in self.log:
@@ -332,6 +348,23 @@ def _choose(data: dict[str, Any], defined: list[Any]) -> dict[str, Any]:
         if known[name].gate != "auto":
             data["model"] = {"gate": known[name].gate, **data.get("model", {})}
     return data
+
+
+def _check_experts(model: ModelConfig) -> None:
+    """Their widths, and how many a token has."""
+    expert_widths(model.expert_widths, model.experts, model.expert_hidden)
+    _require(
+        model.top_p <= 1,
+        "model.top_p of at most 1: how much probability a token's experts have together",
+        f"top_p = {model.top_p}",
+        "papers use 0.4 to 0.6; 0 gives every token model.top_k experts",
+    )
+    _require(
+        not model.top_p or not model.normalize_weights,
+        "model.normalize_weights = false with model.top_p: one expert's share of itself teaches a router nothing",
+        f"top_p = {model.top_p}, normalize_weights = true",
+        "--set model.normalize_weights=false",
+    )
 
 
 def _require(holds: bool, expected: str, got: str, do: str) -> None:

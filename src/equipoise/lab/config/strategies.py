@@ -4,12 +4,16 @@ What a name means is in ``policies.names``. The coefficients and rates that the 
 steps and are not the library's defaults: ``global`` is ``AuxLoss("global_batch", coef=0.02, estimator="exact")``, where
 ``AuxLoss("global_batch")`` has coef 1e-2 and the estimator "filled". `describe_names` prints them all. A bias comes
 with a sigmoid gate; on a pretrained model the gate is fixed: see `strategy_of`.
+
+A detail ``rare=0.2`` anywhere in a name masks the model's routers by token id (MaskMoE), as ``model.mask_rare`` does:
+``global:rare=0.2`` stands beside ``global`` and ``global:rare=1`` (hash routing) in one comparison. ``visible=4`` is
+``model.mask_visible``.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...errors import ConfigError, unknown_name
@@ -18,6 +22,7 @@ from ...policies import Policy
 from ...policies.from_data import KINDS, build
 from ...policies.names import NAMES, NUMBERED, Numbers, flat, read_name, usual_gate
 from ...policies.schedule import Schedule
+from .masks import split_mask
 from .schema import GATES, ModelConfig, RunConfig
 
 __all__ = ["NAMES", "NUMBERED", "Strategy", "describe_names", "parse_strategy", "slug", "strategy_of"]
@@ -32,11 +37,15 @@ LOSS_FREE = SHORT_RUNS.fill(NAMES["loss-free"][0])
 
 @dataclass(frozen=True)
 class Strategy:
-    """A name, the policies as plain data, and the gate that they need (None: any, then softmax)."""
+    """A name, the policies as plain data, and the gate that they need (None: any, then softmax).
+
+    ``mask``: settings of the model that mask its routers, by their names.
+    """
 
     name: str
     policies: tuple[dict[str, Any], ...]
     gate: str | None = None
+    mask: dict[str, Any] = field(default_factory=dict)
 
     @property
     def selection_bias(self) -> bool:
@@ -50,13 +59,13 @@ class Strategy:
         return found[0] if found else PLACES[0]
 
     def apply(self, model: ModelConfig) -> ModelConfig:
-        """The model with this strategy's gate and bias; a gate that the configuration names itself stays.
+        """The model with this strategy's gate, bias and mask; a gate that the configuration names itself stays.
 
         >>> parse_strategy("loss-free").apply(ModelConfig()).gate
         'sigmoid'
         """
         gate = (self.gate or "softmax") if model.gate == "auto" else model.gate
-        return replace(model, gate=gate, selection_bias=model.selection_bias or self.selection_bias)
+        return replace(model, gate=gate, selection_bias=model.selection_bias or self.selection_bias, **self.mask)
 
     def build(self, steps: int) -> list[Policy]:
         """The policies for a run of so many steps. Raises ConfigError for classes, and settings that no policy has."""
@@ -81,8 +90,9 @@ def parse_strategy(text: str) -> Strategy:
     >>> [policy["coef"] for policy in parse_strategy("global@0.01+micro").policies]
     [0.01, 0.0001]
     """
-    found = read_name(text, SHORT_RUNS, gates=GATES[1:])
-    return Strategy(text, found.policies, found.gate)
+    plain, mask = split_mask(text)
+    found = read_name(plain, SHORT_RUNS, gates=GATES[1:])
+    return Strategy(text, found.policies, found.gate, mask)
 
 
 def describe_names() -> str:
@@ -113,6 +123,8 @@ def strategy_of(config: RunConfig) -> Strategy:
     """
     if not config.policies:
         strategy = parse_strategy(config.strategy)
+        if strategy.mask and not config.model.family:
+            strategy.apply(config.model)  # says at once that there are fewer experts than it wants visible
     else:
         for spec in flat(config.policies):
             if spec.get("kind") not in KINDS:
@@ -122,6 +134,12 @@ def strategy_of(config: RunConfig) -> Strategy:
 
 
 def _for_given(strategy: Strategy, model: ModelConfig) -> Strategy:
+    if strategy.mask:
+        raise ConfigError(
+            expected="routers as this model has them",
+            got=f"a mask in {strategy.name!r}",
+            do="leave it out, or train a model of the lab's own; equipoise.mask_routers masks a model of transformers",
+        )
     if strategy.gate not in (model.gate, None, usual_gate(strategy.policies)):
         raise ConfigError(
             expected=f"the gate that this model has: {model.gate}",

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +37,7 @@ __all__ = ["MIXES", "BatchSampler", "MicroBatch", "PackedData", "describe", "pac
 
 FORMAT = 1  # raise it when the packing changes: old caches are then left alone
 MAX_HELDOUT_TOKENS = 65_536  # per domain: the mean loss of paired runs is then stable to about 0.01 nats
+MOST_COUNTED = 2**24  # tokens of a domain, for the frequencies of ids
 MIXES = ("micro_batch", "sequence")
 SPLITS = ("train", "heldout")
 META, TOKENIZER = "meta.json", "tokenizer.json"
@@ -67,6 +68,15 @@ class PackedData:
     def sequence_length(self) -> int:
         """S: the tokens of a window that are predicted."""
         return self.train[self.domains[0]].shape[1] - 1
+
+    @cached_property
+    def frequencies(self) -> np.ndarray:
+        """(V,) share of each id in training batches, where domains take turns; of long text in windows evenly apart."""
+        shares = []
+        for rows in self.train.values():
+            taken = rows[:: rows.size // MOST_COUNTED + 1, :-1]
+            shares.append(np.bincount(taken.ravel(), minlength=self.vocab_size) / max(taken.size, 1))
+        return np.mean(shares, axis=0)
 
 
 class MicroBatch(NamedTuple):

@@ -10,16 +10,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ...errors import ConfigError, DataError, OutputError
 from ...storage import checkpoint
+from ...storage.adaptive_top_k_file import FILE
 from ...storage.files import atomic_folder
+from ...storage.mask_file import read_masks, write_masks
 from ...storage.run_record import Run, read_run
 from ..config.schema import ModelConfig, RunConfig, from_dict
 from ..config.strategies import Strategy, strategy_of
-from ..data.tokenizer import END_ID, END_OF_TEXT, load_tokenizer, tokenizer_file
-from .hf_files import BESIDE, TOKENIZER, WRITTEN, read_settings, safetensors_errors, write_json, write_weights
+from ..data.tokenizer import END_ID, load_tokenizer, tokenizer_file
+from .hf_files import (
+    BESIDE,
+    TOKENIZER,
+    WRITTEN,
+    read_settings,
+    safetensors_errors,
+    write_json,
+    write_tokenizer,
+    write_weights,
+)
 from .hf_weights import architecture, hugging_face_config
 from .pretrained import Pretrained, load_network, quiet_transformers
+from .text_masks import masks_in, without_masks
 
 __all__ = ["BEST", "LAST", "Exported", "export_run", "save_pretrained"]
 
@@ -34,12 +48,17 @@ class Exported(NamedTuple):
     architecture: str
 
 
-def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, force: bool = False) -> Exported:
+def export_run(
+    run: str | Path, out: str | Path, *, which: str | int = LAST, force: bool = False, masks: bool = False
+) -> Exported:
     """Writes a checkpoint of a trained run as the Hugging Face folder ``out``.
 
     Args:
         which: "last"; "best", the lowest held-out loss among the checkpoints that are still there; or a step.
         force: replace an earlier export. A folder that holds anything else is left alone all the same.
+        masks: of a run whose routers have masks by token id, write these beside the weights. No class of transformers
+            chooses with them by itself; ``mask_routers(model, load_masks(out))`` lets it. Without this such a run is
+            refused.
 
     Raises:
         DataError: no run, no checkpoint (of that step), a damaged one, or a run whose tokenizer is missing.
@@ -57,23 +76,46 @@ def export_run(run: str | Path, out: str | Path, *, which: str | int = LAST, for
     # refuses a model that no class holds before anything is read
     name = "" if through_transformers else architecture(model)
     step, state = _checkpoint(folder, seen, which)
+    found = _masks(config, state)
+    if found and not masks:
+        raise _masked()
     with atomic_folder(out, do="free disk space, or choose another folder") as building, safetensors_errors(out):
         building.chmod(out.parent.stat().st_mode & 0o777)
         if through_transformers:
             name = save_pretrained(config, state, building)
         else:
-            write_weights(state["model"], model, building)
+            write_weights(without_masks(state["model"]), model, building)
             settings = _settings(config, model)
             write_json(building / "config.json", settings)
         if config.model.folder is None:
-            _write_tokenizer(_tokenizer_of(folder, seen), building, config.data.sequence_length)
+            write_tokenizer(_tokenizer_of(folder, seen), building, config.data.sequence_length)
         else:
             for file in BESIDE:
                 if (given := Path(config.model.folder) / file).is_file():
                     shutil.copyfile(given, building / file)
+        if (thresholds := folder / FILE).is_file():  # `equipoise adapt RUN --beside`; the routers' names are the same
+            shutil.copyfile(thresholds, building / FILE)
+        if found:
+            write_masks(found, building)
         for file in building.iterdir():  # safetensors makes files for their owner alone
             file.chmod(out.parent.stat().st_mode & 0o666)
     return Exported(out, step, name)
+
+
+def _masks(config: RunConfig, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Those of a run's routers, by name: in its weights, or in the folder that it began with."""
+    if config.model.through == "transformers" and config.model.masks is not None:
+        return read_masks(str(config.model.folder))
+    return masks_in(state["model"])
+
+
+def _masked() -> ConfigError:
+    return ConfigError(
+        expected="routers that choose by their weights alone, as those of transformers do",
+        got="masks by token id: without them other experts would answer",
+        do="add --masks to write them beside the weights, and call equipoise.mask_routers(model, load_masks(OUT)) on "
+        "what AutoModelForCausalLM loads; `equipoise inspect RUN` and `compare --model OUT` know them by themselves",
+    )
 
 
 def _check_place(strategy: Strategy) -> None:
@@ -152,18 +194,6 @@ def _settings(config: RunConfig, model: ModelConfig) -> dict[str, Any]:
         return own | {key: given[key] for key in ("bos_token_id", "eos_token_id") if key in given}
     own = hugging_face_config(model, max_positions=config.data.sequence_length)
     return own | {"bos_token_id": END_ID, "eos_token_id": END_ID}
-
-
-def _write_tokenizer(tokenizer: Path, folder: Path, length: int) -> None:
-    """The lab's text has one special token, which ends documents; it also begins them and pads batches."""
-    shutil.copyfile(tokenizer, folder / TOKENIZER)
-    marks = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-    write_json(
-        folder / "tokenizer_config.json",
-        marks | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length,
-                 "clean_up_tokenization_spaces": False},
-    )  # fmt: skip
-    write_json(folder / "generation_config.json", {f"{mark}_id": END_ID for mark in marks})
 
 
 def _tokenizer_of(folder: Path, seen: Run) -> Path:

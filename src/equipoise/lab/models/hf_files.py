@@ -8,6 +8,7 @@ tokenizer.json, tokenizer_config.json     what AutoTokenizer.from_pretrained rea
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,18 +17,21 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import DataError, OutputError
+from ...storage.adaptive_top_k_file import FILE
+from ...storage.mask_file import MASKS
 from ..config.schema import ModelConfig
+from ..data.tokenizer import END_ID, END_OF_TEXT
 from .hf_weights import split_experts, to_hugging_face
 
-__all__ = ["BESIDE", "TOKENIZER", "WRITTEN", "read_settings", "read_weights", "safetensors_errors", "write_json",
-           "write_weights"]  # fmt: skip
+__all__ = ["BESIDE", "INDEX", "TOKENIZER", "WEIGHTS", "WRITTEN", "read_settings", "read_weights",
+           "safetensors_errors", "write_json", "write_tokenizer", "write_weights"]  # fmt: skip
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 # Files of a tokenizer, and of how the model is prompted and generates.
 BESIDE = (TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
           "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json")  # fmt: skip
-WRITTEN = {*BESIDE, WEIGHTS, INDEX, "config.json"}
+WRITTEN = {*BESIDE, WEIGHTS, INDEX, FILE, MASKS, "config.json"}
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
@@ -75,6 +79,21 @@ def write_weights(state: Mapping[str, Tensor], model: ModelConfig, folder: Path)
         weights.pop("lm_head.weight", None)
     single = {key: value.contiguous().clone() for key, value in weights.items()}
     save_file(single, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def write_tokenizer(tokenizer: Path, folder: Path, length: int) -> None:
+    """A tokenizer of the lab, as ``get_tokenizer`` wrote it, for sequences of at most ``length``.
+
+    The lab's text has one special token, which ends documents; it also begins them and pads batches.
+    """
+    shutil.copyfile(tokenizer, folder / TOKENIZER)
+    marks = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    write_json(
+        folder / "tokenizer_config.json",
+        marks | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": length,
+                 "clean_up_tokenization_spaces": False},
+    )  # fmt: skip
+    write_json(folder / "generation_config.json", {f"{mark}_id": END_ID for mark in marks})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

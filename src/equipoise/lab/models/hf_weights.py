@@ -57,6 +57,12 @@ def architecture(config: ModelConfig) -> str:
     >>> architecture(ModelConfig(gate="softmax"))
     'Qwen3MoeForCausalLM'
     """
+    if config.expert_widths or config.top_p:
+        raise ConfigError(
+            expected="experts of one width, and as many for every token, as the classes in transformers have them",
+            got=f"expert_widths={config.expert_widths!r}, top_p={config.top_p:g}",
+            do="keep the run: equipoise inspect, resume and report read it; train without these settings to export",
+        )
     if config.gate == "sigmoid":
         return "Dots1ForCausalLM"
     plain = not config.selection_bias and not config.shared_experts and config.num_groups == 1

@@ -22,12 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...adapters.biases import SavedBiases, biases_beside, check_biases, put_back
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, InputError
 from ...external.discovery import find_external_routers
 from ...external.observe import capture, observed
 from ...external.router import ExternalRouter
-from ...layers.router import bias_name
+from ...external.routing_masks import mask_routers
+from ...layers.router_buffers import bias_name
 from ...storage.balancer_file import FILE
+from ...storage.mask_file import mask_file, read_masks
 from ..config.schema import CompareConfig, DataConfig, ModelConfig, RunConfig
 from ..config.strategies import strategy_of
 from ..data.packing import PackedData, Progress, prepare
@@ -149,7 +151,7 @@ def build(config: RunConfig, *, compute_dtype: torch.dtype = torch.float32) -> T
         network = Pretrained(load_network(model.folder, config.model.biases), config.model, compute_dtype=compute_dtype)
         if network.sizes != config.model:
             raise _changed(model.folder)
-        return network
+        return _masked(network, model)
     own = LanguageModel(model, seed=seed, compute_dtype=compute_dtype)
     state = join_experts(read_weights(model.folder))
     if model.tie_embeddings:
@@ -168,7 +170,22 @@ def build(config: RunConfig, *, compute_dtype: torch.dtype = torch.float32) -> T
         _, biases, place = _biases(model.folder, model.biases)
         state |= {f"{name}.{bias_name(place)}": bias_E for name, bias_E in biases.items()}
     own.load_state_dict(state, strict=False)  # a bias that the strategy adds starts at zero
-    return own
+    return _masked(own, model)
+
+
+def _masked(network: TrainableLM, model: ModelConfig) -> TrainableLM:
+    """With the masks that lay beside the folder's weights when the run was set up. Raises DataError for other ones."""
+    if model.masks is not None:
+        masks = read_masks(str(model.folder))
+        try:
+            mask_routers(network.routed, masks)
+        except InputError as error:
+            raise DataError(
+                expected=f"the masks of this model's routers in {model.masks}",
+                got=error.got,
+                do="bring back the file that was written with these weights",
+            ) from None
+    return network
 
 
 def prepare_text(model: ModelConfig, data: DataConfig, progress: Progress | None = None) -> PackedData:
@@ -204,9 +221,11 @@ def _adopted(model: ModelConfig, settings: dict[str, Any]) -> tuple[ModelConfig,
     family, folder = str(settings.get("model_type")), str(model.folder)
     found = biases_beside(folder)
     file = None if found is None else str(found[0])
+    model = replace(model, masks=None if (masks := mask_file(folder)) is None else str(masks))
     if model.through != "transformers":
         try:
-            own = replace(model_config(settings, folder), checkpointing=model.checkpointing, biases=file)
+            own = replace(model_config(settings, folder), checkpointing=model.checkpointing, biases=file,
+                          masks=model.masks)  # fmt: skip
             if found is not None:
                 named = {f"model.layers.{i}.mlp.gate": own.experts for i in range(own.layers)}
                 check_biases(named, found.file, found.biases)

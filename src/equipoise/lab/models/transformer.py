@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ...errors import InputError
 from ...layers.moe import MoE
+from ..config.widths import expert_widths
 from .cpu_ops.attention import Positions, causal_attention
 from .cpu_ops.loss import linear_cross_entropy, token_losses
 from .cpu_ops.norm import RMSNorm
@@ -139,11 +140,11 @@ class Decoder(nn.Module):
                                  device=tokens_BS.device)  # fmt: skip
         recompute = self.config.checkpointing
         for layer in self.layers:
+            said = dtype, positions, token_mask_BS, document_ids_BS, tokens_BS if layer.masked else None
             if recompute != "none" and torch.is_grad_enabled():
-                x_BSD = checkpoint(layer, x_BSD, dtype, positions, token_mask_BS, document_ids_BS,
-                                   use_reentrant=recompute == "reentrant")  # fmt: skip
+                x_BSD = checkpoint(layer, x_BSD, *said, use_reentrant=recompute == "reentrant")
             else:
-                x_BSD = layer(x_BSD, dtype, positions, token_mask_BS, document_ids_BS)
+                x_BSD = layer(x_BSD, *said)
         return self.norm(x_BSD, x_BSD.dtype)
 
 
@@ -153,13 +154,15 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.width, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        widths = expert_widths(config.expert_widths, config.experts, config.expert_hidden)
         self.mlp = MoE(
             config.width,
-            config.expert_hidden,
+            widths or config.expert_hidden,
             config.experts,
             config.top_k,
             batch_first=True,
-            num_shared=config.shared_experts,
+            shared_hidden=config.shared_experts * config.expert_hidden,
+            top_p=config.top_p or None,
             gate="softmax" if config.gate == "auto" else config.gate,
             selection_bias=config.selection_bias,
             normalize=config.normalize_weights,
@@ -168,6 +171,11 @@ class Block(nn.Module):
             top_groups=config.top_groups,
         )
 
+    @property
+    def masked(self) -> bool:
+        """Whether the router asks for token ids."""
+        return self.mlp.gate.visible_experts is not None
+
     def forward(
         self,
         x_BSD: Tensor,
@@ -175,10 +183,12 @@ class Block(nn.Module):
         positions: Positions,
         token_mask_BS: Tensor | None,
         document_ids_BS: Tensor | None,
+        token_ids_BS: Tensor | None,
     ) -> Tensor:
         x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD, dtype), positions)
         y_BSD = self.post_attention_layernorm(x_BSD, dtype)
-        return x_BSD + self.mlp(y_BSD, token_mask_BS=token_mask_BS, document_ids_BS=document_ids_BS)
+        said = {"token_mask_BS": token_mask_BS, "document_ids_BS": document_ids_BS, "token_ids_BS": token_ids_BS}
+        return x_BSD + self.mlp(y_BSD, **said)
 
 
 class Attention(nn.Module):

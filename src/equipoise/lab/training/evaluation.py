@@ -14,6 +14,7 @@ from ...errors import DataError
 from ...external.observe import Choices, ObservedRouter, capture, find_routers
 from ...functional.metrics import dead_experts, maxvio, mutual_information
 from ...functional.routing import count_choices, gate_probs
+from ...functional.routing_mask import frequency_class
 from ...storage.run_record import Evaluation
 from .routing_churn import LastRouting, every_token, ids_dtype
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["evaluate", "shuffled_mutual_information"]
 
 PASS_TOKENS = 4096  # that run together
+FREQUENCY_CLASSES = 10  # of token ids, each with a tenth of the training text's tokens
 SHUFFLES = 8  # of the domain labels; their mean is the floor of the mutual information
 
 
@@ -51,7 +53,8 @@ def evaluate(
     labels_N, tokens_NS = _take(data, sequences, mix)
     batches = tokens_NS.split(max(1, PASS_TOKENS // tokens_NS.shape[1]))
     every = every_token(len(labels_N) * (tokens_NS.shape[1] - 1))
-    loss_N, counts_NLE, score_NL, ids_NLSK = _measured(model, batches, group, every)
+    class_V = frequency_class(torch.from_numpy(data.frequencies), FREQUENCY_CLASSES)
+    loss_N, sums_N2C, counts_NLE, score_NL, ids_NLSK = _measured(model, batches, group, every, class_V)
 
     domains = range(len(data.domains))
     fair_N = _equal(labels_N, len(data.domains))
@@ -75,6 +78,7 @@ def evaluate(
         mutual_information=mutual_information(_by_domain(fair_NLE, fair_labels_N).movedim(0, -2)).tolist(),
         mutual_information_shuffled=shuffled_mutual_information(fair_NLE, fair_labels_N, seed=seed),
         routing_churn=(last or LastRouting()).churn(ids_NLSK[fair_N]),
+        loss_by_frequency=_by_frequency(sums_N2C.sum(dim=0), class_V[tokens_NS]),
     )
 
 
@@ -95,8 +99,11 @@ def shuffled_mutual_information(counts_NLE: Tensor, labels_N: Tensor, *, seed: i
     return torch.stack(values).mean(dim=0).tolist()
 
 
-def _measured(model: TrainableLM, batches: Sequence[Tensor], group: Group, every: int) -> tuple[Tensor, ...]:
-    """Of every sequence: loss (N,), counts (N, L, E), score (N, L), and of each so many-th token ids (N, L, ., K)."""
+def _measured(
+    model: TrainableLM, batches: Sequence[Tensor], group: Group, every: int, class_V: Tensor
+) -> tuple[Tensor, ...]:
+    """Of every sequence: loss (N,), loss summed by the class of what is read and predicted (N, 2, C), counts (N, L, E),
+    score (N, L), and of each so many-th token ids (N, L, ., K)."""
     device = next(model.parameters()).device
     routers = find_routers(model, lambda: model.hidden(batches[0][:1, :-1].to(device)))
     results: list[tuple[Tensor, ...]] = []
@@ -107,8 +114,10 @@ def _measured(model: TrainableLM, batches: Sequence[Tensor], group: Group, every
             for turn in range(0, len(batches), group.size):
                 # with expert parallelism all ranks run equally often: what is left over runs twice, counts once
                 batch = batches[min(turn + group.rank, len(batches) - 1)].to(device)
+                loss_BS = model.token_losses(batch[:, :-1], batch[:, 1:]).double()
                 found = (
-                    _sequence_losses(model, batch),
+                    loss_BS.mean(dim=1),
+                    _class_sums(loss_BS, class_V.to(device)[batch]),
                     _sequence_counts(seen, routers, len(batch)),
                     _sequence_scores(seen, routers, len(batch)),
                     _sequence_ids(seen, routers, len(batch), every),
@@ -157,9 +166,18 @@ def _equal(labels_N: Tensor, num_domains: int) -> Tensor:
     return place_N < torch.bincount(labels_N, minlength=num_domains).min()
 
 
-def _sequence_losses(model: TrainableLM, tokens_BS: Tensor) -> Tensor:
-    """Mean nats per token of each sequence."""
-    return model.token_losses(tokens_BS[:, :-1], tokens_BS[:, 1:]).double().mean(dim=1)
+def _class_sums(loss_BS: Tensor, classes_BS1: Tensor) -> Tensor:
+    """(B, 2, C) nats of each sequence by the class of the input and of the target; ``classes_BS1`` (B, S + 1)."""
+    sums_B2C = loss_BS.new_zeros(len(loss_BS), 2, FREQUENCY_CLASSES)
+    classes_B2S = torch.stack([classes_BS1[:, :-1], classes_BS1[:, 1:]], dim=1)
+    return sums_B2C.scatter_add_(2, classes_B2S, loss_BS.unsqueeze(1).expand_as(classes_B2S))
+
+
+def _by_frequency(sums_2C: Tensor, classes_NS1: Tensor) -> dict[str, list[float]]:
+    """Nats per token of each class."""
+    sides = {"input": classes_NS1[:, :-1], "target": classes_NS1[:, 1:]}
+    counts = [torch.bincount(classes_NS.flatten(), minlength=FREQUENCY_CLASSES) for classes_NS in sides.values()]
+    return {name: (sum_C / n_C).tolist() for name, sum_C, n_C in zip(sides, sums_2C, counts, strict=True)}
 
 
 def _sequence_counts(seen: Mapping[str, Choices], routers: Sequence[ObservedRouter], num_sequences: int) -> Tensor:
@@ -176,7 +194,10 @@ def _sequence_scores(seen: Mapping[str, Choices], routers: Sequence[ObservedRout
     scores = []
     for router in routers:
         logits_TE, ids_TK = seen[router.name]
-        chosen_TK = gate_probs(logits_TE, router.gate).gather(-1, ids_TK)
+        probs_TE = gate_probs(logits_TE, router.gate)
+        chosen_TK = probs_TE.gather(-1, ids_TK.clamp(max=probs_TE.shape[-1] - 1) if router.drops else ids_TK)
+        if router.drops:
+            chosen_TK = chosen_TK.where(ids_TK < probs_TE.shape[-1], 0)
         scores.append(chosen_TK.sum(dim=-1).view(num_sequences, -1).double().mean(dim=1))
     return torch.stack(scores, dim=1)
 
@@ -185,7 +206,7 @@ def _sequence_ids(
     seen: Mapping[str, Choices], routers: Sequence[ObservedRouter], num_sequences: int, every: int
 ) -> Tensor:
     """(sequences, layers, tokens, K)"""
-    dtype = ids_dtype(max(router.num_experts + router.idle for router in routers))
+    dtype = ids_dtype(max(router.num_experts + router.idle + router.drops for router in routers))
     ids = [seen[router.name].ids_TK.unflatten(0, (num_sequences, -1))[:, ::every].to(dtype) for router in routers]
     return torch.stack(ids, dim=1)
 

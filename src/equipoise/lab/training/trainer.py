@@ -1,7 +1,7 @@
 """The trainer: one run from a configuration to a folder with its record, its checkpoints and its TensorBoard events.
 
     runs/my-run/record.jsonl           every number, see `equipoise.storage.run_record`
-    runs/my-run/checkpoints/step_*/    the two newest, see `equipoise.storage.checkpoint`
+    runs/my-run/checkpoints/step_*/    the newest, see `equipoise.storage.checkpoint`
     runs/my-run/tensorboard/           events, see `equipoise.lab.training.trackers`
 
 On a CPU a run is a function of its configuration: killed at any moment and resumed, it gives the same numbers. Several
@@ -35,9 +35,11 @@ from ...storage.files import atomic_write
 from ...storage.run_record import RECORD_NAME, End, Fidelity, Header, Load, Record, RecordWriter, Step, read_run
 from ..config.schema import RunConfig, TrainConfig, from_dict
 from ..config.strategies import strategy_of
+from ..config.widths import expert_widths
 from ..data.packing import BatchSampler
 from ..models.pretrained import build, fingerprint, prepare_text
 from ..models.protocol import active_parameters
+from ..models.text_masks import mask_by_text
 from .distributed import RankContext, ShardedModel, join
 from .evaluation import evaluate
 from .micro_batching import max_pass_size, num_passes, uses_shuffle
@@ -136,6 +138,7 @@ class _Run:
         torch.manual_seed(train.seed)
         self.fingerprint = fingerprint(config.model)
         self.model = build(config, compute_dtype=DTYPES[train.precision])
+        mask_by_text(self.model, self.strategy.apply(config.model), self.data, train.seed)
         self.sizes = sum(p.numel() for p in self.model.parameters()), active_parameters(self.model)
         self.sharded = ShardedModel(context, self.model)
         self.optimizer = _optimizer(self.model, train, self.sharded.separate_params)
@@ -246,7 +249,8 @@ class _Run:
             "seconds": self.seconds,
             "tokens": self.tokens,
         }
-        self.context.from_rank_0(lambda: checkpoint.save(self.folder / CHECKPOINTS, self.step, state))
+        keep = self.config.train.keep_checkpoints
+        self.context.from_rank_0(lambda: checkpoint.save(self.folder / CHECKPOINTS, self.step, state, keep=keep))
         self.saved = self.step
 
     def finish(self) -> None:
@@ -329,6 +333,7 @@ class _Run:
             domains=list(data.domains), corpus_sha256=data.corpus_sha256, versions=versions,
             parameters=self.sizes[0], active_parameters=self.sizes[1],
             started=datetime.now(UTC).isoformat(timespec="seconds"), resumed_at=self.step,
+            expert_widths=list(expert_widths(model.expert_widths, model.experts, model.expert_hidden) or ()),
         )  # fmt: skip
 
     def _end(self, status: str, message: str = "") -> End:

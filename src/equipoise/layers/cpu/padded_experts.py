@@ -15,8 +15,6 @@ works under ``torch.compile(fullgraph=True)`` and can be named in a selective ch
 
 from __future__ import annotations
 
-import math
-import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -25,30 +23,11 @@ from torch import Tensor, library
 from ...functional.permute import equal_runs, gather_sum, max_rows, pad_rows
 from ...kernels import grouped_mm, has_grouped_mm
 from .huge_pages import LARGE, fresh
+from .swiglu import scratch, swiglu, swiglu_gradient
 
 __all__ = ["padded_experts"]
 
 BLOCK_ROWS = 4096
-_silu = torch.ops.aten.silu.out
-_silu_backward = torch.ops.aten.silu_backward.grad_input
-
-
-class _Scratch(threading.local):
-    """Buffers that every call in a thread uses again; each grows to the largest ever asked for."""
-
-    def __init__(self) -> None:
-        self.kept: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """An uninitialised tensor of the type of ``like``, yours until the same name is taken again."""
-        numel, key = math.prod(shape), (name, like.dtype)
-        if key not in self.kept or self.kept[key].numel() < numel:
-            with torch.inference_mode(False):  # or a later training step could not write to it
-                self.kept[key] = fresh(like, numel)
-        return self.kept[key][:numel].view(shape)
-
-
-_scratch = _Scratch()
 
 
 class _Block(NamedTuple):
@@ -88,7 +67,7 @@ class _Block(NamedTuple):
 
     def gather(self, name: str, x_TD: Tensor, tokens_R: Tensor) -> Tensor:
         tokens = tokens_R[self.rows]
-        return torch.index_select(x_TD, 0, tokens, out=_scratch.take(name, x_TD, len(tokens), x_TD.shape[1]))
+        return torch.index_select(x_TD, 0, tokens, out=scratch.take(name, x_TD, len(tokens), x_TD.shape[1]))
 
 
 def _blocks(sizes_E: Tensor, x_TD: Tensor, hidden: int) -> list[_Block]:
@@ -123,6 +102,12 @@ def _layout(x_TD: Tensor, num_pairs: int, num_experts: int, hidden: int) -> dict
     return {"pad": pad, "call": min(call, 16 + num_pairs // num_experts)}
 
 
+def _beside_idle(rows: Tensor, all_RD: Tensor) -> Tensor:
+    """``all_RD`` with these rows first: a product makes none of the idle ones behind them."""
+    all_RD[: len(rows)] = rows
+    return all_RD
+
+
 @library.custom_op("equipoise::experts_forward", mutates_args=(), device_types="cpu")
 def _forward(
     x_TD: torch.Tensor,
@@ -133,22 +118,26 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output, and what the gradient needs: hidden rows (R, F = 2H), their tokens, rows_TK, and the experts' sizes
     and counts (2, E). R does not follow the loads: a compiler plans with it, and a checkpoint refuses a recompute whose
-    tensors have other shapes, where top-k flipped."""
+    tensors have other shapes, where top-k flipped.
+
+    Dropped pairs read one idle row of zeros."""
     num_experts, width, dim = gate_up_EFD.shape
     layout = _layout(x_TD, expert_ids_TK.numel(), num_experts, width // 2)
-    pairs_R, rows_TK, *sizes = pad_rows(expert_ids_TK, num_experts, **layout)
+    pairs_R, rows_TK, *sizes, drops = pad_rows(expert_ids_TK, num_experts, **layout)
     tokens_R = pairs_R // expert_ids_TK.shape[1]
     hidden_RF = fresh(x_TD, len(pairs_R), width)
-    out_RD = _scratch.take("out", x_TD, len(pairs_R), dim)
+    out_RD = scratch.take("out", x_TD, len(pairs_R), dim)
     for block in _blocks(sizes[0], x_TD, width // 2):
         x = block.gather("x", x_TD, tokens_R)
         hidden = block.multiply(x, gate_up_EFD.mT, hidden_RF[block.rows])
-        gate, up = hidden.chunk(2, dim=1)
-        act = _silu(gate, out=_scratch.take("act", x, *gate.shape)).mul_(up)
-        out = block.multiply(act, down_EDH.mT, out_RD[block.rows])
+        out = block.multiply(swiglu(hidden), down_EDH.mT, out_RD[block.rows])
         if block.ends_E is not None:
-            hidden_RF[block.rows], out_RD = hidden, out
-    return gather_sum(out_RD, rows_TK, weights_TK.to(x_TD.dtype)), hidden_RF, tokens_R, rows_TK, torch.stack(sizes)
+            hidden_RF[block.rows], out_RD = hidden, _beside_idle(out, out_RD) if drops else out
+    weights_TK = weights_TK.to(x_TD.dtype)
+    if drops:
+        out_RD[-1] = 0
+        weights_TK = weights_TK.masked_fill(expert_ids_TK == num_experts, 0)
+    return gather_sum(out_RD, rows_TK, weights_TK), hidden_RF, tokens_R, rows_TK, torch.stack(sizes)
 
 
 @library.custom_op("equipoise::experts_backward", mutates_args=(), device_types="cpu")
@@ -164,31 +153,26 @@ def _backward(
     sizes_2E: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x, gate_up, down and of the routing weights (these in float32 or wider)."""
+    sizes_E, counts_E = sizes_2E.unbind()
+    drops = sum(counts_E.tolist()) < rows_TK.numel()
     d_gate_up_EFD, d_down_EDH = fresh(x_TD, *gate_up_EFD.shape), fresh(x_TD, *down_EDH.shape)
-    dx_RD = _scratch.take("out", x_TD, len(tokens_R), x_TD.shape[1])
+    dx_RD = scratch.take("out", x_TD, len(tokens_R), x_TD.shape[1])
     d_weights_R = x_TD.new_empty(len(tokens_R), dtype=torch.promote_types(x_TD.dtype, torch.float32))
     weights_R1 = x_TD.new_zeros(len(tokens_R), 1)
     weights_R1.view(-1)[rows_TK] = weights_TK.to(x_TD.dtype)
-    for block in _blocks(sizes_2E[0], x_TD, down_EDH.shape[2]):
+    for block in _blocks(sizes_E, x_TD, down_EDH.shape[2]):
         x, dy = block.gather("x", x_TD, tokens_R), block.gather("dy", dy_TD, tokens_R)
-        gate, up = hidden_RF[block.rows].chunk(2, dim=1)
-        act, silu, d_act = (_scratch.take(name, x, *gate.shape) for name in ("act", "silu", "d_act"))
-        d_hidden = _scratch.take("d_hidden", x, len(x), hidden_RF.shape[1])
-        d_gate, d_up = d_hidden.chunk(2, dim=1)
-        d_act = block.multiply(dy, down_EDH, d_act)
-        torch.mul(_silu(gate, out=silu), up, out=act)
-        product = torch.mul(d_act, act, out=d_gate)  # d_gate is free until the last line below
-        torch.sum(product, dim=1, dtype=d_weights_R.dtype, out=d_weights_R[block.rows])
-        act.mul_(weights_R1[block.rows])  # padding has weight 0, so from here on it adds nothing anywhere
-        d_act.mul_(weights_R1[block.rows])
-        torch.mul(d_act, silu, out=d_up)
-        _silu_backward(d_act.mul_(up), gate, grad_input=d_gate)
+        hidden = hidden_RF[block.rows]
+        d_act = block.multiply(dy, down_EDH, scratch.take("d_act", x, len(x), down_EDH.shape[2]))
+        act, d_hidden = swiglu_gradient(hidden, d_act, weights_R1[block.rows], d_weights_R[block.rows])
         d_down = block.outer(dy, act, d_down_EDH)
         d_gate_up = block.outer(d_hidden, x, d_gate_up_EFD)
         dx = block.multiply(d_hidden, gate_up_EFD, dx_RD[block.rows])
         if block.ends_E is not None:
-            d_down_EDH, d_gate_up_EFD, dx_RD = d_down, d_gate_up, dx
-    idle = ((sizes_2E[0] > 0) & (sizes_2E[1] == 0)).nonzero().flatten()
+            d_down_EDH, d_gate_up_EFD, dx_RD = d_down, d_gate_up, _beside_idle(dx, dx_RD) if drops else dx
+    if drops:
+        dx_RD[-1], d_weights_R[-1] = 0, 0
+    idle = ((sizes_E > 0) & (counts_E == 0)).nonzero().flatten()
     if len(idle):  # their rows are a neighbour's tokens: weight 0 makes zeros of them, but not of a NaN
         d_gate_up_EFD.index_fill_(0, idle, 0)
         d_down_EDH.index_fill_(0, idle, 0)
@@ -235,7 +219,7 @@ def padded_experts(
     """y_t = the sum over k of w_tk · down_e(silu(gate_e(x_t)) · up_e(x_t)), e = ids_tk; gate rows before up rows.
 
     ``x`` and both parameters share one dtype; ``weights_TK`` may be wider. Gradients for all four; first order only.
-    Raises InputError for an id outside 0..E-1.
+    A choice whose id is E is none: its weight is not looked at. Raises InputError for an id outside 0..E.
 
     >>> x, gate_up, down = torch.ones(2, 1), torch.ones(3, 2, 1), torch.tensor([[[1.0]], [[2.0]], [[4.0]]])
     >>> padded_experts(x, gate_up, down, torch.tensor([[0], [2]]), torch.ones(2, 1)).flatten()  # silu(1) = 0.7311

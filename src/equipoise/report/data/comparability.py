@@ -11,10 +11,11 @@ from .run_view import flatten
 __all__ = ["Settings", "common_step", "compare_settings", "settings_key"]
 
 # Settings that affect neither training nor evaluation, or that identify the strategy and the seed
-FREE = {"strategy", "policies", "train.seed", "train.eval_every", "train.checkpoint_every", "train.load_every",
-        "train.fidelity_every", "train.log", "train.tensorboard", "train.threads"}  # fmt: skip
+FREE = {"strategy", "policies", "train.seed", "train.eval_every", "train.checkpoint_every", "train.keep_checkpoints",
+        "train.load_every", "train.fidelity_every", "train.log", "train.tensorboard", "train.threads"}  # fmt: skip
 BY_STRATEGY = {"model.gate", "model.selection_bias"}  # a strategy may set its own gate
 SAME_TEXT = {"corpus", "domains", "data.domains", "data.sequence_length", "model.vocab_size", "train.eval_sequences"}
+OFF = ("", "0", "0.0", "False", "None")
 MOST_SHOWN = 6
 
 Settings = dict[str, str]  # name -> value, as shown
@@ -43,6 +44,9 @@ def differing(runs: Iterable[Run]) -> dict[str, list[str]]:
     each = [settings(run) for run in runs]
     keys = sorted({key for one in each for key in one})
     values = {key: list(dict.fromkeys(one.get(key, "not set") for one in each)) for key in keys}
+    for found in values.values():  # a setting that came after a run was recorded was off in it
+        if "not set" in found and any(other in OFF for other in found):
+            found.remove("not set")
     return {key: found for key, found in values.items() if len(found) > 1}
 
 

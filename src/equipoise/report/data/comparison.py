@@ -52,9 +52,12 @@ class StrategySummary:
     domain_perplexity: dict[str, Estimate | None]
     domain_bits: dict[str, Estimate | None]
     domain_differences: dict[str, Difference | None]
+    tenth_losses: dict[str, list[Estimate | None]]  # "input", "target" -> loss by tenth of the text, as `Evaluation`'s
+    tenth_differences: dict[str, list[Difference | None]]
     layers: dict[str, list[float]]  # field of the evaluation -> mean over seeds, by layer
     estimators: list[EstimatorSummary]
     charts: Charts
+    load_by_width: dict[int, float] = field(default_factory=dict)  # over the even load; empty where all are alike
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,16 @@ def _held_out(name: str) -> Callable[[RunView], float]:
     return read
 
 
+def _of_tenth(tenth: int) -> Callable[[RunView], float]:
+    """Loss where a token of one tenth of the training text is read, 0 the most frequent."""
+
+    def read(view: RunView) -> float:
+        found = view.evaluation.loss_by_frequency.get("input") if view.evaluation else None
+        return found[tenth] if found else math.nan
+
+    return read
+
+
 def _dead(view: RunView) -> float:
     known = _numbers(view.evaluation.dead_experts) if view.evaluation else []
     return math.fsum(known) if known else math.nan
@@ -92,6 +102,15 @@ def _numbers(value: object) -> list[float]:
     if isinstance(value, list):
         return [one for part in value for one in _numbers(part)]
     return [value] if is_number(value) else []  # type: ignore[list-item]
+
+
+def _active_width(view: RunView) -> float:
+    """Where it is not the same for every token, or every choice."""
+    return view.active_width if view.header.expert_widths or view.config.get("model.top_p") else math.nan
+
+
+def _experts_per_token(view: RunView) -> float:
+    return view.experts_per_token if view.config.get("model.top_p") else math.nan
 
 
 def _trained(name: str) -> Callable[[RunView], float]:
@@ -138,6 +157,12 @@ COMPARISON_COLUMNS = (
     Column("bits_per_byte", "Bits per byte", "Quality",
            "The same loss, free of the tokenizer: bits needed for one byte of held-out text.",
            _held_out("bits_per_byte"), "lower", places=3, terminal=TerminalColumn("bits/byte", 3)),
+    Column("loss_frequent", "Loss after frequent tokens", "Quality",
+           "Held-out loss where the token that is read is one of the most frequent tenth of the training text.",
+           _of_tenth(0), "lower", "nats", places=3),
+    Column("loss_rare", "Loss after rare tokens", "Quality",
+           "The same for the rarest tenth: what a routing mask by token id is meant to lower.",
+           _of_tenth(-1), "lower", "nats", places=3),
     Column("train_loss", "Training loss", "Quality",
            "Mean cross-entropy over the last quarter of the steps, without the balance loss.",
            lambda view: mean(step.loss for step in view.window), "lower", "nats", places=3),
@@ -181,6 +206,12 @@ COMPARISON_COLUMNS = (
     Column("dead_experts", "Dead experts", "Balance on held-out text",
            "Experts, over all layers, that no held-out token chose: weights that do nothing.",
            _dead, "lower", show=lambda value, _: count(value), terminal=TerminalColumn("dead")),
+    Column("active_width", "Active width", "Cost",
+           "Hidden units that a token's experts have together, mean over held-out tokens and layers.",
+           _active_width, "lower", ratio=True, places=1, terminal=TerminalColumn("width", 1)),
+    Column("experts_per_token", "Experts per token", "Cost",
+           "Mean over held-out tokens and layers: with top-p a token may use fewer than K.",
+           _experts_per_token, "", places=2, terminal=TerminalColumn("experts", 2)),
     Column("tokens_per_second", "Tokens per second", "Cost",
            "Training speed, median over the steps; evaluation and checkpoints left out.",
            _speed, "higher", ratio=True, places=0, terminal=TerminalColumn("tokens/s", 0)),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...storage.run_record import Run, Step
+from ...storage.run_record import Evaluation, Run, Step
+from .groups import Grouping, group_load, groupings
 from .run_view import RunView, is_number, mean, usable
 from .statistics import paired_difference
 
-__all__ = ["Charts", "Curve", "LoadMap", "charts", "join", "paired_series", "thin", "training_metrics"]
+__all__ = ["LAYER_FIELDS", "Charts", "Curve", "GroupCharts", "LoadMap", "charts", "join", "layer_values",
+           "paired_series", "thin", "training_metrics"]  # fmt: skip
 
 MOST_POINTS = 120  # of a curve: one in three pixels of a phone
 MOST_LOADS = 60  # steps of a run whose expert loads are on the page
@@ -21,6 +23,8 @@ MOST_LOADS = 60  # steps of a run whose expert loads are on the page
 MOST_DOMAIN_CELLS = 800_000
 MOST_LOAD_CELLS = 600_000
 MOST_CURVES = 240
+LAYER_FIELDS = ("mutual_information", "mutual_information_shuffled", "maxvio_global", "maxvio_micro_batch",
+                "maxvio_sequence", "dead_experts", "routing_churn", "topk_score")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,26 @@ class LoadMap:
 
 
 @dataclass(frozen=True)
+class GroupCharts:
+    """One grouping of the experts."""
+
+    grouping: Grouping
+    maxvio: Curve  # largest load of a group over the share that it is to have, minus 1; mean over the layers
+    share: LoadMap  # the last load, [layer][group], over those shares
+
+
+@dataclass(frozen=True)
 class Charts:
     """What is drawn of one strategy. Maps are those of the first seed."""
 
+    seeds: list[int] = field(default_factory=list)  # that curves are means of
     perplexity: Curve | None = None
     difference: Curve | None = None  # from the baseline's perplexity, in %, with interval; needs two seeds
     domain_perplexity: dict[str, Curve] = field(default_factory=dict)
+    domain_maxvio: dict[str, Curve] = field(default_factory=dict)  # of the domain's own load, mean over the layers
+    by_layer: dict[str, Curve] = field(default_factory=dict)  # one of LAYER_FIELDS -> over layers in place of steps
+    groups: list[GroupCharts] = field(default_factory=list)  # of every grouping that the page knows
+    grouping: Grouping | None = None  # of this strategy's own policies or routers
     training: dict[str, Curve] = field(default_factory=dict)
     relative_error: dict[str, Curve] = field(default_factory=dict)
     loads: list[LoadMap] = field(default_factory=list)
@@ -56,26 +74,31 @@ class Charts:
 
 
 def charts(
-    runs: Sequence[Run], first: RunView, metrics: Sequence[str], strategies: int = 1, baseline: Sequence[Run] = ()
+    views: Sequence[RunView],
+    metrics: Sequence[str],
+    strategies: int = 1,
+    baseline: Sequence[Run] = (),
+    known: Sequence[Grouping] = (),
 ) -> Charts:
     """The charts of one strategy.
 
     Args:
-        runs: its seeds. first: the view of the first of them.
-        metrics: see `training_metrics`. strategies: how many share the page.
+        views: its seeds. metrics: see `training_metrics`. strategies: how many share the page.
         baseline: the runs that it is compared with; empty if it is not.
+        known: groupings of experts of any strategy of the page.
     """
+    first, runs = views[0], [one.run for one in views]
     evaluations = [usable(run)[0] for run in runs]
-    domains = first.header.domains
     layers, share = domain_share(first, MOST_DOMAIN_CELLS // strategies)
     return Charts(
+        seeds=[one.header.seed for one in views],
         perplexity=join([{one.step: one.perplexity for one in each} for each in evaluations]),
         difference=paired(runs, baseline),
-        domain_perplexity={
-            name: curve
-            for name in domains
-            if (curve := join([{one.step: _exp(one.loss.get(name)) for one in each} for each in evaluations]))
-        },
+        domain_perplexity=_by_domain(first, evaluations, lambda one, d: _exp(one.loss.get(first.header.domains[d]))),
+        domain_maxvio=_by_domain(first, evaluations, lambda one, d: _maxvio(one.counts[d])),
+        by_layer=_by_layer([one.evaluation for one in views if one.evaluation]),
+        groups=[found for grouping in known if (found := _groups(views, grouping))],
+        grouping=next(iter(groupings([first.header])), None),
         training={name: curve for name in metrics if (curve := binned([_series(run, name) for run in runs]))},
         relative_error={
             name: curve
@@ -86,6 +109,51 @@ def charts(
         layers=layers,
         domain_share=share,
     )
+
+
+def layer_values(evaluation: Evaluation, name: str) -> list[float]:
+    """One of LAYER_FIELDS by layer; what is measured by domain, as the mean over the domains."""
+    values = getattr(evaluation, name)
+    if name == "topk_score":
+        return [mean(of_domains) for of_domains in zip(*values, strict=False)]
+    return list(values)
+
+
+def _by_domain(
+    first: RunView, evaluations: Sequence[Sequence[Evaluation]], read: Callable[[Evaluation, int], float]
+) -> dict[str, Curve]:
+    curves = {
+        name: join([{one.step: read(one, d) for one in each} for each in evaluations])
+        for d, name in enumerate(first.header.domains)
+    }
+    return {name: curve for name, curve in curves.items() if curve}
+
+
+def _by_layer(evaluations: Sequence[Evaluation]) -> dict[str, Curve]:
+    curves = {name: join([dict(enumerate(layer_values(one, name))) for one in evaluations]) for name in LAYER_FIELDS}
+    return {name: curve for name, curve in curves.items() if curve}
+
+
+def _groups(views: Sequence[RunView], grouping: Grouping) -> GroupCharts | None:
+    """None where no load was recorded, or where these are groups of other experts."""
+    series: list[dict[int, float]] = []
+    share: LoadMap | None = None
+    for one in views:
+        loads = one.loads if len(grouping.order) == one.header.num_experts else []
+        by_group = {load.step: group_load(load.counts, grouping) for load in loads}
+        series.append({step: mean((share_LG.max(-1) - 1).tolist()) for step, share_LG in by_group.items()})
+        if by_group and share is None:
+            share = LoadMap(max(by_group), np.round(by_group[max(by_group)], 2).tolist())
+    curve = binned(series)
+    return GroupCharts(grouping, curve, share) if curve is not None and share is not None else None
+
+
+def _maxvio(counts_LE: object) -> float:
+    """Mean over the layers in which something was counted."""
+    array = np.asarray(counts_LE, dtype=np.float64)
+    average = array.mean(axis=-1)
+    known = average > 0
+    return float((array.max(axis=-1)[known] / average[known] - 1).mean()) if known.any() else math.nan
 
 
 def training_metrics(runs: Sequence[Run], strategies: int = 1) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,14 +15,19 @@ from .formatting import clean, number
 
 __all__ = [
     "LAYER_COLUMNS",
+    "STEP",
     "LayerColumn",
     "NamedInspection",
     "headline_of",
     "inspections_json",
     "mean_of",
     "name_inspections",
+    "step_of",
     "straggler",
 ]
+
+# in the name of a folder; step-3.5 is a model
+STEP = r"(?:^|[-_.])(step|checkpoint|ckpt|iter|iteration)s?[-_]?0*(\d{1,12})(?!\d|\.\d)"
 
 
 @dataclass(frozen=True)
@@ -67,21 +73,47 @@ class NamedInspection:
     colour: int
     inspection: Inspection
 
+    @property
+    def step(self) -> int | None:
+        """Of training, that the weights are from; see `step_of`."""
+        return step_of(self.inspection)
+
 
 def name_inspections(inspections: Sequence[Inspection], first_colour: int = 0) -> list[NamedInspection]:
-    """Names inspections by the last parts of the model's path, as many as make the names unique."""
+    """Names inspections by the last parts of the model's path, as many as make the names unique.
+
+    Several checkpoints of one folder are told apart by their steps.
+    """
     whole = [one.facts.model.rstrip("/") or "model" for one in inspections]
     for parts in (1, 2, 3):
         names = ["/".join(one.split("/")[-parts:]) for one in whole]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(set(whole)):
             break
     seen: dict[str, int] = {}
     found = []
     for index, (name, inspection) in enumerate(zip(names, inspections, strict=True)):
         seen[name] = seen.get(name, 0) + 1
         own = f"{name} #{seen[name]}" if names.count(name) > 1 else name
+        steps = [step_of(one) for one, other in zip(inspections, names, strict=True) if other == name]
+        if len(steps) > 1 and None not in steps and len(set(steps)) == len(steps):
+            own = f"{name} step {step_of(inspection)}"
         found.append(NamedInspection(own, first_colour + index, inspection))
     return found
+
+
+def step_of(inspection: Inspection) -> int | None:
+    """The training step of the weights: as recorded, else as the name of the model's folder has it; None without any.
+
+    >>> from types import SimpleNamespace
+    >>> [step_of(SimpleNamespace(facts=SimpleNamespace(step=None, model=name)))
+    ...  for name in ("runs/a/checkpoint-500", "olmoe-step005000-tokens20B", "global_step30/", "Mixtral-8x7B")]
+    [500, 5000, 30, None]
+    """
+    if inspection.facts.step is not None:
+        return inspection.facts.step
+    last = inspection.facts.model.rstrip("/").rpartition("/")[2]
+    found = re.search(STEP, last, re.IGNORECASE)
+    return int(found[2]) if found else None
 
 
 def mean_of(inspection: Inspection, column: LayerColumn, *, floor: bool = False) -> float:
@@ -127,6 +159,7 @@ def inspections_json(found: Sequence[NamedInspection]) -> list[dict[str, Any]]:
     return [
         {
             "name": one.name,
+            "step": one.step,
             "facts": asdict(one.inspection.facts),
             "domains": [asdict(domain) for domain in one.inspection.domains],
             "layers": [asdict(layer) for layer in one.inspection.layers],

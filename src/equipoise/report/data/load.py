@@ -52,8 +52,9 @@ def load(paths: Sequence[str | Path]) -> tuple[list[Run], list[Inspection], list
     if not runs and not inspections:
         if len(errors) == 1:
             raise errors[0]
+        remedies = {error.do for error in errors}
         raise DataError(expected="something readable in what was named", got="; ".join(problems[:3]) or "nothing",
-                        do="train or inspect again")  # fmt: skip
+                        do=remedies.pop() if len(remedies) == 1 else "train or inspect again")  # fmt: skip
     return runs, inspections, problems
 
 

@@ -17,7 +17,7 @@ def expected_max(n: int) -> float:
     return NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) if n > 1 else 0.0
 
 
-def random_maxvio(tokens: float, top_k: int, num_experts: int) -> float:
+def random_maxvio(tokens: float, top_k: float, num_experts: int) -> float:
     """Mean MaxVio of uniformly random routing: ``functional.metrics.maxvio_noise_floor`` without torch.
 
     >>> round(random_maxvio(2048 * 64 // 8, 8, 64), 3)

@@ -31,6 +31,31 @@ class RunView:
     def header(self) -> Header:
         return self.run.header
 
+    @property
+    def widths(self) -> list[int]:
+        """Of the experts of a layer; empty where the record does not say them, as of a model that was given."""
+        hidden = self.config.get("model.expert_hidden")
+        if self.header.expert_widths or self.config.get("model.folder") is not None or not isinstance(hidden, int):
+            return self.header.expert_widths
+        return [hidden] * self.header.num_experts
+
+    @property
+    def experts_per_token(self) -> float:
+        """Mean over held-out tokens and layers; NaN without an evaluation."""
+        return self._per_token([1] * self.header.num_experts)
+
+    @property
+    def active_width(self) -> float:
+        """Hidden units that a token's experts have together, mean over held-out tokens and layers."""
+        return self._per_token(self.widths)
+
+    def _per_token(self, costs: list[int]) -> float:
+        one = self.evaluation
+        if one is None or len(costs) != self.header.num_experts or not (tokens := sum(one.tokens.values())):
+            return math.nan
+        counts_DLE = np.array(one.counts, dtype=float)
+        return float((counts_DLE * costs).sum() / (tokens * self.header.num_layers))
+
     def trained(self, name: str) -> float:
         """Mean over the window of one of the balancer's metrics; NaN where no step has it."""
         return mean(step.balance.get(name, math.nan) for step in self.window)

@@ -21,8 +21,9 @@ class Spread:
 # 3 layers of width 128 vary by 0.04 to 0.08.
 DEFAULT: dict[str, object] = {
     "model.layers": 2, "model.width": 64, "model.experts": 8, "model.top_k": 2, "model.expert_hidden": 64,
-    "model.vocab_size": 2048, "data.data": None, "data.sequence_length": 256, "train.steps": 240, "train.lr": 3e-3,
-    "train.micro_batches": 32, "train.sequences_per_micro_batch": 1,
+    "model.expert_widths": "", "model.top_p": 0.0, "model.vocab_size": 2048, "data.data": None,
+    "data.sequence_length": 256, "train.steps": 240, "train.lr": 3e-3, "train.micro_batches": 32,
+    "train.sequences_per_micro_batch": 1,
 }  # fmt: skip
 KNOWN = ((DEFAULT, Spread(0.0058, 8, "lab-notes/2026-11-28-quiet-model.md")),)
 
@@ -35,6 +36,6 @@ def known_spread(config: Mapping[str, object]) -> Spread | None:
     """
     missing = object()
     for settings, spread in KNOWN:
-        if all(config.get(key, None if value is None else missing) == value for key, value in settings.items()):
+        if all(config.get(key, missing if value else value) == value for key, value in settings.items()):
             return spread
     return None

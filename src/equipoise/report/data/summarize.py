@@ -7,14 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from ...errors import ConfigError, unknown_name
 from ...storage.codec import without_nan
 from ...storage.run_record import Run
 from . import comparability
 from .comparison import Comparison, EstimatorSummary, RunFacts, StrategySummary
 from .comparison_columns import COMPARISON_COLUMNS
-from .curves import charts, training_metrics
+from .curves import LAYER_FIELDS, charts, layer_values, training_metrics
 from .formatting import clean, listed
+from .groups import Grouping, groupings
 from .headline import headline
 from .order_statistics import random_maxvio
 from .run_view import RunView, is_number, mean, usable, view_run
@@ -27,6 +30,7 @@ SIGNALS = "balance/signals/"
 # in each of two layers, two seeds: global+micro 0.08 to 0.10, micro 0.09 to 0.14, loss-free 0.07 to 0.09; where the
 # learning rate does not fall, 0.20 to 0.22. Choices by chance: 0.75.
 UNSETTLED = 0.2
+SIDES = ("input", "target")  # whether the token that is read, or the one that is predicted, is rare or frequent
 PREFERRED_BASELINE = "micro"  # the usual choice: differences read as what switching away from it changes
 
 
@@ -52,7 +56,8 @@ def summarize(runs: Sequence[Run], *, baseline: str | None = None, problems: Seq
     warnings += found + about_steps
     views = {label: [view_run(run, step) for run in group] for label, group in groups.items()}
     metrics = training_metrics(every, len(groups))
-    strategies = [_strategy(label, views, baseline, step, same_text, metrics) for label in groups]
+    known = groupings(run.header for run in every)
+    strategies = [_strategy(label, views, baseline, step, same_text, metrics, known) for label in groups]
     strategies = sorted(strategies, key=lambda one: one.name != baseline)  # the baseline first, the rest as they came
     for one in strategies:
         if not one.compared and step is not None:
@@ -154,6 +159,7 @@ def _strategy(
     step: int | None,
     same_text: bool,
     metrics: list[str],
+    known: list[Grouping],
 ) -> StrategySummary:
     own = views[label]
     at, base_at = (
@@ -185,9 +191,16 @@ def _strategy(
             for name in names
             if compare
         },
+        tenth_losses={side: [estimate(each) for each in _tenths(shown, side)] for side in SIDES},
+        tenth_differences={
+            side: [paired_difference(*pair) for pair in zip(_tenths(at, side), _tenths(base_at, side), strict=False)]
+            for side in SIDES
+            if compare
+        },
         layers=_layers(shown),
         estimators=_estimators(own),
-        charts=charts([one.run for one in own], shown[0], metrics, len(views), against),
+        charts=charts(shown, metrics, len(views), against, known),
+        load_by_width=_load_by_width(shown),
     )
 
 
@@ -200,20 +213,39 @@ def _domain(views: Sequence[RunView], name: str, field_name: str) -> dict[int, f
     return {seed: math.exp(loss) if loss < 700 else math.inf for seed, loss in values.items()}
 
 
+def _tenths(views: Sequence[RunView], side: str) -> list[dict[int, float]]:
+    """Of each tenth of the text: seed -> loss. Empty where no run has it."""
+    found = {one.header.seed: one.evaluation.loss_by_frequency.get(side, []) for one in views if one.evaluation}
+    return [
+        {seed: of[i] for seed, of in found.items() if len(of) > i}
+        for i in range(max(map(len, found.values()), default=0))
+    ]
+
+
 def _layers(views: Sequence[RunView]) -> dict[str, list[float]]:
+    """Means over the seeds, by layer."""
     evaluations = [one.evaluation for one in views if one.evaluation]
     if not evaluations:
         return {}
-
-    def by_layer(values_of: list[list[float]]) -> list[float]:
-        return [mean(values[layer] for values in values_of if len(values) > layer) for layer in layers]
-
     layers = range(len(evaluations[0].counts[0]))
-    names = ("mutual_information", "mutual_information_shuffled", "maxvio_global", "maxvio_micro_batch",
-             "maxvio_sequence", "dead_experts", "routing_churn")  # fmt: skip
-    found = {name: by_layer([getattr(one, name) for one in evaluations]) for name in names}
-    found["topk_score"] = by_layer([of_domain for one in evaluations for of_domain in one.topk_score])
-    return found
+    values = {name: [layer_values(one, name) for one in evaluations] for name in LAYER_FIELDS}
+    return {
+        name: [mean(values[layer] for values in of_seeds if len(values) > layer) for layer in layers]
+        for name, of_seeds in values.items()
+    }
+
+
+def _load_by_width(views: Sequence[RunView]) -> dict[int, float]:
+    """Width -> load of such an expert over the even one, mean over experts, layers and seeds, of held-out text."""
+    loads: dict[int, list[float]] = {}
+    for view in views:
+        if view.evaluation is None:
+            continue
+        for counts_E in np.array(view.evaluation.counts, dtype=float).sum(axis=0):
+            even = counts_E.mean()
+            for width, count in zip(view.header.expert_widths, counts_E, strict=False):
+                loads.setdefault(width, []).append(float(count / even) if even else math.nan)
+    return {width: mean(loads[width]) for width in sorted(loads)}
 
 
 def _estimators(views: Sequence[RunView]) -> list[EstimatorSummary]:
@@ -267,7 +299,9 @@ def _noise_floor(view: RunView) -> dict[str, float]:
     """Column -> MaxVio that uniformly random routing of as many tokens would show on average."""
     tokens = {one.key: one.noise_tokens(view) for one in COMPARISON_COLUMNS if one.noise_tokens}
     known = {key: count for key, count in tokens.items() if math.isfinite(count) and count > 0}
-    return {key: random_maxvio(count, view.header.top_k, view.header.num_experts) for key, count in known.items()}
+    top_p, choices = view.config.get("model.top_p"), view.experts_per_token
+    top_k = choices if top_p and choices > 0 else view.header.top_k
+    return {key: random_maxvio(count, top_k, view.header.num_experts) for key, count in known.items()}
 
 
 def _facts(view: RunView) -> dict[str, Any]:
@@ -276,6 +310,7 @@ def _facts(view: RunView) -> dict[str, Any]:
         "layers": header.num_layers,
         "experts": header.num_experts,
         "top_k": header.top_k,
+        "expert_widths": header.expert_widths,
         "parameters": header.parameters,
         "active_parameters": header.active_parameters,
         "tokens_per_step": mean(step.tokens for step in view.window),

@@ -1,1 +1,1 @@
-"""Reports as files and in other programs: pages, CSV, PNG and figures in a notebook."""
+"""Reports as files and in other programs: pages, CSV, PNG, SVG and figures in a notebook."""

@@ -94,13 +94,13 @@ def _layers(found: Sequence[NamedInspection]) -> Rows:
         for column in LAYER_COLUMNS
         for part in (column.label, *([f"{column.label}, {column.chance}"] * bool(column.floor)))
     ]
-    yield ["model", "layer", "name", *heads, "dead", "idle"]
+    yield ["model", "step", "layer", "name", *heads, "dead", "idle"]
     for one in found:
         for index, layer in enumerate(one.inspection.layers):
             cells = []
             for column in LAYER_COLUMNS:
                 cells += [column.read(layer), *([column.floor(layer)] if column.floor else [])]
-            yield [one.name, index, layer.name, *cells, len(layer.dead), len(layer.idle)]
+            yield [one.name, one.step, index, layer.name, *cells, len(layer.dead), len(layer.idle)]
 
 
 def _domains(found: Sequence[NamedInspection]) -> Rows:

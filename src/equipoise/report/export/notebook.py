@@ -62,12 +62,10 @@ def curves(source: Source | Sequence[Source], metric: str = "perplexity", *, dar
     if metric == "perplexity":
         figure, label = figures.perplexity_curves(comparison), "Mean of all domains"
     else:
-        figure, label = figures.training_curves(comparison), figures.NAMES.get(metric, clean(metric))
+        figure, label = figures.training_curves(comparison), figures.metric_name(metric)
     views = {view["label"]: view for view in (figure or {"views": []})["views"]}
     if label not in views:
-        known = {
-            name: label for name in _metrics(comparison) if (label := figures.NAMES.get(name, clean(name))) in views
-        }
+        known = {name: label for name in _metrics(comparison) if (label := figures.metric_name(name)) in views}
         raise unknown_name("recorded metric", metric, known)
     names = [one.name for one in comparison.strategies]
     return _lines(views[label], label, names, figure, dark)
@@ -297,6 +295,10 @@ def _heat_map(figure: Map, title: str, dark: bool) -> PlotlyFigure:
                   "title": {"text": figure["row"]}},
         "height": 190 + min(24 * max(4, len(rows)), 640),
     }  # fmt: skip
+    if borders := figure.get("borders"):
+        line = {"color": colours["ink"], "width": 1.5}
+        layout["shapes"] = [{"type": "line", "x0": at - 0.5, "x1": at - 0.5, "y0": 0, "y1": 1, "yref": "paper",
+                             "line": line} for at in borders]  # fmt: skip
     if columns := figure.get("columns"):
         every = max(1, len(columns) // 10)
         layout["xaxis"] |= {"tickvals": list(range(0, len(columns), every)), "ticktext": columns[::every]}

@@ -19,6 +19,7 @@ from ..text.comparison import render_terminal
 from ..text.inspections import render_inspections
 from .csv import write_csv
 from .png import write_png
+from .svg import write_svg
 
 __all__ = ["Report", "read_report", "write_outputs"]
 
@@ -65,20 +66,24 @@ def read_report(paths: Sequence[str | Path], baseline: str | None = None) -> Rep
 
 
 def write_outputs(
-    report: Report, *, out: str | None = None, csv: str | None = None, png: str | None = None, dark: bool = False
-) -> list[str]:
+    report: Report, *, out: str | None = None, csv: str | None = None, png: str | None = None, svg: str | None = None,
+    dark: bool = False,
+) -> list[str]:  # fmt: skip
     """Writes what is named and returns a line about each.
 
     Args:
-        out: file of the page. csv: see `write_csv`. png: see `write_png`. dark: draws dark pictures.
+        out: file of the page. csv: see `write_csv`. png: see `write_png`. svg: see `write_svg`.
+        dark: draws dark pictures and figures.
 
     Raises OutputError where a file cannot be written, ConfigError where a package or a browser is missing.
     """
-    html = report.html() if out or png else ""
+    html, scheme = report.html() if out or png or svg else "", "dark" if dark else "light"
     lines = [f"Report: {write_file(out, html)}"] if out else []
     if csv:
         lines += [f"Numbers: {path}" for path in write_csv(csv, report.comparison, report.runs, report.found)]
     if png:
-        made = write_png(html, png, scheme="dark" if dark else "light")
+        made = write_png(html, png, scheme=scheme)
         lines.append(f"Pictures: {made[0]}" if len(made) == 1 else f"Pictures: {len(made)} in {png}")
+    if svg:
+        lines.append(f"Figures: {len(write_svg(html, svg, scheme=scheme))} in {svg}")
     return lines

@@ -6,6 +6,7 @@ A figure has views, of which a menu shows one; ``s`` of a trace is the index of 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -19,13 +20,17 @@ __all__ = [
     "NAMES",
     "Figure",
     "by_layer",
+    "domain_load_curves",
     "estimator_curves",
+    "group_curves",
     "layer_curves",
+    "metric_name",
+    "over_checkpoints",
     "perplexity_curves",
     "training_curves",
 ]
 
-Figure = dict[str, Any]  # {"views": [{"label", "data", "layout"}], "height": px}
+Figure = dict[str, Any]  # {"views": [{"label", "data", "layout", "note"?}], "height": px}
 
 NAMES = {
     "balance/maxvio_global": "MaxVio, global batch",
@@ -46,25 +51,36 @@ BY_LAYER = {
     "routing_churn": "Routing churn since the evaluation before",
 }
 HEAD = 0.35  # fraction of a run whose loss is so high that it would flatten the rest
+OF_SEEDS = "Line: mean over the seeds. Band: from the lowest seed to the highest."
+OF_PAIRS = "Line: mean over pairs of runs with the same seed. Band: its 95% interval."
+OF_LAYERS = "Line: mean over the layers. Band: from the lowest layer to the highest."
+
+
+def metric_name(name: str) -> str:
+    """What a figure calls a metric of the trainer or the balancer.
+
+    >>> metric_name("grad_norm"), metric_name("balance/global_image/maxvio"), metric_name("balance/cv_global")
+    ('Gradient norm', 'MaxVio as global_image sees it', 'balance/cv_global')
+    """
+    if of_policy := re.fullmatch(r"balance/(.+)/maxvio", name):  # over its groups, targets, or class of tokens
+        return f"MaxVio as {clean(of_policy[1])} sees it"
+    return NAMES.get(name, clean(name))
 
 
 def perplexity_curves(comparison: Comparison) -> Figure | None:
     """Held-out perplexity at each evaluation: mean over domains, difference from the baseline, single domains."""
-    choices: list[tuple[str, list[Curve | None]]] = [
-        ("Mean of all domains", [one.charts.perplexity for one in comparison.strategies])
+    charts = [one.charts for one in comparison.strategies]
+    choices: list[tuple[str, list[Curve | None]]] = [("Mean of all domains", [one.perplexity for one in charts])]
+    choices += [(name, [one.domain_perplexity.get(name) for one in charts]) for name in comparison.domains]
+    views = [
+        _view(label, curves, _over_steps(_without_head(curves), "log", _end(curves)))
+        for label, curves in choices
+        if any(curves)
     ]
-    choices += [
-        (name, [one.charts.domain_perplexity.get(name) for one in comparison.strategies]) for name in comparison.domains
-    ]
-    views = []
-    for label, curves in choices:
-        if any(curves):
-            layout = _over_steps(_without_head(curves), "log", _end(curves))
-            views.append({"label": clean(label), "data": _lines(curves), "layout": layout})
-    differences = [one.charts.difference for one in comparison.strategies]
+    differences = [one.difference for one in charts]
     if any(differences):
-        view = {"label": f"Difference from {clean(comparison.baseline)}, %", "data": _lines(differences)}
-        views.insert(1, view | {"layout": _over_steps(_around_zero(differences), "linear", _end(differences))})
+        layout = _over_steps(_around_zero(differences), "linear", _end(differences))
+        views.insert(1, _view(f"Difference from {comparison.baseline}, %", differences, layout, note=OF_PAIRS))
     return {"views": views, "height": 330} if views else None
 
 
@@ -75,15 +91,15 @@ def training_curves(comparison: Comparison) -> Figure | None:
     views = []
     for name in names:
         curves = [one.charts.training.get(name) for one in comparison.strategies]
-        data = _lines(curves)
         positive = all(curve is None or min(curve.mean, default=1) > 0 for curve in curves)
         scale = "log" if positive and ("maxvio" in name or name == "grad_norm") else "linear"
         layout = _over_steps(None, scale, _end(curves))
         if name == "loss":
             layout = _over_steps(_without_head(curves), "linear", _end(curves))
+        view = _view(metric_name(name), curves, layout)
         if (floor := comparison.noise_floor.get(FLOORS.get(name, ""))) and positive:
-            data.append(_floor(_end(curves), floor))
-        views.append({"label": NAMES.get(name, clean(name)), "data": data, "layout": layout})
+            view["data"].append(_floor(_end(curves), floor))
+        views.append(view)
     return {"views": views, "height": 330} if views else None
 
 
@@ -91,15 +107,30 @@ def layer_curves(comparison: Comparison) -> Figure | None:
     """Held-out numbers by layer."""
     views = []
     for key, label in BY_LAYER.items():
-        data = []
-        for index, one in enumerate(comparison.strategies):
-            values = one.layers.get(key, [])
-            if any(map(math.isfinite, values)):
-                data.append(_line(list(range(len(values))), values, index, mode="lines+markers"))
-        if data:
-            deepest = max(len(trace["x"]) for trace in data)
-            axis = {"title": {"text": "MoE layer"}, "range": [-0.3, deepest - 0.7], "dtick": math.ceil(deepest / 12)}
-            views.append({"label": label, "data": data, "layout": {"xaxis": axis, "yaxis": {"rangemode": "tozero"}}})
+        curves = [one.charts.by_layer.get(key) for one in comparison.strategies]
+        if any(curves):
+            layout = {"xaxis": _layer_axis(1 + _end(curves)), "yaxis": {"rangemode": "tozero"}}
+            views.append(_view(label, curves, layout, mode="lines+markers"))
+    return {"views": views, "height": 300} if views else None
+
+
+def group_curves(comparison: Comparison) -> Figure | None:
+    """MaxVio over groups of experts in the global batches of the run, a view for each grouping."""
+    of_strategies = [{one.grouping: one.maxvio for one in each.charts.groups} for each in comparison.strategies]
+    views = []
+    for grouping in dict.fromkeys(grouping for found in of_strategies for grouping in found):
+        curves = [found.get(grouping) for found in of_strategies]
+        views.append(_view(f"MaxVio over {grouping.name}", curves, _from_zero(curves)))
+    return {"views": views, "height": 300} if views else None
+
+
+def domain_load_curves(comparison: Comparison) -> Figure | None:
+    """MaxVio of each domain's own load at each evaluation, a view for each domain."""
+    views = []
+    for name in comparison.domains:
+        curves = [one.charts.domain_maxvio.get(name) for one in comparison.strategies]
+        if any(curves):
+            views.append(_view(f"MaxVio in {name}", curves, _from_zero(curves)))
     return {"views": views, "height": 300} if views else None
 
 
@@ -113,7 +144,7 @@ def by_layer(choices: Sequence[tuple[str, Sequence[tuple[str, int, list[float], 
     for label, curves in choices:
         data = []
         for name, colour, values, floor, chance in curves:
-            shown = escape(clip(clean(name), 24), quote=False)
+            shown = _named(name)
             if any(map(math.isfinite, values)):
                 own = _line(list(range(len(values))), values, None, color=f"@s{colour}", mode="lines+markers")
                 data.append(own | {"name": shown, "showlegend": len(curves) > 1})
@@ -122,10 +153,35 @@ def by_layer(choices: Sequence[tuple[str, Sequence[tuple[str, int, list[float], 
                 line["line"] |= {"dash": "dot", "width": 1.5}
                 data.append(line | {"name": f"{shown}: {chance}" if len(curves) > 1 else chance, "showlegend": True})
         if data:
-            deepest = max(len(trace["x"]) for trace in data)
-            axis = {"title": {"text": "MoE layer"}, "range": [-0.3, deepest - 0.7], "dtick": math.ceil(deepest / 12)}
+            axis = _layer_axis(max(len(trace["x"]) for trace in data))
             layout = {"xaxis": axis, "yaxis": {"rangemode": "tozero"}, "showlegend": True, "hovermode": "x unified"}
             views.append({"label": label, "data": data, "layout": layout})
+    return {"views": views, "height": 330} if views else None
+
+
+def over_checkpoints(
+    choices: Sequence[tuple[str, Sequence[tuple[str, int, Curve | None, Curve | None, str]]]],
+) -> Figure | None:
+    """Curves of models over the training steps of their checkpoints.
+
+    Args:
+        choices: for each view its label and curves: (name, colour, values, noise floor, name of the floor).
+    """
+    views = []
+    for label, models in choices:
+        curves = [values for _, _, values, _, _ in models]
+        if not any(curves):
+            continue
+        named = [(f"@s{colour}", name) for name, colour, *_ in models]
+        layout = _from_zero(curves) | {"showlegend": True}
+        view = _view(label, curves, layout, note=OF_LAYERS, mode="lines+markers", named=named)
+        for name, colour, _, floor, chance in models:
+            if floor is not None:
+                line = _line(floor.steps, floor.mean, None, color=f"@s{colour}")
+                line["line"] |= {"dash": "dot", "width": 1.5}
+                shown = f"{_named(name)}: {chance}" if len(models) > 1 else chance
+                view["data"].append(line | {"name": shown, "showlegend": True})
+        views.append(view)
     return {"views": views, "height": 330} if views else None
 
 
@@ -135,34 +191,53 @@ def estimator_curves(comparison: Comparison) -> Figure | None:
     views = []
     for one in comparison.strategies:
         used = {e.name for e in one.estimators if e.in_use}
-        data = []
-        for index, name in enumerate(names):
-            if curve := one.charts.relative_error.get(name):
-                trace = _line(curve.steps, curve.mean, None, color=f"@s{index + 1}", mode="lines+markers")
-                label = escape(clip(clean(name), 24), quote=False) + (" (in use)" if name in used else "")
-                data.append(trace | {"name": label, "showlegend": True})
-        if data:
-            ends = _end(list(one.charts.relative_error.values()))
-            layout = _over_steps(None, "linear", ends) | {"showlegend": True}
-            views.append({"label": clean(one.name), "data": data, "layout": layout})
+        curves = [one.charts.relative_error.get(name) for name in names]
+        named = [(f"@s{i + 1}", f"{name} (in use)" if name in used else name) for i, name in enumerate(names)]
+        if any(curves):
+            layout = _over_steps(None, "linear", _end(curves)) | {"showlegend": True}
+            views.append(_view(one.name, curves, layout, mode="lines+markers", named=named))
     return {"views": views, "height": 330} if views else None
 
 
-def _lines(curves: Sequence[Curve | None]) -> list[dict[str, Any]]:
-    """A line per strategy over a band from its lowest to its highest seed."""
+def _view(
+    label: str, curves: Sequence[Curve | None], layout: dict[str, Any], *, note: str = OF_SEEDS, mode: str = "",
+    named: Sequence[tuple[str, str]] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """A view; ``note`` says what its lines and bands are, where there are bands."""
+    view = {"label": clean(label), "data": _lines(curves, mode, named), "layout": layout}
+    return view | ({"note": note} if any(curve and curve.low is not None for curve in curves) else {})
+
+
+def _lines(
+    curves: Sequence[Curve | None], mode: str = "", named: Sequence[tuple[str, str]] = ()
+) -> list[dict[str, Any]]:
+    """A line per curve over its band; ``named``: colours and names of curves that are not of strategies."""
     data = []
     for index, curve in enumerate(curves):
         if curve is not None and curve.low is not None and curve.high is not None:
             data.append({
-                "type": "scatter", "mode": "lines", "line": {"width": 0}, "fill": "toself", "s": index,
-                "fillcolor": f"@s{index}/0.16", "hoverinfo": "skip", "showlegend": False,
+                "type": "scatter", "mode": "lines", "line": {"width": 0}, "fill": "toself",
+                "s": None if named else index, "fillcolor": f"{named[index][0] if named else f'@s{index}'}/0.16",
+                "hoverinfo": "skip", "showlegend": False, "legendgroup": str(index),
                 "x": curve.steps + curve.steps[::-1], "y": _short(curve.high + curve.low[::-1]),
             })  # fmt: skip
     for index, curve in enumerate(curves):
-        if curve is not None:
-            mode = "lines" if len(curve.steps) > 1 else "lines+markers"  # a line through one point is invisible
-            data.append(_line(curve.steps, curve.mean, index, mode=mode))
+        if curve is None:
+            continue
+        own = mode or ("lines" if len(curve.steps) > 1 else "lines+markers")  # a line through one point is invisible
+        color, strategy = (named[index][0], None) if named else ("", index)
+        line = _line(curve.steps, curve.mean, strategy, color=color, mode=own)
+        more = {"name": _named(named[index][1]), "showlegend": True} if named else {}
+        data.append(line | {"legendgroup": str(index)} | more)
     return data
+
+
+def _named(name: str) -> str:
+    return escape(clip(clean(name), 24), quote=False)  # Plotly reads a little HTML
+
+
+def _layer_axis(layers: int) -> dict[str, Any]:
+    return {"title": {"text": "MoE layer"}, "range": [-0.3, layers - 0.7], "dtick": math.ceil(layers / 12)}
 
 
 def _line(
@@ -196,6 +271,11 @@ def _over_steps(window: list[float] | None, scale: str, end: int = 0) -> dict[st
     if ticks:
         y |= {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     return {"xaxis": x, "yaxis": y, "hovermode": "x unified"}
+
+
+def _from_zero(curves: Sequence[Curve | None]) -> dict[str, Any]:
+    layout = _over_steps(None, "linear", _end(curves))
+    return layout | {"yaxis": layout["yaxis"] | {"rangemode": "tozero"}}
 
 
 def _round_ticks(low: float, high: float) -> list[float]:

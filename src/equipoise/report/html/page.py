@@ -9,22 +9,27 @@ import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from ...errors import ConfigError, OutputError
 from ...storage.files import write_whole
 from ...storage.inspection_record import Inspection
+from ..data.checkpoints import headline_with_time, in_full
 from ..data.comparison import Comparison
 from ..data.formatting import clean
-from ..data.inspections import headline_of, name_inspections
+from ..data.inspections import name_inspections
+from .checkpoint_sections import checkpoint_sections
 from .inspection_sections import inspection_cards, inspection_origin, inspection_sections
 from .rendering import render
-from .run_sections import run_facts, run_origin, run_sections
+from .run_sections import counts_of, run_facts, run_origin, run_sections
 from .tables import card
 from .widgets import Section, Widgets
 
-__all__ = ["render_html", "write_file", "write_html"]
+__all__ = ["figures_page", "render_html", "write_file", "write_html"]
 
-SCRIPTS = ("state", "lines", "maps", "tables", "text", "controls")  # one module, in this order
+# One module, in this order; "text" draws what the sections of inspections ask for.
+SCRIPTS = ("state", "lines", "maps", "svg", "tables", "text", "controls")
+STYLES = ("base", "figures", "tables", "text", "print")
 
 
 def write_html(
@@ -62,28 +67,43 @@ def render_html(
     c, widgets = comparison, Widgets()
     found = name_inspections(inspections, len(c.strategies) if c else 0)
     runs = run_sections(c, widgets) if c else []
-    inspected = inspection_sections(found, widgets) if found else []
+    full = in_full(found)
+    inspected = [*checkpoint_sections(found, widgets), *inspection_sections(full, widgets)] if found else []
     origin = [*(run_origin(c) if c else []), *([inspection_origin(found)] if found else [])]
     names = [one.name for one in c.strategies] if c else []
-    headline = c.headline if c else headline_of(found) if found else "Nothing to show yet."
+    headline = c.headline if c else headline_with_time(found) if found else "Nothing to show yet."
     unread = [*(c.problems if c else []), *problems]
     unread += [f"{one.name}: {text}" for one in found for text in one.inspection.problems]
     version = next(iter([one.versions.get("equipoise", "") for one in [c] if one]
                         + [one.inspection.facts.versions.get("equipoise", "") for one in found]), "")  # fmt: skip
-    data = {
-        "strategies": [escape(clean(name), quote=False) for name in names],  # Plotly reads a little HTML
-        "figures": widgets.figures, "maps": widgets.maps, "menus": widgets.menus, "texts": widgets.texts,
-    }  # fmt: skip
-    return render(
-        "report.html.jinja", title=" · ".join([*names, *(one.name for one in found)][:4]),
-        styles=("base", "figures", "tables", "text", "print"), scripts=SCRIPTS, version=version,
+    return figures_page(
+        "report.html.jinja", widgets, names, counts_of(c) if c else [],
+        title=" · ".join([*names, *(one.name for one in full)][:4]), version=version,
+        mark="load balancing of mixture-of-experts training",
         headline=headline, quality=c.quality if c else "", facts=run_facts(c) if c else [],
         warnings=c.warnings if c else [], problems=unread, live=f"{live:g}" if live else "",
-        second=headline_of(found) if c and found else "",  # the headline and cards at the top are those of the runs
+        second=headline_with_time(found) if c and found else "",  # at the top are headline and cards of the runs
         run_cards=[card(c, one, index) for index, one in enumerate(c.strategies)] if c else [],
-        inspection_cards=inspection_cards(found),
+        inspection_cards=inspection_cards(full),
         runs=runs, sections=[*runs, *inspected, Section("Where this comes from", "", origin)],
-        data=_packed(_json(data)), plotly=_plotly() if widgets.figures else "",
+    )  # fmt: skip
+
+
+def figures_page(template: str, widgets: Widgets, names: Sequence[str], counts: Sequence[str], **data: Any) -> str:
+    """A template of a page with figures, as text.
+
+    Args:
+        widgets: what the sections of the page have asked for.
+        names: of the strategies that curves are of. counts: what is said of each in a legend ("n = 3"), or nothing.
+    """
+    packed = {
+        "strategies": [escape(clean(name), quote=False) for name in names],  # Plotly reads a little HTML
+        "counts": list(counts), "figures": widgets.figures, "maps": widgets.maps, "menus": widgets.menus,
+        "texts": widgets.texts,
+    }  # fmt: skip
+    return render(
+        template, **data, styles=STYLES, scripts=SCRIPTS, data=_packed(_json(packed)),
+        plotly=_plotly() if widgets.figures else "",
     )  # fmt: skip
 
 

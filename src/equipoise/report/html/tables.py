@@ -13,7 +13,8 @@ from ..data.statistics import Difference, Estimate
 from .rendering import minus
 from .widgets import Cell, Part, Row, table
 
-__all__ = ["card", "estimators_table", "numbers_table", "per_domain_table", "policies_table", "runs_table"]
+__all__ = ["card", "estimators_table", "frequency_table", "numbers_table", "per_domain_table", "policies_table",
+           "runs_table", "widths_table"]  # fmt: skip
 
 BY_KEY = {column.key: column for column in COMPARISON_COLUMNS}
 
@@ -121,6 +122,35 @@ def per_domain_table(comparison: Comparison) -> Part:
             cells.append(Cell(shown, exact, small, tone == "good"))
         rows.append(Row(name, cells))
     return _stacked(comparison, "domains", "Domain", rows)
+
+
+def widths_table(comparison: Comparison) -> Part:
+    """Which experts are used, by their width."""
+    rows = []
+    for width in sorted({width for one in comparison.strategies for width in one.load_by_width}):
+        loads = [one.load_by_width.get(width) for one in comparison.strategies]
+        rows.append(Row(str(width), [Cell(number(load, 2), "" if load is None else load) for load in loads]))
+    return _stacked(comparison, "widths", "Width", rows)
+
+
+def frequency_table(comparison: Comparison) -> Part | None:
+    """Held-out loss by how frequent a token is; None where no run has it."""
+    rows = []
+    for side, group in (("input", "by the token that is read"), ("target", "by the token that is predicted")):
+        tenths = max((len(one.tenth_losses.get(side, [])) for one in comparison.strategies), default=0)
+        for i in range(tenths):
+            cells = []
+            for one in comparison.strategies:
+                value = one.tenth_losses[side][i] if i < len(one.tenth_losses[side]) else None
+                differences = one.tenth_differences.get(side, [])
+                difference = differences[i] if i < len(differences) else None
+                tone = _tone(difference, "lower")
+                small = [(tone, minus(signed(difference.mean)))] if difference else []
+                shown, exact = (number(value.mean, 3), value.mean) if value else ("–", "")
+                cells.append(Cell(shown, exact, small, tone == "good"))
+            ends = {0: "most frequent tenth", tenths - 1: "rarest tenth"}
+            rows.append(Row(ends.get(i, f"tenth {i + 1}"), cells, "", "", group if i == 0 else ""))
+    return _stacked(comparison, "tenths", "", rows) if rows else None
 
 
 def estimators_table(comparison: Comparison) -> Part:

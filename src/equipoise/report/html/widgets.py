@@ -69,8 +69,10 @@ class Widgets:
         self.menus: dict[str, list[str]] = {}
         self.texts: dict[str, Any] = {}
 
-    def lines(self, menu: str, title: str, figure: Figure, chips: Sequence[str] | None = None) -> Part:
-        """Curves below a menu of their views; ``chips`` names the strategies that buttons show and hide."""
+    def lines(
+        self, menu: str, title: str, figure: Figure, chips: Sequence[tuple[str, str]] | None = None
+    ) -> Part:  # fmt: skip
+        """Curves below a menu of their views; ``chips`` names the strategies that buttons show and hide, and says n."""
         self.figures[f"plot-{menu}"] = figure
         labels = self._menu(menu, [view["label"] for view in figure["views"]])
         return "lines", {"menu": menu, "title": title, "labels": labels, "high": figure["height"], "chips": chips}

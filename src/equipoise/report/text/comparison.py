@@ -26,6 +26,7 @@ def render_terminal(comparison: Comparison) -> str:
         _quality(comparison),
         _balance(comparison),
         _cost(comparison),
+        _widths(comparison),
         *_domains(comparison),
         *_estimators(comparison),
     ]
@@ -41,6 +42,8 @@ def _title(comparison: Comparison) -> str:
         f"{facts['tokens'] / 1e6:.1f} M tokens each",
         f"{facts['layers']} MoE layers x {facts['experts']} experts, top-{facts['top_k']}",
     ]
+    if widths := facts.get("expert_widths"):
+        parts.append(f"widths {min(widths)} to {max(widths)}")
     return ", ".join(parts)
 
 
@@ -81,6 +84,16 @@ def _statuses(strategy: StrategySummary) -> str:
             text += f" at {run.step}"
         counts[text] = counts.get(text, 0) + 1
     return clip(", ".join(f"{n} {text}" for text, n in counts.items()), 28)
+
+
+def _widths(comparison: Comparison) -> str:
+    """Which experts are used, by their width; empty where all are alike."""
+    used = [one for one in comparison.strategies if one.load_by_width]
+    widths = sorted({width for one in used for width in one.load_by_width})
+    shown = widths if len(widths) <= 8 else [widths[round(i * (len(widths) - 1) / 7)] for i in range(8)]
+    rows = [[clip(clean(one.name), NAME), *(number(one.load_by_width.get(w), 2) for w in shown)] for one in used]
+    note = "Load of an expert of this width over the even one, on held-out text, mean over layers: 1 is its share."
+    return table("Load by expert width", ["strategy", *map(str, shown)], rows, note) if used else ""
 
 
 def _domains(comparison: Comparison) -> Iterator[str]:

@@ -18,7 +18,7 @@ from equipoise.lab.config.strategies import strategy_of
 from equipoise.lab.data.tokenizer import load_tokenizer
 from equipoise.lab.models.hf_export import export_run
 from equipoise.lab.models.hf_files import read_weights
-from equipoise.lab.models.hf_weights import join_experts, model_config, split_experts
+from equipoise.lab.models.hf_weights import architecture, join_experts, model_config, split_experts
 from equipoise.lab.models.pretrained import adopt, build
 from equipoise.lab.models.transformer import LanguageModel
 from equipoise.lab.training.trainer import train
@@ -227,6 +227,14 @@ def test_only_what_the_lab_computes_is_taken_over():
     for change in ({"first_k_dense_replace": 3}, {"sliding_window": 64, "layer_types": ["sliding_attention"]}):
         with pytest.raises(ConfigError, match=next(iter(change))):
             model_config(dots | change, "a")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"expert_widths": "arithmetic"}, {"top_p": 0.6, "normalize_weights": False}], ids=["widths", "top-p"]
+)
+def test_unlike_experts_have_no_class(settings):
+    with pytest.raises(ConfigError, match="experts of one width, and as many for every token"):
+        architecture(ModelConfig(**settings))
 
 
 def test_weights_that_do_not_fit_are_refused(one_run, tmp_path):

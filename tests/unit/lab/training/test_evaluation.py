@@ -241,3 +241,31 @@ def test_shuffling_destroys_what_experts_know():
 def test_experts_that_know_nothing_stay_at_zero_when_shuffled(seed):
     counts = torch.full((12, 2, 4), 5)
     assert shuffled_mutual_information(counts, torch.arange(12) % 3, seed=seed) == pytest.approx([0, 0], abs=1e-12)
+
+
+def test_tokens_that_use_few_experts():
+    """With top-p: counts and scores are those of the choices that are made, found one sequence at a time."""
+    model, data = sharp(top_k=6, top_p=0.95, normalize_weights=False, expert_widths="arithmetic"), packed()
+    got = evaluate(model, data, step=1, sequences_per_micro_batch=2)
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    seen: list = []
+    hooks = [one.register_forward_hook(lambda _m, _i, out: seen.append(out)) for one in routers]
+    used = set()
+    for d, name in enumerate(data.domains):
+        rows = torch.from_numpy(data.heldout[name].astype("int64"))
+        seen.clear()
+        with torch.no_grad():
+            model.eval()(rows[:, :-1])
+        for layer, out in enumerate(seen):
+            counts, score = [0] * EXPERTS, 0.0
+            for z, ids in zip(out.logits_TE, out.expert_ids_TK.tolist(), strict=True):
+                kept = [e for e in ids if e < EXPERTS]
+                used.add(len(kept))
+                score += float(z.softmax(dim=0)[kept].sum())
+                for e in kept:
+                    counts[e] += 1
+            assert got.counts[d][layer] == counts
+            assert got.topk_score[d][layer] == pytest.approx(score / len(out.logits_TE), rel=1e-5)
+    for hook in hooks:
+        hook.remove()
+    assert len(used) > 1, "the case has tokens of several kinds"

@@ -85,8 +85,10 @@ def test_training_learns(tiny_run, tmp_path, precision):
 
 
 @pytest.mark.parametrize(
-    "strategy", ["none", "micro", "global:exact", "global:ema", "loss-free:momentum", "shuffle", "micro->global:2"]
-)
+    "strategy",
+    ["none", "micro", "global:exact", "global:ema", "loss-free:momentum", "shuffle", "micro->global:2",
+     "global:rare=0.4"],
+)  # fmt: skip
 def test_a_killed_run_resumes_to_the_same_bits(tiny_run, tmp_path, strategy):
     config = tiny_run(strategy)
     whole = train(config, tmp_path / "whole")

@@ -46,6 +46,9 @@ def test_keys_and_headings_are_unique_and_groups_known():
 
 def test_every_column_is_read_from_a_full_run_and_missing_from_an_empty_one(folder, tmp_path):
     full = view_run(read_run(folder / "global-s0"), None)
+    widths = list(range(8, 8 + full.header.num_experts))  # a cost that differs from token to token
+    run = replace(full.run, header=replace(full.header, expert_widths=widths))
+    full = replace(full, run=run, config=full.config | {"model.top_p": 0.6})
     empty = view_run(read_run(write_run(tmp_path, header("micro", 0, steps=20), until=0, end="")), None)
     empty = replace(empty, evaluation=None)
     for column in COMPARISON_COLUMNS:

@@ -7,7 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equipoise.report.data.curves import MOST_POINTS, binned, domain_share, join, load_maps, thin, training_metrics
+from equipoise.report.data.curves import (
+    MOST_POINTS,
+    binned,
+    charts,
+    domain_share,
+    join,
+    load_maps,
+    thin,
+    training_metrics,
+)
+from equipoise.report.data.groups import Grouping
 from equipoise.report.data.run_view import view_run
 from equipoise.storage.run_record import read_run
 
@@ -56,3 +66,41 @@ def test_metrics_of_single_layers_are_not_drawn(folder):
     names = training_metrics([read_run(folder / "global-s0")])
     assert names[:4] == ["loss", "lr", "grad_norm", "tokens_per_second"]
     assert "balance/maxvio_global" in names and not [name for name in names if "layer_" in name]
+
+
+def test_layers_and_domains_have_the_mean_and_the_extremes_of_the_seeds(folder):
+    views = [view_run(read_run(folder / f"global-s{seed}"), None) for seed in (0, 1)]
+    found = charts(views, ["loss"])
+    assert found.seeds == [0, 1]
+    curve = found.by_layer["maxvio_global"]
+    for layer in curve.steps:
+        values = [one.evaluation.maxvio_global[layer] for one in views]
+        assert (curve.low[layer], curve.high[layer]) == (min(values), max(values))
+    score = [[sum(of[1] for of in one.evaluation.topk_score) / 6] for one in views]
+    assert found.by_layer["topk_score"].mean[1] == pytest.approx(np.mean(score))
+    assert set(found.domain_maxvio) == set(views[0].header.domains)
+    curve = found.domain_maxvio["cpp"]
+    for at, step in enumerate(curve.steps):
+        seeds = []
+        for one in views:
+            counts_LE = next(e for e in one.evaluations if e.step == step).counts[2]
+            seeds.append(sum(max(row) / (sum(row) / len(row)) - 1 for row in counts_LE) / len(counts_LE))
+        assert (curve.low[at], curve.high[at]) == pytest.approx((min(seeds), max(seeds)))
+        assert curve.mean[at] == pytest.approx(sum(seeds) / 2)
+
+
+def test_groups_are_measured_in_the_recorded_loads_of_every_seed(folder):
+    views = [view_run(read_run(folder / f"micro-s{seed}"), None) for seed in (0, 1)]
+    grouping = Grouping(tuple(tuple(range(i, i + 4)) for i in range(0, 16, 4)), (0.25,) * 4)
+    (found,) = charts(views, [], known=[grouping, Grouping(((0,), (1,)), (0.5, 0.5))]).groups  # one of two experts
+    last = found.maxvio.steps[-1]
+    seeds = []
+    for one in views:
+        (counts_LE,) = [load.counts for load in one.loads if load.step == last]
+        excess = [max(sum(row[i : i + 4]) for i in range(0, 16, 4)) / (sum(row) / 4) - 1 for row in counts_LE]
+        seeds.append(sum(excess) / len(excess))
+    assert found.maxvio.mean[-1] == pytest.approx(sum(seeds) / 2)
+    assert (found.maxvio.low[-1], found.maxvio.high[-1]) == pytest.approx((min(seeds), max(seeds)))
+    row = views[0].loads[-1].counts[1]
+    wanted = [sum(row[i : i + 4]) / (sum(row) / 4) for i in range(0, 16, 4)]
+    assert found.share.share[1] == pytest.approx(wanted, abs=0.006)

@@ -30,7 +30,7 @@ def called(model):
         (["a/olmoe", "b/qwen/"], ["olmoe", "qwen"]),
         (["a/olmoe", "b/olmoe"], ["a/olmoe", "b/olmoe"]),
         (["x/a/m", "y/a/m"], ["x/a/m", "y/a/m"]),
-        (["a/m", "a/m"], ["a/m #1", "a/m #2"]),
+        (["a/m", "a/m"], ["m #1", "m #2"]),
         (["/"], ["model"]),
     ],
 )
@@ -74,4 +74,4 @@ def test_json_has_the_frequencies_and_no_array(inspections):
     data = json.loads(json.dumps(inspections_json(name_inspections(inspections))))
     assert [one["name"] for one in data] == ["sharp", "blunt"]
     assert data[1]["frequency"][0][1][2] == pytest.approx(inspections[1].frequency_DLE()[0, 1, 2], abs=1e-6)
-    assert set(data[0]) == {"name", "facts", "domains", "layers", "frequency", "problems"}
+    assert set(data[0]) == {"name", "step", "facts", "domains", "layers", "frequency", "problems"}

@@ -33,7 +33,9 @@ def test_the_baseline_comes_first_and_everything_is_there(comparison):
     assert (comparison.baseline, comparison.step, comparison.domains) == ("micro", 150, DOMAINS)
     assert (comparison.warnings, comparison.problems) == ([], [])
     for one in comparison.strategies:
-        assert all(value is not None and value.n == 2 for value in one.values.values()), one.name
+        known = {key: value for key, value in one.values.items() if key not in ("active_width", "experts_per_token")}
+        assert all(value is not None and value.n == 2 for value in known.values()), one.name
+        assert len(one.values) == len(known) + 2, "these two are of experts of unlike widths, and of top-p"
         assert bool(one.differences) == (one.name != "micro")
         assert [run.seed for run in one.runs] == [0, 1]
 
@@ -289,3 +291,44 @@ def test_routing_that_still_changes_at_the_end_is_a_warning_where_most_seeds_sho
     values = {one.name: one.values["routing_churn"] for one in found.strategies}
     assert values["micro"].mean == pytest.approx((1.1 / 3 + 0.8 / 3) / 2)
     assert found["micro"].layers["routing_churn"] == pytest.approx([0.3, 0.35, 0.3])
+
+
+def unlike(folder, name: str, widths: list[int], **model: object):
+    head = header(name, 0, steps=50, experts=4)
+    config = head.config | {"model": head.config["model"] | {"expert_hidden": 10, "experts": 4} | model}
+    return write_run(folder / name, replace(head, config=config, expert_widths=widths))
+
+
+def test_which_widths_are_used_and_what_a_token_costs_by_that(tmp_path):
+    widths = [4, 4, 12, 20]
+    comparison = summary_of(unlike(tmp_path, "global", widths), unlike(tmp_path, "micro", []))
+    one = read_run(tmp_path / "global").evaluations[-1]
+    counts, tokens, layers = one.counts, sum(one.tokens.values()), len(one.counts[0])
+    width = sum(c * h for of in counts for row in of for c, h in zip(row, widths, strict=True)) / (tokens * layers)
+    found = comparison["global"]
+    assert found.values["active_width"].mean == pytest.approx(width)
+    loads: dict[int, list[float]] = {}
+    for layer in range(layers):
+        row = [sum(of[layer][e] for of in counts) for e in range(4)]
+        for h, c in zip(widths, row, strict=True):
+            loads.setdefault(h, []).append(c / (sum(row) / 4))
+    assert found.load_by_width == pytest.approx({h: sum(of) / len(of) for h, of in loads.items()})
+    assert comparison["micro"].load_by_width == {} and comparison["micro"].values["active_width"] is None
+    assert json.dumps(to_json(comparison))
+
+
+def test_with_top_p_chance_is_that_of_the_choices_that_are_made(tmp_path):
+    few = summary_of(unlike(tmp_path / "few", "micro", [], top_p=0.6))
+    run = read_run(tmp_path / "few" / "micro")
+    one = run.evaluations[-1]
+    choices = sum(c for of in one.counts for row in of for c in row) / (sum(one.tokens.values()) * len(one.counts[0]))
+    assert few["micro"].values["experts_per_token"].mean == pytest.approx(choices)
+    tokens = sum(one.tokens.values())
+    assert few.noise_floor["heldout_maxvio_global"] == pytest.approx(maxvio_noise_floor(tokens, choices, 4), rel=1e-6)
+
+
+def test_a_setting_that_came_later_is_no_difference_where_it_is_off(tmp_path):
+    old, new = unlike(tmp_path, "micro", []), unlike(tmp_path, "global", [], top_p=0.0, expert_widths="")
+    assert not any("differ in more" in line for line in summary_of(old, new).warnings)
+    other = unlike(tmp_path, "loss-free", [1, 2, 3, 4], expert_widths="1:2:3:4")
+    assert any("expert_widths" in line for line in summary_of(old, new, other).warnings)

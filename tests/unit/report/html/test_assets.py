@@ -11,7 +11,7 @@ import pytest
 from equipoise.report import load_runs, summarize, write_html
 from unit.report._browser import opened, until
 from unit.report.synthetic import header, write_run
-from unit.report.synthetic_inspection import synthetic_inspection
+from unit.report.synthetic_inspection import synthetic_checkpoints, synthetic_inspection
 
 SPOKEN = "document.getElementById('spoken').textContent"
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>%{x}"
@@ -47,7 +47,7 @@ def test_chips_and_schemes_change_what_is_drawn(browser, page_of_all):
         assert "global" in page.evaluate(names)
         page.click(".chip[data-strategy='1'] >> nth=0")
         assert "global" not in page.evaluate(names)
-        assert page.locator(".chip[data-strategy='1'][aria-pressed=false]").count() == 3
+        assert page.locator(".chip[data-strategy='1'][aria-pressed=false]").count() == 4
         page.emulate_media(color_scheme="dark")
         color = "document.getElementById('plot-perplexity').data.at(-1).line.color"
         until(page, color, "#3fc4a6")
@@ -170,6 +170,25 @@ def test_on_a_phone_the_numbers_stand_under_their_strategies(browser, tmp_path, 
         assert len(boxes) == strategies and all(box and 0 <= box["y"] < page.viewport_size["height"] for box in boxes)
 
 
+PLACES = """(name) => {
+    const table = document.querySelector(`table[data-table=${name}]`), box = table.parentElement;
+    if (table.closest("details")) table.closest("details").open = true;
+    [box.scrollLeft, box.scrollTop] = [1e4, 1e4];
+    box.scrollIntoView({ block: "center" });
+    const [row, column] = [[...table.rows].at(-1).cells[0], [...table.tHead.rows[0].cells].at(-1)];
+    const seen = (one) => {
+        const { left, right, top, bottom } = one.getBoundingClientRect();
+        return one.contains(document.elementFromPoint((left + right) / 2, (top + bottom) / 2)); };
+    return [box.scrollLeft > 0, seen(row), seen(column)]; }"""
+
+
+@pytest.mark.parametrize("name", ["layers-0", "alike", "runs"])
+def test_on_a_phone_the_names_of_rows_and_columns_stay_in_sight(browser, page_of_all, name):
+    """Of a table that is scrolled to its last cell, the last row's name and the last column's are not covered."""
+    with opened(browser, page_of_all, wide=390, has_touch=True) as page:
+        assert page.evaluate(PLACES, name) == [True, True, True]
+
+
 def test_without_scripts_the_numbers_remain(browser, page_of_all):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
@@ -179,19 +198,24 @@ def test_without_scripts_the_numbers_remain(browser, page_of_all):
     context.close()
 
 
-def test_the_largest_inspection_opens_in_seconds_and_stays_under_8_megabytes(browser, tmp_path):
-    whole = synthetic_inspection(
-        domains=12, layers=48, experts=128, top_k=8, passages=2, passage_length=256, model="models/whole"
-    )
-    path = write_html(None, tmp_path / "report.html", [whole])
+@pytest.mark.parametrize("checkpoints", [1, 4])
+def test_the_largest_inspection_opens_in_seconds_and_stays_under_8_megabytes(browser, tmp_path, checkpoints):
+    """One of 48 layers × 128 experts × 12 domains, or four checkpoints of it."""
+    sizes = {"domains": 12, "layers": 48, "experts": 128, "top_k": 8, "passages": 2, "passage_length": 256}
+    steps = range(1000, 1000 * checkpoints + 1, 1000)
+    path = write_html(None, tmp_path / "report.html", synthetic_checkpoints(steps, **sizes))
     assert path.stat().st_size < 8e6
     with opened(browser, path) as page:
         ready = page.evaluate("performance.getEntriesByType('navigation')[0].domComplete")
-        assert ready < 20_000  # milliseconds; one where nobody else works
-        slider = page.locator("input[data-menu=inspected-domains]")
+        assert ready < 20_000  # milliseconds; one or two where nobody else works
+        menu = "inspected-domains" if checkpoints == 1 else "checkpoint-loads"
+        slider = page.locator(f"input[data-menu={menu}]")
         assert slider.get_attribute("max") == "47"  # all layers are there
-        slowest = page.evaluate("""() => {
-            const slider = document.querySelector('input[data-menu=inspected-domains]'), began = performance.now();
+        slowest = page.evaluate(
+            """(menu) => {
+            const slider = document.querySelector(`input[data-menu=${menu}]`), began = performance.now();
             for (slider.value = 0; slider.value < 47; slider.value++) slider.dispatchEvent(new Event('input'));
-            return (performance.now() - began) / 48; }""")
+            return (performance.now() - began) / 48; }""",
+            menu,
+        )
         assert slowest < 200  # milliseconds from one layer to the next

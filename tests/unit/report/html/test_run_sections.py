@@ -19,7 +19,8 @@ def test_all_sections_and_their_figures(comparison):
     found, widgets = heads(comparison)
     assert found[:4] == ["Held-out perplexity", "During training", "All numbers", "What the experts specialize in"]
     assert found[4:] == ["Load of every expert", "Layer by layer", "Domain by domain", "How true the gradient is"]
-    assert set(widgets.figures) == {f"plot-{one}" for one in ("perplexity", "training", "layers", "estimators")}
+    drawn = ("perplexity", "training", "layers", "domain-loads", "estimators")
+    assert set(widgets.figures) == {f"plot-{one}" for one in drawn}
     assert len(widgets.maps) == 2 * 4
 
 
@@ -35,3 +36,11 @@ def test_facts_and_origin(comparison):
     assert run_facts(replace(comparison, strategies=comparison.strategies[:1]))[0] == "1 strategy × 2 seeds"
     origin = drawn(*run_origin(comparison))
     assert comparison.corpora[0] in origin and "torch 2.13.0" in origin and "micro, seed 0" in origin
+
+
+def test_unlike_widths_have_a_section(comparison):
+    used = [replace(comparison.strategies[0], load_by_width={4: 1.25, 12: 0.5}), *comparison.strategies[1:]]
+    widgets = Widgets()
+    sections = {one.title: one for one in run_sections(replace(comparison, strategies=used), widgets)}
+    shown = drawn(*sections["Which widths are used"].parts)
+    assert "1.25" in shown and "0.50" in shown and ">12<" in shown.replace(" ", "")

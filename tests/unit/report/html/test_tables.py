@@ -12,6 +12,7 @@ from equipoise.report.data.statistics import Difference
 from equipoise.report.html.tables import (
     card,
     estimators_table,
+    frequency_table,
     numbers_table,
     per_domain_table,
     policies_table,
@@ -28,7 +29,8 @@ def test_all_numbers_are_there_to_every_digit(comparison):
     text = drawn(numbers_table(comparison))
     for column in COMPARISON_COLUMNS:
         for one in comparison.strategies:
-            assert f'data-value="{one.values[column.key].mean}"' in text
+            if (value := one.values[column.key]) is not None:  # None: what is the same for every token of such a run
+                assert f'data-value="{value.mean}"' in text
     assert text.count("uniform random: ") == 6
 
 
@@ -57,3 +59,20 @@ def test_domains_estimators_runs_and_policies_are_named_safely(comparison):
     assert f'data-value="{one.domain_perplexity["python"].mean}"' in drawn(per_domain_table(found))
     assert "in use" in drawn(estimators_table(comparison))
     assert "1.2 M" in drawn(runs_table(comparison)) and "AuxLoss()" in drawn(policies_table(found))
+
+
+def test_loss_by_how_frequent_a_token_is(comparison):
+    text = drawn(frequency_table(comparison))
+    for side in ("input", "target"):
+        for one in comparison.strategies:
+            assert len(one.tenth_losses[side]) == 10
+            assert all(f'data-value="{value.mean}"' in text for value in one.tenth_losses[side])
+    rarest = row_of(text, "rarest tenth")
+    assert "rarest tenth" in rarest and "most frequent tenth" not in rarest
+    assert text.index("by the token that is read") < text.index("by the token that is predicted")
+    other = next(one for one in comparison.strategies if one.name != comparison.baseline)
+    assert other.tenth_differences["input"][9].mean == pytest.approx(
+        other.tenth_losses["input"][9].mean - comparison[comparison.baseline].tenth_losses["input"][9].mean
+    )
+    older = [replace(one, tenth_losses={"input": [], "target": []}) for one in comparison.strategies]
+    assert frequency_table(replace(comparison, strategies=older)) is None

@@ -77,3 +77,22 @@ def test_remarks_are_shown(tmp_path):
     assert "! c: left out, schema 9" in text
     assert "1 interrupted at 70" in text
     assert "at step 50" in text
+
+
+def test_unlike_widths_have_a_table_of_who_is_used(tmp_path):
+    head = header("global", 0, steps=20, experts=4)
+    model = head.config["model"] | {"expert_hidden": 10, "experts": 4}
+    head = replace(head, config=head.config | {"model": model}, expert_widths=[4, 4, 12, 20])
+    runs = [
+        read_run(write_run(tmp_path / "a", head)),
+        read_run(write_run(tmp_path / "b", header("micro", 0, steps=20))),
+    ]
+    comparison = summarize(runs, baseline="global")
+    text = render_terminal(comparison)
+    assert "widths 4 to 20" in " ".join(text.split())
+    part = text.partition("Load by expert width")[2].splitlines()
+    assert part[2].split() == ["strategy", "4", "12", "20"]
+    loads = comparison["global"].load_by_width
+    assert part[3].split() == ["global", *(f"{loads[h]:.2f}" for h in (4, 12, 20))]
+    assert max(map(width, text.splitlines())) <= 80
+    assert "Load by expert width" not in render_terminal(summarize(runs[1:]))

@@ -34,31 +34,45 @@ const viewOf = (div) => {
   return views[Math.min(chosen[div.dataset.menu] || 0, views.length - 1)];
 };
 
-function drawLines(div) {
-  if (!window.Plotly) return;
-  const figure = report.figures[div.id], view = viewOf(div);
-  const phone = innerWidth <= 760;
-  Plotly.react(div, view.data.filter((one) => one.s == null || !hidden.has(one.s)).map(trace), {
+const shown = (view) => view.data.filter((one) => one.s == null || !hidden.has(one.s));
+
+function layoutOf(view) {
+  return {
     ...paint(view.layout),
     xaxis: { showgrid: false, ...axis(view.layout.xaxis) },
     yaxis: axis(view.layout.yaxis),
-    height: phone ? Math.min(figure.height, 290) : figure.height,
     margin: { l: 44, r: 10, t: 8, b: 40 },
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: color("@soft") },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     dragmode: coarse ? false : "zoom",
     hoverlabel: { bgcolor: color("@raised"), bordercolor: color("@line"), font: { color: color("@ink"), size: 12 }, namelength: 24 },
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" },
-  }, { displayModeBar: false, responsive: true, scrollZoom: false });
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)", ...view.layout.legend },
+  };
 }
 
-// One row a point: strategy (or the curve's own name), x, y.
+function drawLines(div) {
+  if (!window.Plotly) return;
+  const figure = report.figures[div.id], view = viewOf(div), under = div.nextElementSibling;
+  const phone = innerWidth <= 760, legend = figure.rows ? 17 * view.data.length : 0; // a line for each name there
+  const height = phone ? (figure.rows ? figure.height + legend : Math.min(figure.height, 290)) : figure.height;
+  Plotly.react(div, shown(view).map(trace), { ...layoutOf(view), height }, { displayModeBar: false, responsive: true, scrollZoom: false });
+  under.textContent = view.note || "";
+  under.hidden = !view.note;
+}
+
+// One row a point: strategy (or the curve's own name), x, y, and the ends of the band where there is one.
 function linesAsRows(div) {
-  const view = viewOf(div), title = view.layout.xaxis.title.text;
-  const rows = [["series", title, view.label]];
-  for (const one of view.data)
-    if (one.hovertemplate) one.x.forEach((x, at) => rows.push([one.s == null ? one.name : report.strategies[one.s], x, one.y[at]]));
+  const view = viewOf(div), bands = new Map();
+  for (const one of view.data) // there and back again
+    if (one.fill === "toself") bands.set(one.legendgroup, (at) => [one.y[one.y.length - 1 - at], one.y[at]]);
+  const lying = view.data.some((one) => one.orientation === "h"); // bars, whose names stand where other figures have numbers
+  const rows = [["series", lying ? "bar" : view.layout.xaxis.title.text, view.label, ...(bands.size ? ["low", "high"] : [])]];
+  for (const one of view.data) {
+    const name = one.s == null ? one.name : report.strategies[one.s], band = bands.get(one.legendgroup) || (() => []);
+    const [x, y] = lying ? [one.y, one.x] : [one.x, one.y];
+    if (one.hovertemplate) x.forEach((value, at) => rows.push([name, value, y[at], ...band(at)]));
+  }
   return rows.map((row) => row.map((cell) => (typeof cell === "string" ? plain(cell) : cell)));
 }
 
@@ -70,6 +84,11 @@ for (const div of plots) {
   follow(div.dataset.menu, () => drawLines(div));
   redraws.push(() => drawLines(div));
 }
+let resizing = 0;
+addEventListener("resize", () => { // Plotly leaves its legend where it was
+  clearTimeout(resizing);
+  resizing = setTimeout(() => plots.forEach(drawLines), 200);
+});
 
 // Last of all: to read Plotly takes a browser longer than everything else together.
 async function loadPlotly() {

@@ -1,12 +1,37 @@
 // Draws the heat maps on a canvas each; the pointer or the arrow keys tell what a cell holds.
 const tip = document.body.appendChild(make("div", { class: "tip", hidden: true }));
 const LABELS = 118, TALLEST = 22; // pixels
+const ruler = document.createElement("canvas").getContext("2d");
+const fontOf = (size = 12, weight = "") => `${weight} ${size}px ${getComputedStyle(document.body).fontFamily}`;
 
-function clipped(context, text, wide) {
-  if (context.measureText(text).width <= wide) return text;
+function widthOf(text, font = fontOf()) {
+  ruler.font = font;
+  return ruler.measureText(text).width;
+}
+
+function clipped(text, wide) {
+  if (widthOf(text) <= wide) return text;
   let keep = text.length;
-  while (keep > 1 && context.measureText(text.slice(0, keep) + "…").width > wide) keep -= 1;
+  while (keep > 1 && ruler.measureText(text.slice(0, keep) + "…").width > wide) keep -= 1;
   return text.slice(0, keep) + "…";
+}
+
+// What a map is drawn with on the page; `Shapes` does the same for a file.
+class CanvasPen {
+  constructor(context) {
+    this.context = context;
+    Object.assign(context, { font: fontOf(), textBaseline: "middle", direction: "ltr" });
+  }
+
+  box(x, y, wide, high, fill) {
+    this.context.fillStyle = fill;
+    this.context.fillRect(x, y, wide, high);
+  }
+
+  text(text, x, y, fill, align) {
+    Object.assign(this.context, { fillStyle: fill, textAlign: align });
+    this.context.fillText(text, x, y);
+  }
 }
 
 class HeatMap {
@@ -32,60 +57,60 @@ class HeatMap {
   rows() { return this.spec.rows; }
   column(index) { return this.view.columns ? this.view.columns[index] : (this.spec.columns || [])[index] ?? index; }
 
-  draw() {
-    const { view, canvas, spec } = this, wide = this.div.clientWidth;
-    if (!wide) return;
-    const context = canvas.getContext("2d"), ratio = window.devicePixelRatio || 1;
-    const rows = this.rows(), count = view.z[0].length, font = `12px ${getComputedStyle(document.body).fontFamily}`;
-    context.font = font;
-    const longest = Math.max(...rows.map((label) => context.measureText(label).width), context.measureText(spec.row).width);
+  layout(wide) {
+    const rows = this.rows(), count = this.view.z[0].length;
+    const longest = Math.max(...rows.map((label) => widthOf(label)), widthOf(this.spec.row));
     const left = Math.ceil(Math.min(longest, wide < 480 ? 84 : LABELS)) + 8;
-    const high = Math.max(5, Math.min(TALLEST, 520 / rows.length)), step = (wide - left) / count;
-    const tall = rows.length * high + 36;
-    Object.assign(this, { left, high, step });
-    canvas.width = Math.round(wide * ratio);
-    canvas.height = Math.round(tall * ratio);
-    canvas.style.height = `${tall}px`;
-    context.scale(ratio, ratio);
-    Object.assign(context, { font, textBaseline: "middle", direction: "ltr" });
-    this.cells(context, view, left, high, step);
-    this.axes(context, rows, count, left, high, step);
+    const high = Math.max(5, Math.min(TALLEST, 520 / rows.length));
+    return { wide, left, high, step: (wide - left) / count, tall: rows.length * high + 36 };
   }
 
-  cells(context, view, left, high, step) {
-    const palette = ramp(this.spec.scale, this.top), none = color("@line");
-    const gapX = step >= 5 ? 1 : 0, gapY = high >= 8 ? 1 : 0;
-    view.z.forEach((row, y) => row.forEach((value, x) => {
-      context.fillStyle = value == null ? none : palette[Math.max(0, Math.min(255, Math.round((255 * value) / this.top)))];
-      const from = left + x * step;
-      context.fillRect(gapX ? from : Math.floor(from), y * high, gapX ? step - 1 : Math.ceil(step), high - gapY);
-      if (value == null) { context.fillStyle = color("@muted"); context.fillRect(from + step / 2 - 2, (y + 0.5) * high - 0.5, 4, 1); }
-    }));
+  draw() {
+    if (!this.div.clientWidth) return;
+    const { canvas } = this, context = canvas.getContext("2d"), ratio = window.devicePixelRatio || 1;
+    Object.assign(this, this.layout(this.div.clientWidth));
+    canvas.width = Math.round(this.wide * ratio);
+    canvas.height = Math.round(this.tall * ratio);
+    canvas.style.height = `${this.tall}px`;
+    context.scale(ratio, ratio);
+    this.paint(new CanvasPen(context), this);
     if (this.at) {
       context.strokeStyle = color("@ink");
       context.lineWidth = 2;
-      context.strokeRect(left + this.at[1] * step - 1, this.at[0] * high - 1, Math.max(step + 1, 5), high + 1);
+      context.strokeRect(this.left + this.at[1] * this.step - 1, this.at[0] * this.high - 1, Math.max(this.step + 1, 5), this.high + 1);
     }
   }
 
-  axes(context, rows, count, left, high, step) {
-    context.fillStyle = color("@soft");
-    context.textAlign = "right";
+  paint(pen, layout) {
+    this.cells(pen, layout);
+    this.axes(pen, layout);
+  }
+
+  cells(pen, { left, high, step }) {
+    const { view } = this, palette = ramp(this.spec.scale, this.top), none = color("@line"), dash = color("@muted");
+    const gapX = step >= 5 ? 1 : 0, gapY = high >= 8 ? 1 : 0;
+    view.z.forEach((row, y) => row.forEach((value, x) => {
+      const fill = value == null ? none : palette[Math.max(0, Math.min(255, Math.round((255 * value) / this.top)))];
+      const from = left + x * step;
+      pen.box(gapX ? from : Math.floor(from), y * high, gapX ? step - 1 : Math.ceil(step), high - gapY, fill);
+      if (value == null) pen.box(from + step / 2 - 2, (y + 0.5) * high - 0.5, 4, 1, dash);
+    }));
+    for (const at of this.spec.borders || []) pen.box(left + at * step - 1, 0, 1, view.z.length * high + 4, color("@ink"));
+  }
+
+  axes(pen, { wide, left, high, step }) {
+    const { view, spec } = this, rows = this.rows(), count = view.z[0].length, soft = color("@soft"), muted = color("@muted");
     const every = [1, 2, 4, 8, 16, 32].find((n) => n * high >= 14) || rows.length;
-    rows.forEach((label, y) => { if (y % every === 0) context.fillText(clipped(context, label, left - 8), left - 8, Math.max(7, (y + 0.5) * high)); });
-    context.fillStyle = color("@muted");
-    context.fillText(this.spec.row, left - 8, rows.length * high + 10);
-    context.textAlign = "center";
+    rows.forEach((label, y) => { if (y % every === 0) pen.text(clipped(label, left - 8), left - 8, Math.max(7, (y + 0.5) * high), soft, "right"); });
     const bottom = rows.length * high + 10;
-    if (!this.view.columns) {
-      const few = [1, 2, 4, 8, 16, 32, 64, 128, 256].find((n) => n * step >= 30) || count;
-      const names = this.spec.columns;
+    pen.text(spec.row, left - 8, bottom, muted, "right");
+    const few = [1, 2, 4, 8, 16, 32, 64, 128, 256].find((n) => n * step >= 30) || count;
+    if (!view.columns || few === 1) // in an order of their own, some alone would say nothing
       for (let x = 0; x < count; x += few)
-        if (!names || few === 1) context.fillText(names ? clipped(context, names[x], step) : x, left + (x + 0.5) * step, bottom);
-    }
+        pen.text(clipped(String(this.column(x)), few * step - 3), left + (x + 0.5) * step, bottom, muted, "center");
     const asked = report.menus[this.div.dataset.menu][chosen[this.div.dataset.menu] || 0];
-    const other = asked && asked !== this.view.label ? `, at ${this.view.label}` : ""; // it has no such layer or step
-    context.fillText(clipped(context, this.spec.column + other, this.div.clientWidth - left), left + (count * step) / 2, bottom + 16);
+    const other = asked && asked !== view.label ? `, at ${view.label}` : ""; // it has no such layer or step
+    pen.text(clipped(spec.column + other, wide - left), left + (count * step) / 2, bottom + 16, muted, "center");
   }
 
   point(event) {

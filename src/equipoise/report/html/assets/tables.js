@@ -105,5 +105,10 @@ function button(text, press) {
   return made;
 }
 
-for (const div of plots) div.after(make("div", { class: "copies" }, button("Copy data", () => copy(csv(linesAsRows(div)), "the curves as CSV"))));
-for (const map of maps) map.div.after(make("div", { class: "copies" }, button("Copy data", () => copy(csv(map.asRows()), "the map as CSV"))));
+function takeOut(div, last, rows, what, drawing) {
+  const title = div.dataset.title;
+  last.after(make("div", { class: "copies", role: "group", "aria-label": `take out: ${title}` },
+    button("Copy data", () => copy(csv(rows()), `the ${what} as CSV`)), button("Save SVG", () => save(div, drawing()))));
+}
+for (const div of plots) takeOut(div, div.nextElementSibling, () => linesAsRows(div), "curves", () => linesAsSvg(div));
+for (const map of maps) takeOut(map.div, map.div, () => map.asRows(), "map", () => mapAsSvg(map));
