@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -220,6 +221,7 @@ def _check_free(routers: Sequence[FoundRouter]) -> None:
 def _check_routers(routers: Sequence[FoundRouter], schedule: Schedule, shards: int) -> None:
     _check_classes(schedule, shards)
     for _, name, router in routers:
+        _check_widths(name, router)
         for view in schedule.views:
             (view.of_layer(router.traits.widths) or LoadView()).members(router.num_experts)
         for _, policy in schedule.biases:
@@ -324,6 +326,16 @@ def _check_options(micro_sequences: int | None) -> None:
             expected="sequences_per_micro_batch >= 1",
             got=repr(micro_sequences),
             do="leave it out where each micro-batch is a pass of its own",
+        )
+
+
+def _check_widths(name: str, router: BalancedRouter) -> None:
+    widths = router.traits.widths
+    if widths is not None and (len(widths) != router.num_experts or not all(0 < one < math.inf for one in widths)):
+        raise ConfigError(
+            expected=f"expert_widths above 0, one for each of {router.num_experts} experts",
+            got=f"{list(widths)} at router {name!r}",
+            do="set router.expert_widths to what the experts behind it have, or to None where they are alike",
         )
 
 

@@ -18,10 +18,11 @@ strategies and their policies:
 They suit short runs and are not the library's defaults: AuxLoss("global_batch") has coef=0.01, estimator="filled".
 
 details behind a name: global@0.02 (coefficient), global:prefix (estimator), loss-free@1e-2 (rate), micro:sigmoid
-(gate), micro->global:100 (change after 100 steps). Of a bias: loss-free:proportional (rule), loss-free:constant
-(schedule of its rate), loss-free:multiply and loss-free:logits (where it acts, in place of the scores),
-loss-free:micro_batch (a control: moved by each micro-batch's own load). A file can define its own, as [[strategy]]
-tables.
+(gate), global:width (loads count by the width of their expert), micro->global:100 (change after 100 steps). Of a bias:
+loss-free:proportional (rule), loss-free:constant (schedule of its rate), loss-free:multiply and loss-free:logits (where
+it acts, in place of the scores), loss-free:micro_batch (a control: moved by each micro-batch's own load). Of the model:
+global:rare=0.2 (ids that the last 20 % of the text are of see one expert), global:rare=0.2:visible=4 (the others see
+4). A file can define its own, as [[strategy]] tables.
 
 examples:
   equipoise train --strategy global@0.02

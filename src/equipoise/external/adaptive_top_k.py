@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..autograd.protocol import is_balanced_router
 from ..errors import ConfigError, DataError
+from ..functional.adaptive_top_k import check_threshold
 from ..storage.adaptive_top_k_file import SavedThreshold, SavedTopK, read_top_k, top_k_file
 from ..torch_internals import WRAPPED
 from .discovery import find_external_routers
@@ -104,7 +105,12 @@ def set_drop_thresholds(
 
     ``routers`` is what `adaptable_routers` found. Where a model of transformers gets its first thresholds, an example
     run tells whether its experts leave dropped choices out.
+
+    Raises ConfigError as `Router.drop_below`, before a router is touched.
     """
+    for name, router in routers.items():
+        if thresholds is not None:
+            check_threshold(thresholds[name], router.top_k)
     external = [router for router in routers.values() if isinstance(router, ExternalRouter)]
     first = thresholds is not None and any(router.dropped is None for router in external)
     for name, router in routers.items():

@@ -172,18 +172,20 @@ def _assigned(
     model: nn.Module, routers: Mapping[str, Any], masks: Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The mask of each router, checked."""
-    given = list(routers) if isinstance(masks, Tensor) else list(masks) if isinstance(masks, Mapping) else None
+    given = list(routers) if isinstance(masks, Tensor) else list(masks) if isinstance(masks, Mapping) else []
     if isinstance(masks, Tensor):
         found = dict.fromkeys(routers, masks)
     elif isinstance(masks, Mapping):
         found = {name: masks[name] for name in routers if name in masks}
-    else:
+    elif isinstance(masks, Sequence):
         found = dict(zip(routers, masks, strict=False))
         given = list(routers)[: len(masks)] + ["one more"] * max(len(masks) - len(routers), 0)
-    if given is None or len(found) != len(routers) or len(given) != len(routers):
+    else:
+        found, given = {}, [f"a {type(masks).__name__}"]
+    if len(found) != len(routers) or len(given) != len(routers):
         raise InputError(
             expected=f"a mask for each of {len(routers)} routers: {', '.join(list(routers)[:3])}, ...",
-            got=f"{len(given or [])}: {', '.join((given or [])[:3])}",
+            got=f"{len(given)}: {', '.join(given[:3])}",
             do="pass one mask (V, E) for all, or as many as there are routers, in their order or by these names",
         )
     vocabulary = _vocabulary(model)

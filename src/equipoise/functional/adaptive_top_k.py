@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["drop_experts", "dropped_weight", "loss_per_squared_weight"]
+from ..errors import ConfigError
+
+__all__ = ["check_threshold", "drop_experts", "dropped_weight", "loss_per_squared_weight"]
 
 TINY = 1e-30
 
@@ -25,6 +27,25 @@ def dropped_weight(weights_TK: Tensor, *, normalize: bool) -> Tensor:
     """
     shares_TK, _ = _ascending(weights_TK, normalize)
     return shares_TK.cumsum(dim=-1)[..., :-1]
+
+
+def check_threshold(threshold: float, top_k: int) -> None:
+    """Raises ConfigError for a threshold of `drop_experts` below 0 or NaN, and where a token has no expert to drop.
+
+    >>> check_threshold(0.3, top_k=2)
+    """
+    if not threshold >= 0:
+        raise ConfigError(
+            expected="a threshold of 0 or more: the weight that a token may lose",
+            got=f"{threshold}",
+            do="0.3 drops the second of two normalised weights where it is below 0.3; None takes a threshold away",
+        )
+    if top_k < 2:
+        raise ConfigError(
+            expected="a router that chooses two experts a token or more, to drop some below a threshold",
+            got=f"top_k={top_k}",
+            do="leave it without a threshold: the largest weight of a token always stays",
+        )
 
 
 def drop_experts(

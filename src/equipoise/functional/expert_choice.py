@@ -87,11 +87,14 @@ def taken_pairs(taken_TE: Tensor) -> tuple[Tensor, Tensor]:
 def capacity_loss(logits_TE: Tensor, taken_TE: Tensor) -> Tensor:
     """Mean binary cross-entropy (nats) between what the capacity predictor says and which tokens experts took.
 
-    DiffMoE, arXiv 2503.14487; ``logits_TE`` are the predictor's, of inputs without gradient.
+    DiffMoE, arXiv 2503.14487; ``logits_TE`` are the predictor's, of inputs without gradient. Of no token it is 0: a
+    rank may have none in a pool that others share.
 
     >>> capacity_loss(torch.zeros(2, 2), torch.tensor([[True, False], [False, True]]))
     tensor(0.6931)
     """
+    if not logits_TE.numel():
+        return logits_TE.sum()
     return F.binary_cross_entropy_with_logits(logits_TE, taken_TE.to(logits_TE.dtype))
 
 

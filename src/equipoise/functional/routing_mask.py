@@ -6,6 +6,8 @@ sees and -inf for the others; the top K are taken inside. Legend: T tokens, V id
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ def rare_ids(counts_V: Tensor, share: float) -> Tensor:
         counts_V: how often each id occurs, integers or shares, at least one above 0.
         share: between 0 and 1.
 
-    Raises InputError for counts of another shape, below 0 or all 0; ConfigError for a share outside of 0 to 1.
+    Raises InputError for counts of another shape, below 0, all 0 or not finite; ConfigError for a share outside of 0 to
+    1.
 
     >>> rare_ids(torch.tensor([50, 1, 30, 19, 0]), 0.2)
     tensor([False,  True, False,  True,  True])
@@ -45,21 +48,24 @@ def frequency_class(counts_V: Tensor, classes: int = 10) -> Tensor:
     Class c holds the ids of which the middle token lies in the c-th of ``classes`` equal parts; one that is so frequent
     that it fills several parts leaves the others empty. Ids without a token are of the last class.
 
-    Raises InputError as `rare_ids`.
+    Raises InputError as `rare_ids`, ConfigError for fewer than one class.
 
     >>> frequency_class(torch.tensor([50, 1, 30, 19, 0]), 5)
     tensor([1, 4, 3, 4, 4])
     """
+    if classes < 1:
+        raise ConfigError(expected="1 class or more", got=f"classes={classes}", do="10 are tenths of the text")
     return (_middle(counts_V) * classes).long().clamp(max=classes - 1)
 
 
 def _middle(counts_V: Tensor) -> Tensor:
     """(V,) fp64: which share of the tokens comes before the middle one of this id; 1 for an id without a token."""
-    if counts_V.dim() != 1 or not counts_V.numel() or bool((counts_V < 0).any()) or not bool((counts_V > 0).any()):
-        within = f", from {counts_V.min().item()} to {counts_V.max().item()}" if counts_V.numel() else ""
+    fits = isinstance(counts_V, Tensor) and counts_V.dim() == 1 and bool(counts_V.numel())
+    if not fits or not 0 < float(counts_V.max()) < math.inf or bool((counts_V < 0).any()):  # the largest of NaN is NaN
+        within = f", from {counts_V.min().item()} to {counts_V.max().item()}" if fits else ""
         raise InputError(
             expected="counts (V,) of token ids, none below 0 and one above",
-            got=f"counts of shape {tuple(counts_V.shape)}{within}",
+            got=f"counts of shape {tuple(getattr(counts_V, 'shape', ()))}{within}",
             do="count the text that is trained on: torch.bincount(ids.flatten(), minlength=vocab_size)",
         )
     sizes_V = counts_V.double()
@@ -86,9 +92,9 @@ def draw_visible(rare_V: Tensor, num_experts: int, *, num_visible: int | None = 
     tensor([3, 1, 1])
     """
     num_visible = num_experts if num_visible is None else num_visible
-    if not 1 <= num_visible <= num_experts:
+    if not isinstance(num_visible, int) or not 1 <= num_visible <= num_experts:
         raise ConfigError(
-            expected=f"1 to {num_experts} visible experts, as many as there are at most",
+            expected=f"1 to {num_experts} visible experts, a whole number and as many as there are at most",
             got=f"num_visible={num_visible}",
             do="lower num_visible, or leave it out: then frequent ids see all experts",
         )
@@ -105,15 +111,17 @@ def draw_visible(rare_V: Tensor, num_experts: int, *, num_visible: int | None = 
 
 
 def check_visible(visible_VE: Tensor, num_experts: int, name: str = "") -> None:
-    """Raises InputError for a mask that is no bool (V, E), of another E, or with an id that sees no expert.
+    """Raises InputError for a mask that is no bool (V, E), of another E, of no id, or with an id that sees no expert.
 
     >>> check_visible(torch.tensor([[True, False]]), 2)
     """
     where = f" for router {name!r}" if name else ""
-    if visible_VE.dim() != 2 or visible_VE.dtype != torch.bool or visible_VE.shape[1] != num_experts:
+    kind = str(visible_VE.dtype) if isinstance(visible_VE, Tensor) else type(visible_VE).__name__
+    shape = tuple(getattr(visible_VE, "shape", ()))
+    if kind != "torch.bool" or len(shape) != 2 or shape[1] != num_experts or not shape[0]:
         raise InputError(
-            expected=f"a routing mask (V, {num_experts}), a bool for each id and expert{where}",
-            got=f"{visible_VE.dtype} of shape {tuple(visible_VE.shape)}",
+            expected=f"a routing mask (V, {num_experts}), a tensor of a bool for each id and expert{where}",
+            got=f"{kind} of shape {shape}",
             do=f"make it with draw_visible(rare_V, {num_experts}), for this model's vocabulary and experts",
         )
     if visible_VE.is_meta:

@@ -82,16 +82,15 @@ class ExpertChoiceRouter(nn.Module):
         """Of B samples of S tokens; token ids are numbers in (B * S).
 
         Raises:
-            InputError: a wrong width, samples that no whole pools can be made of, a pool of which an expert would get
+            InputError: a wrong shape or width, samples that no whole pools can be made of, a pool of which an expert would get
                 no token, NaN logits.
             StateError: evaluation before the first step; a pool over ranks that nobody has joined.
         """
-        samples, _, dim = x_BSD.shape
-        if dim != self.dim:
+        if x_BSD.dim() != 3 or x_BSD.shape[-1] != self.dim:
             raise InputError(
-                expected=f"samples of tokens of width {self.dim}",
+                expected=f"samples of tokens of width {self.dim}: (B, S, {self.dim})",
                 got=str(tuple(x_BSD.shape)),
-                do="build the router with this width",
+                do="build the router with this width" if x_BSD.dim() == 3 else "x.unsqueeze(0) of (T, D) is one sample",
             )
         x_TD = x_BSD.flatten(0, 1)
         with without_autocast(x_TD):  # fp32 even where the model computes in bf16
@@ -101,7 +100,7 @@ class ExpertChoiceRouter(nn.Module):
         scores_TE = logits_TE.softmax(dim=-1)
         state = self.pool_state
         if self.training or self.predictor is None:
-            taken_TE = self._choose(scores_TE.detach(), samples)
+            taken_TE = self._choose(scores_TE.detach(), len(x_BSD))
             if self.training and self.predictor is not None and state is not None:
                 state.see(x_TD.detach(), taken_TE)
         else:
@@ -137,6 +136,8 @@ class ExpertChoiceRouter(nn.Module):
                 got=f"{samples} samples",
                 do="change the micro-batch or the scope",
             )
+        if not samples:  # no pool
+            return torch.zeros_like(scores_TE, dtype=torch.bool)
         pools_NTE = scores_TE.unflatten(0, (samples // self.scope, -1))
         return choose_tokens(pools_NTE, self.capacity).flatten(0, 1)
 
@@ -188,6 +189,8 @@ class ExpertChoiceMoE(nn.Module):
         capacity: C, experts that a token uses on average; above 0 and at most E.
         num_shared: shared experts, as one SwiGLU of width ``num_shared * hidden``, for every token.
 
+    Raises ConfigError for sizes below 1, a capacity or a scope that cannot be, and ``num_shared`` below 0.
+
     >>> layer = ExpertChoiceMoE(dim=8, hidden=16, num_experts=4)
     >>> layer(torch.randn(2, 6, 8)).shape
     torch.Size([2, 6, 8])
@@ -204,6 +207,12 @@ class ExpertChoiceMoE(nn.Module):
         num_shared: int = 0,
     ) -> None:
         super().__init__()
+        if num_shared < 0 or (num_shared and not isinstance(hidden, int)):
+            raise ConfigError(
+                expected="num_shared of 0 or more, and one width for all experts, of which it is a multiple",
+                got=f"num_shared={num_shared}, hidden={hidden}",
+                do="leave num_shared out for a layer without shared experts",
+            )
         self.gate = ExpertChoiceRouter(dim, num_experts, scope=scope, capacity=capacity)
         self.experts = Experts(num_experts, dim, hidden)
         self.shared_experts: SwiGLU | None = SwiGLU(dim, num_shared * hidden) if num_shared else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import torch
@@ -205,8 +205,9 @@ def check_widths(num_experts: int, dim: int, hidden: int | Sequence[int]) -> tup
     >>> check_widths(2, 8, 16), check_widths(2, 8, [8, 24])
     ((16, 16), (8, 24))
     """
-    widths = (hidden,) * max(num_experts, 1) if isinstance(hidden, int) else tuple(hidden)
-    if not all(isinstance(width, int) for width in widths) or min(num_experts, dim, *widths) < 1:
+    listed = hidden if isinstance(hidden, Iterable) else (hidden,) * max(num_experts, 1)
+    widths = tuple(width for width in listed)
+    if not all(type(width) is int for width in widths) or min(num_experts, dim, *widths) < 1:
         raise ConfigError(
             expected="num_experts, dim and hidden of at least 1, whole numbers",
             got=f"num_experts={num_experts}, dim={dim}, hidden={hidden}",

@@ -60,7 +60,8 @@ class MoE(nn.Module):
             Weights are normalised unless ``top_k`` is 1 or there is a ``top_p``: one expert's share of itself teaches a
             router nothing.
 
-    Raises ConfigError where `Router` or `Experts` does, and for ``num_shared`` of experts of unlike widths.
+    Raises ConfigError where `Router` or `Experts` does, for shared experts of a width below 0, and for ``num_shared`` of
+    experts of unlike widths.
 
     The forward pass: 1. flatten (B, S, D) to T tokens; 2. route; 3. experts; 4. shared experts, for all tokens.
 
@@ -94,6 +95,12 @@ class MoE(nn.Module):
                     do="pass shared_hidden, the width of all shared experts together",
                 )
         shared = shared_hidden if shared_hidden is not None else num_shared * self.experts.widths[0]
+        if shared < 0:
+            raise ConfigError(
+                expected="num_shared and shared_hidden of 0 or more",
+                got=f"num_shared={num_shared}, shared_hidden={shared_hidden}",
+                do="leave them out for a layer without shared experts",
+            )
         self.shared_experts: SwiGLU | None = SwiGLU(dim, shared) if shared else None
 
     def forward(
@@ -152,6 +159,7 @@ class MoE(nn.Module):
             check_class_masks(token_classes_BS, shape, "token_classes_BS")
             batch = batch._replace(classes={name: mask.reshape(-1) for name, mask in token_classes_BS.items()})
         if token_ids_BS is not None:
+            _check_shape("token_ids_BS", token_ids_BS, num_sequences, length)
             batch = batch._replace(token_ids_T=token_ids_BS.reshape(-1))
         routing = self.gate(x_TD, batch)
         y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK, drops=self.gate.drops or self.gate.adapts)
@@ -172,12 +180,8 @@ def _batch(
     num_sequences: int, length: int, token_mask_BS: Tensor | None, document_ids_BS: Tensor | None, router: Router
 ) -> TokenLayout:
     for name, tensor in (("token_mask_BS", token_mask_BS), ("document_ids_BS", document_ids_BS)):
-        if tensor is not None and tensor.shape not in ((num_sequences, length), (num_sequences * length,)):
-            raise InputError(
-                expected=f"{name} of shape ({num_sequences}, {length})",
-                got=str(tuple(tensor.shape)),
-                do="pass one entry per token",
-            )
+        if tensor is not None:
+            _check_shape(name, tensor, num_sequences, length)
     mask_T = None if token_mask_BS is None else token_mask_BS.reshape(-1)
     document_T = None
     if document_ids_BS is not None:
@@ -189,6 +193,18 @@ def _batch(
         start_B1 = torch.arange(num_sequences, device=document_ids_BS.device).unsqueeze(1) * most
         document_T = (document_ids_BS + start_B1).reshape(-1)
     return TokenLayout(max(num_sequences, 1), mask_T, document_T)
+
+
+def _check_shape(name: str, tensor: Tensor, num_sequences: int, length: int) -> None:
+    if tensor.shape not in ((num_sequences, length), (num_sequences * length,)):
+        swapped = num_sequences != length and tensor.shape == (length, num_sequences)
+        raise InputError(
+            expected=f"{name} of shape ({num_sequences}, {length})",
+            got=str(tuple(tensor.shape)),
+            do="say batch_first=False to a layer whose inputs are (S, B, D); what is said of tokens is (B, S) always"
+            if swapped
+            else "pass one entry per token",
+        )
 
 
 def _checked_documents(document_ids_BS: Tensor, most: int, router: Router) -> Tensor:

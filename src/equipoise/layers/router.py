@@ -14,7 +14,7 @@ from ..autograd.protocol import RouterTraits
 from ..autograd.routing_calls import RecordedCalls, ReplayedCalls
 from ..autograd.token_classes import check_class_masks, class_masks
 from ..autograd.token_layout import TokenLayout
-from ..errors import InputError
+from ..errors import ConfigError, InputError
 from ..functional.adaptive_top_k import drop_experts
 from ..functional.class_bias import token_biases
 from ..functional.quantile import Selection
@@ -49,7 +49,8 @@ class Router(RouterBuffers):
             which may let it act elsewhere: ``bias_place``, one of the places of ``functional.route``. Checkpoints name
             it ``expert_bias_multiply`` or ``expert_bias_logits`` then, so that nobody takes it for another.
         top_p: a token uses the fewest experts, the best first, whose probabilities sum to this or more, and K at most
-            (arXiv 2403.07652; HMoE, arXiv 2408.10681, takes 0.6). The ids of the other choices are E, no expert.
+            (arXiv 2403.07652; HMoE, arXiv 2408.10681, takes 0.6). The ids of the other choices are E, no expert. With
+            K = 1 it could not matter and is refused.
 
     ``ExpertBias(tokens="image")`` adds ``expert_bias_of_image`` (E,), kept alike, which acts at the same place for the
     tokens of that class alone (see ``functional.class_bias``). A router with such a bias asks with each call which
@@ -88,6 +89,12 @@ class Router(RouterBuffers):
     ) -> None:
         super().__init__(num_experts, top_k, top_p)
         check_routing(num_experts, top_k, gate, num_groups, top_groups, top_p)
+        if top_p is not None and top_k == 1 < num_experts:
+            raise ConfigError(
+                expected="top_k of 2 or more beside top_p: the most experts that a token may have",
+                got=f"top_k=1, top_p={top_p}",
+                do=f"top_k={num_experts} leaves it open; or leave top_p out: every token has one expert then",
+            )
         self.dim, self.gate = dim, gate
         self.normalize = (top_k > 1 and top_p is None) if normalize is None else normalize
         self.scale, self.num_groups, self.top_groups = scale, num_groups, top_groups
@@ -114,7 +121,7 @@ class Router(RouterBuffers):
             bias_places=PLACES,
             selects=True,
             class_biases=True,
-            widths=self.expert_widths,
+            widths=None if self.expert_widths is None else tuple(self.expert_widths),
         )
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..autograd.router_state import RouterState
 from ..errors import InputError, StateError
+from ..functional.adaptive_top_k import check_threshold
 from ..functional.routing import PLACES
 from ..functional.routing_mask import check_visible, sees_too_few
 
@@ -108,6 +109,8 @@ class RouterBuffers(nn.Module):
 
         See `equipoise.functional.drop_experts`. The threshold is a buffer, in ``state_dict()``; None takes it away.
 
+        Raises ConfigError for a threshold below 0 or NaN, and where a token has one expert.
+
         >>> from equipoise import Router
         >>> router = Router(dim=8, num_experts=4, top_k=2).eval()
         >>> router.drop_below(0.6)  # the second of two normalised weights is below one half
@@ -116,8 +119,9 @@ class RouterBuffers(nn.Module):
         """
         if threshold is None:
             self.drop_threshold = None
-        else:
-            self.drop_threshold = torch.tensor(threshold, dtype=torch.float32, device=self.weight.device)
+            return
+        check_threshold(threshold, self.top_k)
+        self.drop_threshold = torch.tensor(threshold, dtype=torch.float32, device=self.weight.device)
 
     def enable_mask(self, visible_VE: Tensor) -> None:
         """From now on a token chooses from the experts alone that its id sees, (V, E) bool: see ``draw_visible``.
@@ -157,7 +161,7 @@ class RouterBuffers(nn.Module):
         """
         state_dict = dict(state_dict)
         if self.drop_threshold is None and f"{prefix}drop_threshold" in state_dict:
-            self.drop_below(0.0)
+            self.drop_threshold = torch.zeros((), dtype=torch.float32, device=self.weight.device)
         for key in [key for key in state_dict if key.startswith(f"{prefix}expert_bias")]:
             if (named := BIAS_NAME.fullmatch(key.removeprefix(prefix))) is None:
                 continue

@@ -128,6 +128,12 @@ class TokenPools:
         if len(inputs) < 2 or not wide:
             yield from inputs
             return
+        if idle := [name for name in wide if not self.routers[name].training]:
+            raise StateError(
+                expected="layers of scope 'global_batch' in training mode, for a pool of several micro-batches",
+                got=f"{idle[0] or 'the layer'} in evaluation mode",
+                do="call model.train(): in evaluation a token joins by the thresholds, whatever else is in the batch",
+            )
         try:
             self._settle(wide, inputs, forward)
             for place, one in enumerate(inputs):
