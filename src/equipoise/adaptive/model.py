@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import StateError
 from ..external.adaptive_top_k import Routers, adaptable_routers, set_drop_thresholds
 from ..external.output_formats import parse_output
 from ..external.router import ExternalRouter
@@ -44,8 +45,15 @@ class AdaptableModel:
     def of(
         cls, module: nn.Module, logits: Callable[[Tensor], Tensor], *, example: Mapping[str, Any] | None = None
     ) -> AdaptableModel:
-        """Finds the routers. Raises what `adaptable_routers` raises."""
-        return cls(module, logits, adaptable_routers(module, example))
+        """Finds the routers. Raises what `adaptable_routers` raises, and StateError where one drops experts already."""
+        routers = adaptable_routers(module, example)
+        if dropping := [name for name, router in routers.items() if _threshold(router) is not None]:
+            raise StateError(
+                expected="a model without thresholds, to measure what its experts are worth",
+                got=f"router {dropping[0]!r}, which drops experts already",
+                do="load the model again without apply_adaptive_top_k; of a router of ours: drop_below(None)",
+            )
+        return cls(module, logits, routers)
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +72,10 @@ class AdaptableModel:
             yield
         finally:
             set_drop_thresholds(self.module, self.routers, None)
+
+
+def _threshold(router: Any) -> Any:
+    return router.dropped if isinstance(router, ExternalRouter) else router.drop_threshold
 
 
 @dataclass(frozen=True)

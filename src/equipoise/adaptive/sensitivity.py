@@ -28,7 +28,8 @@ class Profile:
 
     Args:
         sensitivity: S, in nats per squared weight: dropping weights of the sum m costs S m².
-        lost: the weight m of each cut of each token, (T, K - 1): see `dropped_weight`.
+        lost: the weight m of each cut of each token, (T, K - 1): see `dropped_weight`. 0 is the cut of a choice that is
+            none, of a token that uses fewer than K experts (top-p, a mask by token id).
         alone: by how much the mean loss would grow, in nats, if the router used one expert for every token.
     """
 
@@ -36,6 +37,11 @@ class Profile:
     lost: dict[str, Tensor]
     alone: dict[str, float]
     tokens: int
+
+    @property
+    def choices(self) -> int:
+        """How many choices of an expert the tokens made, over all routers."""
+        return sum(len(one) + int((one > 0).sum()) for one in self.lost.values())
 
 
 def measure_sensitivity(
@@ -85,12 +91,20 @@ def measure_sensitivity(
     lost_TJ = {name: torch.cat(parts) for name, parts in lost.items()}
     costs_TJ = {name: torch.cat(parts) for name, parts in costs.items()}
     return Profile(
-        sensitivity={name: float(one.mean()) for name, one in costs_TJ.items()},
+        sensitivity={name: _mean_of_cuts(one, lost_TJ[name]) for name, one in costs_TJ.items()},
         lost=lost_TJ,
         alone={name: float((one[:, -1] * lost_TJ[name][:, -1].double().square()).mean())
                for name, one in costs_TJ.items()},
         tokens=len(next(iter(lost_TJ.values()))),
     )  # fmt: skip
+
+
+def _mean_of_cuts(costs_TJ: Tensor, lost_TJ: Tensor) -> float:
+    """Over those that take an expert away; 0 where no token has one to spare."""
+    real_TJ = lost_TJ > 0
+    if bool(real_TJ.all()):
+        return float(costs_TJ.mean())
+    return float(costs_TJ[real_TJ].mean()) if bool(real_TJ.any()) else 0.0
 
 
 def _gradients(

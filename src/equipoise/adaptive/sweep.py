@@ -29,9 +29,15 @@ class Held:
     loss: float
     experts: dict[str, float]
 
-    def fewer(self, model: AdaptableModel) -> float:
-        """The share of all choices that was dropped."""
-        return 1 - math.fsum(self.experts.values()) / model.choices
+    def fewer(self, model: AdaptableModel, before: Held | None = None) -> float:
+        """The share of all choices that was dropped.
+
+        Args:
+            before: of the same text without thresholds, where tokens use fewer than K experts already (top-p, masks by
+                token id): what they do not use is not dropped.
+        """
+        all_choices = model.choices if before is None else math.fsum(before.experts.values())
+        return 1 - math.fsum(self.experts.values()) / all_choices
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ def thresholds_of(profile: Profile, budget: float) -> dict[str, float]:
 
 
 def budget_for(profile: Profile, fewer: float, *, sensitive: bool = True) -> float:
-    """The budget T that drops this share of all choices in the text of ``profile``.
+    """The budget T that drops this share of all choices in the text of ``profile``; a choice of no expert is none.
 
     Args:
         sensitive: False: the control's, a bound of m² that is the same in every layer.
@@ -93,11 +99,10 @@ def budget_for(profile: Profile, fewer: float, *, sensitive: bool = True) -> flo
     (0.125, 0.065)
     """
     costs = torch.cat([
-        (one.double().square() * (profile.sensitivity[name] if sensitive else 1.0)).flatten()
+        one[one > 0].double().square() * (profile.sensitivity[name] if sensitive else 1.0)
         for name, one in profile.lost.items()
     ]).sort().values  # fmt: skip
-    choices = sum(one.numel() + len(one) for one in profile.lost.values())
-    dropped = min(round(fewer * choices), len(costs))
+    dropped = min(round(fewer * profile.choices), len(costs))
     if not dropped:
         return 0.0
     if dropped == len(costs):
@@ -117,7 +122,7 @@ def sweep(
     """The curve: for each share of dropped choices, or each budget, the held-out loss with and without sensitivities.
 
     Args:
-        shares: of all choices, ascending; default: ten steps from none to all but one expert a token.
+        shares: of all choices that tokens make, ascending; default: ten steps from none to all but one expert a token.
         budgets: T in nats, ascending, in place of ``shares``.
 
     Raises ConfigError for values that are not ascending or below 0; InputError without text.
@@ -126,10 +131,9 @@ def sweep(
         raise InputError(expected="at least one batch of held-out text", got="none", do="pass more text")
     if budgets:
         check_budgets(budgets)
-        choices = sum(one.numel() + len(one) for one in profile.lost.values())
-        shares = [_dropped(profile, budget) / choices for budget in budgets]
+        shares = [_dropped(profile, budget) / profile.choices for budget in budgets]
     else:
-        most = sum(router.top_k - 1 for router in model.routers.values()) / model.choices
+        most = (profile.choices - sum(len(one) for one in profile.lost.values())) / profile.choices
         shares = shares or [most * step / 10 for step in range(11)]
         check_budgets(shares, "shares of choices to drop")
         budgets = [budget_for(profile, share) for share in shares]
@@ -183,7 +187,7 @@ def check_budgets(values: Sequence[float], what: str = "thresholds") -> None:
 
 def _dropped(profile: Profile, budget: float) -> int:
     limits = thresholds_of(profile, budget)
-    return sum(int((one < limits[name]).sum()) for name, one in profile.lost.items())
+    return sum(int(((one < limits[name]) & (one > 0)).sum()) for name, one in profile.lost.items())
 
 
 def knee(x: Sequence[float], y: Sequence[float]) -> int:

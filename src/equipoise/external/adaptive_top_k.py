@@ -178,7 +178,7 @@ def router_mark(router: Any) -> float:
 
 def _shown(sizes: Mapping[str, tuple[int, int]]) -> str:
     named = [f"{name} ({experts} experts, top-{top_k})" for name, (experts, top_k) in list(sizes.items())[:2]]
-    return ", ".join(named) + (f" and {len(sizes) - 2} more" if len(sizes) > 2 else "")
+    return (", ".join(named) or "none") + (f" and {len(sizes) - 2} more" if len(sizes) > 2 else "")
 
 
 # --------------------------------------------------------------------------- do the experts leave out what is dropped?

@@ -224,19 +224,20 @@ def _measured(
 
     profile = measure_sensitivity(model, measured, targets=options.targets, on_batch=of("sensitivities"))
     curve = sweep(model, profile, held, budgets=_with_zero(options.budgets), on_point=of("the curve"))
-    points = [_point(model, one) for one in curve]
+    start = curve[0].held
+    points = [_point(model, one, start) for one in curve]
     at = knee([one.fewer for one in points], [one.loss for one in points])
     saved = points[at]
     if options.save is not None and options.save not in [one.budget for one in points]:
         (extra,) = sweep(model, profile, held, budgets=[options.save])
-        saved = _point(model, extra)
+        saved = _point(model, extra, start)
     elif options.save is not None:
         saved = next(one for one in points if one.budget == options.save)
     thresholds = thresholds_of(profile, saved.budget)
     say("choices", 0.0)
     with model.dropping(thresholds):
         used = evaluate(model, held).experts
-    alone = _alone(model, held, curve[0].held, of("layer by layer")) if options.each_layer else {}
+    alone = _alone(model, held, start, of("layer by layer")) if options.each_layer else {}
     caches, ahead = _cached(model, measured, held, thresholds, options.memory, say)
     layers = [
         AdaptedLayer(
@@ -254,10 +255,10 @@ def _with_zero(budgets: Sequence[float]) -> list[float]:
     return [] if not budgets else [*([0.0] if budgets[0] > 0 else []), *budgets]
 
 
-def _point(model: AdaptableModel, one: SweepPoint) -> CurvePoint:
+def _point(model: AdaptableModel, one: SweepPoint, start: Held) -> CurvePoint:
     return CurvePoint(
-        budget=one.budget, fewer=one.held.fewer(model), loss=one.held.loss, control_weight=one.weight,
-        control_fewer=one.control.fewer(model), control_loss=one.control.loss,
+        budget=one.budget, fewer=one.held.fewer(model, start), loss=one.held.loss, control_weight=one.weight,
+        control_fewer=one.control.fewer(model, start), control_loss=one.control.loss,
     )  # fmt: skip
 
 

@@ -293,8 +293,10 @@ class PoolState:
 
         def distance(place: int) -> tuple[float, bool]:
             before_TE = self.choices[place][0]
-            far = before_TE.shape != scores_TE.shape
-            return math.inf if far else float((before_TE - scores_TE).abs().max()), place != self.place
+            if before_TE.shape != scores_TE.shape:
+                return math.inf, True
+            far_TE = (before_TE - scores_TE).abs()
+            return float(far_TE.max()) if far_TE.numel() else 0.0, place != self.place
 
         return self.choices[min(range(len(self.choices)), key=distance) if len(self.choices) > 1 else 0][1]
 

@@ -54,6 +54,9 @@ def read_masks(folder: str | Path) -> dict[str, Tensor]:
         state: dict[str, Any] = unpack_state(path.read_bytes())
         if state["format"] > FORMAT:
             raise ValueError(f"format {state['format']}, newer than this version of equipoise reads ({FORMAT})")
+        for name, one in state["routers"].items():
+            if one["visible"].shape[1] != -(-one["experts"] // 8):
+                raise ValueError(f"{one['experts']} experts in {one['visible'].shape[1]} bytes at {name!r}")
         return {
             name: torch.from_numpy(np.unpackbits(one["visible"].numpy(), axis=1, count=one["experts"]).astype(bool))
             for name, one in state["routers"].items()
@@ -64,7 +67,7 @@ def read_masks(folder: str | Path) -> dict[str, Tensor]:
             got="no such file",
             do="pass the folder that save_masks wrote to, or equipoise export --masks",
         ) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             expected=expected,
             got=f"a file that is cut short or of another kind ({error})",

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from equipoise import ConfigError, InputError
+from equipoise import ConfigError, InputError, StateError
 from equipoise.adaptive import Profile, budget_for, evaluate, knee, measure_sensitivity, sweep, thresholds_of
 from equipoise.adaptive.sweep import ALL, random_layers
 from unit.adaptive._models import adaptable, language_model, markov_text
@@ -108,3 +108,32 @@ def test_layers_at_random():
     drawn = [random_layers(names, 0.5, seed) for seed in range(20)]
     assert all(sorted(one.values()) == [0.0] * 3 + [ALL] * 3 for one in drawn)
     assert len({tuple(one.values()) for one in drawn}) > 5 and drawn[3] == random_layers(names, 0.5, 3)
+
+
+def test_choices_that_tokens_never_made_are_not_dropped():
+    """With top-p a token uses fewer than K experts already: the curve begins at 0, and S is of what can be dropped."""
+    lm = language_model(layers=2, top_k=4, top_p=0.5, normalize_weights=False)
+    model, text = adaptable(lm), markov_text(8, 17, seed=4)
+    profile = measure_sensitivity(model, [text])
+    routings: list = []
+    handles = [one.module.register_forward_hook(lambda *a: routings.append(a[-1])) for one in model.routers.values()]
+    lm(text[:, :-1])
+    for handle in handles:
+        handle.remove()
+    made = [int((one.expert_ids_TK < 6).sum()) for one in routings]
+    assert profile.choices == sum(made) < 0.9 * 4 * 2 * 128
+    points = sweep(model, profile, [text])
+    before, fewest = points[0].held, points[-1].held
+    assert [before.experts[name] for name in model.routers] == [one / 128 for one in made]
+    assert before.fewer(model, before) == 0.0 < before.fewer(model)
+    assert points[1].budget > 0
+    assert points[-1].fewer == pytest.approx(fewest.fewer(model, before)) == 1 - 2 * 128 / sum(made)
+    for point in points[1:-1]:
+        assert point.held.fewer(model, before) == pytest.approx(point.fewer, abs=0.03)
+
+
+def test_a_model_that_drops_already_is_not_measured():
+    lm = language_model()
+    lm.model.layers[1].mlp.gate.drop_below(0.3)
+    with pytest.raises(StateError, match=r"a model without thresholds(.|\n)*layers\.1"):
+        adaptable(lm)

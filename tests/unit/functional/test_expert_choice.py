@@ -84,3 +84,10 @@ def test_the_predictor_s_loss_is_cross_entropy_in_float64():
 def test_the_kth_largest_of_each_expert(k):
     scores_TE = torch.rand(7, 3)
     assert kth_largest(scores_TE, k).tolist() == [sorted(scores_TE[:, e].tolist())[-k] for e in range(3)]
+
+
+def test_a_rank_without_tokens_has_a_loss_of_nothing():
+    logits_TE = torch.zeros(0, 3, requires_grad=True)
+    loss = capacity_loss(logits_TE, torch.zeros(0, 3, dtype=torch.bool))
+    assert loss.item() == 0.0
+    loss.backward()

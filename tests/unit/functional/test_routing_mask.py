@@ -107,6 +107,13 @@ ONE = torch.ones(3, 4, dtype=torch.bool)
     [
         (InputError, "one above", lambda: rare_ids(torch.zeros(5), 0.2)),
         (InputError, "shape (0,)", lambda: rare_ids(torch.zeros(0), 0.2)),
+        (InputError, "from nan to nan", lambda: rare_ids(torch.tensor([1.0, math.nan]), 0.2)),
+        (InputError, "to inf", lambda: frequency_class(torch.tensor([1.0, math.inf]))),
+        (InputError, "shape ()", lambda: rare_ids([1, 2], 0.2)),
+        (ConfigError, "classes=0", lambda: frequency_class(torch.ones(5), 0)),
+        (ConfigError, "num_visible=2.5", lambda: draw_visible(torch.ones(5).bool(), 8, num_visible=2.5)),
+        (InputError, "shape (0, 4)", lambda: check_visible(ONE[:0], 4)),
+        (InputError, "ndarray of shape (3, 4)", lambda: check_visible(ONE.numpy(), 4)),
         (InputError, "from -1 to 2", lambda: frequency_class(torch.tensor([2, -1]))),
         (InputError, "shape (2, 2)", lambda: frequency_class(torch.ones(2, 2))),
         (ConfigError, "1.5", lambda: rare_ids(torch.ones(5), 1.5)),

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from equipoise import AuxLoss, Balancer, MoE, Router, apply_adaptive_top_k, record_routing
+from equipoise import AuxLoss, Balancer, ConfigError, MoE, Router, apply_adaptive_top_k, record_routing
 from equipoise.functional import drop_experts
 from equipoise.storage.adaptive_top_k_file import SavedThreshold, SavedTopK, write_top_k
 
@@ -109,3 +109,13 @@ def test_records_and_evaluations_keep_what_the_router_chose():
         layer(x)
     assert torch.equal(record.ids["gate"][0], plain.ids["gate"][0])
     balancer.remove()
+
+
+@pytest.mark.parametrize(
+    ("top_k", "threshold", "words"), [(2, -0.1, "0 or more"), (2, math.nan, "0 or more"), (1, 0.3, "two experts a token")]
+)
+def test_a_threshold_that_would_drop_nothing_is_refused(top_k, threshold, words):
+    router = Router(dim=8, num_experts=4, top_k=top_k)
+    with pytest.raises(ConfigError, match=words):
+        router.drop_below(threshold)
+    assert router.drop_threshold is None

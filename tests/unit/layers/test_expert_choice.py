@@ -111,11 +111,13 @@ def test_two_dimensions_are_one_sample():
         ({"scope": "batch"}, "a scope of the pool"),
         ({"scope": 0}, "a scope of the pool"),
         ({"scope": True}, "a scope of the pool"),
+        ({"num_shared": -1}, "num_shared of 0 or more"),
+        ({"num_shared": 1, "hidden": [4, 4, 8]}, "one width for all experts"),
     ],
 )
 def test_a_layer_that_cannot_choose_is_refused(settings, expected):
     with pytest.raises(ConfigError, match=expected):
-        ExpertChoiceMoE(**SIZES, **settings)
+        ExpertChoiceMoE(**SIZES | settings)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,18 @@ def test_a_layer_that_cannot_choose_is_refused(settings, expected):
 def test_tokens_that_no_pool_can_be_made_of_are_refused(scope, shape, expected):
     with pytest.raises(InputError, match=expected):
         ExpertChoiceMoE(**SIZES, scope=scope)(torch.randn(shape))
+
+
+@pytest.mark.parametrize("scope", ["sample", 2])
+def test_no_sample_is_no_pool(scope):
+    layer, x_BSD = ExpertChoiceMoE(**SIZES, scope=scope), torch.randn(0, 6, 6, requires_grad=True)
+    layer(x_BSD).sum().backward()
+    assert layer(x_BSD).shape == x_BSD.shape
+
+
+def test_the_router_alone_wants_samples():
+    with pytest.raises(InputError, match=r"\(B, S, 6\)(.|\n)*unsqueeze"):
+        ExpertChoiceMoE(**SIZES).gate(torch.randn(9, 6))
 
 
 def test_nan_is_refused_where_it_appears():

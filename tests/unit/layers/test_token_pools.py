@@ -205,10 +205,12 @@ def test_a_shared_pool_in_evaluation_mode_is_refused():
     model = model_of("global_batch")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pools = TokenPools(model, optimizer)
-    step_of(pools, model)
-    optimizer.step()
-    with pytest.raises(StateError, match="in training mode"):
-        next(pools.micro_batches(batch(0).chunk(2), model.eval()))
+    for _ in range(2):  # without thresholds and with them
+        with pytest.raises(StateError, match="in training mode(.|\n)*got: layers.0.gate in evaluation mode"):
+            next(pools.micro_batches(batch(0).chunk(2), model.eval()))
+        step_of(pools, model.train())
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def test_other_tokens_than_experts_chose_from_are_refused():
@@ -246,3 +248,17 @@ def test_layers_without_a_predictor_need_no_loss():
     loss.backward()
     optimizer.step()
     assert model.layers[0].gate.weight.shape == (4, DIM)
+
+
+@pytest.mark.parametrize("recompute", ["none", "reentrant"])
+def test_micro_batches_of_unlike_sizes_share_the_pool_too(recompute):
+    """One of them is empty; losses are sums over the step's tokens, so that the cut cannot show."""
+    found = []
+    for sizes in ([8], [5, 0, 1, 2]):
+        model = model_of("global_batch", recompute)
+        pools = TokenPools(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for x_BSD in pools.micro_batches(batch(0).split(sizes), model):
+            out_BSD = model(x_BSD.clone().requires_grad_())
+            (out_BSD.square().sum() + pools.loss() * (len(x_BSD) / 8)).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    same(found[1], found[0])

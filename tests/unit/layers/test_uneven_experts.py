@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, library, nn
 from torch.utils import checkpoint as ckpt
 
-from equipoise import MoE
+from equipoise import AuxLoss, Balancer, MoE
 from equipoise.errors import ConfigError, InputError
 from equipoise.layers import Experts
 from equipoise.layers.cpu.uneven_experts import uneven_experts
@@ -212,6 +213,10 @@ def test_the_router_knows_the_widths_of_its_experts():
         ([8, 0, 8], "at least 1"),
         ([8, 8.5, 8], "whole numbers"),
         (0, "at least 1"),
+        (16.0, "whole numbers"),
+        (np.int64(16), "whole numbers"),
+        (None, "whole numbers"),
+        (True, "whole numbers"),
     ],
 )
 def test_widths_that_do_not_fit_are_refused(hidden, words):
@@ -227,3 +232,18 @@ def test_what_cannot_be_is_said():
         Experts(5, 8, WIDTHS)(torch.randn(2, 8), torch.full((2, 1), 6), torch.ones(2, 1))
     with pytest.raises(ConfigError, match="multiples of 8"):
         uneven_grouped_experts(*problem([8, 12], dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("widths", [(1, 2), (8, 8, 24, 16, 0), (8, 8, 24, 16, float("nan"))])
+def test_widths_that_somebody_sets_are_looked_at(widths):
+    layer = MoE(8, 16, 5, 2, batch_first=True)
+    layer.gate.expert_widths = widths
+    with pytest.raises(ConfigError, match="one for each of 5 experts"):
+        Balancer(layer, [AuxLoss("micro_batch", costs="width")])
+
+
+def test_what_cannot_matter_is_refused():
+    with pytest.raises(ConfigError, match="top_k of 2 or more beside top_p"):
+        MoE(8, 16, 5, 1, top_p=0.6)
+    with pytest.raises(ConfigError, match="num_shared and shared_hidden of 0 or more"):
+        MoE(8, 16, 5, 2, num_shared=-1)

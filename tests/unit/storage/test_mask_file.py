@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from equipoise.errors import DataError, OutputError
+from equipoise.storage.balancer_file import pack_state
 from equipoise.storage.mask_file import MASKS, mask_file, read_masks, write_masks
 
 
@@ -29,6 +30,11 @@ def test_what_is_no_such_file_is_said(tmp_path):
     for broken in (whole[:-20], b"", b"{}" * 40):
         (tmp_path / MASKS).write_bytes(broken)
         with pytest.raises(DataError, match="cut short"):
+            read_masks(tmp_path)
+    for experts in (-1, 7, 17, 8.0):  # of a byte each
+        state = {"format": 1, "routers": {"gate": {"experts": experts, "visible": torch.zeros(5, 2, dtype=torch.uint8)}}}
+        (tmp_path / MASKS).write_bytes(pack_state(state))
+        with pytest.raises(DataError, match="another kind"):
             read_masks(tmp_path)
     with pytest.raises(OutputError):
         write_masks({"gate": torch.ones(5, 8, dtype=torch.bool)}, tmp_path / "nowhere" / "at all")

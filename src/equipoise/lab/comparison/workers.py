@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...errors import OutputError
+from ...errors import ConfigError, OutputError
 from ...storage.run_record import RECORD_NAME
 from ..config.schema import to_toml
 from .record_tail import RecordTail
@@ -196,7 +196,14 @@ def run_jobs(pool: Runner, view: View, saved: Callable[[list[Job]], None]) -> No
 
 
 def slots(threads: int, workers: int = 0) -> list[set[int]]:
-    """Core sets for the workers: ``threads`` cores each, all cores unless ``workers`` is fewer."""
+    """Core sets for the workers: ``threads`` cores each, all cores unless ``workers`` is fewer.
+
+    Raises ConfigError for fewer than no worker, with which nothing would ever be trained.
+    """
+    if workers < 0:
+        raise ConfigError(
+            expected="--workers of 1 or more processes", got=str(workers), do="leave it out for one per core"
+        )
     free = cores()
     most = max(len(free) // threads, 1)
     count = workers or most
