@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_name
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
@@ -96,9 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
         folder = arguments.out or folder_of(config) / f"{slug(config.strategy)}-seed{config.train.seed}"
         print(train_one(config, folder, resume=arguments.go_on, overwrite=arguments.overwrite, plain=arguments.plain))
         return 0
-    names = arguments.strategies.split(",") if arguments.strategies else DEFAULT
+    names = [name.strip() for name in arguments.strategies.split(",")] if arguments.strategies else list(DEFAULT)
+    if arguments.baseline is not None and arguments.baseline not in names:
+        raise unknown_name("strategy that is compared, for --baseline", arguments.baseline, names)
     seeds = arguments.seeds if arguments.seeds is not None else 1 if arguments.quick else 3
-    done = compare(config, [name.strip() for name in names], seeds, out=arguments.out, overwrite=arguments.overwrite,
+    done = compare(config, names, seeds, out=arguments.out, overwrite=arguments.overwrite,
                    workers=arguments.workers)  # fmt: skip
     compared = summarize(read_runs(done.folder, names), arguments.baseline)
     print(render(compared))

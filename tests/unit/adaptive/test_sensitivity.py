@@ -84,6 +84,9 @@ def test_what_cannot_be_measured():
         measure_sensitivity(adaptable(lm), [torch.zeros(1, 4, dtype=torch.long)], targets="labels")
     with pytest.raises(ConfigError, match="one expert a token"):
         adaptable(language_model(top_k=1))
+    sure = language_model(top_k=3, top_p=1e-6, normalize_weights=False)
+    with pytest.raises(ConfigError, match="one expert for every token"):
+        measure_sensitivity(adaptable(sure), [torch.zeros(1, 4, dtype=torch.long)])
     with torch.no_grad():
         lm.lm_head.weight[0] = math.inf
     with pytest.raises(InputError, match="finite"):

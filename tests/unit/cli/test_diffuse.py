@@ -54,6 +54,8 @@ def test_strategies_are_paired_reported_and_extended(tiny, tmp_path, capsys, mon
         (["--set", "model.capacity=5"], 2, "0 < capacity <= num_experts"),
         (["--set", "model.patch=8", "--strategies", "sample"], 2, "a pool of 4 tokens or more"),
         (["--seeds", "0"], 2, "--seeds of 1 or more"),
+        (["--workers", "-1"], 2, "--workers of 1 or more"),
+        (["--strategies", "sample,batch", "--baseline", "micro"], 2, "for --baseline"),
         (["--data", "nowhere"], 4, "a folder of images at"),
     ],
 )

@@ -112,7 +112,8 @@ def test_records_and_evaluations_keep_what_the_router_chose():
 
 
 @pytest.mark.parametrize(
-    ("top_k", "threshold", "words"), [(2, -0.1, "0 or more"), (2, math.nan, "0 or more"), (1, 0.3, "two experts a token")]
+    ("top_k", "threshold", "words"),
+    [(2, -0.1, "0 or more"), (2, math.nan, "0 or more"), (1, 0.3, "two experts a token")],
 )
 def test_a_threshold_that_would_drop_nothing_is_refused(top_k, threshold, words):
     router = Router(dim=8, num_experts=4, top_k=top_k)

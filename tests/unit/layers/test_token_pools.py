@@ -206,7 +206,7 @@ def test_a_shared_pool_in_evaluation_mode_is_refused():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pools = TokenPools(model, optimizer)
     for _ in range(2):  # without thresholds and with them
-        with pytest.raises(StateError, match="in training mode(.|\n)*got: layers.0.gate in evaluation mode"):
+        with pytest.raises(StateError, match=r"in training mode(.|\n)*got: layers\.0\.gate in evaluation mode"):
             next(pools.micro_batches(batch(0).chunk(2), model.eval()))
         step_of(pools, model.train())
         optimizer.step()

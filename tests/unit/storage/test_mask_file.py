@@ -32,7 +32,10 @@ def test_what_is_no_such_file_is_said(tmp_path):
         with pytest.raises(DataError, match="cut short"):
             read_masks(tmp_path)
     for experts in (-1, 7, 17, 8.0):  # of a byte each
-        state = {"format": 1, "routers": {"gate": {"experts": experts, "visible": torch.zeros(5, 2, dtype=torch.uint8)}}}
+        state = {
+            "format": 1,
+            "routers": {"gate": {"experts": experts, "visible": torch.zeros(5, 2, dtype=torch.uint8)}},
+        }
         (tmp_path / MASKS).write_bytes(pack_state(state))
         with pytest.raises(DataError, match="another kind"):
             read_masks(tmp_path)

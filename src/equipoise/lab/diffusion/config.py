@@ -54,6 +54,12 @@ class ImageConfig:
 
     def __post_init__(self) -> None:
         _above_zero(self, "data.", "size")
+        if self.size and self.data is None:
+            raise ConfigError(
+                expected="data.size with a folder of images: it scales these",
+                got=f"size = {self.size} for the digits of scikit-learn, which are 8 x 8",
+                do="name the folder with --data, or leave data.size out",
+            )
         if self.held_out >= 1:
             raise ConfigError(expected="data.held_out below 1", got=f"held_out = {self.held_out}", do="0.15 is usual")
 

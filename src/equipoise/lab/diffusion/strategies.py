@@ -66,8 +66,14 @@ class Strategy:
         return [build(spec, steps) for spec in self.policies or ()] or [AuxLoss("global_batch", coef=0.0)]
 
 
+def _parts(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """The policies inside a `Switch`."""
+    inside = [one for one in spec.values() if isinstance(one, dict)]
+    return inside + [part for one in inside for part in _parts(one)]
+
+
 def read_strategy(text: str) -> Strategy:
-    """Raises ConfigError for an unknown name.
+    """Raises ConfigError for an unknown name, and for a balance by documents, which images have not.
 
     >>> read_strategy("samples:8").pool, read_strategy("batch").pool, read_strategy("loss-free").gate
     (8, 'global_batch', 'sigmoid')
@@ -86,4 +92,10 @@ def read_strategy(text: str) -> Strategy:
     if name.partition("@")[0].partition("+")[0].partition("->")[0] not in NAMES:
         raise unknown_name("strategy", text, ("dense", "sample", "samples:N", "batch", *NAMES))
     found = read_name(text, SHORT_RUNS, gates=GATES)
+    if any(one.get("scope") == "document" for spec in found.policies for one in (spec, *_parts(spec))):
+        raise ConfigError(
+            expected="a strategy whose scope images have: sequence (one image), micro, global, ...",
+            got=f"{text!r}, by documents",
+            do="sequence balances each image by itself",
+        )
     return Strategy(text, policies=found.policies, gate=found.gate or "softmax")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import DataError
+from ...errors import DataError, unknown_name
 from ...report.data.formatting import listed, signed
 from ...report.data.run_view import mean, view_run
 from ...report.data.statistics import Difference, Estimate, estimate, paired_difference
@@ -86,7 +86,7 @@ def summarize(runs: Sequence[Run], baseline: str | None = None) -> Compared:
     Args:
         baseline: a strategy; by default "sample", where it is among them, else the first.
 
-    Raises DataError where no run was evaluated.
+    Raises DataError where no run was evaluated; ConfigError for a baseline that none of the compared runs is of.
     """
     found = {run.path: (run, view.evaluation) for run in runs if (view := view_run(run, None)).evaluation}
     last = max((one.step for _, one in found.values() if one), default=0)
@@ -101,7 +101,9 @@ def summarize(runs: Sequence[Run], baseline: str | None = None) -> Compared:
     problems += [f"{run.path.name}: failed, {run.end.message}" for run in runs if run.end and run.status == "failed"]
     if not by_name:
         raise DataError(expected="a run that was evaluated", got="; ".join(problems) or "no run", do="train further")
-    known = baseline if baseline in by_name else BASELINE if BASELINE in by_name else next(iter(by_name))
+    if baseline is not None and baseline not in by_name:
+        raise unknown_name("strategy of these runs", baseline, by_name)
+    known = baseline or (BASELINE if BASELINE in by_name else next(iter(by_name)))
     base = by_name[known]
     levels = list(base[0][1].loss)
     strategies = [_summary(name, pairs, base if name != known else [], levels) for name, pairs in by_name.items()]

@@ -34,7 +34,8 @@ def test_tokens_choose_with_policies_of_the_library():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("bach", "did you mean 'batch'"), ("samples:0", "samples:N with N of 1 or more"),
-     ("samples", "samples:N with N of 1 or more"), ("batch:8", "a strategy: "), ("global:nothing", "detail of global")],
+     ("samples", "samples:N with N of 1 or more"), ("batch:8", "a strategy: "), ("global:nothing", "detail of global"),
+     ("document", "by documents"), ("micro->document:3", "by documents"), ("global:rare=0.2", "detail of global")],
 )  # fmt: skip
 def test_a_wrong_name_is_refused(name, expected):
     with pytest.raises(ConfigError, match=expected):
@@ -57,6 +58,7 @@ def test_half_an_expert_is_for_experts_that_choose():
         ({"model.width": 30}, "model.width / model.heads"),
         ({"model.checkpointing": "all"}, "kind of checkpointing"),
         ({"data.held_out": 1.0}, "data.held_out below 1"),
+        ({"data.size": 16}, "data.size with a folder of images"),
         ({"train.images": 10}, "train.images_per_micro_batch divides"),
         ({"train.steps": 0}, "train.steps above 0"),
         ({"train.stpes": 5}, "did you mean train.steps"),
