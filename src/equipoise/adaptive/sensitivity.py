@@ -64,7 +64,8 @@ def measure_sensitivity(
             badly makes too large.
         seed: of the drawn targets.
 
-    Raises ConfigError for other ``targets``, and where every token has one expert; InputError without a batch, and for gradients that are not finite.
+    Raises ConfigError for other ``targets``, and where every token has one expert; InputError without a batch, and for
+    gradients that are not finite.
 
     >>> from equipoise.lab.config.schema import ModelConfig
     >>> from equipoise.lab.models.transformer import LanguageModel
@@ -90,20 +91,23 @@ def measure_sensitivity(
                 on_batch(number + 1, len(batches))
     lost_TJ = {name: torch.cat(parts) for name, parts in lost.items()}
     costs_TJ = {name: torch.cat(parts) for name, parts in costs.items()}
-    found = Profile(
+    _check_some(lost_TJ)
+    return Profile(
         sensitivity={name: _mean_of_cuts(one, lost_TJ[name]) for name, one in costs_TJ.items()},
         lost=lost_TJ,
         alone={name: float((one[:, -1] * lost_TJ[name][:, -1].double().square()).mean())
                for name, one in costs_TJ.items()},
         tokens=len(next(iter(lost_TJ.values()))),
     )  # fmt: skip
-    if found.choices == sum(len(one) for one in lost_TJ.values()):
+
+
+def _check_some(lost: dict[str, Tensor]) -> None:
+    if not any(bool((one > 0).any()) for one in lost.values()):
         raise ConfigError(
             expected="tokens that choose two experts or more, to drop some",
             got="one expert for every token of the text, by a mask or by top-p",
             do="leave this model as it is: adaptive top-k has nothing to drop there",
         )
-    return found
 
 
 def _mean_of_cuts(costs_TJ: Tensor, lost_TJ: Tensor) -> float:

@@ -82,8 +82,8 @@ class ExpertChoiceRouter(nn.Module):
         """Of B samples of S tokens; token ids are numbers in (B * S).
 
         Raises:
-            InputError: a wrong shape or width, samples that no whole pools can be made of, a pool of which an expert would get
-                no token, NaN logits.
+            InputError: a wrong shape or width, samples that no whole pools can be made of, a pool of which an expert
+                would get no token, NaN logits.
             StateError: evaluation before the first step; a pool over ranks that nobody has joined.
         """
         if x_BSD.dim() != 3 or x_BSD.shape[-1] != self.dim:

@@ -60,8 +60,8 @@ class MoE(nn.Module):
             Weights are normalised unless ``top_k`` is 1 or there is a ``top_p``: one expert's share of itself teaches a
             router nothing.
 
-    Raises ConfigError where `Router` or `Experts` does, for shared experts of a width below 0, and for ``num_shared`` of
-    experts of unlike widths.
+    Raises ConfigError where `Router` or `Experts` does, for shared experts of a width below 0, and for ``num_shared``
+    of experts of unlike widths.
 
     The forward pass: 1. flatten (B, S, D) to T tokens; 2. route; 3. experts; 4. shared experts, for all tokens.
 

@@ -186,3 +186,24 @@ def test_fp32_weights_take_bf16_tokens_also_in_the_shared_experts():
     assert y_BSD.dtype == torch.bfloat16
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
     torch.testing.assert_close(y_BSD.float(), layer(x_BSD.detach().float()), rtol=0.05, atol=0.05)
+
+
+def test_ids_laid_out_as_the_tokens_are_not_are_refused():
+    """(S, B, D) and ids (B, S) to a layer that nobody told: the ids would be those of other tokens."""
+    visible_VE = torch.eye(4, dtype=torch.bool)  # an id's one expert has its number
+    ids_BS = torch.randint(4, (3, 5), generator=torch.Generator().manual_seed(0))
+    x_BSD = torch.randn(3, 5, 6)
+    for batch_first, x in ((True, x_BSD), (False, x_BSD.transpose(0, 1))):
+        layer = MoE(6, 10, 4, 2, batch_first=batch_first)
+        layer.gate.enable_mask(visible_VE)
+        chosen: list[torch.Tensor] = []
+        layer.gate.register_forward_hook(lambda _module, _args, routing: chosen.append(routing.expert_ids_TK))
+        layer(x, token_ids_BS=ids_BS)
+        assert torch.equal(chosen[0][:, 0], ids_BS.flatten())
+    untold = MoE(6, 10, 4, 2)
+    untold.gate.enable_mask(visible_VE)
+    untold(x_BSD, token_ids_BS=ids_BS)
+    with pytest.raises(InputError, match=r"token_ids_BS of shape \(5, 3\)(.|\n)*batch_first=False"):
+        untold(x_BSD.transpose(0, 1), token_ids_BS=ids_BS)
+    with pytest.raises(InputError, match="one entry per token"):
+        untold(x_BSD, token_ids_BS=ids_BS[:, :4])

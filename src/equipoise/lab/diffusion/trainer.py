@@ -270,7 +270,7 @@ def _earlier_run(config: DiffusionConfig, folder: Path, resume: bool) -> tuple[H
         return None, False
     if not resume:
         raise OutputError(expected=f"a folder without a run: {folder}", got=f"one that holds {RECORD_NAME}",
-                          do="choose another folder, or go on with this run: --continue on the command line")  # fmt: skip
+                          do="choose another folder, or go on with this run: --continue in a command")  # fmt: skip
     try:
         run = read_run(folder, TASK)
     except DataError:
