@@ -197,7 +197,7 @@ def test_ids_laid_out_as_the_tokens_are_not_are_refused():
         layer = MoE(6, 10, 4, 2, batch_first=batch_first)
         layer.gate.enable_mask(visible_VE)
         chosen: list[torch.Tensor] = []
-        layer.gate.register_forward_hook(lambda _module, _args, routing: chosen.append(routing.expert_ids_TK))
+        layer.gate.register_forward_hook(lambda _m, _args, routing, into=chosen: into.append(routing.expert_ids_TK))
         layer(x, token_ids_BS=ids_BS)
         assert torch.equal(chosen[0][:, 0], ids_BS.flatten())
     untold = MoE(6, 10, 4, 2)

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from equipoise.lab.comparison.workers import PARENT, Job, Pool, cores, last_words, orphaned
+from equipoise.errors import ConfigError
+from equipoise.lab.comparison.workers import PARENT, Job, Pool, cores, last_words, orphaned, slots
 from equipoise.lab.config.schema import DataConfig, RunConfig
 
 
@@ -72,3 +73,9 @@ def test_only_a_worker_without_its_parent_is_an_orphan(monkeypatch):
     assert not orphaned()
     monkeypatch.setenv(PARENT, "1")
     assert orphaned() == (os.getppid() != 1)
+
+
+def test_fewer_than_no_worker_would_wait_for_ever():
+    assert len(slots(1, 1)) == 1 and len(slots(1)) == len(cores())
+    with pytest.raises(ConfigError, match="--workers of 1 or more"):
+        slots(1, -1)
