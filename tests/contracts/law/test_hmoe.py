@@ -252,7 +252,7 @@ def test_a_router_behind_which_widths_are_said_otherwise():
     """`MoE` says them; who builds a router and experts apart says them to the router."""
     layer = MoE(8, 8, 4, 2)
     layer.gate.expert_widths = (1, 2, 3)
-    with pytest.raises(ConfigError, match="3 costs for a router of 4 experts"):
+    with pytest.raises(ConfigError, match="one for each of 4 experts"):
         Balancer(layer, policies_from("parameters"))
 
 

@@ -39,11 +39,12 @@ def render_html(compared: Compared) -> str:
     c, many = compared, len(compared.strategies)
     seeds = {run.header.seed for one in c.strategies for run in one.runs}
     header = c.strategies[0].runs[0].header
-    train = header.config["train"]
+    train, layers = header.config["train"], header.num_layers
+    experts = max(one.runs[0].header.num_experts for one in c.strategies)
     facts = [
         f"{many} {'strategy' if many == 1 else 'strategies'} × {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}",
         f"{c.step} steps of {train['images']} images",
-        f"{header.num_layers} layers of {max(one.runs[0].header.num_experts for one in c.strategies)} experts",
+        f"{layers} {'layer' if layers == 1 else 'layers'} of {experts} experts",
         "images of a folder" if header.config["data"]["data"] else "digits of scikit-learn",
     ]
     sections = [
