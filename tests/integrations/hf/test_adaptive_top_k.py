@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from equipoise import ConfigError, DataError, apply_adaptive_top_k
+from equipoise import ConfigError, DataError, apply_adaptive_top_k, mask_routers
 from equipoise.adapters.biases import put_back
 from equipoise.external.adaptive_top_k import adaptable_routers, router_mark, set_drop_thresholds
 from equipoise.external.output_formats import parse_output
+from equipoise.functional import draw_visible
 from equipoise.storage.adaptive_top_k_file import SavedThreshold, SavedTopK, write_top_k
 from integrations.hf._cases import inputs, loss_of, quiet, tiers
 from integrations.hf.families import SERVED, build
@@ -250,3 +251,31 @@ def test_a_bias_chooses_first_whichever_is_loaded_first(tmp_path):
         apply_adaptive_top_k(alone, folder)
         assert not torch.equal(outputs(alone), found[-1]), "the bias changes nothing"
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("first", ["mask", "thresholds"])
+def test_masks_by_token_id_and_thresholds_go_together(first, tmp_path):
+    """In either order: an expert that an id does not see is chosen by nobody, and of what is left the small ones go."""
+    model = build("qwen3_moe").eval()
+    folder, names = saved(model, 0.45, tmp_path), adaptable_routers(model)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    visible_VE = draw_visible(torch.arange(vocabulary) % 3 == 0, next(iter(names.values())).num_experts, num_visible=3)
+    steps = [lambda: mask_routers(model, visible_VE), lambda: apply_adaptive_top_k(model, folder)]
+    for step in steps if first == "mask" else reversed(steps):
+        step()
+    ids_BS = torch.randint(vocabulary, (2, 9), generator=torch.Generator().manual_seed(0))
+    seen: list[Any] = []
+    for router in names.values():
+        router.module.register_forward_hook(
+            lambda m, a, k, out: seen.append(parse_output(m, a, k, out)), with_kwargs=True
+        )
+    with torch.no_grad():
+        model(input_ids=ids_BS)
+    for parsed in seen:
+        weights, chosen = parsed.parts.weights_TK, parsed.parts.ids_TK
+        used = weights > 0
+        token_ids = ids_BS.flatten().unsqueeze(1).expand_as(chosen)
+        assert bool(visible_VE[token_ids[used], chosen[used]].all()) and bool(used.any(1).all())
+        assert torch.allclose(weights.sum(1), torch.ones(18))
+        assert bool((used.sum(1)[ids_BS.flatten() % 3 == 0] == 1).all())
+        assert bool((weights[used.sum(1) == 2] >= 0.45 - 1e-6).all()) and 18 <= int(used.sum()) < 36

@@ -69,6 +69,17 @@ def train(scope: str | int, recompute: str, micro_batches: int, capacity: float 
     return found | {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def gradients(recompute: str, parts: list[list[int]]) -> dict[str, Tensor]:
+    """Of one step, with so many samples in each micro-batch of each rank: losses are sums, so that no cut can show."""
+    group, model = Group.world(), model_of("global_batch", recompute)
+    pools = TokenPools(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    of_ranks = batch(0).split([sum(sizes) for sizes in parts])
+    for x_BSD in pools.micro_batches(of_ranks[group.rank].split(parts[group.rank]), model):
+        out_BSD = model(x_BSD.clone().requires_grad_())
+        (out_BSD.square().sum() + pools.loss() * (len(x_BSD) / SAMPLES)).backward()
+    return {name: group.sum(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
 def alone(scope: str) -> str:
     """A rank whose layer nobody has joined to the others."""
     try:

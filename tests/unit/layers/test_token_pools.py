@@ -8,7 +8,7 @@ from torch import nn
 
 from equipoise import ConfigError, ExpertChoiceMoE, InputError, StateError, TokenPools
 from equipoise.functional import tokens_per_expert
-from unit.layers.expert_choice_cases import DECAY, DIM, RECOMPUTE, STEPS, batch, model_of, train
+from unit.layers.expert_choice_cases import DECAY, DIM, RECOMPUTE, STEPS, batch, gradients, model_of, train
 
 pytestmark = pytest.mark.xdist_group("ranks")
 CASES = "unit.layers.expert_choice_cases"
@@ -252,13 +252,11 @@ def test_layers_without_a_predictor_need_no_loss():
 
 @pytest.mark.parametrize("recompute", ["none", "reentrant"])
 def test_micro_batches_of_unlike_sizes_share_the_pool_too(recompute):
-    """One of them is empty; losses are sums over the step's tokens, so that the cut cannot show."""
-    found = []
-    for sizes in ([8], [5, 0, 1, 2]):
-        model = model_of("global_batch", recompute)
-        pools = TokenPools(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        for x_BSD in pools.micro_batches(batch(0).split(sizes), model):
-            out_BSD = model(x_BSD.clone().requires_grad_())
-            (out_BSD.square().sum() + pools.loss() * (len(x_BSD) / 8)).backward()
-        found.append({name: p.grad for name, p in model.named_parameters()})
-    same(found[1], found[0])
+    same(gradients(recompute, [[5, 0, 1, 2]]), gradients("none", [[8]]))
+
+
+@pytest.mark.parametrize("parts", [[[5], [3]], [[8], [0]], [[3, 2], [0, 3]]], ids=str)
+def test_ranks_of_unlike_sizes_share_the_pool_too(ranks, parts):
+    wanted = gradients("none", [[8]])
+    for found in ranks.run(f"{CASES}:gradients", "reentrant", parts, size=2):
+        same(found, wanted)
