@@ -102,7 +102,7 @@ class Diversity(NamedTuple):
 
         >>> text = Diversity(square=0.1, between=0.05, within=0.0, within_error=0.0, tokens=256, windows=100)
         >>> [round(text.gap(n, mixed=True).value, 2) for n in (1, 2, 10)]
-        [0.47, 0.24, 0.05]
+        [0.47, 0.23, 0.05]
         """
         size = _size(sequences, per_micro_batch, mixed)
         n = sequences * self.tokens

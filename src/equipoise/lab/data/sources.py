@@ -54,8 +54,8 @@ def load_corpus(path: str | Path, domains: Sequence[str] | None = None, *, max_b
     """Reads a user's text (the forms above); ``domains`` selects some, in this order (None: all, sorted by name).
 
     At most ``max_bytes`` of each domain's training text are read (None: all), from the start of its files. A file named
-    after its domain (german.jsonl, german.train.jsonl.xz) is left as soon as that domain is full. ``by_file`` takes what
-    names no domain too: records are of their file's name, text files in no folder are one domain; one is then enough.
+    after its domain (german.jsonl, german.train.jsonl.xz) is left as soon as that domain is full. ``by_file`` takes
+    what names no domain too: records are of their file's name, text files in no folder one domain; one is then enough.
     Raises DataError, with file and line, for what cannot be read: an empty or cut-off file, bytes that are not UTF-8, a
     missing field, an unknown domain, or fewer than two domains.
     """
@@ -109,10 +109,10 @@ class _Collector:
         unnamed = SHARD.sub("", own_name) if self.by_file else None
         for domain, text, place in part.rows(part.path, unnamed) if part.rows else text_pieces(part):
             self.known.add(domain)
-            only_own = only_own and domain == own_name
+            only_own = only_own and domain in (own_name, unnamed)
             if self._wants(domain, held):
                 self._add(domain, text, part.heldout, place)
-            elif only_own or part.domain or domain == unnamed or (self.selected and not any(self._wants(d, held) for d in self.selected)):
+            elif only_own or part.domain or (self.selected and not any(self._wants(d, held) for d in self.selected)):
                 return
 
     def _wants(self, domain: str, held: bool) -> bool:
