@@ -77,6 +77,11 @@ def test_long_text_is_read_in_part(tmp_path):
     assert len(data.train["prose"]) < len(read_text(path, length=32).data.train["prose"])
 
 
+def test_one_document_is_enough(tmp_path):
+    data, _ = read_text(lines(tmp_path / "mine.jsonl", ["prose"], count=1), length=16)
+    assert len(data.train["prose"]) > 1
+
+
 def test_training_still_wants_domains(tmp_path):
     path = lines(tmp_path / "mine.jsonl", WORDS, named=False)
     with pytest.raises(DataError, match='"domain"'):
@@ -90,7 +95,7 @@ def test_training_still_wants_domains(tmp_path):
         (lambda folder: folder, {}, "an empty folder"),
         (lambda folder: lines(folder / "a.jsonl", WORDS), {"domains": ["verse"]}, "verse"),
         (lambda folder: lines(folder / "a.jsonl", ["prose"], count=2), {"length": 4096}, "a sequence of 4096 tokens"),
-        (lambda folder: lines(folder / "a.jsonl", ["prose"], count=1), {}, "at least two documents"),
+        (lambda folder: lines(folder / "a.jsonl", ["prose"], count=1), {}, "a sequence of 256 tokens"),
         (lambda folder: lines(folder / "a.jsonl", WORDS), {"tokenizer": "nowhere"}, "no such folder"),
     ],
 )

@@ -55,7 +55,8 @@ def load_corpus(path: str | Path, domains: Sequence[str] | None = None, *, max_b
 
     At most ``max_bytes`` of each domain's training text are read (None: all), from the start of its files. A file named
     after its domain (german.jsonl, german.train.jsonl.xz) is left as soon as that domain is full. ``by_file`` takes
-    what names no domain too: records are of their file's name, text files in no folder one domain; one is then enough.
+    what names no domain too: records are of their file's name, text files in no folder one domain; one is then enough,
+    and of a single document nothing is held out.
     Raises DataError, with file and line, for what cannot be read: an empty or cut-off file, bytes that are not UTF-8, a
     missing field, an unknown domain, or fewer than two domains.
     """
@@ -144,7 +145,7 @@ class _Collector:
             train[domain] = [text for text in rest if text not in same]
             dropped += len(rest) - len(train[domain]) if marked else 0
             for name, texts in (("training", train[domain]), ("held-out", heldout[domain])):
-                if not texts:
+                if not texts and not (self.by_file and name == "held-out"):
                     raise DataError(expected=f"{name} text of the domain {domain!r}", got="no document with text",
                                     do="give the domain at least two documents, or leave it out")  # fmt: skip
         if dropped:
