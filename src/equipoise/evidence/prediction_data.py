@@ -58,7 +58,9 @@ def read_text(
     if data is None:
         packed = prepare(vocab_size=size, sequence_length=length, domains=domains, tokenizer=given, progress=progress)
         return TextRead(packed, [])
-    corpus = load_corpus(Path(data).expanduser(), domains or None, max_bytes=max_bytes, progress=progress, by_file=True)
+    corpus = load_corpus(
+        Path(data).expanduser().resolve(), domains or None, max_bytes=max_bytes, progress=progress, by_file=True
+    )
     read = {name: corpus.bytes_of(name) + corpus.bytes_of(name, heldout=True) for name in corpus.domains}
     packed = _cut(corpus, length, size, given, progress)
     return TextRead(packed, [name for name, bytes_read in read.items() if bytes_read >= max_bytes])

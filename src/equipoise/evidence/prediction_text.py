@@ -157,7 +157,7 @@ def _limits() -> str:
 def _check(found: Prediction, source: Source) -> str:
     each = max(1, round(MINUTES * found.step.sequences * found.text.tokens / TOKENS))
     took = f"{each} minute{'s' * (each != 1)}" if each < 120 else f"{each / 60:,.0f} hours"
-    names = "" if source.data is None else "; there every record names its domain"
+    names = "" if source.data is None else "; text has to name its domains there"
     said = wrap(f"check: {2 * SEEDS} runs of about {took} on a core{names}", "  ")
     lines = textwrap.wrap(check_command(found, source), 76, initial_indent="  ", subsequent_indent="    ",
                           break_long_words=False, break_on_hyphens=False)  # fmt: skip

@@ -82,6 +82,12 @@ def test_one_document_is_enough(tmp_path):
     assert len(data.train["prose"]) > 1
 
 
+def test_the_folder_that_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("\n".join(documents("prose")), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert read_text(".", length=16).data.domains == [tmp_path.name]
+
+
 def test_training_still_wants_domains(tmp_path):
     path = lines(tmp_path / "mine.jsonl", WORDS, named=False)
     with pytest.raises(DataError, match='"domain"'):
