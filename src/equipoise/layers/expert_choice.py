@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from ..autograd.finite import check_logits
 from ..distributed import ALONE, Group
-from ..errors import ConfigError, InputError, StateError
+from ..errors import ConfigError, InputError, StateError, unknown_name
 from ..functional.expert_choice import check_capacity, choose_tokens, taken_pairs
-from ..functional.routing import without_autocast
+from ..functional.routing import GATES, gate_scores, without_autocast
 from ..torch_internals import current_backward
 from .experts import Experts
 from .moe import SwiGLU
@@ -47,7 +47,7 @@ class TokenChoice(NamedTuple):
 
 
 class ExpertChoiceRouter(nn.Module):
-    """A linear gate with softmax scores whose experts choose: see `ExpertChoiceMoE` for the arguments.
+    """A linear gate whose experts choose: see `ExpertChoiceMoE` for the arguments.
 
     ``thresholds`` (E,) of the predictor's scores are fp32 whatever the model is cast to, persistent in checkpoints, and
     NaN until the first step has moved them.
@@ -59,16 +59,26 @@ class ExpertChoiceRouter(nn.Module):
 
     thresholds: Tensor | None
 
-    def __init__(self, dim: int, num_experts: int, *, scope: str | int = "global_batch", capacity: float = 1.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        scope: str | int = "global_batch",
+        capacity: float = 1.0,
+        gate: str = "softmax",
+    ) -> None:
         super().__init__()
         check_capacity(num_experts, capacity)
+        if gate not in GATES:
+            raise unknown_name("gate", gate, GATES)
         if scope not in SCOPES and not (isinstance(scope, int) and not isinstance(scope, bool) and scope >= 1):
             raise ConfigError(
                 expected=f"a scope of the pool: {', '.join(SCOPES)}, or a number of samples",
                 got=repr(scope),
                 do='"global_batch" is the pool of DiffMoE, "sample" that of EC-DiT',
             )
-        self.dim, self.num_experts, self.capacity = dim, num_experts, capacity
+        self.dim, self.num_experts, self.capacity, self.gate = dim, num_experts, capacity, gate
         self.scope = 1 if scope == "sample" else scope
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.predictor: nn.Sequential | None = None
@@ -108,7 +118,7 @@ class ExpertChoiceRouter(nn.Module):
             wide = torch.promote_types(x_TD.dtype, torch.float32)
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         check_logits(logits_TE)
-        scores_TE = logits_TE.softmax(dim=-1)
+        scores_TE = gate_scores(logits_TE, self.gate)
         state = self.pool_state
         if self.training or self.predictor is None or self.always_chooses:
             taken_TE = self._choose(scores_TE.detach(), samples)
@@ -188,7 +198,8 @@ class ExpertChoiceRouter(nn.Module):
             self.thresholds = self.thresholds.float()
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_experts={self.num_experts}, scope={self.scope!r}, capacity={self.capacity:g}"
+        sizes = f"dim={self.dim}, num_experts={self.num_experts}, scope={self.scope!r}, capacity={self.capacity:g}"
+        return f"{sizes}, gate={self.gate!r}"
 
 
 class ExpertChoiceMoE(nn.Module):
@@ -205,6 +216,7 @@ class ExpertChoiceMoE(nn.Module):
             `TokenPools.micro_batches`.
         capacity: C, experts that a token uses on average; above 0 and at most E.
         num_shared: shared experts, as one SwiGLU of width ``num_shared * hidden``, for every token.
+        gate: of the scores: "softmax", "sigmoid", "sqrt_softplus". A sigmoid's does not depend on the number of experts.
 
     >>> layer = ExpertChoiceMoE(dim=8, hidden=16, num_experts=4)
     >>> layer(torch.randn(2, 6, 8)).shape
@@ -220,9 +232,10 @@ class ExpertChoiceMoE(nn.Module):
         scope: str | int = "global_batch",
         capacity: float = 1.0,
         num_shared: int = 0,
+        gate: str = "softmax",
     ) -> None:
         super().__init__()
-        self.gate = ExpertChoiceRouter(dim, num_experts, scope=scope, capacity=capacity)
+        self.gate = ExpertChoiceRouter(dim, num_experts, scope=scope, capacity=capacity, gate=gate)
         self.experts = Experts(num_experts, dim, hidden)
         self.shared_experts: SwiGLU | None = SwiGLU(dim, num_shared * hidden) if num_shared else None
 
