@@ -68,7 +68,8 @@ def choose_tokens(scores_TE: Tensor, capacity: float) -> Tensor:
 
     Expert choice (arXiv 2202.09368), in a pool that may be one sample (EC-DiT, arXiv 2410.02098) or a whole
     batch (DiffMoE, arXiv 2503.14487). A token may be taken by several experts, or by none. Of equal
-    scores the earlier token is taken, so that an expert never takes more than the others. Of no tokens nobody takes one.
+    scores the earlier token is taken, so that an expert never takes more than the others. Of no
+    tokens nobody takes one.
 
     Raises what ``tokens_per_expert`` raises.
 
@@ -135,8 +136,10 @@ def prediction_quality(counts_22: Tensor) -> tuple[float, float, float]:
     def share(part: int, whole: int) -> float:
         return part / whole if whole else math.nan
 
-    return share(absent + right, absent + wrong + missed + right), share(right, right + wrong), share(
-        right, right + missed
+    return (
+        share(absent + right, absent + wrong + missed + right),
+        share(right, right + wrong),
+        share(right, right + missed),
     )
 
 

@@ -216,7 +216,8 @@ class ExpertChoiceMoE(nn.Module):
             `TokenPools.micro_batches`.
         capacity: C, experts that a token uses on average; above 0 and at most E.
         num_shared: shared experts, as one SwiGLU of width ``num_shared * hidden``, for every token.
-        gate: of the scores: "softmax", "sigmoid", "sqrt_softplus". A sigmoid's does not depend on the number of experts.
+        gate: of the scores: "softmax", "sigmoid", "sqrt_softplus". A sigmoid's do not depend on how many experts are
+            there.
 
     >>> layer = ExpertChoiceMoE(dim=8, hidden=16, num_experts=4)
     >>> layer(torch.randn(2, 6, 8)).shape
@@ -330,7 +331,7 @@ class PoolState:
 
 
 def choose_among(parts: list[Tensor], capacity: float, group: Group) -> tuple[list[Tensor], int]:
-    """What experts take of each part (T, E) of this rank's scores, where the pool is all parts of all ranks; its tokens.
+    """What experts take of each part (T, E) of this rank's scores, and the tokens of the pool, all parts of all ranks.
 
     >>> scores_TE = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
     >>> taken, tokens = choose_among(list(scores_TE.split(2)), 1.0, ALONE)

@@ -1,4 +1,4 @@
-"""Experts in groups by class of token: text tokens choose among text experts, image tokens among image experts (MoMa)."""
+"""Experts in groups by class of token: text tokens meet text experts, image tokens image experts (MoMa)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ModalityMoE(nn.Module):
     experts choose from the pool of the group's tokens, a ``SwiGLU``, or any module (T, D) -> (T, D). Groups are told
     apart by the token's class, which is known: nothing is learned there and nothing can collapse.
 
-    A ``Balancer`` finds the routers of all groups: each is a layer with a load, a global batch and a T of its own. Where
-    micro-batches have unequally many tokens of a class, the step has to be counted first (`Balancer.counting`) or told
-    (``begin_step(tokens={router: number})``). Experts that choose need a ``TokenPools``.
+    A ``Balancer`` finds the routers of all groups: each is a layer with a load, a global batch and a T of its own.
+    Where micro-batches have unequally many tokens of a class, the step has to be counted first (`Balancer.counting`) or
+    told (``begin_step(tokens={router: number})``). Experts that choose need a ``TokenPools``.
 
     Args:
         groups: name of a class -> its layer. Class ids are places in it.

@@ -84,7 +84,7 @@ def test_a_step_does_not_depend_on_its_ranks(ranks, choice):
 
 @pytest.mark.parametrize("choice", ["token", "expert"])
 def test_a_group_without_tokens_changes_nothing_of_the_other(choice):
-    """The others' gradients are those of a step whose loss has no such group; its own are zeros, not None and not NaN."""
+    """The others have gradients; its own are zeros, not None and not NaN, and the step after it goes on."""
     model, (x_BSD, ids_BS) = model_of(choice), batch(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     pools = None if choice == "token" else TokenPools(model, optimizer)

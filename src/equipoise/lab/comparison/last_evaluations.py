@@ -34,9 +34,7 @@ def read_small_runs(folder: Path, first: Sequence[str], task: str, command: str)
     """
     runs = [read_run(path.parent, task) for path in sorted(folder.glob(f"*/{RECORD_NAME}"))]
     if not runs:
-        raise DataError(
-            expected=f"runs of {task} in {folder}", got="none", do=f"train some with `equipoise {command}`"
-        )
+        raise DataError(expected=f"runs of {task} in {folder}", got="none", do=f"train some with `equipoise {command}`")
     order = {name: at for at, name in enumerate(first)}
     return sorted(runs, key=lambda run: (order.get(run.header.strategy, len(order)), run.header.strategy,
                                          run.header.seed))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Strategies side by side: runs of one seed share their weights, images and noise, and differ in their second layers."""
+"""Strategies side by side: runs of one seed share weights, images and noise, and differ in their second layers."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class Fused:
         return self._join(part, text_B, image_B, torch.rand(count, generator=generator) < 0.5)
 
     def held(self, count: int) -> Tensor:
-        """The first so many held-out sequences: every image once, a window of text of each part of the held-out text."""
+        """The first so many held-out sequences: every image once, windows from all parts of the held-out text."""
         part, place_B = self.held_out, torch.arange(min(count, len(self.held_out.images)))
         text_B = place_B * len(part.text) // len(place_B)
         return self._join(part, text_B, place_B, place_B % 2 == 0)
@@ -110,7 +110,7 @@ class Fused:
 
 
 def grey_tokens(pixels: Tensor, levels: int, first: int) -> Tensor:
-    """(N, channels, side, side) in [-1, 1] -> (N, side * side) int64 from ``first`` on: the mean colour's grey, by rows.
+    """(N, channels, side, side) in [-1, 1] -> (N, side * side) int64 from ``first`` on: greys, row by row.
 
     >>> grey_tokens(torch.tensor([[[[-1.0, 1.0], [0.0, -0.9]]]]), levels=17, first=100)
     tensor([[100, 116, 108, 101]])

@@ -63,8 +63,8 @@ class Watch:
         tokens = args[0].shape[:-1].numel()
         class_T = self.class_ids_T if group is None else torch.full((tokens,), group)
         match chosen:
-            case Routing():
-                kept_TK = chosen.expert_ids_TK < module.num_experts
+            case Routing() if isinstance(module, Router):
+                kept_TK = chosen.expert_ids_TK < module.num_experts  # an id of E is no expert
                 token_P, _ = kept_TK.nonzero(as_tuple=True)
                 expert_P, weight_P = chosen.expert_ids_TK[kept_TK], chosen.weights_TK[kept_TK]
             case TokenChoice():

@@ -60,7 +60,7 @@ class FusionModel(nn.Module):
             parameter.normal_(0.0, std, generator=generator)
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor, class_ids_BS: Tensor) -> Tensor:
-        """(B, S): the loss of every token, nats. ``class_ids_BS``: places in `MODALITIES` of the tokens that are read."""
+        """(B, S): every token's loss, nats. ``class_ids_BS``: places in `MODALITIES` of the tokens that are read."""
         x_BSD = self.embed(tokens_BS)
         positions = Positions.of(tokens_BS.shape[1], self.head_dim, theta=THETA, device=tokens_BS.device)
         for block in self.blocks:

@@ -1,4 +1,8 @@
-"""What one evaluation says, as plain numbers by name: for claims and for comparisons alike."""
+"""What one evaluation says, as plain numbers by name: for claims and for comparisons alike.
+
+A loss is of inference, which sees no token to come; a chosen loss is that of experts that choose from a batch, as in
+training, and see tokens to come; a gap is the first less the second.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ from .strategies import MODALITIES
 __all__ = ["MEASURES", "numbers_of"]
 
 MEASURES = {
-    **{f"loss {name}": f"nats per {name} token, causal" for name in MODALITIES},
-    **{f"chosen loss {name}": f"nats per {name} token where experts see what they choose from" for name in MODALITIES},
-    **{f"gap {name}": f"nats per {name} token, causal less chosen" for name in MODALITIES},
+    **{f"loss {name}": f"nats per {name} token" for name in MODALITIES},
+    **{f"chosen loss {name}": f"nats per {name} token" for name in MODALITIES},
+    **{f"gap {name}": f"nats per {name} token" for name in MODALITIES},
     **{f"accuracy {name}": f"share of ({name} token, expert) pairs that auxiliary routers say right"
        for name in MODALITIES},
     **{f"precision {name}": "of the pairs they let compute, share that experts would choose" for name in MODALITIES},

@@ -92,7 +92,8 @@ def _loads(compared: Compared) -> Part:
              "Parameters active", "of all"]  # fmt: skip
     rows = [
         [Cell(one.name, colour=at), *(Cell(number(one.mean(f"maxvio {name}"), 2)) for name in MODALITIES),
-         Cell(number(one.mean("information"), 3)), *(Cell(number(one.mean(f"experts {name}"), 2)) for name in MODALITIES),
+         Cell(number(one.mean("information"), 3)),
+         *(Cell(number(one.mean(f"experts {name}"), 2)) for name in MODALITIES),
          Cell(f"{one.runs[0].header.active_parameters / 1e3:,.0f} K"),
          Cell(f"{one.runs[0].header.parameters / 1e3:,.0f} K")]
         for at, one in enumerate(compared.strategies)

@@ -33,7 +33,9 @@ def _losses(compared: Compared) -> str:
         f"Nats per held-out token, causal; beside them the difference from {clean(compared.baseline)}, paired by seed, "
         "with its 95 % interval. Marks around images are in neither."
     )
-    return table(f"Losses at step {compared.step}", ["strategy", "n", "text", "against", "image", "against"], rows, note)
+    return table(
+        f"Losses at step {compared.step}", ["strategy", "n", "text", "against", "image", "against"], rows, note
+    )
 
 
 def _loads(compared: Compared) -> str:
@@ -45,8 +47,8 @@ def _loads(compared: Compared) -> str:
     ]  # fmt: skip
     note = (
         "MaxVio: fullest expert over the even share of the experts that are open to the modality, minus 1. nats: "
-        "information between expert and modality, at most 0.693. Experts per token, as computed. Active: parameters that "
-        "compute a token, routers with them; without routers they are alike."
+        "information between expert and modality, at most 0.693. Experts per token, as computed. Active: parameters "
+        "that compute a token, routers with them; without routers they are alike."
     )
     heads = ["strategy", "MaxVio text", "image", "nats", "experts text", "image", "active", "all"]
     return table("Loads and sizes", heads, rows, note)
@@ -61,7 +63,7 @@ def _choices(choosing: list[StrategySummary]) -> str:
         for name in MODALITIES
     ]  # fmt: skip
     note = (
-        "Chosen: the loss where experts choose from a batch, as in training, and see tokens to come: no language model's. "
+        "Chosen: the loss where experts choose from a batch, as in training, and see tokens to come. "
         "Causal: by the auxiliary routers. They say of each token and expert whether it would be chosen: share that is "
         "right, of the pairs they let compute, of those that would be chosen."
     )

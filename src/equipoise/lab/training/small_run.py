@@ -104,7 +104,7 @@ class SmallRun(ABC):
     def balanced(self, policies: Sequence[Policy]) -> Balancer:
         return Balancer(self.model, list(policies), optimizer=self.optimizer)
 
-    def last(self) -> None:
+    def last(self) -> None:  # noqa: B027
         """What else is left behind when the last step is done."""
 
     def train_step(self) -> Step:
@@ -198,14 +198,15 @@ class SmallRun(ABC):
                              f"{self.folder / checkpoint.FOLDER}")  # fmt: skip
 
     def _header(self, policies: list[str]) -> Header:
-        said = self.described()
+        said: dict[str, Any] = self.described()
+        said["policies"] = policies or said["policies"]
         return Header(
             strategy=self.config.strategy, seed=self.config.train.seed, config=encode(self.config),
             corpus_sha256=self.sha256,
             versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
                       "equipoise": __version__},
             started=datetime.now(UTC).isoformat(timespec="seconds"), resumed_at=self.step, task=self.task,
-            **said | {"policies": policies or said["policies"]},
+            **said,
         )  # fmt: skip
 
     def _end(self, status: str, message: str = "") -> End:

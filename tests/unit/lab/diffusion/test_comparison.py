@@ -14,7 +14,9 @@ from equipoise.storage.run_record import read_run
 
 
 def test_a_configuration_finds_its_folder_again_and_another_one_another(config):
-    assert ROOM.folder_of(config) == ROOM.folder_of(replace(config, strategy="dense", train=replace(config.train, seed=9)))
+    assert ROOM.folder_of(config) == ROOM.folder_of(
+        replace(config, strategy="dense", train=replace(config.train, seed=9))
+    )
     assert ROOM.folder_of(config) != ROOM.folder_of(replace(config, train=replace(config.train, lr=0.5)))
 
 
