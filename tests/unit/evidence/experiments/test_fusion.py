@@ -23,11 +23,13 @@ def folders(tmp_path, monkeypatch) -> dict[str, str]:
     image = pytest.importorskip("PIL.Image", reason="needs the extra images")
     rng = np.random.default_rng(0)
     monkeypatch.setenv("EQUIPOISE_CACHE", str(tmp_path / "cache"))
-    for name in ("images", "text"):
+    for name in ("images", "text", "text/a", "text/b"):
         (tmp_path / name).mkdir()
     for number in range(20):
         image.fromarray(rng.integers(0, 256, (4, 4)).astype(np.uint8)).save(tmp_path / "images" / f"{number}.png")
-        (tmp_path / "text" / f"{number}.txt").write_text(f"{number} " + 60 * "one two three " + str(number))
+        for name in ("a", "b"):
+            text = f"{number} " + 60 * f"one {name} three " + str(number)
+            (tmp_path / "text" / name / f"{number}.txt").write_text(text)
     return {"data": str(tmp_path / "images"), "text": str(tmp_path / "text")}
 
 
