@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import side_by_side
+from .side_by_side import FlagSettings, Parts, add_side_by_side, run_side_by_side
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
@@ -33,7 +33,7 @@ examples:
 The same command again goes on where it was stopped, and adds what is new among its strategies and seeds.
 docs/diffmoe.md says what the layers do, in a model of your own too.
 """
-FLAGS: side_by_side.FlagSettings = {
+FLAGS: FlagSettings = {
     "--data": ("data.data", str, "FOLDER", "your own images; folders in it are classes"),
     "--steps": ("train.steps", int, "N", "optimizer steps"),
     "--lr": ("train.lr", float, "X", "peak learning rate"),
@@ -43,8 +43,10 @@ FLAGS: side_by_side.FlagSettings = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    side_by_side.add_arguments(parser, FLAGS, strategies="sample,batch,micro,global", baseline="sample",
-                               quick="60 steps", example="model.capacity=2")  # fmt: skip
+    add_side_by_side(
+        parser, FLAGS, strategies="sample,batch,micro,global", baseline="sample", quick="60 steps",
+        example="model.capacity=2",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,5 +57,5 @@ def run(arguments: argparse.Namespace) -> int:
     from ..lab.diffusion.summary import read_runs, summarize
     from ..lab.diffusion.text import render
 
-    parts = side_by_side.Parts(ROOM, read_config, QUICK, DEFAULT, read_runs, summarize, render, write_html)
-    return side_by_side.run(arguments, FLAGS, parts)
+    parts = Parts(ROOM, read_config, QUICK, DEFAULT, read_runs, summarize, render, write_html)
+    return run_side_by_side(arguments, FLAGS, parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import side_by_side
+from .side_by_side import FlagSettings, Parts, add_side_by_side, run_side_by_side
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
@@ -37,7 +37,7 @@ examples:
 The same command again goes on where it was stopped, and adds what is new among its strategies and seeds.
 docs/moma.md says what the layers do, in a model of your own too.
 """
-FLAGS: side_by_side.FlagSettings = {
+FLAGS: FlagSettings = {
     "--data": ("data.data", str, "FOLDER", "your own images; folders in it are classes"),
     "--text": ("data.text", str, "PATH", "your own text, a file or a folder"),
     "--steps": ("train.steps", int, "N", "optimizer steps"),
@@ -48,8 +48,7 @@ FLAGS: side_by_side.FlagSettings = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    side_by_side.add_arguments(parser, FLAGS, strategies="all six", baseline="mixed", quick="60 steps",
-                               example="data.levels=9")  # fmt: skip
+    add_side_by_side(parser, FLAGS, strategies="all six", baseline="mixed", quick="60 steps", example="data.levels=9")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,5 +59,5 @@ def run(arguments: argparse.Namespace) -> int:
     from ..lab.fusion.summary import read_runs, summarize
     from ..lab.fusion.text import render
 
-    parts = side_by_side.Parts(ROOM, read_config, QUICK, DEFAULT, read_runs, summarize, render, write_html)
-    return side_by_side.run(arguments, FLAGS, parts)
+    parts = Parts(ROOM, read_config, QUICK, DEFAULT, read_runs, summarize, render, write_html)
+    return run_side_by_side(arguments, FLAGS, parts)

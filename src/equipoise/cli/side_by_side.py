@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError
 
-__all__ = ["FlagSettings", "Parts", "add_arguments", "run"]
+__all__ = ["FlagSettings", "Parts", "add_side_by_side", "run_side_by_side"]
 
 FlagSettings = Mapping[str, tuple[str, type, str, str]]  # flag -> setting, its type, metavar, help
 
@@ -29,7 +29,7 @@ class Parts:
     write_html: Callable[[Any, Path], None]
 
 
-def add_arguments(
+def add_side_by_side(
     parser: argparse.ArgumentParser, flags: FlagSettings, *, strategies: str, baseline: str, quick: str, example: str
 ) -> None:
     """``strategies``, ``baseline`` and ``quick`` are what the help says of these; ``example`` is one for --set."""
@@ -60,7 +60,7 @@ def add_arguments(
     group.add_argument("--print-config", action="store_true", help="print all settings as a TOML file and end")
 
 
-def run(arguments: argparse.Namespace, flags: FlagSettings, parts: Parts) -> int:
+def run_side_by_side(arguments: argparse.Namespace, flags: FlagSettings, parts: Parts) -> int:
     """One run, a comparison, or the settings; the exit code."""
     from ..lab.comparison.side_by_side import REPORT_NAME
     from ..lab.config.loading import parse_set, to_toml
