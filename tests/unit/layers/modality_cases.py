@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from equipoise import AuxLoss, Balancer, ExpertChoiceMoE, ModalityMoE, MoE, TokenPools
 from equipoise.distributed import Group
@@ -14,8 +15,9 @@ DIM, SAMPLES, LENGTH, STEPS = 6, 8, 5, 2
 class Model(nn.Module):
     """Two layers of a text group and an image group; what the second sees depends on the first."""
 
-    def __init__(self, choice: str) -> None:
+    def __init__(self, choice: str, recompute: str = "none") -> None:
         super().__init__()
+        self.recompute = recompute
         self.first = nn.Linear(DIM, DIM)
         self.layers = nn.ModuleList(
             ModalityMoE({name: self.group(choice, experts) for name, experts in (("text", 4), ("image", 2))})
@@ -31,13 +33,17 @@ class Model(nn.Module):
         x_BSD, ids_BS = batch
         x_BSD = self.first(x_BSD)
         for layer in self.layers:
-            x_BSD = x_BSD + layer(torch.tanh(x_BSD), ids_BS)
+            h_BSD = torch.tanh(x_BSD)
+            if self.recompute == "none" or not torch.is_grad_enabled():
+                x_BSD = x_BSD + layer(h_BSD, ids_BS)
+            else:
+                x_BSD = x_BSD + checkpoint(layer, h_BSD, ids_BS, use_reentrant=self.recompute == "reentrant")
         return x_BSD
 
 
-def model_of(choice: str) -> Model:
+def model_of(choice: str, recompute: str = "none") -> Model:
     torch.manual_seed(3)
-    return Model(choice).double()
+    return Model(choice, recompute).double()
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -49,9 +55,9 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return x_BSD, ids_BS
 
 
-def train(choice: str, micro_batches: int) -> dict[str, Tensor]:
+def train(choice: str, micro_batches: int, recompute: str = "none") -> dict[str, Tensor]:
     """What some steps leave on a rank with its equal part of every batch: weights, thresholds, last gradients."""
-    group, model = Group.world(), model_of(choice)
+    group, model = Group.world(), model_of(choice, recompute)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     token = choice == "token"
     loss_of_step = AuxLoss("global_batch", coef=1.0, estimator="exact")

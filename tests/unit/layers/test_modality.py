@@ -74,6 +74,12 @@ def test_a_step_does_not_depend_on_its_micro_batches(choice, micro_batches):
     same(train(choice, micro_batches), train(choice, 1))
 
 
+@pytest.mark.parametrize("recompute", ["reentrant", "non_reentrant"])
+@pytest.mark.parametrize("choice", ["token", "expert"])
+def test_a_recompute_finds_each_micro_batch_s_own_choice_also_where_a_group_has_no_token(choice, recompute):
+    same(train(choice, 4, recompute), train(choice, 1))
+
+
 @pytest.mark.parametrize("choice", ["token", "expert"])
 def test_a_step_does_not_depend_on_its_ranks(ranks, choice):
     """The second rank has no image token at all."""
