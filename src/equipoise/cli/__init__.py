@@ -19,6 +19,7 @@ from . import (
     doctor,
     downstream,
     export,
+    fuse,
     inspect,
     plan,
     predict,
@@ -49,6 +50,7 @@ COMMANDS = {
     "doctor": doctor,
     "conformance": conformance,
     "diffuse": diffuse,
+    "fuse": fuse,
     "reproduce": reproduce,
 }
 INTERRUPTED = 130
@@ -76,6 +78,7 @@ begin with:
   equipoise doctor CONFIG                         what balancing your training configuration will really do
   equipoise conformance ROUTER                    whether a router of yours balances alike in every cut
   equipoise diffuse                               images: experts that choose tokens from one image, or a whole batch
+  equipoise fuse                                  text and images in one sequence: experts by modality, or mixed
 
 exit codes:
   0    done

@@ -84,8 +84,8 @@ class Law:
 
 
 LAW = Law(
-    c=0.00385,
-    error=0.00039,
+    c=0.00386,
+    error=0.0004,
     unseen=0.00298,
     cells=11,
     pairs=76,
