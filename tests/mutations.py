@@ -270,6 +270,18 @@ MUTATIONS = {
         "scores_TE = torch.cat(state.predicted)",
         "unit/layers/test_token_pools.py ranks_share",
     ),
+    "an auxiliary router's mean of means": Mutation(
+        "layers/token_pools.py",
+        'state.weight(len(x_TD)) if router.scope == "global_batch" else 1.0',
+        "1.0",
+        "unit/layers/test_modality.py micro_batches and expert",
+    ),
+    "padding routed with the last group": Mutation(
+        "layers/modality.py",
+        "        order_T = place_T.argsort(stable=True)[: sum(counts)]\n",
+        "        order_T = place_T.argsort(stable=True)\n        counts[-1] += len(order_T) - sum(counts)\n",
+        "unit/layers/test_modality.py padding",
+    ),
     "a recompute chooses again": Mutation(
         "layers/expert_choice.py",
         "        if current_backward() != -1 and self.choices:\n            return self._chosen_before(scores_TE)\n",

@@ -15,7 +15,17 @@ from .external.registry import register_router
 from .external.routing_masks import load_masks, mask_routers, routing_masks, save_masks, unmask_routers
 from .functional.convert import convert_coef
 from .functional.routing import Routing
-from .layers import ExpertChoiceMoE, Experts, MoE, Router, TokenPools, clip_grad_norm_, shard_experts
+from .layers import (
+    ExpertChoiceMoE,
+    Experts,
+    ModalityMoE,
+    MoE,
+    Router,
+    TokenPools,
+    choose_from_pools,
+    clip_grad_norm_,
+    shard_experts,
+)
 from .policies import AuxLoss, EntropyLoss, ExpertBias, Ratio, Sequences, Switch, Target, ZLoss
 from .replay import RoutingRecord, record_routing, replay_routing
 
@@ -33,6 +43,7 @@ __all__ = [
     "Experts",
     "InputError",
     "MoE",
+    "ModalityMoE",
     "OutputError",
     "Ranks",
     "Ratio",
@@ -48,6 +59,7 @@ __all__ = [
     "TokenPools",
     "ZLoss",
     "apply_adaptive_top_k",
+    "choose_from_pools",
     "clip_grad_norm_",
     "convert_coef",
     "load_masks",

@@ -19,8 +19,10 @@ from . import (
     doctor,
     downstream,
     export,
+    fuse,
     inspect,
     plan,
+    predict,
     report,
     reproduce,
     resume,
@@ -44,9 +46,11 @@ COMMANDS = {
     "upcycle": upcycle,
     "downstream": downstream,
     "plan": plan,
+    "predict": predict,
     "doctor": doctor,
     "conformance": conformance,
     "diffuse": diffuse,
+    "fuse": fuse,
     "reproduce": reproduce,
 }
 INTERRUPTED = 130
@@ -70,9 +74,11 @@ begin with:
   equipoise adapt MODEL --data val.jsonl          which of its tokens can do with fewer experts, saved for generation
   equipoise downstream RUN                        which of four continuations is true? asked by the lm-eval harness
   equipoise plan                                  what imbalance costs on your cluster
+  equipoise predict --data my.jsonl --ranks 64    what the global scope is worth on your text, without training
   equipoise doctor CONFIG                         what balancing your training configuration will really do
   equipoise conformance ROUTER                    whether a router of yours balances alike in every cut
   equipoise diffuse                               images: experts that choose tokens from one image, or a whole batch
+  equipoise fuse                                  text and images in one sequence: experts by modality, or mixed
 
 exit codes:
   0    done

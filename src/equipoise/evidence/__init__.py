@@ -6,7 +6,10 @@ text.py       verdicts in a terminal                     power.py        how man
 page.py       docs/evidence.md                           figure.py       its picture
 html_page.py  the same as one HTML file                  html_claim.py   each claim in it
 pictures.py   its small pictures                         breakdown.py    behind a difference: steps, domains, noise
-diversity.py  how unlike all text a balance batch is
+diversity.py  how unlike all text a balance batch is     law.py          which law gives the gain of every cell
+
+prediction.py       what a wider scope is worth on a text  prediction_data.py   the text of it
+prediction_text.py  its words
 
 downstream.py       exported runs answer questions         downstream_tasks.py  questions from held-out text
 harness.py          the door to EleutherAI's lm-eval       downstream_results.py  accuracies and differences

@@ -27,7 +27,7 @@ from ..storage.files import atomic_write
 __all__ = ["EXPERIMENTS", "LOSS", "Experiment", "Outcome", "Progress", "Trial", "TrialJob", "experiment_of",
            "read_outcome", "run_trial", "trial_of"]  # fmt: skip
 
-EXPERIMENTS: tuple[str, ...] = ("adaptive_top_k", "diffusion", "upcycle")  # modules of `evidence.experiments`
+EXPERIMENTS: tuple[str, ...] = ("adaptive_top_k", "diffusion", "fusion", "upcycle")  # modules of `evidence.experiments`
 LOSS = "loss"  # the measure of every experiment that has held-out losses by domain: their mean
 TRIAL, OUTCOME = "trial.json", "outcome.json"
 RULES = Rules(null_is_nan=True)

@@ -55,7 +55,7 @@ def difference_of(judged: Judged) -> tuple[str, str] | None:
     if judged.difference is None:
         return None
     mean, _, ends = interval(judged).partition(" ")
-    return mean, ends.strip("()") or "one pair, no interval"
+    return mean, ends.strip("()")
 
 
 def _law(one: ClaimVerdict) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def interval(judged: Judged) -> str:
         return ""
     mean, *ends = (signed_of(judged.contrast, value) for value in (difference.mean, difference.low, difference.high)
                    if value is not None)  # fmt: skip
-    return f"{mean} ({' to '.join(ends)})" if ends else mean
+    return f"{mean} ({' to '.join(ends)})" if ends else f"{mean} (one pair, no interval)"
 
 
 def signed_of(contrast: Contrast, value: float) -> str:

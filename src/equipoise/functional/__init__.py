@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from .adaptive_top_k import drop_experts, dropped_weight, loss_per_squared_weight
 from .convert import CONVENTIONS, convert_coef
-from .expert_choice import capacity_loss, choose_tokens, kth_largest, taken_pairs, tokens_per_expert
+from .expert_choice import (
+    capacity_loss,
+    choose_tokens,
+    kth_largest,
+    prediction_counts,
+    prediction_quality,
+    taken_pairs,
+    tokens_per_expert,
+)
 from .load_view import LoadView, load_view, seen_load
 from .losses import balance_loss, entropy_loss, load_fractions, segment_counts, sequence_segments, z_loss
 from .metrics import (
@@ -55,6 +63,8 @@ __all__ = [
     "momentum_step",
     "mutual_information",
     "normalized_entropy",
+    "prediction_counts",
+    "prediction_quality",
     "proportional_step",
     "rare_ids",
     "rms_step",

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from ..errors import ConfigError, InputError
 
-__all__ = ["capacity_loss", "check_capacity", "choose_tokens", "kth_largest", "taken_pairs", "tokens_per_expert"]
+__all__ = [
+    "capacity_loss",
+    "check_capacity",
+    "choose_tokens",
+    "kth_largest",
+    "prediction_counts",
+    "prediction_quality",
+    "taken_pairs",
+    "tokens_per_expert",
+]
 
 ROUNDING = 1e-9  # 0.7 * 10 is a little more than 7 in floating point, and other products a little less
 
@@ -59,7 +68,8 @@ def choose_tokens(scores_TE: Tensor, capacity: float) -> Tensor:
 
     Expert choice (arXiv 2202.09368), in a pool that may be one sample (EC-DiT, arXiv 2410.02098) or a whole
     batch (DiffMoE, arXiv 2503.14487). A token may be taken by several experts, or by none. Of equal
-    scores the earlier token is taken, so that an expert never takes more than the others.
+    scores the earlier token is taken, so that an expert never takes more than the others. Of no
+    tokens nobody takes one.
 
     Raises what ``tokens_per_expert`` raises.
 
@@ -69,6 +79,8 @@ def choose_tokens(scores_TE: Tensor, capacity: float) -> Tensor:
             [0, 1],
             [0, 1]], dtype=torch.int32)
     """
+    if not scores_TE.shape[-2]:
+        return torch.zeros_like(scores_TE, dtype=torch.bool)
     count = tokens_per_expert(scores_TE.shape[-2], scores_TE.shape[-1], capacity)
     best_CE = scores_TE.detach().sort(dim=-2, descending=True, stable=True).indices[..., :count, :]
     return torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(-2, best_CE, True)
@@ -87,8 +99,8 @@ def taken_pairs(taken_TE: Tensor) -> tuple[Tensor, Tensor]:
 def capacity_loss(logits_TE: Tensor, taken_TE: Tensor) -> Tensor:
     """Mean binary cross-entropy (nats) between what the capacity predictor says and which tokens experts took.
 
-    DiffMoE, arXiv 2503.14487; ``logits_TE`` are the predictor's, of inputs without gradient. Of no token it is 0: a
-    rank may have none in a pool that others share.
+    The capacity predictor of DiffMoE, arXiv 2503.14487; the auxiliary router of MoMa, arXiv 2407.21770. ``logits_TE``
+    are of inputs without gradient. Of no tokens it is 0.
 
     >>> capacity_loss(torch.zeros(2, 2), torch.tensor([[True, False], [False, True]]))
     tensor(0.6931)
@@ -96,6 +108,39 @@ def capacity_loss(logits_TE: Tensor, taken_TE: Tensor) -> Tensor:
     if not logits_TE.numel():
         return logits_TE.sum()
     return F.binary_cross_entropy_with_logits(logits_TE, taken_TE.to(logits_TE.dtype))
+
+
+def prediction_counts(predicted_TE: Tensor, taken_TE: Tensor) -> Tensor:
+    """(2, 2) int64, additive over tokens: rows are not taken and taken, columns not predicted and predicted.
+
+    ``predicted_TE`` is what an auxiliary router lets experts compute at inference (MoMa, arXiv 2407.21770),
+    ``taken_TE`` what the experts would have chosen from the whole pool.
+
+    >>> prediction_counts(torch.tensor([[True, False], [True, True]]), torch.tensor([[True, True], [False, True]]))
+    tensor([[0, 1],
+            [1, 2]])
+    """
+    return torch.bincount((2 * taken_TE.long() + predicted_TE.long()).flatten(), minlength=4).view(2, 2)
+
+
+def prediction_quality(counts_22: Tensor) -> tuple[float, float, float]:
+    """(accuracy, precision, recall) of `prediction_counts`; NaN where nothing was there to be right about.
+
+    Accuracy alone says little: of 4 experts at capacity 1, "nobody takes it" is right 3 times in 4.
+
+    >>> prediction_quality(torch.tensor([[6, 0], [1, 1]]))
+    (0.875, 1.0, 0.5)
+    """
+    (absent, wrong), (missed, right) = counts_22.tolist()
+
+    def share(part: int, whole: int) -> float:
+        return part / whole if whole else math.nan
+
+    return (
+        share(absent + right, absent + wrong + missed + right),
+        share(right, right + wrong),
+        share(right, right + missed),
+    )
 
 
 def kth_largest(scores_TE: Tensor, k: int) -> Tensor:

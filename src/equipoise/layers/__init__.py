@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from .clip import clip_grad_norm_
-from .expert_choice import ExpertChoiceMoE
+from .expert_choice import ExpertChoiceMoE, choose_from_pools
 from .experts import Experts, shard_experts
+from .modality import ModalityMoE
 from .moe import MoE, SwiGLU
 from .router import Router
 from .token_pools import TokenPools
 
-__all__ = ["ExpertChoiceMoE", "Experts", "MoE", "Router", "SwiGLU", "TokenPools", "clip_grad_norm_", "shard_experts"]
+__all__ = [
+    "ExpertChoiceMoE",
+    "Experts",
+    "MoE",
+    "ModalityMoE",
+    "Router",
+    "SwiGLU",
+    "TokenPools",
+    "choose_from_pools",
+    "clip_grad_norm_",
+    "shard_experts",
+]

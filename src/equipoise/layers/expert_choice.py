@@ -8,6 +8,8 @@ tokens an expert would take. `TokenPools` trains it, moves its thresholds and jo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,14 +18,21 @@ from torch import Tensor, nn
 
 from ..autograd.finite import check_logits
 from ..distributed import ALONE, Group
-from ..errors import ConfigError, InputError, StateError
+from ..errors import ConfigError, InputError, StateError, unknown_name
 from ..functional.expert_choice import check_capacity, choose_tokens, taken_pairs
-from ..functional.routing import without_autocast
+from ..functional.routing import GATES, gate_scores, without_autocast
 from ..torch_internals import current_backward
 from .experts import Experts
 from .moe import SwiGLU
 
-__all__ = ["ExpertChoiceMoE", "ExpertChoiceRouter", "PoolState", "TokenChoice", "choose_among"]
+__all__ = [
+    "ExpertChoiceMoE",
+    "ExpertChoiceRouter",
+    "PoolState",
+    "TokenChoice",
+    "choose_among",
+    "choose_from_pools",
+]
 
 SCOPES = ("sample", "micro_batch", "global_batch")
 GATE_STD = 0.006  # of the released code: nearly even scores at first
@@ -38,7 +47,7 @@ class TokenChoice(NamedTuple):
 
 
 class ExpertChoiceRouter(nn.Module):
-    """A linear gate with softmax scores whose experts choose: see `ExpertChoiceMoE` for the arguments.
+    """A linear gate whose experts choose: see `ExpertChoiceMoE` for the arguments.
 
     ``thresholds`` (E,) of the predictor's scores are fp32 whatever the model is cast to, persistent in checkpoints, and
     NaN until the first step has moved them.
@@ -50,16 +59,26 @@ class ExpertChoiceRouter(nn.Module):
 
     thresholds: Tensor | None
 
-    def __init__(self, dim: int, num_experts: int, *, scope: str | int = "global_batch", capacity: float = 1.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        scope: str | int = "global_batch",
+        capacity: float = 1.0,
+        gate: str = "softmax",
+    ) -> None:
         super().__init__()
         check_capacity(num_experts, capacity)
+        if gate not in GATES:
+            raise unknown_name("gate", gate, GATES)
         if scope not in SCOPES and not (isinstance(scope, int) and not isinstance(scope, bool) and scope >= 1):
             raise ConfigError(
                 expected=f"a scope of the pool: {', '.join(SCOPES)}, or a number of samples",
                 got=repr(scope),
                 do='"global_batch" is the pool of DiffMoE, "sample" that of EC-DiT',
             )
-        self.dim, self.num_experts, self.capacity = dim, num_experts, capacity
+        self.dim, self.num_experts, self.capacity, self.gate = dim, num_experts, capacity, gate
         self.scope = 1 if scope == "sample" else scope
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.predictor: nn.Sequential | None = None
@@ -68,6 +87,7 @@ class ExpertChoiceRouter(nn.Module):
             self.predictor = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, num_experts))
             self.thresholds = torch.full((num_experts,), math.nan, dtype=torch.float32)
         self.pool_state: PoolState | None = None
+        self.always_chooses = False  # see `choose_from_pools`
         self.reset_parameters()
 
     @torch.no_grad()
@@ -97,14 +117,14 @@ class ExpertChoiceRouter(nn.Module):
             wide = torch.promote_types(x_TD.dtype, torch.float32)
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
         check_logits(logits_TE)
-        scores_TE = logits_TE.softmax(dim=-1)
+        scores_TE = gate_scores(logits_TE, self.gate)
         state = self.pool_state
-        if self.training or self.predictor is None:
+        if self.training or self.predictor is None or self.always_chooses:
             taken_TE = self._choose(scores_TE.detach(), len(x_BSD))
             if self.training and self.predictor is not None and state is not None:
                 state.see(x_TD.detach(), taken_TE)
         else:
-            taken_TE = self._predict(x_TD)
+            taken_TE = self.predict(x_TD)
         token_ids_P, expert_ids_P = taken_pairs(taken_TE)
         return TokenChoice(token_ids_P, expert_ids_P, scores_TE[token_ids_P, expert_ids_P])
 
@@ -141,9 +161,17 @@ class ExpertChoiceRouter(nn.Module):
         pools_NTE = scores_TE.unflatten(0, (samples // self.scope, -1))
         return choose_tokens(pools_NTE, self.capacity).flatten(0, 1)
 
-    def _predict(self, x_TD: Tensor) -> Tensor:
-        """(T, E): the tokens whose predicted score is above the threshold of an expert."""
-        assert self.thresholds is not None
+    def predict(self, x_TD: Tensor) -> Tensor:
+        """(T, E) bool: the tokens whose predicted score is above the threshold of an expert.
+
+        Raises StateError before the first step, and for a pool of one sample, which has no predictor.
+        """
+        if self.thresholds is None:
+            raise StateError(
+                expected="a capacity predictor",
+                got=f"scope={self.scope!r}: a sample is chosen from at inference, too",
+                do='take scope="micro_batch" or "global_batch"',
+            )
         if bool(self.thresholds.isnan().any()):
             raise StateError(
                 expected="thresholds of the capacity predictor, which the steps of training move",
@@ -171,7 +199,8 @@ class ExpertChoiceRouter(nn.Module):
             self.thresholds = self.thresholds.float()
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_experts={self.num_experts}, scope={self.scope!r}, capacity={self.capacity:g}"
+        sizes = f"dim={self.dim}, num_experts={self.num_experts}, scope={self.scope!r}, capacity={self.capacity:g}"
+        return f"{sizes}, gate={self.gate!r}"
 
 
 class ExpertChoiceMoE(nn.Module):
@@ -188,6 +217,8 @@ class ExpertChoiceMoE(nn.Module):
             `TokenPools.micro_batches`.
         capacity: C, experts that a token uses on average; above 0 and at most E.
         num_shared: shared experts, as one SwiGLU of width ``num_shared * hidden``, for every token.
+        gate: of the scores: "softmax", "sigmoid", "sqrt_softplus". A sigmoid's do not depend on how many experts are
+            there.
 
     Raises ConfigError for sizes below 1, a capacity or a scope that cannot be, and ``num_shared`` below 0.
 
@@ -205,6 +236,7 @@ class ExpertChoiceMoE(nn.Module):
         scope: str | int = "global_batch",
         capacity: float = 1.0,
         num_shared: int = 0,
+        gate: str = "softmax",
     ) -> None:
         super().__init__()
         if num_shared < 0 or (num_shared and not isinstance(hidden, int)):
@@ -213,7 +245,7 @@ class ExpertChoiceMoE(nn.Module):
                 got=f"num_shared={num_shared}, hidden={hidden}",
                 do="leave num_shared out for a layer without shared experts",
             )
-        self.gate = ExpertChoiceRouter(dim, num_experts, scope=scope, capacity=capacity)
+        self.gate = ExpertChoiceRouter(dim, num_experts, scope=scope, capacity=capacity, gate=gate)
         self.experts = Experts(num_experts, dim, hidden)
         self.shared_experts: SwiGLU | None = SwiGLU(dim, num_shared * hidden) if num_shared else None
 
@@ -256,6 +288,7 @@ class PoolState:
         self.predicted: list[Tensor] = []  # the predictor's scores of this step's tokens
         # scores and choice of each micro-batch that shares the pool of this step
         self.choices: list[tuple[Tensor, Tensor]] = []
+        self.tokens = 0  # in the pool of the step, of all its micro-batches and ranks
         self.place: int | None = None  # the micro-batch at hand, where there are several
         # the scores of all layers that have not chosen yet among several, in the order of their calls
         self.collected: list[tuple[PoolState, Tensor]] | None = None
@@ -268,6 +301,10 @@ class PoolState:
         if self.collected is None and current_backward() == -1:
             self.seen = x_TD, taken_TE
 
+    def weight(self, tokens: int) -> float:
+        """Of a micro-batch's mean, where micro-batches and ranks are averaged and the mean of all tokens is meant."""
+        return tokens * len(self.choices) * self.group.size / max(self.tokens, 1)
+
     def choose(self, scores_TE: Tensor, capacity: float) -> Tensor:
         """From the pool of all ranks and micro-batches. A recompute finds what was chosen, and asks no rank again."""
         if current_backward() != -1 and self.choices:
@@ -276,8 +313,9 @@ class PoolState:
             self.collected.append((self, scores_TE))
             return torch.zeros_like(scores_TE, dtype=torch.bool)  # nobody yet: what comes of it is not used
         if self.place is None:
-            self.choices = [(scores_TE, choose_among([scores_TE], capacity, self.group)[0])]
-            return self.choices[0][1]
+            (taken_TE,), self.tokens = choose_among([scores_TE], capacity, self.group)
+            self.choices = [(scores_TE, taken_TE)]
+            return taken_TE
         _, taken_TE = self.choices[self.place]
         if len(taken_TE) != len(scores_TE):
             raise InputError(
@@ -293,23 +331,44 @@ class PoolState:
 
         def distance(place: int) -> tuple[float, bool]:
             before_TE = self.choices[place][0]
-            if before_TE.shape != scores_TE.shape:
-                return math.inf, True
-            far_TE = (before_TE - scores_TE).abs()
-            return float(far_TE.max()) if far_TE.numel() else 0.0, place != self.place
+            far = before_TE.shape != scores_TE.shape
+            if far or not len(scores_TE):  # no tokens of this group in the micro-batch: there is nothing to choose
+                return math.inf if far else 0.0, place != self.place
+            return float((before_TE - scores_TE).abs().max()), place != self.place
 
         return self.choices[min(range(len(self.choices)), key=distance) if len(self.choices) > 1 else 0][1]
 
 
-def choose_among(parts: list[Tensor], capacity: float, group: Group) -> list[Tensor]:
-    """What experts take of each part (T, E) of this rank's scores, where the pool is all parts of all ranks.
+def choose_among(parts: list[Tensor], capacity: float, group: Group) -> tuple[list[Tensor], int]:
+    """What experts take of each part (T, E) of this rank's scores, and the tokens of the pool, all parts of all ranks.
 
     >>> scores_TE = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.6, 0.4]])
-    >>> [taken_TE.int().tolist() for taken_TE in choose_among(list(scores_TE.split(2)), 1.0, ALONE)]
-    [[[1, 0], [1, 0]], [[0, 1], [0, 1]]]
+    >>> taken, tokens = choose_among(list(scores_TE.split(2)), 1.0, ALONE)
+    >>> [taken_TE.int().tolist() for taken_TE in taken], tokens
+    ([[[1, 0], [1, 0]], [[0, 1], [0, 1]]], 4)
     """
     own_TE = torch.cat(parts)
     sizes = group.gather_rows(torch.tensor([len(own_TE)], device=own_TE.device)).tolist()
     start = sum(sizes[: group.rank])
     taken_TE = choose_tokens(group.gather_rows(own_TE), capacity)[start : start + len(own_TE)]
-    return list(taken_TE.split([len(part) for part in parts]))
+    return list(taken_TE.split([len(part) for part in parts])), sum(sizes)
+
+
+@contextmanager
+def choose_from_pools(model: nn.Module) -> Iterator[None]:
+    """Inside, experts choose from pools in evaluation too, as in training, where else a predictor would say what they
+    take. For measuring what the predictor costs; tokens then depend on those behind them.
+
+    >>> layer = ExpertChoiceMoE(dim=8, hidden=16, num_experts=4).eval()
+    >>> with choose_from_pools(layer):
+    ...     layer.gate(torch.randn(2, 8, 8)).expert_ids_P.bincount()  # without thresholds, and equally many
+    tensor([4, 4, 4, 4])
+    """
+    routers = [one for one in model.modules() if isinstance(one, ExpertChoiceRouter) and not one.always_chooses]
+    for router in routers:
+        router.always_chooses = True
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.always_chooses = False

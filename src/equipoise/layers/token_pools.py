@@ -76,6 +76,9 @@ class TokenPools:
     def loss(self) -> Tensor:
         """Mean cross-entropy of the predictors on the last forward's tokens, summed over layers (nats, fp32 scalar).
 
+        A layer of scope "global_batch" weighs its mean by the forward's share of the pool, so that the mean over
+        micro-batches and ranks is that of all tokens, where they have unequally many (`ModalityMoE`).
+
         Call it once after each forward in training mode, and add it to the loss; scale it as the loss is scaled.
 
         Raises StateError without such a forward, and where a step has more than one and layers of scope "global_batch"
@@ -99,7 +102,8 @@ class TokenPools:
                 )
             x_TD, taken_TE = state.seen
             logits_TE = router.predictor_logits(x_TD)
-            total = total + capacity_loss(logits_TE, taken_TE)
+            weight = state.weight(len(x_TD)) if router.scope == "global_batch" else 1.0
+            total = total + weight * capacity_loss(logits_TE, taken_TE)
             state.predicted.append(logits_TE.detach().sigmoid())
             state.seen = None
         return total
@@ -184,7 +188,7 @@ class TokenPools:
                         do="call model.train(); a layer that is used twice or not at all needs scope='micro_batch'",
                     )
                 name = next(name for name, state in waiting.items() if state is first)
-                taken = choose_among(scores, self.routers[name].capacity, self.group)
+                taken, first.tokens = choose_among(scores, self.routers[name].capacity, self.group)
                 first.choices, first.collected = list(zip(scores, taken, strict=True)), None
                 del waiting[name]
 
@@ -199,6 +203,8 @@ class TokenPools:
                 )
             scores_TE = self.group.gather_rows(torch.cat(state.predicted))
             state.predicted = []
+            if not len(scores_TE):  # a step without a token of the group that these experts are of
+                continue
             last_E = kth_largest(scores_TE, tokens_per_expert(len(scores_TE), router.num_experts, router.capacity))
             assert router.thresholds is not None
             moved_E = self.decay * router.thresholds + (1 - self.decay) * last_E

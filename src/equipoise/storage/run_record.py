@@ -46,7 +46,7 @@ class Header:
     resumed_at: int = 0
     schema: int = SCHEMA_VERSION
     expert_widths: list[int] = field(default_factory=list)  # of a layer's experts; empty where they are alike
-    task: str = "text"  # what it models; of "images" a domain is a noise level and a loss the error of the flow
+    task: str = "text"  # what it models; "images": a domain is a noise level, a loss the error of the flow
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,9 @@ class Evaluation:
     # "input", "target" -> nats per token where the token that is read, or predicted, is of each tenth of the training
     # text, the most frequent ids first; NaN for a tenth without a token. Older records have none
     loss_by_frequency: dict[str, list[float]] = field(default_factory=dict)
+    # of text and images: experts per token by modality, and where experts choose their tokens, the loss of that choice
+    # and what auxiliary routers get right of it
+    choices: dict[str, float] = field(default_factory=dict)
 
     @property
     def mean_loss(self) -> float:
@@ -234,7 +237,8 @@ def read_run(path: str | Path, task: str = "text") -> Run:
                         do="pass another run, or train this one again")  # fmt: skip
     if run.header.task != task:
         raise DataError(expected=f"a run of {task} in {file.parent}", got=f"a run of {run.header.task}",
-                        do="`equipoise diffuse` reads runs of images, every other command those of text")  # fmt: skip
+                        do="`equipoise diffuse` reads runs of images, `equipoise fuse` those of text and images, every "
+                           "other command those of text")  # fmt: skip
     return run
 
 

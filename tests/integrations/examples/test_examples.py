@@ -23,6 +23,7 @@ NEEDS = {
     "lightning_trainer": ("lightning",),
     "expert_choice": ("sklearn",),
     "masked_words": ("transformers",),
+    "modality_experts": ("sklearn",),
 }
 
 
@@ -83,6 +84,14 @@ def test_experts_that_choose_from_an_image_give_every_noise_level_the_same():
     experts = {scope: re.findall(r"layer \d: (\d\.\d\d)", text) for scope, text in said.items()}
     assert experts["sample"] == ["1.00"] * 6
     assert len(experts["global_batch"]) == 6 and len(set(experts["global_batch"])) > 1
+
+
+def test_auxiliary_routers_stand_in_for_experts_that_choose_by_modality():
+    said = run("modality_experts", "--steps", "3")
+    losses = {way: (text, image) for way, text, image in re.findall(r"(\w+): (\d\.\d+) text, (\d\.\d+) image", said)}
+    assert losses.keys() == {"causal", "chosen"} and losses["causal"] != losses["chosen"]
+    right = int(re.findall(r"auxiliary routers: (\d+)% right", said)[0])
+    assert 50 < right < 100
 
 
 def test_masked_words_go_three_ways_and_are_generated():

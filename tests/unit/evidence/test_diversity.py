@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from equipoise.errors import ConfigError
-from equipoise.evidence.diversity import diversity_gap
+from equipoise.evidence.diversity import diversity_gap, diversity_of
 from equipoise.lab.data.packing import PackedData
 
 
@@ -56,3 +56,30 @@ def test_one_domain_has_nothing_between_domains():
 def test_what_cannot_be_drawn(numbers):
     with pytest.raises(ConfigError, match="whole micro-batches"):
         diversity_gap(text(ALIKE), **numbers)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("sequences", "micro"), [(1, 1), (1, 4), (4, 4), (32, 4), (96, 4)])
+def test_the_closed_form_is_the_mean_of_all_draws(sequences, micro, mixed):
+    """Windows with a subject of their own, so that there is a spread within domains too."""
+    rng = np.random.default_rng(1)
+    rows = {name: np.stack([rng.choice(6, 65, p=rng.dirichlet(p)) for _ in range(60)]).astype(np.uint16)
+            for name, p in (("a", [3, 1, 1, 1, 1, 1]), ("b", [1, 1, 1, 1, 1, 5]))}  # fmt: skip
+    data = PackedData(["a", "b"], "", 6, rows, rows, {}, Path())
+    how = {"per_micro_batch": micro, "mixed": mixed}
+    drawn, known = diversity_gap(data, sequences, draws=600, **how), diversity_of(data).gap(sequences, **how)
+    assert known.value == pytest.approx(drawn.value, abs=4 * drawn.error)
+
+
+def test_the_closed_form_knows_how_well_it_knows():
+    """Twice as many windows have errors lower by the root of two; the gaps of many samples spread by so much."""
+    found = [diversity_of(text({"a": [0.4, 0.4, 0.1, 0.1]}, windows=30, length=16, seed=seed)) for seed in range(200)]
+    spread = np.std([one.within for one in found], ddof=1)
+    assert np.mean([one.within_error for one in found]) == pytest.approx(spread, rel=0.25)
+    assert found[0].gap(8, mixed=True).error == pytest.approx(found[0].gap(1).error / 8)
+
+
+def test_windows_of_one_token_are_refused():
+    rows = {"a": np.zeros((3, 2), np.uint16)}
+    with pytest.raises(ConfigError, match="2 tokens or more"):
+        diversity_of(PackedData(["a"], "", 4, rows, rows, {}, Path()))

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise import ConfigError, InputError
-from equipoise.functional import capacity_loss, choose_tokens, kth_largest, taken_pairs, tokens_per_expert
+from equipoise.functional import (
+    capacity_loss,
+    choose_tokens,
+    kth_largest,
+    prediction_counts,
+    prediction_quality,
+    taken_pairs,
+    tokens_per_expert,
+)
 
 
 def naive_choice(scores: list[list[float]], count: int) -> list[set[int]]:
@@ -86,8 +94,22 @@ def test_the_kth_largest_of_each_expert(k):
     assert kth_largest(scores_TE, k).tolist() == [sorted(scores_TE[:, e].tolist())[-k] for e in range(3)]
 
 
-def test_a_rank_without_tokens_has_a_loss_of_nothing():
-    logits_TE = torch.zeros(0, 3, requires_grad=True)
-    loss = capacity_loss(logits_TE, torch.zeros(0, 3, dtype=torch.bool))
-    assert loss.item() == 0.0
+def test_of_no_tokens_nobody_takes_one_and_nothing_is_learned():
+    assert choose_tokens(torch.empty(0, 4), 1.0).shape == (0, 4)
+    logits_TE = torch.empty(0, 4, requires_grad=True)
+    loss = capacity_loss(logits_TE, torch.empty(0, 4, dtype=torch.bool))
     loss.backward()
+    assert loss.item() == 0
+
+
+def test_what_a_predictor_gets_right_is_the_loop_and_adds_up():
+    generator = torch.Generator().manual_seed(0)
+    predicted_TE, taken_TE = (torch.rand(50, 4, generator=generator) < share for share in (0.4, 0.25))
+    pairs = list(zip(predicted_TE.flatten().tolist(), taken_TE.flatten().tolist(), strict=True))
+    right = sum(p == t for p, t in pairs) / len(pairs)
+    said, there = sum(p for p, _ in pairs), sum(t for _, t in pairs)
+    both = sum(p and t for p, t in pairs)
+    parts = [prediction_counts(p, t) for p, t in zip(predicted_TE.split(20), taken_TE.split(20), strict=True)]
+    assert prediction_quality(sum(parts[1:], parts[0])) == pytest.approx((right, both / said, both / there))
+    nothing = prediction_quality(prediction_counts(*2 * (torch.zeros(3, 2, dtype=torch.bool),)))
+    assert nothing[0] == 1 and all(math.isnan(one) for one in nothing[1:])

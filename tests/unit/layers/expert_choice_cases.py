@@ -70,13 +70,14 @@ def train(scope: str | int, recompute: str, micro_batches: int, capacity: float 
 
 
 def gradients(recompute: str, parts: list[list[int]]) -> dict[str, Tensor]:
-    """Of one step, with so many samples in each micro-batch of each rank: losses are sums, so that no cut can show."""
+    """Of one step, with so many samples in each micro-batch of each rank. The model's loss is a sum, that of the
+    predictors weighs itself for a mean over micro-batches and ranks, so that no cut can show."""
     group, model = Group.world(), model_of("global_batch", recompute)
     pools = TokenPools(model, torch.optim.SGD(model.parameters(), lr=0.1))
     of_ranks = batch(0).split([sum(sizes) for sizes in parts])
     for x_BSD in pools.micro_batches(of_ranks[group.rank].split(parts[group.rank]), model):
         out_BSD = model(x_BSD.clone().requires_grad_())
-        (out_BSD.square().sum() + pools.loss() * (len(x_BSD) / SAMPLES)).backward()
+        (out_BSD.square().sum() + pools.loss() / (len(parts) * len(parts[0]))).backward()
     return {name: group.sum(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 

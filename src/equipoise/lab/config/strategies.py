@@ -108,7 +108,9 @@ def describe_names() -> str:
             shown = {key: spec[key] for key in ("scope", "rule") if key in spec} | spec
             if name in NUMBERED:
                 shown |= {"scope": label} if name == "sequences" else {"groups": "N"}
-            settings = ", ".join(f"{key}={value!r}" for key, value in shown.items() if key != "kind")
+            settings = ", ".join(f"{key}={value!r}" for key, value in shown.items() if key != "kind").replace(
+                "'N'", "N"
+            )
             lines.append(f"  {label:<15}" + (f"{spec['kind']}({settings})" if spec else "no policy"))
             label = ""
     return "\n".join(lines)

@@ -31,6 +31,8 @@ HELDOUT_SHARE = 5  # held-out text is read up to a fifth of that
 LEAST_HELDOUT_BYTES = 50_000  # wanted where a hash decides, but no more than 2 % of the domain
 HELDOUT_NAMES = {"val", "valid", "validation", "heldout", "held-out", "test", "dev"}
 TRAIN_NAMES = {"train", "training"}
+SHARD = re.compile(r"-\d+(-of-\d+)?$")  # ends the name of one of several files of the same text
+RECORDS = {".json", ".csv", ".tsv", ".arrow", ".npy", ".bin"}  # files that are no text, and are not read as such
 COMPRESSED = (".gz", ".xz", ".zst")
 ACCEPTED = "a .jsonl (also .gz, .xz, .zst) or .parquet file, a folder of them or of text per domain, or a saved dataset"
 
@@ -48,19 +50,21 @@ class Part:
 
 
 def load_corpus(path: str | Path, domains: Sequence[str] | None = None, *, max_bytes: int | None = MAX_BYTES,
-                progress: Progress | None = None) -> Corpus:  # fmt: skip
+                progress: Progress | None = None, by_file: bool = False) -> Corpus:  # fmt: skip
     """Reads a user's text (the forms above); ``domains`` selects some, in this order (None: all, sorted by name).
 
     At most ``max_bytes`` of each domain's training text are read (None: all), from the start of its files. A file named
-    after its domain (german.jsonl, german.train.jsonl.xz) is left as soon as that domain is full.
+    after its domain (german.jsonl, german.train.jsonl.xz) is left as soon as that domain is full. ``by_file`` takes
+    what names no domain too: records are of their file's name, text files in no folder one domain; one is then enough,
+    and of a single document nothing is held out.
     Raises DataError, with file and line, for what cannot be read: an empty or cut-off file, bytes that are not UTF-8, a
     missing field, an unknown domain, or fewer than two domains.
     """
     path = Path(path)
     if domains is not None:
         domains = check_domains(domains, domains)  # a list, each once; whether they exist comes later
-    parts = find_parts(path)
-    collected = _Collector(domains, max_bytes)
+    parts = find_parts(path, loose=by_file)
+    collected = _Collector(domains, max_bytes, by_file)
     sizes = [part.path.stat().st_size for part in parts]
     for i, part in enumerate(parts):
         if progress:
@@ -68,7 +72,8 @@ def load_corpus(path: str | Path, domains: Sequence[str] | None = None, *, max_b
         collected.read(part)
     if progress:
         progress(f"reading {path.name}", 1.0)
-    chosen = check_domains(domains, sorted(collected.known))
+    known = sorted(collected.known)
+    chosen = check_domains(domains or (known if by_file else None), known)
     train, heldout = collected.split(chosen)
     return Corpus.build(path.name, chosen, train, heldout)
 
@@ -85,10 +90,10 @@ def source_fingerprint(path: str | Path) -> str:
 class _Collector:
     """Documents by domain, up to a number of bytes."""
 
-    def __init__(self, selected: Sequence[str] | None, max_bytes: int | None) -> None:
+    def __init__(self, selected: Sequence[str] | None, max_bytes: int | None, by_file: bool = False) -> None:
         if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
             raise ConfigError(expected="max_bytes >= 1, or None for all text", got=repr(max_bytes), do="raise it")
-        self.selected, self.max_bytes = selected, max_bytes
+        self.selected, self.max_bytes, self.by_file = selected, max_bytes, by_file
         self.known: set[str] = set()
         self.documents: dict[bool | None, dict[str, list[str]]] = {None: {}, False: {}, True: {}}
         self.sizes: dict[tuple[bool, str], int] = {}
@@ -102,9 +107,10 @@ class _Collector:
                 return
         own_name = re.split(r"\.", part.path.name)[0]
         only_own = True
-        for domain, text, place in part.rows(part.path) if part.rows else text_pieces(part):
+        unnamed = SHARD.sub("", own_name) if self.by_file else None
+        for domain, text, place in part.rows(part.path, unnamed) if part.rows else text_pieces(part):
             self.known.add(domain)
-            only_own = only_own and domain == own_name
+            only_own = only_own and domain in (own_name, unnamed)
             if self._wants(domain, held):
                 self._add(domain, text, part.heldout, place)
             elif only_own or part.domain or (self.selected and not any(self._wants(d, held) for d in self.selected)):
@@ -139,7 +145,7 @@ class _Collector:
             train[domain] = [text for text in rest if text not in same]
             dropped += len(rest) - len(train[domain]) if marked else 0
             for name, texts in (("training", train[domain]), ("held-out", heldout[domain])):
-                if not texts:
+                if not texts and not (self.by_file and name == "held-out"):
                     raise DataError(expected=f"{name} text of the domain {domain!r}", got="no document with text",
                                     do="give the domain at least two documents, or leave it out")  # fmt: skip
         if dropped:
@@ -177,8 +183,11 @@ def text_pieces(part: Part) -> Iterator[Row]:
 # ------------------------------------------------------------------------------------------------- finding files
 
 
-def find_parts(path: Path) -> list[Part]:
-    """The files of a corpus, in a fixed order. Raises DataError where there is nothing that can be read."""
+def find_parts(path: Path, *, loose: bool = False) -> list[Part]:
+    """The files of a corpus, in a fixed order; ``loose``: also one text file, or a folder of them without domains.
+
+    Raises DataError where there is nothing that can be read.
+    """
     if not path.exists():
         raise DataError(expected=f"text at {path}", got="no such file or folder", do=f"pass {ACCEPTED}")
     try:
@@ -188,6 +197,8 @@ def find_parts(path: Path) -> list[Part]:
             parts = _saved_dataset(path)
         else:
             parts = _record_folder(path) or _text_folder(path)
+        if loose and not parts:
+            parts = _loose(path)
     except OSError as error:
         raise DataError(expected=f"to read {error.filename or path}", got=error.strerror or str(error),
                         do="check the permissions") from None  # fmt: skip
@@ -239,6 +250,14 @@ def _text_folder(path: Path) -> list[Part]:
         files.sort(key=lambda file: (hash_fraction(file.relative_to(folder).as_posix()), file))
         parts += [Part(file, None, heldout, folder.name) for file in files]
     return parts
+
+
+def _loose(path: Path) -> list[Part]:
+    """A text file, or those of a folder in the order of a hash, as one domain of its name."""
+    files = [path] if path.is_file() else [entry for entry in _entries(path) if entry.is_file()]
+    files = [file for file in files if file.suffix not in RECORDS and file.stat().st_size]
+    files.sort(key=lambda file: (hash_fraction(file.name), file))
+    return [Part(file, None, None, path.stem) for file in files]
 
 
 def _saved_dataset(path: Path) -> list[Part]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, unknown_name
 from ...functional.expert_choice import check_capacity
 from ..config.loading import from_dict, load_toml, merge
+from ..config.numbers import above_zero
 
 __all__ = ["CHECKPOINTING", "QUICK", "DiffusionConfig", "ImageConfig", "ModelConfig", "TrainConfig", "read_config"]
 
@@ -32,7 +33,7 @@ class ModelConfig:
     checkpointing: str = "none"  # recompute layers in backward
 
     def __post_init__(self) -> None:
-        _above_zero(self, "model.", "predictor_coef")
+        above_zero(self, "model.", "predictor_coef")
         check_capacity(self.experts, self.capacity)
         if self.checkpointing not in CHECKPOINTING:
             raise unknown_name("kind of checkpointing", self.checkpointing, CHECKPOINTING)
@@ -53,7 +54,7 @@ class ImageConfig:
     held_out: float = 0.15  # share of the images that is not trained on
 
     def __post_init__(self) -> None:
-        _above_zero(self, "data.", "size")
+        above_zero(self, "data.", "size")
         if self.size and self.data is None:
             raise ConfigError(
                 expected="data.size with a folder of images: it scales these",
@@ -86,7 +87,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _above_zero(
+        above_zero(
             self,
             "train.",
             "min_lr_ratio",
@@ -129,15 +130,3 @@ def read_config(path: Path | None = None, values: Mapping[str, Any] | None = Non
         return config
     absolute = str(Path(config.data.data).expanduser().resolve())  # a run goes on from any folder
     return from_dict(DiffusionConfig, {**vars(config), "data": {**vars(config.data), "data": absolute}})
-
-
-def _above_zero(config: Any, table: str, *may_be_zero: str) -> None:
-    for one in fields(config):
-        value = getattr(config, one.name)
-        if isinstance(value, int | float) and not (value > 0 or (value == 0 and one.name in may_be_zero)):
-            bound = "of 0 or more" if one.name in may_be_zero else "above 0"
-            raise ConfigError(
-                expected=f"{table}{one.name} {bound}",
-                got=f"{one.name} = {value}",
-                do=f"the default is {one.default}; leave it out",
-            )

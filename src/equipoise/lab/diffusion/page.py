@@ -10,22 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from ...report.data.formatting import clean, duration, number, signed
-from ...report.data.run_view import flatten
-from ...report.data.statistics import Difference
+from ...report.data.formatting import clean, number
 from ...report.html.pictures import WIDE, Picture, Text, dots, round_numbers, scale, through
-from ...report.html.rendering import minus, render
+from ...report.html.rendering import render
 from ...report.html.widgets import Cell, Part, Section, table
 from ...storage.files import atomic_write
+from ..comparison.page_parts import COLOURS, STYLES, difference_cell, expert_map, keys, origin
 from .png import decode_size
 from .summary import Compared, StrategySummary
 from .trainer import SAMPLES_NAME
 
 __all__ = ["render_html", "write_html"]
 
-COLOURS = 8  # of base.css
-SHADES = 9  # of a cell, from no token to twice the even share and more; the middle one is even
-CELL, LEFT = 30, 92  # of a map of experts, in half pixels
 PIXELS = 6  # on a side for one of a small image
 
 
@@ -48,17 +44,17 @@ def render_html(compared: Compared) -> str:
         "images of a folder" if header.config["data"]["data"] else "digits of scikit-learn",
     ]
     sections = [
-        Section("Error by noise level", ERROR, [_keys(c), _charts(_error_charts(c))]),
+        Section("Error by noise level", ERROR, [keys(c.strategies), _charts(_error_charts(c))]),
         Section("Which experts compute which noise level", MAPS, [("maps", {"rows": _maps(c)})]),
-        Section("Experts for a token", TOKEN, [_keys(c), _charts([_experts_chart(c)])]),
+        Section("Experts for a token", TOKEN, [keys(c.strategies), _charts([_experts_chart(c)])]),
         Section("Numbers", NUMBERS, [_numbers(c)]),
         Section("Images drawn", DRAWN, [("drawn", {"pictures": _drawn(c)})]),
-        Section("Where this comes from", "", _origin(c)),
+        Section("Where this comes from", "", origin(c.strategies)),
     ]
     return render(
-        "diffusion.html.jinja", "equipoise.lab.diffusion", title=" · ".join(one.name for one in c.strategies[:4]),
+        "small_runs.html.jinja", "equipoise.lab.comparison", title=" · ".join(one.name for one in c.strategies[:4]),
         headline=c.headline, quality="", facts=facts, sections=sections, problems=c.problems,
-        styles=("base", "tables", "pictures", "print", "diffusion"),
+        styles=STYLES, mark="experts of diffusion transformers", command="diffuse",
     )  # fmt: skip
 
 
@@ -75,10 +71,6 @@ NUMBERS = """\
 Means over seeds. Information: nats between expert and noise level, 0 where every level uses all experts alike. MaxVio:
 fullest expert over its even share, minus 1, of all held-out tokens and of single images."""
 DRAWN = "A row for each class, from the same noise for all strategies; the first seed."
-
-
-def _keys(compared: Compared) -> Part:
-    return "keys", {"names": [(one.name, at % COLOURS) for at, one in enumerate(compared.strategies)]}
 
 
 def _charts(charts: Sequence[tuple[str, str, Picture]]) -> Part:
@@ -157,18 +149,8 @@ def _map(share: Sequence[Sequence[float]], levels: Sequence[float]) -> Picture:
     total_E = cells_DE.sum(axis=0)
     centre_E = np.where(total_E > 0, np.asarray(levels) @ cells_DE / np.maximum(total_E, 1e-12), 2.0)
     order = np.argsort(centre_E, kind="stable").tolist()
-    shades: dict[int, str] = {}
-    for row, values in enumerate(cells_DE.tolist()):
-        for column, expert in enumerate(order):
-            shade = min(SHADES - 1, round(values[expert] * (SHADES - 1) / 2))
-            corner = f"M{LEFT + CELL * column} {CELL * row}h{CELL - 2}v{CELL - 2}h{2 - CELL}z"
-            shades[shade] = shades.get(shade, "") + corner
-    bottom = CELL * len(levels)
-    texts: list[Text] = [("end", LEFT - 10, CELL * row + 22, f"{level:g}") for row, level in enumerate(levels)]
-    texts += [("", LEFT + CELL * column + 14, bottom + 24, str(expert)) for column, expert in enumerate(order)]
-    paths = [(f"shade{shade}", data) for shade, data in sorted(shades.items())]
     said = f"share of the tokens of {len(levels)} noise levels that each of {len(order)} experts takes"
-    return Picture("chart map", LEFT + CELL * len(order), bottom + 32, paths, texts, label=said)
+    return expert_map(cells_DE.tolist(), [f"{level:g}" for level in levels], order, said)
 
 
 def _numbers(compared: Compared) -> Part:
@@ -185,7 +167,7 @@ def _row(one: StrategySummary, at: int) -> list[Cell]:
     return [
         Cell(one.name, colour=at),
         Cell(number(one.loss.mean, 4), one.loss.mean, [("", f"{one.loss.n} {'seed' if one.loss.n == 1 else 'seeds'}")]),
-        _difference(one.difference),
+        difference_cell(one.difference),
         Cell(number(float(np.mean(one.experts_per_token)), 2), small=[("", spread)] if spread else []),
         Cell(number(one.information.mean, 3)),
         Cell(number(one.maxvio.mean, 2)),
@@ -193,16 +175,6 @@ def _row(one: StrategySummary, at: int) -> list[Cell]:
         Cell(f"{header.active_parameters / 1e3:,.0f} K"),
         Cell(f"{header.parameters / 1e3:,.0f} K"),
     ]
-
-
-def _difference(difference: Difference | None) -> Cell:
-    if difference is None:
-        return Cell("–")
-    tone = ("good" if difference.mean < 0 else "bad") if difference.is_clear else ""
-    small = [] if difference.low is None else [
-        (tone, minus(f"[{signed(difference.low, 4)}, {signed(difference.high, 4)}]"))
-    ]  # fmt: skip
-    return Cell(minus(signed(difference.mean, 4)), difference.mean, small, difference.is_clear and difference.mean < 0)
 
 
 def _drawn(compared: Compared) -> list[dict[str, Any]]:
@@ -220,22 +192,3 @@ def _drawn(compared: Compared) -> list[dict[str, Any]]:
         found.append({"name": one.name, "colour": at % COLOURS, "data": data, "wide": wide * factor,
                       "high": high * factor})  # fmt: skip
     return found
-
-
-def _origin(compared: Compared) -> list[Part]:
-    runs = [run for one in compared.strategies for run in one.runs]
-    rows = [
-        [Cell(run.header.strategy), Cell(run.header.seed), Cell(run.status), Cell(run.end.step if run.end else ""),
-         Cell(duration(run.end.seconds) if run.end else ""), Cell(codes=[run.path.name])]
-        for run in runs
-    ]  # fmt: skip
-    header = runs[0].header
-    settings = [
-        (name, str(value)) for name, value in flatten(header.config).items() if name not in ("strategy", "train.seed")
-    ]
-    versions = ", ".join(f"{name} {version}" for name, version in header.versions.items())
-    return [
-        table("runs", "runs", ["Strategy", "Seed", "Status", "Steps", "Time", "Folder"], rows, left=(0, 2, 5)),
-        ("fold", {"summary": "Configuration", "inner": ("settings", {"settings": settings})}),
-        ("origin", {"corpora": sorted({run.header.corpus_sha256 for run in runs}), "versions": versions}),
-    ]

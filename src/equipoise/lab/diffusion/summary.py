@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import DataError, unknown_name
 from ...report.data.formatting import listed, signed
-from ...report.data.run_view import mean, view_run
+from ...report.data.run_view import mean
 from ...report.data.statistics import Difference, Estimate, estimate, paired_difference
-from ...storage.run_record import RECORD_NAME, Evaluation, Run, read_run
+from ...storage.run_record import Evaluation, Run
+from ..comparison.last_evaluations import last_evaluations, read_small_runs
 from .strategies import BASELINE
 
 __all__ = ["Compared", "StrategySummary", "read_runs", "summarize"]
@@ -72,12 +72,7 @@ def read_runs(folder: Path, first: Sequence[str] = ()) -> list[Run]:
 
     Raises DataError where there are none.
     """
-    runs = [read_run(path.parent, "images") for path in sorted(folder.glob(f"*/{RECORD_NAME}"))]
-    if not runs:
-        raise DataError(expected=f"diffusion runs in {folder}", got="none", do="train some with `equipoise diffuse`")
-    order = {name: at for at, name in enumerate(first)}
-    return sorted(runs, key=lambda run: (order.get(run.header.strategy, len(order)), run.header.strategy,
-                                         run.header.seed))  # fmt: skip
+    return read_small_runs(folder, first, "images", "diffuse")
 
 
 def summarize(runs: Sequence[Run], baseline: str | None = None) -> Compared:
@@ -88,26 +83,12 @@ def summarize(runs: Sequence[Run], baseline: str | None = None) -> Compared:
 
     Raises DataError where no run was evaluated; ConfigError for a baseline that none of the compared runs is of.
     """
-    found = {run.path: (run, view.evaluation) for run in runs if (view := view_run(run, None)).evaluation}
-    last = max((one.step for _, one in found.values() if one), default=0)
-    problems = [f"{run.path.name}: not evaluated" for run in runs if run.path not in found]
-    by_name: dict[str, list[tuple[Run, Evaluation]]] = {}
-    for run, evaluation in found.values():
-        if evaluation is None or evaluation.step < last:
-            problems.append(f"{run.path.name}: at step {evaluation.step if evaluation else 0}, not compared")
-        else:
-            by_name.setdefault(run.header.strategy, []).append((run, evaluation))
-        problems += [f"{run.path.name}: {text}" for text in run.problems]
-    problems += [f"{run.path.name}: failed, {run.end.message}" for run in runs if run.end and run.status == "failed"]
-    if not by_name:
-        raise DataError(expected="a run that was evaluated", got="; ".join(problems) or "no run", do="train further")
-    if baseline is not None and baseline not in by_name:
-        raise unknown_name("strategy of these runs", baseline, by_name)
-    known = baseline or (BASELINE if BASELINE in by_name else next(iter(by_name)))
+    found = last_evaluations(runs)
+    known, by_name = found.baseline(baseline, BASELINE), found.by_name
     base = by_name[known]
     levels = list(base[0][1].loss)
     strategies = [_summary(name, pairs, base if name != known else [], levels) for name, pairs in by_name.items()]
-    return Compared(strategies, known, [float(level) for level in levels], last, problems)
+    return Compared(strategies, known, [float(level) for level in levels], found.step, found.problems)
 
 
 def _summary(

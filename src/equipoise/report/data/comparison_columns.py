@@ -217,7 +217,7 @@ COMPARISON_COLUMNS = (
            _speed, "higher", ratio=True, places=0, terminal=TerminalColumn("tokens/s", 0)),
     Column("seconds_per_step", "Seconds per step", "Cost",
            "Wall time of one optimizer step, median.",
-           _seconds, "lower", "s", ratio=True, terminal=TerminalColumn("s/step", difference="vs base")),
+           _seconds, "lower", "s", ratio=True, terminal=TerminalColumn("s/step", difference="vs {baseline}")),
     Column("peak_memory", "Peak memory", "Cost",
            "Most memory that the training process held.",
            _memory, "lower", "bytes", ratio=True, show=lambda value, _: bytes_text(value),

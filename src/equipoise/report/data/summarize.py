@@ -30,6 +30,7 @@ SIGNALS = "balance/signals/"
 # in each of two layers, two seeds: global+micro 0.08 to 0.10, micro 0.09 to 0.14, loss-free 0.07 to 0.09; where the
 # learning rate does not fall, 0.20 to 0.22. Choices by chance: 0.75.
 UNSETTLED = 0.2
+UNEVEN = 1.0  # MaxVio: an expert with twice its share
 SIDES = ("input", "target")  # whether the token that is read, or the one that is predicted, is rare or frequent
 PREFERRED_BASELINE = "micro"  # the usual choice: differences read as what switching away from it changes
 
@@ -66,6 +67,7 @@ def summarize(runs: Sequence[Run], *, baseline: str | None = None, problems: Seq
             seeds = f"seed {late[0]} was" if len(late) == 1 else f"seeds {listed(late)} were"
             warnings.append(f"{clean(one.name)}: {seeds} not evaluated at step {step} and left out.")
     warnings += [line for label, group in groups.items() for line in _signals(label, group)]
+    warnings += _still_uneven(strategies)
     first = views[baseline][0]
     certain, quality = headline(strategies, baseline, step, same_text, others, first.config)
     return Comparison(
@@ -150,6 +152,17 @@ def _signals(label: str, runs: Sequence[Run]) -> list[str]:
                 "docs/measures.md says what it means and what helps."
             )
     return lines
+
+
+def _still_uneven(strategies: Sequence[StrategySummary]) -> list[str]:
+    """Of strategies that balance: experts that got to know domains before anything was even may unlearn it again."""
+    found = [(one, one.values["heldout_maxvio_global"]) for one in strategies if one.policies]
+    return [
+        f"{clean(one.name)} has not balanced yet: its fullest expert has {1 + maxvio.mean:.1f} times an even share of "
+        "held-out text. What its experts tell apart may change with more steps, or a larger rate or coefficient."
+        for one, maxvio in found
+        if maxvio is not None and maxvio.mean >= UNEVEN
+    ]
 
 
 def _strategy(

@@ -73,7 +73,9 @@ def _balance(comparison: Comparison) -> str:
 
 
 def _cost(comparison: Comparison) -> str:
-    return _table("Cost", comparison, ("Cost",), last={"runs": _statuses})
+    single = all(len(one.runs) == 1 for one in comparison.strategies) and len(comparison.strategies) > 1
+    note = "One run each: on a machine that does other work, step times differ by several percent by themselves."
+    return _table("Cost", comparison, ("Cost",), note if single else "", last={"runs": _statuses})
 
 
 def _statuses(strategy: StrategySummary) -> str:
@@ -119,8 +121,10 @@ def _estimators(comparison: Comparison) -> Iterator[str]:
                 for one in strategy.estimators
             }
             rows.append([clip(clean(strategy.name), NAME), *(cells.get(name, "– ") for name in chunk)])
-        note = "relative error, cosine; * trained with it. Means over the steps at which they were measured."
-        title = "Gradient of the balance loss against the exact one"
+        note = "Two numbers each: relative error and cosine, means over the steps at which they were measured."
+        if any(one.in_use for strategy in comparison.strategies for one in strategy.estimators):
+            note += " *: what this strategy trained with."
+        title = "Gradient of the balance loss against the exact one, by estimator of f"
         header = ["strategy", *(clip(clean(name), 12) + " " for name in chunk)]
         yield table(title, header, rows, note if chunk is chunks[-1] else "")
 

@@ -262,7 +262,7 @@ def test_the_list_in_the_help_is_what_is_built_and_fits_a_terminal():
     assert shown.pop("none") == ["no policy"]
     for name, texts in shown.items():
         cosine = RateSchedule("cosine", STEPS)
-        plain = [text.replace("'sequences:N'", "Sequences(8)").replace("'N'", "8") for text in texts]
+        plain = [text.replace("'sequences:N'", "Sequences(8)").replace("groups=N", "groups=8") for text in texts]
         plain = [text.replace("'cosine'", "cosine") for text in plain]
         policies = [eval(text, vars(library) | {"cosine": cosine}) for text in plain]
         assert policies == built(name.replace(":N", ":8"))

@@ -7,24 +7,26 @@ from dataclasses import replace
 import pytest
 
 from equipoise import ConfigError, InputError, OutputError
-from equipoise.lab.diffusion.comparison import check, compare, folder_of, plan, train_one
+from equipoise.lab.diffusion.comparison import ROOM, check
 from equipoise.lab.diffusion.images import load_images
 from equipoise.lab.diffusion.trainer import TASK
 from equipoise.storage.run_record import read_run
 
 
 def test_a_configuration_finds_its_folder_again_and_another_one_another(config):
-    assert folder_of(config) == folder_of(replace(config, strategy="dense", train=replace(config.train, seed=9)))
-    assert folder_of(config) != folder_of(replace(config, train=replace(config.train, lr=0.5)))
+    assert ROOM.folder_of(config) == ROOM.folder_of(
+        replace(config, strategy="dense", train=replace(config.train, seed=9))
+    )
+    assert ROOM.folder_of(config) != ROOM.folder_of(replace(config, train=replace(config.train, lr=0.5)))
 
 
 def test_a_plan_is_seed_by_seed_and_each_run_once(config, tmp_path):
-    jobs = plan(replace(config, train=replace(config.train, seed=4)), ("batch", "samples:2", "batch"), 2, tmp_path)
+    jobs = ROOM.plan(replace(config, train=replace(config.train, seed=4)), ("batch", "samples:2", "batch"), 2, tmp_path)
     assert [job.name for job in jobs] == ["batch-seed4", "samples_2-seed4", "batch-seed5", "samples_2-seed5"]
     assert [job.config.train.seed for job in jobs] == [4, 4, 5, 5]
     for strategies, seeds in (((), 1), (("batch",), 0), (("bach",), 1)):
         with pytest.raises(ConfigError):
-            plan(config, strategies, seeds, tmp_path)
+            ROOM.plan(config, strategies, seeds, tmp_path)
 
 
 def test_pools_that_cannot_be_are_refused_at_once(config):
@@ -40,22 +42,22 @@ def test_pools_that_cannot_be_are_refused_at_once(config):
 
 
 def test_one_run_in_this_process(config, tmp_path, capsys):
-    folder = train_one(config, tmp_path / "run", resume=False, overwrite=False, plain=True)
+    folder = ROOM.train_one(config, tmp_path / "run", resume=False, overwrite=False, plain=True)
     assert read_run(folder, TASK).status == "finished"
     with pytest.raises(OutputError, match="a folder without a run"):
-        train_one(config, folder, resume=False, overwrite=False, plain=True)
+        ROOM.train_one(config, folder, resume=False, overwrite=False, plain=True)
     (folder / "mine.txt").write_text("stays")
-    train_one(config, folder, resume=False, overwrite=True, plain=False)
+    ROOM.train_one(config, folder, resume=False, overwrite=True, plain=False)
     assert (folder / "mine.txt").exists()
     assert "step 6/6" in capsys.readouterr().err
 
 
 def test_finished_runs_are_not_trained_again_and_those_of_another_configuration_are_refused(config, tmp_path):
-    train_one(config, tmp_path / "batch-seed0", resume=False, overwrite=False, plain=True)
+    ROOM.train_one(config, tmp_path / "batch-seed0", resume=False, overwrite=False, plain=True)
     before = (tmp_path / "batch-seed0" / "record.jsonl").read_bytes()
-    done = compare(config, ["batch"], 1, out=tmp_path, overwrite=False, workers=1)
+    done = ROOM.compare(config, ["batch"], 1, out=tmp_path, overwrite=False, workers=1)
     assert (done.folder, done.exit_code) == (tmp_path, 0)
     assert (tmp_path / "batch-seed0" / "record.jsonl").read_bytes() == before
     other = replace(config, train=replace(config.train, lr=0.5))
     with pytest.raises(OutputError, match="a run of this configuration in"):
-        compare(other, ["batch"], 1, out=tmp_path, overwrite=False, workers=1)
+        ROOM.compare(other, ["batch"], 1, out=tmp_path, overwrite=False, workers=1)

@@ -103,7 +103,7 @@ def test_runs_that_are_not_comparable_are_named(three):
 
 
 def test_where_there_is_nothing_to_compare(tmp_path):
-    with pytest.raises(DataError, match="diffusion runs in"):
+    with pytest.raises(DataError, match="runs of images in"):
         read_runs(tmp_path)
     record(tmp_path, "micro", 0, None, end="failed")
     with pytest.raises(DataError, match="a run that was evaluated"):

@@ -332,3 +332,15 @@ def test_a_setting_that_came_later_is_no_difference_where_it_is_off(tmp_path):
     assert not any("differ in more" in line for line in summary_of(old, new).warnings)
     other = unlike(tmp_path, "loss-free", [1, 2, 3, 4], expert_widths="1:2:3:4")
     assert any("expert_widths" in line for line in summary_of(old, new, other).warnings)
+
+
+def test_a_strategy_that_does_not_balance_yet_is_named(tmp_path):
+    """Its experts may know domains well, and unlearn that while they become even."""
+    runs = [read_run(write_run(tmp_path / name, header(name, 0))) for name in ("micro", "loss-free")]
+    last = runs[1].evaluations[-1]
+    skewed = [[[2 * sum(of_E)] + [0] * (len(of_E) - 1) for of_E in of_LE] for of_LE in last.counts]
+    evaluations = [
+        replace(one, counts=skewed, maxvio_global=[1.7] * len(one.maxvio_global)) for one in runs[1].evaluations
+    ]
+    said = [line for line in summarize([runs[0], replace(runs[1], evaluations=evaluations)]).warnings if "yet" in line]
+    assert len(said) == 1 and said[0].startswith("loss-free has not balanced yet") and "2.7 times" in said[0]
