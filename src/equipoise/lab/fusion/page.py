@@ -9,7 +9,7 @@ from ...report.data.formatting import clean, number
 from ...report.html.rendering import render
 from ...report.html.widgets import Cell, Part, Section, table
 from ...storage.files import atomic_write
-from ..comparison.page_parts import COLOURS, STYLES, difference_cell, expert_map, keys, origin
+from ..comparison.page_parts import COLOURS, STYLES, difference_cell, expert_map, origin
 from .strategies import MODALITIES
 from .summary import Compared, StrategySummary
 
@@ -34,7 +34,7 @@ def render_html(compared: Compared) -> str:
     ]
     sections = [
         Section("Losses", LOSSES, [_losses(c)]),
-        Section("Which experts compute text and images", MAPS, [keys(c.strategies), ("maps", {"rows": _maps(c)})]),
+        Section("Which experts compute text and images", MAPS, [("maps", {"rows": _maps(c)})]),
         Section("Loads and sizes", LOADS, [_loads(c)]),
     ]
     if choosing := [(at, one) for at, one in enumerate(c.strategies) if one.numbers["accuracy text"].n]:
