@@ -20,10 +20,9 @@ from ..errors import ConfigError, DataError
 from ..functional.adaptive_top_k import check_threshold
 from ..storage.adaptive_top_k_file import SavedThreshold, SavedTopK, read_top_k, top_k_file
 from ..torch_internals import WRAPPED
-from .discovery import find_external_routers
+from .discovery import routers_to_change
 from .dropped_choices import skipping_experts, way_of
 from .example_run import ExampleRun
-from .no_router import no_router
 from .observe import is_own_router
 from .recognition import example_of
 from .router import ExternalRouter
@@ -77,13 +76,7 @@ def adaptable_routers(model: nn.Module, example: Mapping[str, Any] | None = None
     """
     found: Routers = {name: module for name, module in model.named_modules() if is_balanced_router(module)}
     if not found:
-        with torch.inference_mode(False), torch.enable_grad():  # whether weights are used is seen in the graph
-            found = dict(find_external_routers(model, example))
-        for router in found.values():
-            if router.balance_state is None:
-                router.batch_context.remove()  # how tokens lie is a balancer's question
-    if not found:
-        raise no_router([model], example)
+        found = dict(routers_to_change(model, example))
     for name, router in found.items():
         if why := _why_not(router):
             raise ConfigError(

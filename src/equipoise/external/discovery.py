@@ -19,13 +19,14 @@ from ..torch_internals import fsdp_parameter_lists
 from .batch_context import BatchContext
 from .correction_bias import CorrectionBias, find_correction_bias
 from .example_run import ExampleRun, RouterCall, random_signs
+from .no_router import no_router
 from .output_formats import format_of, parse_output
 from .recognition import dummy_inputs, example_of, first_calls, router_call
 from .registry import registered_for
 from .router import ExternalRouter, attached_routers
 from .router_spec import RouterSpec, fit_spec, fit_spec_to_observe
 
-__all__ = ["find_external_routers"]
+__all__ = ["find_external_routers", "routers_to_change"]
 
 UNDECIDED = (
     "other expert ids change nothing: its experts are copies of each other or its block ignores the ids, and weights "
@@ -98,6 +99,18 @@ def find_external_routers(
         why = format_of(modules[fixed[0]]).fixed
         warnings.warn(f"not balanced, because {why}: {', '.join(fixed)}", stacklevel=4)
     return _routers(model, found, specs, biases)
+
+
+def routers_to_change(model: nn.Module, example: Mapping[str, Any] | None) -> dict[str, ExternalRouter]:
+    """The same by name, for another purpose than balancing. Raises ConfigError where there is none."""
+    with torch.inference_mode(False), torch.enable_grad():  # whether weights are used is seen in the graph
+        found = dict(find_external_routers(model, example))
+    for router in found.values():
+        if router.balance_state is None:
+            router.batch_context.remove()  # how tokens lie is a balancer's question
+    if not found:
+        raise no_router([model], example)
+    return found
 
 
 def _routers(

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError, InputError, StateError
 from ..functional.routing_mask import check_visible, sees_too_few
 from ..storage.mask_file import read_masks, write_masks
-from .discovery import find_external_routers
+from .discovery import routers_to_change
 from .example_run import ExampleRun
-from .no_router import no_router
 from .output_formats import parse_output
 from .recognition import example_of
 from .router import ExternalRouter, attached_routers
@@ -151,13 +150,7 @@ def _routers(model: nn.Module, example: Mapping[str, Any] | None) -> dict[str, A
     """By name: ours, else those of another library. Raises ConfigError where there is none."""
     if own := _own(model):
         return own
-    with torch.inference_mode(False), torch.enable_grad():  # whether weights are used is seen in the graph
-        found = dict(find_external_routers(model, example))
-    for router in found.values():
-        if router.balance_state is None:
-            router.batch_context.remove()  # how tokens lie is a balancer's question
-    if not found:
-        raise no_router([model], example)
+    found = routers_to_change(model, example)
     for name, router in found.items():
         if router.spec.images is not None:
             raise ConfigError(

@@ -13,8 +13,7 @@ from ..autograd.protocol import is_balanced_router
 from ..autograd.routing_calls import RecordedCalls, ReplayedCalls
 from ..errors import ConfigError, InputError, StateError
 from ..external.bias_support import why_no_replay
-from ..external.discovery import find_external_routers
-from ..external.no_router import no_router
+from ..external.discovery import routers_to_change
 from ..external.router import ExternalRouter
 from ..torch_internals import WRAPPED
 from .record import RoutingRecord
@@ -111,13 +110,7 @@ def _routers(model: nn.Module, example: Mapping[str, Any] | None) -> Routers:
     """By name, wrappers left out. Raises ConfigError where there are none, or one that has no ``routing_calls``."""
     found: Routers = {name: module for name, module in model.named_modules() if is_balanced_router(module)}
     if not found:
-        with torch.inference_mode(False), torch.enable_grad():  # whether weights are used is seen in the graph
-            found = dict(find_external_routers(model, example))
-        for router in found.values():
-            if router.balance_state is None:
-                router.batch_context.remove()  # how tokens lie is a balancer's question
-    if not found:
-        raise no_router([model], example)
+        found = dict(routers_to_change(model, example))
     for name, router in found.items():
         if not hasattr(router, "routing_calls"):
             raise ConfigError(
