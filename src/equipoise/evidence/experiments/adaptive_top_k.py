@@ -136,7 +136,7 @@ def _measured(model: AdaptableModel, data: PackedData, settings: Settings, seed:
     at_random = [_loss(model, held, random_layers(names, share, seed * settings.draws + draw))
                  for draw in range(settings.draws)]  # fmt: skip
     alone = [_loss(model, held, {other: ALL if other == name else 0.0 for other in names}) - before for name in names]
-    order = stats.spearmanr([profile.alone[name] for name in names], alone) if len(names) > 1 else [math.nan]
+    order: Any = stats.spearmanr([profile.alone[name] for name in names], alone) if len(names) > 1 else [math.nan]
     return {
         "all experts": 0.0,
         **{name: one.loss - before for name, one in ways.items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,9 +69,9 @@ def load_images(config: ImageConfig, patch: int) -> Images:
 
 def _digits() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """1797 digits of 8 x 8 pixels with 17 greys (UCI's optical recognition of handwritten digits, its test part)."""
-    from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
+    from sklearn.datasets import load_digits
 
-    found = load_digits()
+    found: Any = load_digits()
     pixels = (found.images[..., None] / 8 - 1).astype(np.float32)
     return pixels, found.target.astype(np.int64), tuple(map(str, range(10)))
 
