@@ -75,7 +75,7 @@ class Law:
 
         >>> gain = LAW.gain(3.05)
         >>> round(gain.value, 4), round(gain.half, 4), gain.says
-        (0.0117, 0.0071, 'gain')
+        (0.0118, 0.0072, 'gain')
         >>> LAW.gain(0.7).says
         'cannot tell'
         """
