@@ -74,7 +74,7 @@ def render_page(judged: Sequence[ClaimVerdict]) -> str:
         cells = [
             f"[{claim.name}](#{claim.name.lower()})",
             claim.title,
-            claim.published,
+            " ".join(claim.published.split()),  # in a file it may take several lines, in a table one
             _short(one),
             one.verdict or "shown",
         ]
@@ -135,7 +135,7 @@ def _claim(one: ClaimVerdict) -> str:
         "",
         claim.question.strip(),
         "",
-        f"- Source: {claim.source}. Published: {claim.published}.",
+        f"- Source: {claim.source}. Published: {' '.join(claim.published.split())}.",
         f"- **{word}**; family: {claim.family}; {cost}. `equipoise reproduce {claim.name}`",
         *([f"- Limits: {claim.limits}"] if claim.limits else []),
         "",

@@ -22,6 +22,17 @@ def test_the_page_is_what_the_records_say():
     assert (ROOT / "docs" / FIGURE).read_text() == render_figure(judged)
 
 
+def test_every_claim_is_one_row_of_the_table():
+    head = (
+        (ROOT / "docs" / "evidence.md")
+        .read_text(encoding="utf-8")
+        .split("\n| claim |")[1]
+        .split("\n\n")[0]
+        .splitlines()
+    )
+    assert [line.count(" | ") for line in head[2:]] == [4] * len(read_claims(ROOT / "evidence"))
+
+
 def test_the_figure_has_a_row_for_every_difference_in_loss(tmp_path):
     claim = claim_in(tmp_path, criterion="equal", more="margin = 0.002")
     judged = judge_all([claim], runs_of(claim, [0.0004, -0.0003, 0.0001, 0.0002]))
