@@ -155,8 +155,11 @@ def measures_of(experiment: str) -> Measures:
 
 def lacks(run: RunSummary, measure: str) -> bool:
     """Whether a run was recorded before this measure was known, so that it has to be trained again to have it."""
-    by_frequency = measure.startswith("loss_") and not run.numbers
-    return by_frequency and run.status == "finished" and not run.loss_by_frequency
+    if run.status != "finished" or run.numbers:
+        return False
+    if measure in ("active_width", "experts_per_token"):  # every run has them now, also where all tokens have the same
+        return math.isnan(getattr(run, measure))
+    return measure.startswith("loss_") and not run.loss_by_frequency
 
 
 def seed_of(config: RunConfig | Trial) -> int:
