@@ -93,6 +93,9 @@ def test_loss_by_frequency_of_later_runs_and_none_of_earlier_ones(tmp_path):
         assert lacks(first, name) and not lacks(second, name)
     assert not lacks(first, "loss") and not lacks(first, "maxvio")
     assert not lacks(replace(first, status="diverged"), "loss_rare")
+    assert lacks(replace(first, active_width=math.nan), "active_width") and not lacks(
+        replace(first, active_width=128.0), "active_width"
+    )
 
 
 def test_a_run_again_takes_the_place_of_the_old_one(tmp_path):
