@@ -78,10 +78,10 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
 
 def test_the_sdist_holds_what_git_holds(packed):
     if not (ROOT / ".git").exists():
-        pytest.skip("not a clone: there is no list to compare with")
+        pytest.skip("an unpacked sdist: what git holds is known in a clone alone")
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     if listed.returncode:
-        pytest.skip(f"git does not answer: {listed.stderr.strip()}")
+        pytest.skip(f"what git holds is not known, since git refuses: {listed.stderr.strip()}")
     there = {name for name in listed.stdout.splitlines() if (ROOT / name).exists()}
     assert not there - packed, "add it to [tool.hatch.build.targets.sdist]"
 

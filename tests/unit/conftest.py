@@ -9,10 +9,10 @@ import pytest
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator:
-    from unit.report._browser import CHROMIUM, launched
+    from unit.report._browser import CHROMIUM, WITHOUT, launched
 
     pytest.importorskip("playwright", reason="needs playwright")
     if CHROMIUM is None:
-        pytest.skip("needs chromium")
+        pytest.skip(WITHOUT)
     with launched() as found:
         yield found

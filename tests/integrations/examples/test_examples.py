@@ -15,6 +15,7 @@ from integrations.examples._fresh import QUIET
 from integrations.examples._fresh import run as fresh
 
 FOLDER = Path(__file__).resolve().parents[3] / "examples"
+EXTRAS = {"accelerate": "hf", "transformers": "hf", "lightning": "lightning", "sklearn": "images"}
 NEEDS = {
     "plain_loop": (),
     "unlike_experts": (),
@@ -30,7 +31,7 @@ NEEDS = {
 def run(name: str, *arguments: str, size: int = 1) -> str:
     for package in NEEDS[name]:
         if find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
+            pytest.skip(f"{name}.py is for users of the {EXTRAS[package]} extra, which is not installed")
     return fresh(FOLDER / f"{name}.py", *arguments, size=size)[0]
 
 

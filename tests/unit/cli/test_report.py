@@ -13,7 +13,7 @@ import pytest
 from equipoise.cli import main
 from equipoise.storage.inspection_record import write_inspection
 from equipoise.storage.run_record import RecordWriter, read_run
-from unit.report._browser import CHROMIUM
+from unit.report._browser import needs_chromium
 from unit.report.synthetic import header, write_comparison, write_run
 from unit.report.synthetic_inspection import synthetic_inspection
 
@@ -99,7 +99,7 @@ def test_csv_holds_all_that_was_recorded(folder, inspected, tmp_path, capsys):
     assert {row["measure"] for row in numbers} >= {"perplexity", "train_maxvio_global", "dead_experts"}
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@needs_chromium
 def test_png_draws_every_section(folder, tmp_path, capsys):
     pytest.importorskip("playwright", reason="needs playwright")
     assert main(["report", str(folder / "micro-s0"), "--png", str(tmp_path / "pictures")]) == 0
@@ -117,7 +117,7 @@ def test_png_draws_every_section(folder, tmp_path, capsys):
     assert f"Pictures: 9 in {tmp_path / 'pictures'}" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@needs_chromium
 def test_svg_takes_every_figure_out(folder, tmp_path, capsys):
     pytest.importorskip("playwright", reason="needs playwright")
     assert main(["report", str(folder / "micro-s0"), "--svg", str(tmp_path / "figures")]) == 0

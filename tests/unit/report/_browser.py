@@ -8,9 +8,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from equipoise.report.export.browser import BROWSERS
 
 CHROMIUM = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+WITHOUT = "no Chromium on this machine (apt install chromium): what a page looks like is tested where one is"
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=WITHOUT)
 
 
 @contextmanager

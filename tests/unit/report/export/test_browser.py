@@ -9,12 +9,12 @@ import pytest
 from equipoise.errors import ConfigError, OutputError
 from equipoise.report.export import browser
 from equipoise.report.export.browser import in_browser, save
-from unit.report._browser import CHROMIUM
+from unit.report._browser import needs_chromium
 
 PAGE = "<html data-drawn='yes'><body><p>here</p></body></html>"
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@needs_chromium
 def test_what_is_taken_is_given_back(monkeypatch):
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     size = "[innerWidth, devicePixelRatio, matchMedia('(prefers-color-scheme: dark)').matches]"

@@ -8,7 +8,7 @@ import pytest
 
 from equipoise.errors import ConfigError, OutputError
 from equipoise.report.export.png import write_png
-from unit.report._browser import CHROMIUM
+from unit.report._browser import needs_chromium
 
 PAGE = """<html data-drawn="yes"><body style="margin: 0"><main><section aria-labelledby="one two/../x"
 style="height: 40px">1</section><section style="height: 60px">2</section></main></body></html>"""
@@ -20,7 +20,7 @@ def size(path):
     return int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@needs_chromium
 def test_a_picture_of_each_section_or_of_the_page(tmp_path):
     pytest.importorskip("playwright", reason="needs playwright")
     made = write_png(PAGE, tmp_path / "all", wide=300)

@@ -13,7 +13,7 @@ from equipoise.report import load_runs, summarize
 from equipoise.report.export.notebook import DARK, LIGHT
 from equipoise.report.export.svg import write_svg
 from equipoise.report.html.page import render_html
-from unit.report._browser import CHROMIUM, opened
+from unit.report._browser import needs_chromium, opened
 from unit.report._parsed import EVIL, Page
 from unit.report.synthetic import header, write_run
 from unit.report.synthetic_inspection import synthetic_inspection
@@ -22,7 +22,7 @@ NAMESPACES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 SVG = "{http://www.w3.org/2000/svg}"
 BOXES = """[...document.querySelectorAll('text')].map((one) => one.getBoundingClientRect())
     .filter((one) => one.width).map(({ left, right, top, bottom }) => [left, right, top, bottom])"""
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
