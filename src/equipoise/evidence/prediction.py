@@ -84,7 +84,7 @@ class Law:
 
 
 LAW = Law(
-    c=0.00385,
+    c=0.003849,
     error=0.0004,
     unseen=0.00304,
     cells=11,

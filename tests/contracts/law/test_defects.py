@@ -192,7 +192,7 @@ def test_B08_label_tokens_do_not_divide_the_balance_loss(labels):
 
 
 @pytest.mark.filterwarnings("ignore:activation checkpointing chose other experts")
-def test_B29_the_number_of_churn_between_is_reported():
+def test_B29_the_number_of_changed_choices_is_reported():
     """Top-k of a recompute that sees other inputs: what an independent count of both passes differs by."""
     router = logits_router(6, 2)
     balancer = Balancer(router, [AuxLoss("micro_batch", 0.3)])
