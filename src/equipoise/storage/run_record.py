@@ -19,8 +19,21 @@ from ..errors import DataError, OutputError
 from .codec import FieldError, MissingField, Rules, decode, without_nan
 from .files import write_whole
 
-__all__ = ["RECORD_NAME", "SCHEMA_VERSION", "End", "Evaluation", "Fidelity", "Header", "Load", "Record", "RecordWriter",
-           "Run", "Step", "read_run"]  # fmt: skip
+__all__ = [
+    "RECORD_NAME",
+    "SCHEMA_VERSION",
+    "End",
+    "Evaluation",
+    "Fidelity",
+    "Header",
+    "Load",
+    "Record",
+    "RecordWriter",
+    "Run",
+    "Step",
+    "begun",
+    "read_run",
+]
 
 SCHEMA_VERSION = 1
 RECORD_NAME = "record.jsonl"
@@ -197,6 +210,16 @@ class Run:
     def status(self) -> str:
         """``finished``, ``interrupted``, ``failed``, or ``running`` while no end was written."""
         return self.end.status if self.end else "running"
+
+
+def begun(folder: Path) -> bool:
+    """Whether a run came past the first line of its record: one that was killed inside it has trained nothing.
+
+    >>> begun(Path("nowhere"))
+    False
+    """
+    path = folder / RECORD_NAME
+    return path.is_file() and b"\n" in path.read_bytes()
 
 
 def read_run(path: str | Path, task: str = "text") -> Run:

@@ -20,11 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, DataError, OutputError
+from ...errors import ConfigError, OutputError
 from ...storage.codec import encode
 from ...storage.files import atomic_write
 from ...storage.locks import LOCK_NAME, locked
-from ...storage.run_record import RECORD_NAME, read_run
+from ...storage.run_record import RECORD_NAME, begun, read_run
 from ..config.schema import CompareConfig, RunConfig, from_dict
 from ..config.strategies import NAMES, slug, strategy_of
 from .workers import CONFIG_NAME, Job, Pool, View, run_jobs, slots
@@ -247,10 +247,9 @@ def _flat(data: dict[str, Any], table: str = "") -> dict[str, Any]:
 
 
 def _finished(job: Job) -> bool:
-    try:
-        run = read_run(job.folder)
-    except DataError:
+    if not begun(job.folder):
         return False
+    run = read_run(job.folder)
     return run.status == "finished" and run.end is not None and run.end.step >= job.steps
 
 

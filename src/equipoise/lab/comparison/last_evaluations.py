@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import DataError, unknown_name
+from ...report.data.comparability import differing
 from ...report.data.run_view import view_run
 from ...storage.run_record import RECORD_NAME, Evaluation, Run, read_run
 
@@ -46,16 +47,25 @@ def read_small_runs(folder: Path, first: Sequence[str], task: str, command: str)
 
 def last_evaluations(runs: Sequence[Run]) -> LastEvaluations:
     """Runs of fewer steps than the longest are named and left out. Raises DataError where no run was evaluated."""
-    found = {run.path: (run, view.evaluation) for run in runs if (view := view_run(run, None)).evaluation}
-    last = max((one.step for _, one in found.values() if one), default=0)
-    problems = [f"{run.path.name}: not evaluated" for run in runs if run.path not in found]
+    found = [(run, evaluation) for run in runs if (evaluation := view_run(run, None).evaluation)]
+    last = max((evaluation.step for _, evaluation in found), default=0)
+    evaluated = {run.path for run, _ in found}
+    problems = [f"{run.path.name}: not evaluated" for run in runs if run.path not in evaluated]
     by_name: dict[str, list[tuple[Run, Evaluation]]] = {}
-    for run, evaluation in found.values():
-        if evaluation is None or evaluation.step < last:
-            problems.append(f"{run.path.name}: at step {evaluation.step if evaluation else 0}, not compared")
+    for run, evaluation in found:
+        if evaluation.step < last:
+            problems.append(f"{run.path.name}: at step {evaluation.step}, not compared")
         else:
             by_name.setdefault(run.header.strategy, []).append((run, evaluation))
         problems += [f"{run.path.name}: {text}" for text in run.problems]
+    unlike = differing(run for of_strategy in by_name.values() for run, _ in of_strategy)
+    problems += [
+        f"the runs differ in {name}, not in the strategy alone: {', '.join(values)}"
+        for name, values in unlike.items()
+        if name != "experts"
+    ]  # of which a dense model has one
+    if len(data := {run.header.corpus_sha256 for of_strategy in by_name.values() for run, _ in of_strategy}) > 1:
+        problems.append(f"the runs read {len(data)} different data sets: their losses cannot be compared")
     problems += [f"{run.path.name}: failed, {run.end.message}" for run in runs if run.end and run.status == "failed"]
     if not by_name:
         raise DataError(expected="a run that was evaluated", got="; ".join(problems) or "no run", do="train further")

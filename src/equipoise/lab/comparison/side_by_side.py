@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, DataError, OutputError
+from ...errors import ConfigError, OutputError
 from ...storage.codec import encode
 from ...storage.files import output_errors
 from ...storage.locks import locked
-from ...storage.run_record import RECORD_NAME, Step, read_run
+from ...storage.run_record import RECORD_NAME, Step, begun, read_run
 from ..config.loading import from_dict, to_toml
 from ..config.strategies import slug
 from .progress import RunBar, RunTable, open_console
@@ -162,11 +162,11 @@ class Room:
                 raise
 
     def _finished(self, job: SmallJob) -> bool:
-        """Raises OutputError for a run of another configuration in the job's folder, which nobody could go on with."""
-        try:
-            run = read_run(job.folder, self.task)
-        except DataError:
+        """Raises OutputError for a run of another configuration in the job's folder, DataError for one of another task
+        or one that cannot be read: nobody could go on with it."""
+        if not begun(job.folder):
             return False
+        run = read_run(job.folder, self.task)
         if from_dict(self.config_type, run.header.config) != job.config:
             raise OutputError(
                 expected=f"a run of this configuration in {job.folder}",

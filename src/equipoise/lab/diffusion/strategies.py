@@ -20,7 +20,7 @@ from ...functional.routing import GATES
 from ...layers import ExpertChoiceMoE, MoE, SwiGLU
 from ...policies import AuxLoss, Policy
 from ...policies.from_data import build
-from ...policies.names import NAMES, Numbers, read_name
+from ...policies.names import NAMES, Numbers, flat, read_name
 from .config import ModelConfig
 
 __all__ = ["BASELINE", "DEFAULT", "Strategy", "read_strategy"]
@@ -66,12 +66,6 @@ class Strategy:
         return [build(spec, steps) for spec in self.policies or ()] or [AuxLoss("global_batch", coef=0.0)]
 
 
-def _parts(spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """The policies inside a `Switch`."""
-    inside = [one for one in spec.values() if isinstance(one, dict)]
-    return inside + [part for one in inside for part in _parts(one)]
-
-
 def read_strategy(text: str) -> Strategy:
     """Raises ConfigError for an unknown name, and for a balance by documents, which images have not.
 
@@ -92,7 +86,7 @@ def read_strategy(text: str) -> Strategy:
     if name.partition("@")[0].partition("+")[0].partition("->")[0] not in NAMES:
         raise unknown_name("strategy", text, ("dense", "sample", "samples:N", "batch", *NAMES))
     found = read_name(text, SHORT_RUNS, gates=GATES)
-    if any(one.get("scope") == "document" for spec in found.policies for one in (spec, *_parts(spec))):
+    if any(one.get("scope") == "document" for one in flat(found.policies)):
         raise ConfigError(
             expected="a strategy whose scope images have: sequence (one image), micro, global, ...",
             got=f"{text!r}, by documents",

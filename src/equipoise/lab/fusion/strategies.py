@@ -21,7 +21,7 @@ from ...functional.routing import GATES
 from ...layers import ExpertChoiceMoE, ModalityMoE, MoE, SwiGLU
 from ...policies import AuxLoss, Policy
 from ...policies.from_data import build
-from ...policies.names import NAMES, Numbers, read_name
+from ...policies.names import NAMES, Numbers, flat, read_name
 from .config import ModelConfig
 
 __all__ = ["BASELINE", "DEFAULT", "MODALITIES", "Strategy", "read_strategy"]
@@ -110,12 +110,24 @@ def read_strategy(text: str) -> Strategy:
     name = name or "global"
     if name.partition("@")[0].partition("+")[0].partition("->")[0].partition(":")[0] not in NAMES:
         raise unknown_name("balance", name, tuple(NAMES))
-    policies = read_name(name, SHORT_RUNS, gates=GATES).policies
-    wrong = [one["scope"] for one in policies if "scope" in one and one["scope"] not in OF_A_GROUP]
-    if kind == "groups" and wrong:
+    found = read_name(name, SHORT_RUNS, gates=GATES)
+    if found.gate not in (None, GATE):
+        raise ConfigError(
+            expected=f"the gate that all strategies have here, {GATE}",
+            got=f"{found.gate} in {text!r}",
+            do="leave the gate out, or take a name without one",
+        )
+    scopes = [one["scope"] for one in flat(found.policies) if "scope" in one]
+    if kind == "groups" and (wrong := [scope for scope in scopes if scope not in OF_A_GROUP]):
         raise ConfigError(
             expected=f"a scope of a group's tokens: {', '.join(OF_A_GROUP)}",
             got=f"{wrong[0]!r} in {text!r}",
             do="take groups (the whole batch), or mixed experts",
         )
-    return Strategy(text, groups=kind == "groups", policies=policies)
+    if "document" in scopes:
+        raise ConfigError(
+            expected="a scope that these sequences have: sequence, micro, global, ...",
+            got=f"{text!r}, by documents",
+            do="sequence balances each sequence by itself",
+        )
+    return Strategy(text, groups=kind == "groups", policies=found.policies)

@@ -31,7 +31,7 @@ from ...report.data.run_view import flatten
 from ...storage import checkpoint
 from ...storage.codec import encode
 from ...storage.files import output_errors
-from ...storage.run_record import RECORD_NAME, End, Evaluation, Header, RecordWriter, Step, read_run
+from ...storage.run_record import RECORD_NAME, End, Evaluation, Header, RecordWriter, Step, begun, read_run
 from ..config.loading import from_dict
 from .process import keep_freed_memory, peak_memory, stop_signals, threads
 from .trainer import learning_rate
@@ -263,10 +263,9 @@ def _earlier_run(run_type: type[SmallRun], config: Any, folder: Path, resume: bo
     if not resume:
         raise OutputError(expected=f"a folder without a run: {folder}", got=f"one that holds {RECORD_NAME}",
                           do="choose another folder, or go on with this run: --continue in a command")  # fmt: skip
-    try:
-        run = read_run(folder, run_type.task)
-    except DataError:
-        return None, False  # killed before its first line was complete: nothing was trained
+    if not begun(folder):
+        return None, False
+    run = read_run(folder, run_type.task)
     before, wanted = (
         json.loads(json.dumps(flatten(encode(one))))
         for one in (from_dict(run_type.config_type, run.header.config), config)

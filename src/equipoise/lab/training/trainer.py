@@ -32,7 +32,7 @@ from ...policies.schedule import Schedule
 from ...storage import checkpoint
 from ...storage.codec import encode
 from ...storage.files import atomic_write
-from ...storage.run_record import RECORD_NAME, End, Fidelity, Header, Load, Record, RecordWriter, Step, read_run
+from ...storage.run_record import RECORD_NAME, End, Fidelity, Header, Load, Record, RecordWriter, Step, begun, read_run
 from ..config.schema import RunConfig, TrainConfig, from_dict
 from ..config.strategies import strategy_of
 from ..config.widths import expert_widths
@@ -352,10 +352,9 @@ def _earlier_run(config: RunConfig, folder: Path, resume: bool) -> tuple[Header 
     if not resume:
         raise OutputError(expected=f"a folder without a run: {folder}", got=f"one that holds {RECORD_NAME}",
                           do="choose another folder, or resume this run")  # fmt: skip
-    try:
-        run = read_run(folder)
-    except DataError:
-        return None, False  # killed before its first line was complete: nothing was trained
+    if not begun(folder):
+        return None, False
+    run = read_run(folder)
     header = run.header
     wanted = json.loads(json.dumps(encode(config)))
     before = json.loads(json.dumps(encode(from_dict(RunConfig, header.config))))  # settings that came later

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from equipoise import ConfigError, InputError, OutputError
+from equipoise import ConfigError, DataError, InputError, OutputError
 from equipoise.lab.diffusion.comparison import ROOM, check
 from equipoise.lab.diffusion.images import load_images
 from equipoise.lab.diffusion.trainer import TASK
@@ -61,3 +61,31 @@ def test_finished_runs_are_not_trained_again_and_those_of_another_configuration_
     other = replace(config, train=replace(config.train, lr=0.5))
     with pytest.raises(OutputError, match="a run of this configuration in"):
         ROOM.compare(other, ["batch"], 1, out=tmp_path, overwrite=False, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda line: line.replace('"task": "images"', '"task": "text"'), "a run of images in"),
+        (lambda line: line.replace('"schema": 1', '"schema": 99'), "record schema"),
+        (lambda line: "\x00" + line[1:], "a header record in"),
+    ],
+    ids=["of another command", "of a newer version", "garbled"],
+)
+def test_a_run_that_it_cannot_go_on_with_is_left_whole(config, tmp_path, damage, said):
+    """Only one that was killed inside its first line begins again: that one has trained nothing."""
+    folder = ROOM.train_one(config, tmp_path / "batch-seed0", resume=False, overwrite=False, plain=True)
+    record = folder / "record.jsonl"
+    first, rest = record.read_text().split("\n", 1)
+    assert damage(first) != first
+    record.write_text(damage(first) + "\n" + rest)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for again in (
+        lambda: ROOM.train_one(config, folder, resume=True, overwrite=False, plain=True),
+        lambda: ROOM.compare(config, ["batch"], 1, out=tmp_path, overwrite=False, workers=1),
+    ):
+        with pytest.raises(DataError, match=said):
+            again()
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    record.write_text(first[: len(first) // 2])
+    assert read_run(ROOM.train_one(config, folder, resume=True, overwrite=False, plain=True), TASK).status == "finished"

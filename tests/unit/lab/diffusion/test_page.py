@@ -20,13 +20,16 @@ LEVELS = ["0.25", "0.75"]
 CONFIG = {"model": {"capacity": 1.0}, "train": {"images": 8}, "data": {"data": None}}
 
 
-def record(root, strategy: str, seed: int, losses, *, counts=None, step=10, folder=None, end="finished"):
+def record(
+    root, strategy: str, seed: int, losses, *, counts=None, step=10, folder=None, end="finished", lr=None, data="c0ffee"
+):
     """A run of 2 levels, 1 layer, 2 experts, 10 tokens a level."""
     path = root / (folder or f"{strategy}-seed{seed}".replace("/", "_").replace("<", "_"))
     path.mkdir()
+    config = CONFIG if lr is None else CONFIG | {"train": {"images": 8, "lr": lr}}
     header = Header(
-        strategy=strategy, policies=["a layer"], seed=seed, config=CONFIG, num_layers=1, num_experts=2, top_k=1,
-        domains=LEVELS, corpus_sha256="c0ffee", versions={"torch": "1"}, parameters=2000, active_parameters=1500,
+        strategy=strategy, policies=["a layer"], seed=seed, config=config, num_layers=1, num_experts=2, top_k=1,
+        domains=LEVELS, corpus_sha256=data, versions={"torch": "1"}, parameters=2000, active_parameters=1500,
         started="2026", task="images",
     )  # fmt: skip
     with RecordWriter(path) as writer:
@@ -100,6 +103,15 @@ def test_runs_that_are_not_comparable_are_named(three):
     told = "\n".join(compared.problems)
     assert "dense-seed0: at step 5, not compared" in told
     assert "micro-seed0: not evaluated" in told and "micro-seed0: failed, out of luck" in told
+
+
+def test_runs_of_other_settings_or_data_are_not_paired_without_a_word(tmp_path, three):
+    assert summarize(read_runs(three)).problems == []
+    record(tmp_path, "micro", 0, (0.4, 0.3), lr=0.5)
+    (said,) = summarize(read_runs(tmp_path)).problems
+    assert "the runs differ in train.lr, not in the strategy alone" in said and "0.5" in said
+    record(tmp_path, "global", 0, (0.4, 0.3), data="decaf")
+    assert any("2 different data sets" in text for text in summarize(read_runs(tmp_path)).problems)
 
 
 def test_where_there_is_nothing_to_compare(tmp_path):

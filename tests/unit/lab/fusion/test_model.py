@@ -63,6 +63,12 @@ def test_in_evaluation_no_token_sees_those_to_come(name):
         ("mixd", "did you mean 'mixed'"),
         ("groups:globl", "did you mean 'global'"),
         ("groups:sequence", "a scope of a group's tokens(.|\n)*'sequence' in 'groups:sequence'"),
+        ("groups:micro->sequence:1", "a scope of a group's tokens(.|\n)*'sequence' in"),  # behind the switch
+        ("mixed:document", "by documents"),
+        (
+            "mixed:micro:softmax",
+            "the gate that all strategies have here, sigmoid(.|\n)*softmax in 'mixed:micro:softmax'",
+        ),
     ],
 )
 def test_strategies_that_cannot_be_are_refused(name, said):

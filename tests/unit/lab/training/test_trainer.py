@@ -208,6 +208,20 @@ def test_resuming_a_finished_run_changes_nothing(tiny_run, tmp_path):
     assert (tmp_path / RECORD_NAME).read_bytes() == before
 
 
+def test_a_record_that_cannot_be_read_is_left_whole(tiny_run, tmp_path):
+    config = tiny_run(steps=2)
+    train(config, tmp_path)
+    first, rest = (tmp_path / RECORD_NAME).read_text().split("\n", 1)
+    for damaged, said in (
+        ("\x00" + first[1:], "a header record"),
+        (first.replace('"schema": 1', '"schema": 99'), "record schema"),
+    ):
+        (tmp_path / RECORD_NAME).write_text(damaged + "\n" + rest)
+        with pytest.raises(DataError, match=said):
+            train(config, tmp_path, resume=True)
+        assert (tmp_path / RECORD_NAME).read_text() == damaged + "\n" + rest
+
+
 def test_resuming_with_another_configuration_is_refused(tiny_run, tmp_path):
     train(tiny_run(steps=2), tmp_path)
     with pytest.raises(ConfigError, match=r"another train\.lr, train\.steps"):
