@@ -47,9 +47,10 @@ class Worker:
 
     def __init__(self, port: int, folder: Path, name: str) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of this process
-        self.stacks = folder / f"{name}.stacks"
+        self.stacks, self.said = folder / f"{name}.stacks", folder / f"{name}.stderr"
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, port, str(self.stacks)), name=name, daemon=True)
+        files = str(self.stacks), str(self.said)
+        self.process = context.Process(target=_serve, args=(theirs, port, *files), name=name, daemon=True)
         self.process.start()
         theirs.close()
 
@@ -63,6 +64,10 @@ class Worker:
             os.kill(self.process.pid or 0, signal.SIGUSR1)
         time.sleep(0.2)
         return self.stacks.read_text() if self.stacks.exists() else ""
+
+    def last_words(self) -> str:
+        """The end of what it wrote to stderr: C++ code that aborts says why nowhere else."""
+        return self.said.read_text(errors="replace")[-4000:] if self.said.exists() else ""
 
 
 class Pool:
@@ -140,7 +145,7 @@ class Pool:
                     kind, value, at = pickle.loads(worker.pipe.recv_bytes())
                 except (EOFError, ConnectionResetError):
                     worker.process.join()
-                    kind, value, at = "died", f"exit code {worker.process.exitcode} (-9: killed)", 0.0
+                    kind, value, at = "died", _how_it_ended(worker), 0.0
                 if kind == "ready":  # imports are done: the case's own time begins
                     deadline = deadline if failed else time.monotonic() + timeout
                     continue
@@ -166,12 +171,19 @@ class Pool:
         raise RankError(rank, size, kind, report + others)
 
 
-def _serve(pipe: Connection, port: int, stacks: str) -> None:
+def _how_it_ended(worker: Worker) -> str:
+    return f"exit code {worker.process.exitcode} (-9: killed, -6: aborted)\n{worker.last_words()}"
+
+
+def _serve(pipe: Connection, port: int, stacks: str, said: str) -> None:
     """The process's side: waits for cases until its parent is gone."""
+    with open(said, "wb", 0) as file:
+        os.dup2(file.fileno(), 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of the terminal; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file)
+        faulthandler.enable()  # an abort inside a collective says which Python line called it
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
         import torch

@@ -85,14 +85,19 @@ class Group:
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """The rows (N, ...) of all ranks, in their order; N may differ."""
+        return self.gather_sized(rows)[0]
+
+    def gather_sized(self, rows: Tensor) -> tuple[Tensor, list[int]]:
+        """The same, and how many are of each rank: two sums, and one wait of the host."""
         if self.size == 1:
-            return rows
+            return rows, [len(rows)]
         sizes = torch.zeros(self.size, dtype=torch.int64, device=rows.device)
         sizes[self.rank] = len(rows)
-        ends = self.sum(sizes).cumsum(0).tolist()
-        stack_on = rows.new_zeros(ends[-1], *rows.shape[1:])
-        stack_on[ends[self.rank] - len(rows) : ends[self.rank]] = rows
-        return self.sum(stack_on)
+        counts = self.sum(sizes).tolist()
+        start = sum(counts[: self.rank])
+        stack_on = rows.new_zeros(sum(counts), *rows.shape[1:])
+        stack_on[start : start + len(rows)] = rows
+        return self.sum(stack_on), counts
 
     def _start(self, tensor: Tensor, operation: Any) -> Callable[[], Tensor]:
         if self.size == 1:

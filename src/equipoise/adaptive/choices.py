@@ -108,7 +108,7 @@ def most_used(choices: RecordedChoices, count: int) -> np.ndarray:
 @contextmanager
 def _all_choices(router: Any) -> Any:
     """The router without its threshold."""
-    name = "drop_threshold" if hasattr(router, "drop_threshold") else "drops"
+    name = "drop_threshold" if hasattr(router, "drop_threshold") else "dropped"
     before = getattr(router, name)
     setattr(router, name, None)
     try:
@@ -123,7 +123,7 @@ def _input(seen: Seen) -> Tensor:
 
 
 def _stacked(of_layers: Sequence[np.ndarray]) -> np.ndarray:
-    """(T, L, K) int16 or wider, rows of fewer choices filled up with -1."""
+    """(T, L, K) int32, rows of fewer choices filled up with -1."""
     most = max(ids.shape[1] for ids in of_layers)
     filled = [np.pad(ids, ((0, 0), (0, most - ids.shape[1])), constant_values=-1) for ids in of_layers]
     return np.stack(filled, axis=1).astype(np.int32)

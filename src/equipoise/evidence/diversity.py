@@ -85,7 +85,7 @@ class Diversity(NamedTuple):
         within: mean over domains of the mean over their windows of |q_window - p_domain|².
         within_error: its standard error, windows being a sample.
         tokens: in a window.
-        windows: in all, of which at most `MOST_WINDOWS` of a domain were looked at.
+        windows: in all, of which fewer than twice `MOST_WINDOWS` of a domain were looked at.
     """
 
     square: float

@@ -81,7 +81,7 @@ def interval(judged: Judged) -> str:
 
 def signed_of(contrast: Contrast, value: float) -> str:
     """A difference in what a contrast measures, with as many decimals as seeds leave of it."""
-    return f"{value:+.{4 if contrast.unit == 'nats per token' else 3}f}"
+    return f"{value:+.{4 if contrast.unit.startswith(('nats per token', 'squared error')) else 3}f}"
 
 
 def criterion(judged: Judged) -> str:

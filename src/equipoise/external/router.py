@@ -267,8 +267,10 @@ class ExternalRouter:
         if replayed_T2 is not None:
             if self.mask is None:
                 self._check_replays(RouterOutput(logits_TE, weights_TK, choice_TK))
-            form = {"gate": self.gate, "normalize": self.spec.normalize, "scale": self.spec.scale, "drops": self.drops}
-            made_TK, _ = weigh(logits_TE, ids_TK, **form)
+            masked = self.mask is not None  # and the record may be of a router without the mask
+            shown_TK = drop_hidden(ids_TK, logits_TE) if masked else ids_TK
+            form = {"normalize": self.spec.normalize, "scale": self.spec.scale, "drops": self.drops or masked}
+            made_TK, _ = weigh(logits_TE, shown_TK, gate=self.gate, **form)
             as_chosen_T1 = (ids_TK == choice_TK).all(dim=-1, keepdim=True)  # there its own weights, to the last bit
             weights_TK = torch.where(as_chosen_T1, weights_TK, made_TK.to(weights_TK.dtype))
         if self._balance_state is not None and self._balance_state.measures(training=module.training):

@@ -212,7 +212,7 @@ def _mask_external(
 ) -> None:
     drops = [name for name, router in routers.items() if sees_too_few(of_routers[name], router.top_k)]
     before = next((router.mask.ids for router in routers.values() if router.mask is not None), None)
-    if drops and before is None:
+    if drops and not any(router.drops for router in routers.values()):  # else it was checked under the mask before
         _check_fewer(model, example, {name: routers[name] for name in drops})
     ids = TokenIds(model, list(routers))
     done: list[ExternalRouter] = []

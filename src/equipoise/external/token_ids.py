@@ -89,7 +89,8 @@ class TokenIds:
                 do="send pairs of texts through the model as one batch, and forwards without a backward through "
                 "torch.no_grad(); or call gradient_checkpointing_disable()",
             )
-        alike[0].recomputed = True
+        for one in alike:  # which of them it is does not matter, and none may be left over
+            one.recomputed = True
         return first.reshape(-1)
 
     @staticmethod

@@ -114,7 +114,7 @@ def entropy_loss(logits_TE: Tensor, gate: str = "softmax", token_mask_T: Tensor 
     tensor(1.)
     """
     logs_TE = gate_log_scores(logits_TE, gate).log_softmax(dim=-1)
-    terms_TE = (logs_TE.exp() * logs_TE).masked_fill(logs_TE == float("-inf"), 0)  # p ln p is 0 where p is
+    terms_TE = logs_TE.exp() * logs_TE.masked_fill(logs_TE == float("-inf"), 0)  # p ln p is 0 where p is, its slope too
     return _token_mean(-terms_TE.sum(dim=-1), token_mask_T)
 
 

@@ -227,16 +227,13 @@ def _measured(
     start = curve[0].held
     points = [_point(model, one, start) for one in curve]
     at = knee([one.fewer for one in points], [one.loss for one in points])
-    saved = points[at]
-    if options.save is not None and options.save not in [one.budget for one in points]:
-        (extra,) = sweep(model, profile, held, budgets=[options.save])
-        saved = _point(model, extra, start)
-    elif options.save is not None:
-        saved = next(one for one in points if one.budget == options.save)
+    chosen = curve[at]
+    if options.save is not None:
+        known = [one for one in curve if one.budget == options.save]
+        chosen = known[0] if known else sweep(model, profile, held, budgets=[options.save])[0]
+    saved, used = _point(model, chosen, start), chosen.held.experts
     thresholds = thresholds_of(profile, saved.budget)
     say("choices", 0.0)
-    with model.dropping(thresholds):
-        used = evaluate(model, held).experts
     alone = _alone(model, held, start, of("layer by layer")) if options.each_layer else {}
     caches, ahead = _cached(model, measured, held, thresholds, options.memory, say)
     layers = [
@@ -285,7 +282,7 @@ def _cached(
     """The simulated caches, and how well each router's experts are foreseen."""
     rows: list[CacheRow] = []
     ahead: dict[str, dict[str, float]] = {}
-    for adaptive in (False, True):
+    for adaptive in (False, True) if memory else (False,):
         say("choices", 0.2 + 0.4 * adaptive)
         other, choices = (record_choices(model, text, thresholds if adaptive else None) for text in (measured, held))
         experts = max(choices.num_experts)
@@ -297,8 +294,6 @@ def _cached(
                        "most_used": float(busiest_L[i])}
                 for i, name in enumerate(model.routers)
             }  # fmt: skip
-        if not memory:
-            continue
         distances_TLK = stack_distances(choices.used_TLK, experts)
         hits_LC = hits_by_size(stack_distances(other.used_TLK, experts), experts)
         for kept in memory:

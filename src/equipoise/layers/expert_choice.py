@@ -265,7 +265,11 @@ class ExpertChoiceMoE(nn.Module):
         choice = self.gate(x_BSD if x_BSD.dim() == 3 else x_BSD.unsqueeze(0))
         pairs = choice.expert_ids_P.unsqueeze(1), choice.weights_P.unsqueeze(1)
         y_PD = self.experts(x_TD[choice.token_ids_P], *pairs)
-        y_TD = torch.zeros_like(x_TD, dtype=y_PD.dtype).index_add(0, choice.token_ids_P, y_PD)
+        none_TD, at_P = torch.zeros_like(x_TD, dtype=y_PD.dtype), choice.token_ids_P
+        if y_PD.is_cuda:  # where index_add has atomics, and a recompute other bits; this sorts
+            y_TD = none_TD.index_put((at_P,), y_PD, accumulate=True)
+        else:
+            y_TD = none_TD.index_add(0, at_P, y_PD)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)
         return y_TD.view_as(x_BSD)
@@ -348,9 +352,9 @@ def choose_among(parts: list[Tensor], capacity: float, group: Group) -> tuple[li
     ([[[1, 0], [1, 0]], [[0, 1], [0, 1]]], 4)
     """
     own_TE = torch.cat(parts)
-    sizes = group.gather_rows(torch.tensor([len(own_TE)], device=own_TE.device)).tolist()
+    all_TE, sizes = group.gather_sized(own_TE)
     start = sum(sizes[: group.rank])
-    taken_TE = choose_tokens(group.gather_rows(own_TE), capacity)[start : start + len(own_TE)]
+    taken_TE = choose_tokens(all_TE, capacity)[start : start + len(own_TE)]
     return list(taken_TE.split([len(part) for part in parts])), sum(sizes)
 
 

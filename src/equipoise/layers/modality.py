@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, InputError
+from ..functional.routing import count_choices
 from .expert_choice import ExpertChoiceRouter
 
 __all__ = ["ModalityMoE"]
@@ -110,7 +111,7 @@ class ModalityMoE(nn.Module):
         place_T = class_ids_BS.reshape(-1).to(x_BSD.device, torch.long).clamp(-1, many) + 1
         if token_mask_BS is not None:
             place_T = place_T.masked_fill(~token_mask_BS.reshape(-1).to(x_BSD.device), many + 2)
-        below, *counts, above, _ = torch.bincount(place_T, minlength=many + 3).tolist()
+        below, *counts, above, _ = count_choices(place_T.unsqueeze(1), many + 3)[0].tolist()  # the one wait of the host
         if below or above:
             raise InputError(
                 expected=f"class ids in [0, {many}): {', '.join(self.groups)}",

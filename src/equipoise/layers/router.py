@@ -196,8 +196,9 @@ class Router(RouterBuffers):
         if self.routing_calls is not None:
             ids_TK, replayed_T2 = self.routing_calls.dispatch(ids_TK, raw_TE)
         if replayed_T2 is not None:
-            more = {"normalize": self.normalize, "scale": self.scale, "drops": self.drops}
-            weights_TK, probs_TE = weigh(logits_TE, ids_TK, gate=self.gate, **more)
+            shown_TK = drop_hidden(ids_TK, raw_TE) if masked else ids_TK  # a record may be of a router without the mask
+            more = {"normalize": self.normalize, "scale": self.scale, "drops": self.drops or masked}
+            weights_TK, probs_TE = weigh(logits_TE, shown_TK, gate=self.gate, **more)
         counts_BE = count_choices(ids_TK, self.num_experts, batch.token_mask_T, batch.rows)
         if state is not None:
             weights_TK = attach_balance_gradient(

@@ -170,7 +170,8 @@ class TokenPools:
         """Layer by layer: each pass gives the scores of one layer more that nothing before it will change."""
         self._ranks.check_default()
         waiting = dict(wide)
-        with torch.random.fork_rng():
+        at = next(iter(self.routers.values())).weight.device
+        with torch.random.fork_rng([at] if at.type == "cuda" else []):
             while waiting:
                 calls: list[tuple[PoolState, Tensor]] = []
                 for state in waiting.values():

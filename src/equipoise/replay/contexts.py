@@ -156,14 +156,27 @@ def _check_ids(routers: Routers, recorded: Mapping[str, list[Tensor]]) -> None:
     if not calls:
         return
     device = calls[0][1].device
-    largest = torch.stack([ids_TK.amax().to(device, torch.int64) for _, ids_TK in calls]).tolist()
-    for (name, _), most in zip(calls, largest, strict=True):
+    seen = [torch.stack([ids_TK.amax().long(), _twice(ids_TK, routers[name].num_experts)]) for name, ids_TK in calls]
+    for (name, _), (most, twice) in zip(calls, torch.stack([one.to(device) for one in seen]).tolist(), strict=True):
+        if twice:
+            raise InputError(
+                expected=f"each expert at most once for a token at router {name!r}",
+                got=f"{twice} that come again",
+                do="replay a record as it was made",
+            )
         if most >= routers[name].num_experts + getattr(routers[name], "drops", False):  # E: no expert
             raise InputError(
                 expected=f"expert ids below {routers[name].num_experts} at router {name!r}",
                 got=f"an id of {most}",
                 do="replay a record of a model with as many experts",
             )
+
+
+def _twice(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """How many choices of an expert come again for the same token; an id of E is none, and -1 is not known."""
+    sorted_TK = ids_TK.sort(dim=1).values
+    again_TK = (sorted_TK.diff(dim=1) == 0) & (sorted_TK[:, 1:] >= 0) & (sorted_TK[:, 1:] < num_experts)
+    return again_TK.sum()
 
 
 def _check_all_ran(given: Mapping[str, ReplayedCalls]) -> None:

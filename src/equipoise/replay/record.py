@@ -169,6 +169,9 @@ def _why_no_ids(ids_TK: Tensor) -> str:
     if ids_TK.dim() != 2 or ids_TK.is_floating_point() or ids_TK.is_complex() or ids_TK.dtype == torch.bool:
         return f"{ids_TK.dtype} of shape {tuple(ids_TK.shape)}"
     unknown_T1 = (ids_TK == -1).all(dim=1, keepdim=True)
-    twice_TK = ids_TK.sort(dim=1).values.diff(dim=1) == 0
+    sorted_TK = ids_TK.sort(dim=1).values
+    twice_TK = sorted_TK.diff(dim=1) == 0
+    if ids_TK.numel() and not bool((ids_TK[:, 0] == ids_TK.amax()).any()):  # may be E, no expert: nobody's first choice
+        twice_TK &= sorted_TK[:, 1:] != ids_TK.amax()
     bad_T = ((ids_TK < 0).any(dim=1) | twice_TK.any(dim=1)) & ~unknown_T1.squeeze(1)
     return f"{ids_TK[bad_T][0].tolist()}, and {int(bad_T.sum())} such rows" if bool(bad_T.any()) else ""

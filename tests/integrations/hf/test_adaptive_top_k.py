@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 
 from equipoise import ConfigError, DataError, apply_adaptive_top_k, mask_routers
 from equipoise.adapters.biases import put_back
+from equipoise.adaptive import AdaptableModel, record_choices
 from equipoise.external.adaptive_top_k import adaptable_routers, router_mark, set_drop_thresholds
 from equipoise.external.output_formats import parse_output
 from equipoise.functional import draw_visible
@@ -251,6 +252,23 @@ def test_a_bias_chooses_first_whichever_is_loaded_first(tmp_path):
         apply_adaptive_top_k(alone, folder)
         assert not torch.equal(outputs(alone), found[-1]), "the bias changes nothing"
     assert torch.equal(*found)
+
+
+def test_what_the_layer_before_would_choose_knows_no_threshold():
+    """A prediction is of K experts, against the gate applied by hand to what the gate before it was given."""
+    lm = build("qwen3_moe").eval()
+    model = AdaptableModel.of(lm, lambda ids_BS: lm(input_ids=ids_BS, use_cache=False).logits)
+    ids_BS = inputs(padded=False)["input_ids"]
+    limits, seen = dict.fromkeys(model.routers, 0.6), []  # all but the first: with K = 2 a second has a half at most
+    handles = [one.module.register_forward_pre_hook(lambda _m, a: seen.append(a[0])) for one in model.routers.values()]
+    found = record_choices(model, [ids_BS], limits)
+    for handle in handles:
+        handle.remove()
+    assert (found.used_TLK[..., 1] == -1).all() and (found.used_TLK[..., 0] >= 0).all()
+    gate = lm.model.layers[1].mlp.gate  # the last three calls: layer 0, layer 1, the prediction of layer 1
+    ahead = (seen[-3].reshape(-1, gate.weight.shape[1]) @ gate.weight.T).topk(2).indices
+    assert (found.predicted_TLK[:, 1] == ahead.numpy()).all()
+    assert not any(one.module._forward_pre_hooks for one in model.routers.values())
 
 
 @pytest.mark.parametrize("first", ["mask", "thresholds"])

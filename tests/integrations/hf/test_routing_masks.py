@@ -22,6 +22,8 @@ from equipoise import (
     StateError,
     load_masks,
     mask_routers,
+    record_routing,
+    replay_routing,
     routing_masks,
     save_masks,
     unmask_routers,
@@ -286,6 +288,34 @@ def test_a_mask_changes_and_a_balancer_comes_and_goes() -> None:
         assert not torch.equal(loss_of(model, inputs()), first)
         mask_routers(model, drawn(4))
         assert torch.equal(loss_of(model, inputs()), first)
+
+
+def test_a_mask_of_few_experts_may_follow_one_of_enough() -> None:
+    """What a block makes of a token without a second expert is tried for the first such mask, whichever came before."""
+    torch.manual_seed(0)
+    model, example = Table(), {"input_ids": inputs(padded=False)["input_ids"]}
+    mask_routers(model, draw_visible(torch.zeros(VOCABULARY).bool(), E, num_visible=4), example=example)
+    with pytest.raises(ConfigError, match="let every id see 2 experts"):
+        mask_routers(model, drawn()[:1], example=example)
+
+
+def test_a_record_from_before_the_mask_gives_no_weight_to_what_is_hidden() -> None:
+    with quiet(), torch.no_grad():
+        model = tiny("qwen3_moe").eval()
+        given = inputs(padded=False)
+        with record_routing(model) as record:
+            model(**given)
+        mask_routers(model, masks := drawn())
+        weights: list[Tensor] = []
+        for gate in gates(model).values():
+            gate.register_forward_hook(lambda _m, _a, out: weights.append(out[1]))
+        with replay_routing(model, record):
+            assert bool(model(**given).logits.isfinite().all())
+        for mask, ids, weights_TK in zip(masks, record.ids.values(), weights, strict=True):
+            seen_TK = mask[given["input_ids"].reshape(-1)].gather(1, ids[0].long())
+            assert 0 < int(seen_TK.sum()) < seen_TK.numel()
+            assert torch.equal(weights_TK > 0, seen_TK)
+            torch.testing.assert_close(weights_TK.sum(dim=1), seen_TK.any(dim=1).float())
 
 
 def test_who_looks_sees_no_choice_where_there_is_none() -> None:

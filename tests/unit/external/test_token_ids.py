@@ -91,6 +91,8 @@ def test_a_recompute_has_the_ids_of_its_forward():
     first, second = model(IDS).sum(), model(IDS.clone()).sum()  # the same ids
     (first + second).backward()
     assert told == [list(range(6))] * 4
+    model(IDS + 30).sum().backward()  # a step after it is in no doubt: none of the two is left over
+    assert told[-2:] == [list(range(30, 36))] * 2
     with pytest.raises(StateError, match="as one batch"):
         (model(IDS).sum() + model(IDS + 1).sum()).backward()
 

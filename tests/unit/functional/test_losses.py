@@ -13,6 +13,7 @@ from equipoise.errors import InputError
 from equipoise.functional import (
     GATES,
     balance_loss,
+    entropy_loss,
     gate_probs,
     load_fractions,
     segment_counts,
@@ -226,6 +227,22 @@ def test_z_loss_is_finite_where_exp_overflows():
     loss.backward()
     assert logits.grad is not None
     assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_entropy_and_its_gradient_know_only_the_experts_that_a_token_sees(gate):
+    """Logits of -inf are those of a model with fewer experts: the same value, the same slope, and 0 at the others."""
+    z_TE = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    few_TE, hidden_TE = z_TE[:, :3].clone().requires_grad_(), z_TE.clone()
+    hidden_TE[:, 3] = -math.inf
+    hidden_TE.requires_grad_()
+    want, got = entropy_loss(few_TE, gate), entropy_loss(hidden_TE, gate)
+    want.backward()
+    got.backward()
+    assert few_TE.grad is not None and hidden_TE.grad is not None and few_TE.grad.abs().max() > 0.01
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(hidden_TE.grad[:, :3], few_TE.grad)
+    assert (hidden_TE.grad[:, 3] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

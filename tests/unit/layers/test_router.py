@@ -9,7 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from equipoise import AuxLoss, Balancer, ConfigError, ExpertBias, InputError, Router
+from equipoise import (
+    AuxLoss,
+    Balancer,
+    ConfigError,
+    ExpertBias,
+    InputError,
+    Router,
+    record_routing,
+    replay_routing,
+)
 from equipoise.autograd.token_layout import TokenLayout
 from equipoise.functional import gate_scores, route
 
@@ -230,6 +239,31 @@ def test_a_mask_is_minus_infinity_at_the_logits(options):
         torch.testing.assert_close(weights[: len(want)], own * router.scale)
         assert not weights[len(want) :].any()
     assert int(routing.counts_E.sum()) == int((routing.expert_ids_TK < 8).sum()) < 24
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"normalize": False, "gate": "sigmoid", "selection_bias": True}])
+def test_a_record_of_a_router_without_the_mask_weighs_only_what_is_visible(options):
+    """Of the recorded experts a token may see two, one or none: the others, and all of a token without, weigh 0."""
+    free, router, x = biased(**options), masked(**options), tokens()
+    with record_routing(free) as record:
+        free(x)
+    x.requires_grad_()
+    with replay_routing(router, record):
+        routing = router(x, ids())
+    sizes = set()
+    for t, (chosen, weights_K) in enumerate(zip(routing.expert_ids_TK.tolist(), routing.weights_TK, strict=True)):
+        seen = [k for k, e in enumerate(chosen) if VISIBLE[t % 5, e]]
+        score_K = gate_scores((x[t] @ router.weight.T).unsqueeze(0), router.gate)[0, chosen]
+        if router.gate == "softmax":
+            every = [e for e in range(8) if VISIBLE[t % 5, e]]
+            score_K = (x[t] @ router.weight.T)[chosen].exp() / (x[t] @ router.weight.T)[every].exp().sum()
+        want_K = torch.stack([s if k in seen else s * 0 for k, s in enumerate(score_K)])
+        want_K = want_K / want_K.sum() if router.normalize and seen else want_K
+        torch.testing.assert_close(weights_K, want_K * router.scale)
+        sizes.add(len(seen))
+    assert sizes == {0, 1, 2}
+    routing.weights_TK[:, 0].sum().backward()
+    assert bool(x.grad.isfinite().all()) and bool(router.weight.grad.isfinite().all())
 
 
 def test_a_mask_stays_through_casts_moves_and_checkpoints():

@@ -116,6 +116,16 @@ def fewer_experts(_model: Any, record: Any) -> None:
         pass
 
 
+def twice(model: Any, record: Any) -> None:
+    ids_TK = record.ids["0.gate"][0].clone()
+    ids_TK[3:5] = 3  # the largest id, and nobody's first choice: it might be no expert, were there three
+    ids_TK[3:5, 0] = 0
+    three = torch.cat([ids_TK, torch.full((10, 1), 3, dtype=ids_TK.dtype)], dim=1)
+    three[:3], three[5:] = torch.tensor([0, 1, 2]), torch.tensor([1, 2, 0])
+    with replay_routing(model_of(top_k=3), RoutingRecord({name: [three] for name in record.ids})):
+        pass
+
+
 def fewer_layers(_model: Any, record: Any) -> None:
     with replay_routing(model_of(layers=1), record):
         pass
@@ -149,6 +159,7 @@ def no_router(_model: Any, record: Any) -> None:
         (wrong_calls, InputError, "1 calls of router '0.gate'.*got: one more.*do:  record each"),
         (too_few_calls, InputError, r"as many calls.*got: 1 fewer at router '1.gate'.*do:  .*record\[0\]"),
         (fewer_experts, InputError, "ids below 3 at router '0.gate'.*got: an id of 3.*do: "),
+        (twice, InputError, "each expert at most once for a token at router '0.gate'.*got: 2 that come again.*do: "),
         (fewer_layers, InputError, "these 1 routers.*got: one of 2: 0.gate, 1.gate.*do: "),
         (one_record_for_two, InputError, "these 2 routers.*got: one of 2: gate, other.*do: "),
         (more_layers, InputError, "these 3 routers.*nothing for '2.gate'.*do: "),

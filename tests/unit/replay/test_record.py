@@ -67,6 +67,7 @@ def test_what_is_no_record(ids: torch.Tensor, said: str):
     with pytest.raises(InputError, match=rf"(?s)integer expert ids \(T, K\) in call 0 of 'a'.*got: {said}.*do: "):
         RoutingRecord({"a": [ids]})
     assert RoutingRecord({"a": [torch.tensor([[-1, -1], [0, 1]])]}).num_calls == 1
+    assert RoutingRecord({"a": [torch.tensor([[2, 4, 4], [0, 1, 4]])]}).num_calls == 1, "4 may be no expert, twice"
 
 
 def test_churn_is_the_share_of_choices_that_the_other_does_not_have():

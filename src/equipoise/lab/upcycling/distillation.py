@@ -105,7 +105,7 @@ def layer_inputs(network: Any, tokens_NS: Tensor, wanted: Sequence[int]) -> Iter
     """(layer, its feed-forward, what that is given (N, S, D) in fp32) of the wanted layers, one after the other."""
     device = next(network.parameters()).device
     chunks = list(tokens_NS.to(device).split(PASS_SEQUENCES))
-    calls = {len(chunk): _layer_calls(network, chunk) for chunk in chunks}
+    calls = {size: _layer_calls(network, chunk) for size, chunk in {len(chunk): chunk for chunk in chunks}.items()}
     with torch.no_grad():
         hidden = [network.get_input_embeddings()(chunk) for chunk in chunks]
     for number, layer in enumerate(network.model.layers):

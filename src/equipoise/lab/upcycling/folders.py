@@ -154,7 +154,7 @@ def write_index(folder: Path, layers: int) -> int:
     for name in (shard_name(number, layers) for number in range(layers + 1)):
         with safe_open(folder / name, "pt") as file:
             for key in file.keys():  # noqa: SIM118
-                count = _size(folder / name, key)
+                count = math.prod(file.get_slice(key).get_shape())
                 places[key], parameters = name, parameters + count
                 bytes_in_all += count * DTYPES[file.get_slice(key).get_dtype()].itemsize
     index = {"metadata": {"total_size": bytes_in_all}, "weight_map": dict(sorted(places.items()))}
