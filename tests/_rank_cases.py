@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -43,3 +44,13 @@ def one_hangs(rank: int) -> None:
 
 def cannot_be_sent():
     return lambda: None
+
+
+def aborts(once: str) -> int:
+    """Rank 1 aborts, as C++ code does that finds itself broken: the first time only where ``once`` names a file."""
+    if dist.get_rank() == 1 and not (once and Path(once).exists()):
+        if once:
+            Path(once).touch()
+        os.abort()
+    dist.barrier()
+    return dist.get_rank()

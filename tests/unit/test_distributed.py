@@ -75,6 +75,14 @@ def test_a_killed_rank_is_named_and_the_pool_comes_back(ranks):
     assert len(ranks.run("_rank_cases:add_up", 0)) == 2
 
 
+def test_an_abort_below_python_is_tried_once_more_and_said(ranks, tmp_path):
+    with pytest.warns(RuntimeWarning, match=r"(?s)a rank aborted, and _rank_cases:aborts.*exit code -6.*in aborts"):
+        assert ranks.run("_rank_cases:aborts", str(tmp_path / "first"), size=2) == [0, 1]
+    with pytest.warns(RuntimeWarning), pytest.raises(RankError) as caught:
+        ranks.run("_rank_cases:aborts", "", size=2)
+    assert (caught.value.rank, caught.value.kind) == (1, "aborted")
+
+
 def test_a_hanging_rank_is_named_with_its_stack():
     with Pool(2) as pool:
         pool.run("_rank_cases:add_up", 0)
