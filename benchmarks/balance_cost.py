@@ -73,7 +73,7 @@ from torch.utils.checkpoint import checkpoint
 from equipoise import AuxLoss, Balancer, ExpertBias, ZLoss
 from equipoise.autograd.token_layout import TokenLayout
 from equipoise.distributed import Group, Ranks
-from equipoise.functional import balance_loss, gate_probs, route
+from equipoise.functional import balance_loss, gate_probs, top_k_ids
 from equipoise.lab.config.schema import ModelConfig
 from equipoise.lab.models.transformer import LanguageModel
 from equipoise.layers import Router
@@ -556,7 +556,7 @@ def contestants(tokens: int, layers: int, experts: int, top_k: int) -> dict[str,
         load_balancing_loss_func(tuple(logits), experts, top_k).backward()  # type: ignore[union-attr]
 
     def from_logits() -> None:
-        losses = [balance_loss(gate_probs(z), route(z.detach(), top_k).expert_ids_TK) for z in logits]
+        losses = [balance_loss(gate_probs(z), top_k_ids(z.detach(), top_k)) for z in logits]
         torch.stack(losses).sum().backward()
 
     def router_output() -> None:

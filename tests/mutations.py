@@ -260,7 +260,7 @@ MUTATIONS = {
     ),
     "experts choose from the tokens of their rank alone": Mutation(
         "layers/expert_choice.py",
-        "choose_tokens(group.gather_rows(own_TE), capacity)[start : start + len(own_TE)]",
+        "choose_tokens(all_TE, capacity)[start : start + len(own_TE)]",
         "choose_tokens(own_TE, capacity)",
         "unit/layers/test_token_pools.py ranks_share",
     ),

@@ -16,6 +16,7 @@ from ..functional.load_view import seen_load
 from ..functional.losses import load_fractions
 from ..functional.quantile import Selection, choice_offsets, count_offsets, exact_quantile
 from ..functional.routing import count_choices, gate_probs, gate_slope, without_autocast
+from ..functional.top_k import top_k_ids
 from ..functional.updates import RULES
 from .router_state import ShardCounts
 from .spec import SCALARS, LossTerm, StatsSpec
@@ -102,7 +103,7 @@ def measure(
 
 def _unbiased_ids(spec: StatsSpec, logits_TE: Tensor, ids_TK: Tensor) -> Tensor:
     """As many experts as each token has, by its logits alone."""
-    unbiased_TK = logits_TE.topk(ids_TK.shape[1], dim=-1).indices  # K of this call: it may change while one trains
+    unbiased_TK = top_k_ids(logits_TE, ids_TK.shape[1])  # K of this call: it may change while one trains
     if not spec.idle_experts:
         return unbiased_TK
     used_T1 = (ids_TK < spec.num_experts).sum(dim=-1, keepdim=True)

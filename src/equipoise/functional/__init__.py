@@ -28,6 +28,7 @@ from .metrics import (
 )
 from .routing import GATES, PLACES, Routing, gate_probs, gate_scores, route
 from .routing_mask import draw_visible, frequency_class, rare_ids
+from .top_k import top_k_ids
 from .updates import center, center_factors, momentum_step, proportional_step, rms_step, sign_step, violation
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "sign_step",
     "taken_pairs",
     "tokens_per_expert",
+    "top_k_ids",
     "violation",
     "z_loss",
 ]

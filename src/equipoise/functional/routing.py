@@ -15,6 +15,7 @@ from torch import Tensor
 from ..devices import host_readable
 from ..errors import ConfigError, InputError, unknown_name
 from .gates import GATES, gate_log_scores, gate_probs, gate_scores, gate_slope, wide
+from .top_k import top_k_ids
 
 __all__ = [
     "GATES",
@@ -61,7 +62,7 @@ def select_experts(
     """
     if num_groups > 1:
         scores_TE = inside_best_groups(scores_TE, num_groups, top_groups, masked=masked)
-    return scores_TE.topk(top_k, dim=-1).indices
+    return top_k_ids(scores_TE, top_k)
 
 
 def inside_best_groups(scores_TE: Tensor, num_groups: int, top_groups: int, *, masked: bool) -> Tensor:

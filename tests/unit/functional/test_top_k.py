@@ -1,0 +1,78 @@
+"""The best K by a sort of the row: against Python's own sort, ties and NaN among them, and under every transform."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
+
+from equipoise.functional import route, top_k_ids
+from equipoise.functional.top_k import NUMBERS, VECTORS, _by_sort, _sorts
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), experts=st.integers(1, 20), values=st.integers(1, 30), double=st.booleans())
+def test_no_other_expert_is_better(seed, experts, values, double):
+    """Among few distinct values, so that many are equal: the K values are the best, in order, of K unlike experts."""
+    draw = torch.Generator().manual_seed(seed)
+    z_TE = torch.randint(values, (9, experts), generator=draw).to(torch.float64 if double else torch.float32)
+    z_TE[torch.rand(9, experts, generator=draw) < 0.1] = -math.inf
+    top_k = 1 + seed % experts
+    ids_TK = _by_sort(z_TE, top_k)
+    assert ids_TK.dtype == torch.int64 and ids_TK.is_contiguous()
+    for z_E, ids in zip(z_TE.tolist(), ids_TK.tolist(), strict=True):
+        assert len(set(ids)) == top_k
+        assert [z_E[e] for e in ids] == sorted(z_E, reverse=True)[:top_k]
+
+
+def test_unlike_scores_have_one_answer_whichever_way():
+    z_TE = torch.randn(NUMBERS // 16, 16, generator=torch.Generator().manual_seed(0))
+    z_TE[5, 3] = math.nan
+    assert _sorts(z_TE, 4) == VECTORS
+    want_TK = z_TE.topk(4).indices
+    assert want_TK[5, 0] == 3 and torch.equal(top_k_ids(z_TE, 4), want_TK) and torch.equal(_by_sort(z_TE, 4), want_TK)
+    assert torch.equal(_by_sort(z_TE.T.contiguous().T, 4), want_TK)
+    assert torch.equal(torch.vmap(lambda z: _by_sort(z, 4))(z_TE.view(4, -1, 16)), want_TK.view(4, -1, 4))
+
+
+def test_where_a_sort_would_be_slower_it_is_topk():
+    many = torch.randn(NUMBERS // 16, 16)
+    torch.set_num_threads(3)
+    assert not _sorts(many, 4)
+    torch.set_num_threads(1)
+    for scores, top_k in [(many[:-1], 4), (many, 1), (many.bfloat16(), 4), (many.to("meta"), 4), (many.T, 4)]:
+        assert not _sorts(scores, top_k)
+        assert top_k_ids(scores, top_k).shape == (len(scores), top_k)
+
+
+def test_a_router_of_many_tokens_under_compile_checkpoint_and_gradients():
+    z_TE = torch.randn(NUMBERS // 8, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    want_TK = z_TE.detach().topk(2).indices
+    by_hand_TK = z_TE.gather(1, want_TK).softmax(dim=-1)
+    (slope_TE,) = torch.autograd.grad(by_hand_TK[:, 0].sum(), z_TE)
+
+    def first(z):
+        return route(z, 2).weights_TK[:, 0].sum()
+
+    ways = {
+        "eager": first,
+        "checkpoint": lambda z: checkpoint(first, z, use_reentrant=False),
+        "compiled": torch.compile(first, fullgraph=True, backend="aot_eager"),
+    }
+    for name, way in ways.items():
+        (got_TE,) = torch.autograd.grad(way(z_TE), z_TE)
+        torch.testing.assert_close(got_TE, slope_TE, msg=lambda text, name=name: f"{name}: {text}")
+    torch.testing.assert_close(torch.func.grad(first)(z_TE.detach()), slope_TE)
+    torch._dynamo.reset()
