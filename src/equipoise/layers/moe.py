@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..autograd.token_classes import check_class_masks
 from ..autograd.token_layout import TokenLayout
@@ -56,6 +57,9 @@ class MoE(nn.Module):
             document numbers (B, S), and open where there are none: then nothing that depends on it is measured, and
             a policy with a scope inside a micro-batch is refused.
         num_shared: shared experts, as one SwiGLU of width ``num_shared * hidden`` (or ``shared_hidden``).
+        recompute_router: backward computes logits, probabilities and choice again from the layer's input, so that
+            nothing of E numbers a token is kept for it; output, gradients and loads stay what they are. Inside a
+            checkpoint of the whole layer it only costs time.
         router: every keyword of ``Router``: gate, normalize, scale, num_groups, top_groups, selection_bias, top_p.
             Weights are normalised unless ``top_k`` is 1 or there is a ``top_p``: one expert's share of itself teaches a
             router nothing.
@@ -80,10 +84,11 @@ class MoE(nn.Module):
         batch_first: bool | None = None,
         num_shared: int = 0,
         shared_hidden: int | None = None,
+        recompute_router: bool = False,
         **router,
     ) -> None:
         super().__init__()
-        self.batch_first = batch_first
+        self.batch_first, self.recompute_router = batch_first, recompute_router
         self.gate = Router(dim, num_experts, top_k, **router)
         self.experts = Experts(num_experts, dim, hidden)
         if not self.experts.even:
@@ -161,7 +166,10 @@ class MoE(nn.Module):
         if token_ids_BS is not None:
             _check_shape("token_ids_BS", token_ids_BS, num_sequences, length)
             batch = batch._replace(token_ids_T=token_ids_BS.reshape(-1))
-        routing = self.gate(x_TD, batch)
+        if self.recompute_router and torch.is_grad_enabled():
+            routing = checkpoint(self.gate, x_TD, batch, use_reentrant=False)
+        else:
+            routing = self.gate(x_TD, batch)
         y_TD = self.experts(x_TD, routing.expert_ids_TK, routing.weights_TK, drops=self.gate.drops or self.gate.adapts)
         if self.shared_experts is not None:
             y_TD = y_TD + self.shared_experts(x_TD)

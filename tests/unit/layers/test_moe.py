@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from equipoise import InputError, MoE
+from equipoise import AuxLoss, Balancer, ExpertBias, InputError, MoE
 from equipoise.autograd.token_layout import TokenLayout
 from equipoise.functional import route
 from equipoise.layers import SwiGLU
@@ -207,3 +208,34 @@ def test_ids_laid_out_as_the_tokens_are_not_are_refused():
         untold(x_BSD.transpose(0, 1), token_ids_BS=ids_BS)
     with pytest.raises(InputError, match="one entry per token"):
         untold(x_BSD, token_ids_BS=ids_BS[:, :4])
+
+
+@pytest.mark.parametrize("outer", [False, True], ids=["alone", "inside another checkpoint"])
+def test_a_router_that_is_computed_again_keeps_nothing_of_its_experts(outer):
+    """Two steps of a balanced layer: the same bits everywhere, and no saved tensor with E numbers a token."""
+    experts, x = 24, torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0))
+    seen = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        form = {"gate": "sigmoid", "selection_bias": True, "batch_first": True}
+        layer = MoE(8, 16, experts, 2, recompute_router=recompute, **form)
+        optimizer, scopes = torch.optim.SGD(layer.parameters(), 0.1), ("sequence", "global_batch")
+        balancer = Balancer(layer, [*(AuxLoss(scope, 0.1) for scope in scopes), ExpertBias()], optimizer)
+        sizes: list[tuple[int, ...]] = []
+
+        def note(tensor, sizes=sizes):
+            sizes.append(tuple(tensor.shape))
+            return tensor
+
+        for _ in range(2):
+            sizes.clear()
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                y = checkpoint(layer, x, use_reentrant=False) if outer else layer(x)
+                kept = list(sizes)
+                balancer.tap(y.square().mean()).backward()
+            optimizer.step()
+        loads = torch.stack([load.flatten() for load in balancer.load()])
+        seen.append((y, loads, *(p.detach().clone() for p in layer.parameters()), layer.gate.expert_bias.clone()))
+        assert ((18, experts) in kept) == (not recompute and not outer)
+        balancer.remove()
+    assert len(seen[0]) == 6 and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
