@@ -18,6 +18,7 @@ strategies, one expert a token in each, or on average:
   groups-choice    text experts and image experts; experts choose from their group's tokens (MoMa)
   dense            no experts, a layer of the width of one
   mixed:NAME       any balance of `equipoise train --help`: mixed:none, groups:loss-free, groups:global@0.02
+                   (a step is one micro-batch here: micro is what global is)
 
 An expert that chooses its tokens sees tokens to come, which a language model has not. Beside each such router an
 auxiliary one learns what it chooses and takes its place when the model is evaluated. The report has both losses, and

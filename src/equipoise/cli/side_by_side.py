@@ -72,7 +72,14 @@ def run_side_by_side(arguments: argparse.Namespace, flags: FlagSettings, parts: 
             values[setting] = getattr(arguments, setting)
     if arguments.strategy:
         values["strategy"] = arguments.strategy
-    config = parts.read_config(arguments.config, values | parse_set(arguments.set))
+    others = parse_set(arguments.set)
+    if "strategy" in others:  # a comparison would not look at it
+        raise ConfigError(
+            expected="--strategy NAME for one run, or --strategies A,B for a comparison",
+            got=f"--set strategy={others['strategy']}",
+            do=f"--strategy {others['strategy']}",
+        )
+    config = parts.read_config(arguments.config, values | others)
     if arguments.print_config:
         print(to_toml(config))
         return 0

@@ -18,7 +18,9 @@ def above_zero(config: Any, table: str, *may_be_zero: str) -> None:
     """
     for one in fields(config):
         value = getattr(config, one.name)
-        if isinstance(value, int | float) and not (value > 0 or (value == 0 and one.name in may_be_zero)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if not (value > 0 or (value == 0 and one.name in may_be_zero)):
             bound = "of 0 or more" if one.name in may_be_zero else "above 0"
             raise ConfigError(
                 expected=f"{table}{one.name} {bound}",

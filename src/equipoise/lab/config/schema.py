@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import ConfigError, unknown_name
 from .loading import from_dict, load_toml, merge, parse_set, to_toml
 from .masks import check_mask
+from .numbers import above_zero
 from .widths import expert_widths
 
 __all__ = ["QUICK", "CompareConfig", "DataConfig", "ModelConfig", "ParallelConfig", "RunConfig", "StrategyConfig",
@@ -95,7 +96,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         zero = ("kv_heads", "shared_experts", "top_p", "mask_rare", "mask_visible")
-        _check_numbers(self, "model.", may_be_zero=zero)
+        above_zero(self, "model.", *zero)
         _check_experts(self)
         _one_of("gate", self.gate, GATES)
         _one_of("kind of checkpointing", self.checkpointing, CHECKPOINTING)
@@ -163,7 +164,7 @@ class DataConfig:
     max_train_tokens: int | None = None  # per domain; None = all
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "data.")
+        above_zero(self, "data.")
         _one_of("mix", self.mix, MIXES)
         _require(
             self.max_train_tokens is None or self.max_train_tokens > self.sequence_length,
@@ -207,7 +208,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         zero = ("min_lr_ratio", "warmup", "weight_decay", "clip", "eval_every", "eval_sequences", "checkpoint_every",
                 "keep_checkpoints", "load_every", "fidelity_every", "seed", "micro_batches_per_pass")  # fmt: skip
-        _check_numbers(self, "train.", may_be_zero=zero)
+        above_zero(self, "train.", *zero)
         _one_of("precision", self.precision, PRECISIONS)
         for name in self.log:
             _one_of("place to log to", name, LOGGERS)
@@ -264,7 +265,7 @@ class ParallelConfig:
     fsdp: bool = False  # shard every parameter, gradient and moment over the ranks that would replicate it
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "", may_be_zero=("dp",))
+        above_zero(self, "", "dp")
 
     def check(self, size: int, *, several: bool) -> None:
         """Raises ConfigError where ``size`` processes do not fit; ``several``: something has started them together."""
@@ -304,7 +305,7 @@ class CompareConfig:
     strategy: tuple[StrategyConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "", may_be_zero=("workers",))
+        above_zero(self, "", "workers")
         _require(bool(self.strategies), "at least one strategy", "none", "name some, e.g. micro,global")
         twice = sorted({name for name in self.strategies if self.strategies.count(name) > 1})
         _require(not twice, "each strategy once", ", ".join(twice), "name it once; --seeds repeats a run")
@@ -370,18 +371,6 @@ def _check_experts(model: ModelConfig) -> None:
 def _require(holds: bool, expected: str, got: str, do: str) -> None:
     if not holds:
         raise ConfigError(expected=expected, got=got, do=do)
-
-
-def _check_numbers(config: Any, table: str, may_be_zero: tuple[str, ...] = ()) -> None:
-    """No setting of the lab means anything below 0, and few do at 0."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            fine = value >= 0 if f.name in may_be_zero else value > 0
-            bound = "of 0 or more" if f.name in may_be_zero else "above 0"
-            _require(
-                fine, f"{table}{f.name} {bound}", f"{f.name} = {value}", f"the default is {f.default}; leave it out"
-            )
 
 
 def _one_of(kind: str, name: str, known: tuple[str, ...]) -> None:
