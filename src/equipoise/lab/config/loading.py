@@ -6,12 +6,13 @@ A nested setting is named by its dotted path (``train.lr``), in files, in ``--se
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
+
+import tomli_w
 
 from ...errors import ConfigError
 from ...storage.codec import FieldError, MissingField, Rules, UnknownField, decode, encode, toml_value
@@ -46,17 +47,14 @@ def to_toml(config: Any) -> str:
 
     >>> from equipoise.lab.config.schema import DataConfig
     >>> print(to_toml(DataConfig(domains=("python", "english"))))
-    domains = ["python", "english"]
+    domains = [
+        "python",
+        "english",
+    ]
     sequence_length = 256
     mix = "micro_batch"
     """
-    plain = encode(config)
-    tables = {key: value for key, value in plain.items() if isinstance(value, dict)}
-    lines = [f"{key} = {_toml(value)}" for key, value in plain.items() if key not in tables and value is not None]
-    for name, table in tables.items():
-        lines += ["", f"[{name}]"]
-        lines += [f"{key} = {_toml(value)}" for key, value in table.items() if value is not None]
-    return "\n".join(lines).lstrip("\n")
+    return tomli_w.dumps(_told(encode(config))).removesuffix("\n")
 
 
 def load_toml(path: str | Path) -> dict[str, Any]:
@@ -134,17 +132,11 @@ def _unknown_key(error: UnknownField, root: type) -> ConfigError:
     )
 
 
-def _toml(value: Any) -> str:
+def _told(value: Any) -> Any:
+    """Without what is None, which TOML has not."""
     match value:
-        case bool():
-            return "true" if value else "false"
-        case str():
-            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON strings are TOML strings
-        case float():
-            return repr(value)
         case dict():
-            inner = ", ".join(f"{key} = {_toml(part)}" for key, part in value.items() if part is not None)
-            return f"{{ {inner} }}"
+            return {key: _told(part) for key, part in value.items() if part is not None}
         case list():
-            return "[" + ", ".join(_toml(part) for part in value) + "]"
-    return str(value)
+            return [_told(part) for part in value]
+    return value
