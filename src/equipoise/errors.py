@@ -15,7 +15,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["ConfigError", "DataError", "EquipoiseError", "InputError", "OutputError", "StateError", "unknown_name"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "EquipoiseError",
+    "InputError",
+    "OutputError",
+    "StateError",
+    "described",
+    "unknown_name",
+]
 
 
 class EquipoiseError(Exception):
@@ -73,6 +82,17 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
         got=repr(name),
         do=f"did you mean {near[0]!r}?" if near else "choose one of these",
     )
+
+
+def described(value: object) -> str:
+    """What came in place of a tensor that was expected, or which tensor.
+
+    >>> described([1, 2])
+    'list'
+    """
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def _rebuild(cls: type[EquipoiseError], expected: str, got: str, do: str) -> EquipoiseError:

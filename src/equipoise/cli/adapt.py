@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--thresholds",
         metavar="T,T,...",
-        default="",
         help="budgets in nats, ascending (default: ten steps from none to all but one expert)",
     )
     parser.add_argument("--save", type=float, metavar="T", help="the budget to save (default: that of the knee)")
@@ -133,9 +132,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _numbers(arguments: argparse.Namespace, name: str) -> tuple[float, ...]:
     """A list of numbers with commas between; "none" is an empty one."""
-    text: str = getattr(arguments, name)
+    text: str | None = getattr(arguments, name)
     try:
-        return tuple(float(part) for part in text.split(",") if part.strip()) if text != "none" else ()
+        return () if text in (None, "none") else tuple(map(float, text.split(",")))
     except ValueError:
         raise ConfigError(
             expected=f"--{name} with numbers, commas between",

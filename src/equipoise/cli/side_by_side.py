@@ -90,7 +90,7 @@ def run_side_by_side(arguments: argparse.Namespace, flags: FlagSettings, parts: 
         how = {"resume": arguments.go_on, "overwrite": arguments.overwrite, "plain": arguments.plain}
         print(room.train_one(config, folder, **how))
         return 0
-    asked = arguments.strategies.split(",") if arguments.strategies else parts.default
+    asked = parts.default if arguments.strategies is None else arguments.strategies.split(",")
     names = [name.strip() for name in asked]
     if arguments.baseline is not None and arguments.baseline not in names:
         raise unknown_name("strategy that is compared, for --baseline", arguments.baseline, names)

@@ -34,10 +34,10 @@ def check_threshold(threshold: float, top_k: int) -> None:
 
     >>> check_threshold(0.3, top_k=2)
     """
-    if not threshold >= 0:
+    if not isinstance(threshold, int | float) or not threshold >= 0:
         raise ConfigError(
             expected="a threshold of 0 or more: the weight that a token may lose",
-            got=f"{threshold}",
+            got=f"{threshold!r}",
             do="0.3 drops the second of two normalised weights where it is below 0.3; None takes a threshold away",
         )
     if top_k < 2:

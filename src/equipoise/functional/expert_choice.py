@@ -36,10 +36,10 @@ def check_capacity(num_experts: int, capacity: float) -> None:
       got: capacity=5.0, num_experts=4
       do:  1 lets a token use one expert on average, num_experts all of them
     """
-    if num_experts < 1 or not 0 < capacity <= num_experts:
+    if not isinstance(capacity, int | float) or num_experts < 1 or not 0 < capacity <= num_experts:
         raise ConfigError(
             expected="0 < capacity <= num_experts",
-            got=f"capacity={capacity}, num_experts={num_experts}",
+            got=f"capacity={capacity!r}, num_experts={num_experts}",
             do="1 lets a token use one expert on average, num_experts all of them",
         )
 

@@ -239,10 +239,10 @@ def check_routing(
     """Raises ConfigError for a router that cannot route: called once when it is built and by ``route``."""
     if gate not in GATES:
         raise unknown_name("gate", gate, GATES)
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and (type(top_p) not in (int, float) or not 0 < top_p <= 1):
         raise ConfigError(
             expected="top_p above 0 and at most 1: how much probability a token's experts have together",
-            got=f"top_p={top_p}",
+            got=f"top_p={top_p!r}",
             do="papers use 0.4 to 0.6; leave it out for K experts for every token",
         )
     if not 1 <= top_k <= num_experts:

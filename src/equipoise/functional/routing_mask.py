@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..devices import host_readable
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError, InputError, described
 
 __all__ = ["check_visible", "draw_visible", "drop_hidden", "frequency_class", "hide", "rare_ids", "sees_too_few"]
 
@@ -33,10 +33,10 @@ def rare_ids(counts_V: Tensor, share: float) -> Tensor:
     >>> rare_ids(torch.tensor([50, 1, 30, 19, 0]), 0.2)
     tensor([False,  True, False,  True,  True])
     """
-    if not 0.0 <= share <= 1.0:
+    if not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
         raise ConfigError(
             expected="a share of the tokens, 0 to 1, for rare ids",
-            got=f"{share}",
+            got=f"{share!r}",
             do="0.2 makes the ids rare that the last 20 % of the tokens are of",
         )
     return _middle(counts_V) > 1.0 - share
@@ -53,8 +53,8 @@ def frequency_class(counts_V: Tensor, classes: int = 10) -> Tensor:
     >>> frequency_class(torch.tensor([50, 1, 30, 19, 0]), 5)
     tensor([1, 4, 3, 4, 4])
     """
-    if classes < 1:
-        raise ConfigError(expected="1 class or more", got=f"classes={classes}", do="10 are tenths of the text")
+    if type(classes) is not int or classes < 1:
+        raise ConfigError(expected="1 class or more, whole", got=f"classes={classes}", do="10 are tenths of the text")
     return (_middle(counts_V) * classes).long().clamp(max=classes - 1)
 
 
@@ -92,16 +92,16 @@ def draw_visible(rare_V: Tensor, num_experts: int, *, num_visible: int | None = 
     tensor([3, 1, 1])
     """
     num_visible = num_experts if num_visible is None else num_visible
-    if not isinstance(num_visible, int) or not 1 <= num_visible <= num_experts:
+    if type(num_visible) is not int or not 1 <= num_visible <= num_experts:
         raise ConfigError(
             expected=f"1 to {num_experts} visible experts, a whole number and as many as there are at most",
             got=f"num_visible={num_visible}",
             do="lower num_visible, or leave it out: then frequent ids see all experts",
         )
-    if rare_V.dim() != 1 or rare_V.dtype != torch.bool:
+    if not isinstance(rare_V, Tensor) or rare_V.dim() != 1 or rare_V.dtype != torch.bool:
         raise InputError(
-            expected="rare_V, a bool for each id of the vocabulary",
-            got=f"{rare_V.dtype} of shape {tuple(rare_V.shape)}",
+            expected="rare_V, a tensor of a bool for each id of the vocabulary",
+            got=described(rare_V),
             do="pass rare_ids(counts_V, 0.2)",
         )
     draw = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
@@ -156,10 +156,11 @@ def hide(logits_TE: Tensor, visible_VE: Tensor, token_ids_T: Tensor) -> Tensor:
     >>> hide(torch.tensor([[1.0, 2.0]]), torch.tensor([[True, True], [True, False]]), torch.tensor([1]))
     tensor([[1., -inf]])
     """
-    if token_ids_T.shape != logits_TE.shape[:1] or token_ids_T.is_floating_point() or token_ids_T.dtype == torch.bool:
+    integers = isinstance(token_ids_T, Tensor) and not token_ids_T.is_floating_point()
+    if not integers or token_ids_T.dtype == torch.bool or token_ids_T.shape != logits_TE.shape[:1]:
         raise InputError(
             expected=f"the ids of the tokens that are routed, integers ({len(logits_TE)},)",
-            got=f"{token_ids_T.dtype} of shape {tuple(token_ids_T.shape)}",
+            got=described(token_ids_T),
             do="pass the ids of the very tokens whose logits these are",
         )
     if token_ids_T.numel() and host_readable(token_ids_T.device) and not torch.compiler.is_compiling():

@@ -34,7 +34,7 @@ def _sorts(scores: Tensor, top_k: int) -> bool:
         VECTORS
         and scores.device.type == "cpu"
         and scores.dtype in (torch.float32, torch.float64)
-        and top_k > 1
+        and 1 < top_k <= scores.shape[-1]
         and scores.shape[-1] in EXPERTS
         and scores.numel() >= NUMBERS
         and not torch.compiler.is_compiling()

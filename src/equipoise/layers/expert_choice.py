@@ -239,9 +239,9 @@ class ExpertChoiceMoE(nn.Module):
         gate: str = "softmax",
     ) -> None:
         super().__init__()
-        if num_shared < 0 or (num_shared and not isinstance(hidden, int)):
+        if type(num_shared) is not int or num_shared < 0 or (num_shared and not isinstance(hidden, int)):
             raise ConfigError(
-                expected="num_shared of 0 or more, and one width for all experts, of which it is a multiple",
+                expected="num_shared of 0 or more, whole, and one width for all experts, of which it is a multiple",
                 got=f"num_shared={num_shared}, hidden={hidden}",
                 do="leave num_shared out for a layer without shared experts",
             )

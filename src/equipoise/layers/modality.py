@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError, InputError, described
 from ..functional.routing import count_choices
 from .expert_choice import ExpertChoiceRouter
 
@@ -39,13 +39,19 @@ class ModalityMoE(nn.Module):
 
     def __init__(self, groups: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        if not groups:
+        if not groups or not isinstance(groups, Mapping):
             raise ConfigError(
-                expected="a layer for each class of tokens",
-                got="no group",
+                expected="a name and a layer for each class of tokens",
+                got=f"{type(groups).__name__}" if groups else "no group",
                 do='for example ModalityMoE({"text": MoE(...), "image": MoE(...)})',
             )
         for name, group in groups.items():
+            if not isinstance(name, str) or not name or "." in name:
+                raise ConfigError(
+                    expected="names of groups without dots, which are part of those of their parameters",
+                    got=repr(name),
+                    do="for example 'text' and 'image'",
+                )
             if not isinstance(group, nn.Module):
                 raise ConfigError(
                     expected=f"a layer (T, D) -> (T, D) for group {name!r}",
@@ -95,16 +101,17 @@ class ModalityMoE(nn.Module):
                 got=str(tuple(x_BSD.shape)),
                 do="merge what lies between: x.flatten(1, -2) of (B, H, W, D) is (B, S, D)",
             )
-        if class_ids_BS.shape != shape or class_ids_BS.is_floating_point() or class_ids_BS.dtype == torch.bool:
+        integers = isinstance(class_ids_BS, Tensor) and not class_ids_BS.is_floating_point()
+        if not integers or class_ids_BS.dtype == torch.bool or class_ids_BS.shape != shape:
             raise InputError(
                 expected=f"class_ids_BS, an integer for each token: {shape}",
-                got=f"{class_ids_BS.dtype} of shape {tuple(class_ids_BS.shape)}",
+                got=described(class_ids_BS),
                 do="number the classes by their place in groups: (tokens >= first_image_token).long()",
             )
-        if token_mask_BS is not None and (token_mask_BS.shape != shape or token_mask_BS.dtype != torch.bool):
+        if token_mask_BS is not None and described(token_mask_BS) != f"torch.bool of shape {shape}":
             raise InputError(
                 expected=f"token_mask_BS, a bool for each token: {shape}",
-                got=f"{token_mask_BS.dtype} of shape {tuple(token_mask_BS.shape)}",
+                got=described(token_mask_BS),
                 do="pass the mask of the same tokens",
             )
         # places: 0 is an id below the range, 1 .. G the groups, then an id above it, then padding

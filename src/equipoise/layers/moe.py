@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..autograd.token_classes import check_class_masks
 from ..autograd.token_layout import TokenLayout
 from ..devices import host_readable
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError, InputError, described
 from .experts import Experts
 from .router import Router
 
@@ -100,9 +100,9 @@ class MoE(nn.Module):
                     do="pass shared_hidden, the width of all shared experts together",
                 )
         shared = shared_hidden if shared_hidden is not None else num_shared * self.experts.widths[0]
-        if shared < 0:
+        if type(shared) is not int or shared < 0:
             raise ConfigError(
-                expected="num_shared and shared_hidden of 0 or more",
+                expected="num_shared and shared_hidden of 0 or more, whole numbers",
                 got=f"num_shared={num_shared}, shared_hidden={shared_hidden}",
                 do="leave them out for a layer without shared experts",
             )
@@ -204,11 +204,12 @@ def _batch(
 
 
 def _check_shape(name: str, tensor: Tensor, num_sequences: int, length: int) -> None:
-    if tensor.shape not in ((num_sequences, length), (num_sequences * length,)):
-        swapped = num_sequences != length and tensor.shape == (length, num_sequences)
+    shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+    if shape not in ((num_sequences, length), (num_sequences * length,)):
+        swapped = num_sequences != length and shape == (length, num_sequences)
         raise InputError(
             expected=f"{name} of shape ({num_sequences}, {length})",
-            got=str(tuple(tensor.shape)),
+            got=described(tensor),
             do="say batch_first=False to a layer whose inputs are (S, B, D); what is said of tokens is (B, S) always"
             if swapped
             else "pass one entry per token",

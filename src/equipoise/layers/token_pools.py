@@ -34,7 +34,7 @@ class TokenPools:
         decay: of the thresholds.
 
     Raises:
-        ConfigError: no such layer, or a decay outside [0, 1).
+        ConfigError: no such layer, an optimizer of another model, or a decay outside [0, 1).
         StateError: layers that have a TokenPools already; a step without ``loss()``.
 
     >>> from equipoise import ExpertChoiceMoE
@@ -58,6 +58,13 @@ class TokenPools:
                 expected="a model with layers whose experts choose",
                 got=f"{type(model).__name__} without any",
                 do="build its feed-forward layers from equipoise.ExpertChoiceMoE",
+            )
+        trained = {id(one) for group in getattr(optimizer, "param_groups", []) for one in group["params"]}
+        if not any(id(parameter) in trained for parameter in model.parameters()):
+            raise ConfigError(
+                expected="the optimizer that trains this model, whose steps move the thresholds",
+                got=f"{type(optimizer).__name__} without any of its parameters",
+                do="make it of model.parameters(), after the model is wrapped",
             )
         if not 0 <= decay < 1:
             raise ConfigError(expected="a decay in [0, 1)", got=f"decay={decay}", do="0.95 is that of the paper")

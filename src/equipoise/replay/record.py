@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, described
 from ..functional.specialization import churn
 
 __all__ = ["RoutingRecord"]
@@ -167,7 +167,7 @@ def _shown(shapes: list[tuple[int, ...]] | None) -> str:
 
 def _why_no_ids(ids_TK: Tensor) -> str:
     if ids_TK.dim() != 2 or ids_TK.is_floating_point() or ids_TK.is_complex() or ids_TK.dtype == torch.bool:
-        return f"{ids_TK.dtype} of shape {tuple(ids_TK.shape)}"
+        return described(ids_TK)
     unknown_T1 = (ids_TK == -1).all(dim=1, keepdim=True)
     sorted_TK = ids_TK.sort(dim=1).values
     twice_TK = sorted_TK.diff(dim=1) == 0

@@ -9,8 +9,18 @@ import torch
 import torch.nn.functional as F
 
 from equipoise import ConfigError, InputError, StateError
-from equipoise.adaptive import Profile, budget_for, evaluate, knee, measure_sensitivity, sweep, thresholds_of
+from equipoise.adaptive import (
+    Profile,
+    budget_for,
+    evaluate,
+    knee,
+    measure_sensitivity,
+    sensitivity,
+    sweep,
+    thresholds_of,
+)
 from equipoise.adaptive.sweep import ALL, random_layers
+from equipoise.functional import loss_per_squared_weight
 from unit.adaptive._models import adaptable, language_model, markov_text
 
 
@@ -110,11 +120,23 @@ def test_layers_at_random():
     assert len({tuple(one.values()) for one in drawn}) > 5 and drawn[3] == random_layers(names, 0.5, 3)
 
 
-def test_choices_that_tokens_never_made_are_not_dropped():
+def test_choices_that_tokens_never_made_are_not_dropped(monkeypatch):
     """With top-p a token uses fewer than K experts already: the curve begins at 0, and S is of what can be dropped."""
     lm = language_model(layers=2, top_k=4, top_p=0.5, normalize_weights=False)
     model, text = adaptable(lm), markov_text(8, 17, seed=4)
+    costs: list[torch.Tensor] = []
+
+    def kept(*arguments, **keywords):
+        costs.append(loss_per_squared_weight(*arguments, **keywords))
+        return costs[-1]
+
+    monkeypatch.setattr(sensitivity, "loss_per_squared_weight", kept)
     profile = measure_sensitivity(model, [text])
+    assert len(costs) == len(profile.lost) == 2
+    for (name, lost_TJ), cost_TJ in zip(profile.lost.items(), costs, strict=True):
+        pairs = zip(cost_TJ.flatten().tolist(), lost_TJ.flatten().tolist(), strict=True)
+        able = [cost for cost, lost in pairs if lost > 0]
+        assert len(able) < cost_TJ.numel() and profile.sensitivity[name] == pytest.approx(sum(able) / len(able))
     routings: list = []
     handles = [one.module.register_forward_hook(lambda *a: routings.append(a[-1])) for one in model.routers.values()]
     lm(text[:, :-1])

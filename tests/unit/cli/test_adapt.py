@@ -112,6 +112,7 @@ def test_a_run_and_its_export(tiny, here, capsys):
         ("qwen3_moe", {"num_experts_per_tok": 1}, [], 2, "one expert a token"),
         ("qwen3_moe", {}, ["--thresholds", "0.1,0.01"], 2, "each above the one before"),
         ("qwen3_moe", {}, ["--thresholds", "low"], 2, "numbers"),
+        ("qwen3_moe", {}, ["--thresholds", ""], 2, "numbers"),
         ("qwen3_moe", {}, ["--memory", "25,150"], 2, "percent"),
         ("qwen3_moe", {}, ["--tokens", "30"], 4, "two windows"),
         ("longcat_flash", {}, [], 2, "by itself"),

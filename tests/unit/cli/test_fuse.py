@@ -54,6 +54,7 @@ def test_strategies_are_trained_reported_and_not_trained_again(tiny, tmp_path, c
     [
         (["--strategies", "group"], 2, "did you mean 'groups'"),
         (["--strategy", "groups", "--seeds", "2"], 2, "--seeds with --strategy"),
+        (["--strategies", ""], 2, "got: ''"),
         (["--set", "strategy=mixed"], 2, "do:  --strategy mixed"),
         (["--set", "model.image_experts=4"], 2, "both groups have experts"),
         (["--set", "model.experts=200", "--strategies", "mixed-choice"], 2, "a pool of 200 tokens or more"),

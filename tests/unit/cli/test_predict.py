@@ -40,6 +40,21 @@ def test_the_command_that_checks_it_is_one(text, capsys):
         assert line in config
 
 
+def test_the_mix_is_that_of_the_check_and_changes_the_answer(text, capsys):
+    """Micro-batches of one domain each have a wider gap to the batch than mixed ones."""
+    found = {}
+    for mix in ("sequence", "micro_batch"):
+        arguments = ["--data", str(text), "--micro-batch", "4", "--ranks", "8", "--mix", mix, *SHORT]
+        found[mix] = json.loads(out(capsys, *arguments, "--json"))
+        assert main([*shlex.split(found[mix]["check"])[1:], "--print-config"]) == 0
+        assert f'mix = "{mix}"' in capsys.readouterr().out
+    assert found["micro_batch"]["gain"]["nats"] > found["sequence"]["gain"]["nats"]
+
+
+def test_text_that_was_read_in_part_is_said(text, capsys):
+    assert "WARNING in part:" in out(capsys, "--data", str(text), "--max-bytes", "3000", *SHORT)
+
+
 def test_json_has_the_numbers(text, capsys):
     found = json.loads(out(capsys, "--data", str(text), "--ranks", "64", "--json", *SHORT))
     gain = found["gain"]

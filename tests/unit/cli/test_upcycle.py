@@ -46,6 +46,7 @@ def test_killed_and_gone_on_with(dense, text, here, start, capsys):
     deadline = time.monotonic() + 120
     while not (here / "moe" / "model-00002-of-00004.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert (here / "moe" / "model-00002-of-00004.safetensors").exists() and killed.poll() is None, "not in the middle"
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert (here / "moe" / "upcycling.json").exists() and not (here / "moe" / "config.json").exists()

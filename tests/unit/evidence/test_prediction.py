@@ -80,6 +80,16 @@ def test_the_interval_grows_with_the_error_of_c_and_of_the_gap():
     assert LAW.gain(1.0, level=0.8).half < LAW.gain(1.0).half
 
 
+def test_the_interval_adds_what_each_error_moves_the_gain_by():
+    """That of c by the fall of the gap, that of the gaps, which err alike and so in part cancel, by c."""
+    rough = WIDE._replace(within_error=5e-3)
+    (gap, error), (micro, micro_error) = (rough.gap(n, per_micro_batch=1, mixed=True) for n in (64, 1))
+    parts = LAW.unseen, LAW.error * (micro - gap), LAW.c * (micro_error - error)
+    found = predict(rough, Step(micro_batch=1, ranks=64)).gain
+    assert found.half == pytest.approx(2.228 * math.hypot(*parts), rel=1e-3)
+    assert found.value == pytest.approx(LAW.c * (micro - gap))
+
+
 def test_words_for_a_gain():
     assert [Gain(*one).says for one in ((2, 1), (-2, 1), (1, 2), (0, 0))] == ["gain", "loss", "cannot tell", "same"]
 

@@ -104,7 +104,13 @@ def test_records_and_evaluations_keep_what_the_router_chose():
     with record_routing(layer) as plain:
         layer(x)
     balancer = Balancer(layer, [AuxLoss("global_batch", coef=0.1)])
-    layer.gate.drop_below(0.3)
+    found = []
+    for limit in (None, 0.3):
+        layer.gate.drop_below(limit)
+        with balancer.evaluation() as numbers, torch.no_grad():
+            layer(x)
+        found.append(dict(numbers))
+    assert int(layer.gate(x[0]).counts_E.sum()) < 60 and found[0] and found[0] == found[1]
     with record_routing(layer) as record:
         layer(x)
     assert torch.equal(record.ids["gate"][0], plain.ids["gate"][0])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from equipoise import ConfigError, ExpertChoiceMoE, InputError, StateError, TokenPools
+from equipoise import ConfigError, EquipoiseError, ExpertChoiceMoE, InputError, MoE, StateError, TokenPools
 from unit.functional.test_expert_choice import naive_choice
 
 SIZES = {"dim": 6, "hidden": 5, "num_experts": 3}
@@ -49,7 +49,6 @@ def test_it_is_the_loop_and_so_are_its_gradients(scope, samples, capacity):
     weights = torch.randn_like(out)
     got, naively = (torch.autograd.grad((weights * one).sum(), trained) for one in (out, wanted))
     torch.testing.assert_close(got, naively, rtol=1e-11, atol=1e-12)
-    assert layer.gate.predictor is None or all(p.grad is None for p in layer.gate.predictor.parameters())
 
 
 @pytest.mark.parametrize("scope", ["sample", 2, "micro_batch", "global_batch"])
@@ -202,3 +201,21 @@ def test_autocast_chooses_in_fp32():
         assert layer(x_BSD).isfinite().all()
     assert choice.weights_P.dtype == torch.float32
     assert torch.equal(choice.token_ids_P, layer.gate(x_BSD).token_ids_P)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: ExpertChoiceMoE(8, 8, 4, num_shared=1.5), "num_shared=1.5"),
+        (lambda: ExpertChoiceMoE(8, 8, 4, capacity="1"), "capacity='1'"),
+        (lambda: MoE(8, 8, 4, 2, num_shared=1.5), "num_shared=1.5"),
+        (lambda: MoE(8, 8, 4, 2, top_p="0.5"), "top_p='0.5'"),
+        (lambda: MoE(8, 8, 4, 2, top_p=True), "top_p=True"),
+        (lambda: MoE(8, 8, 4, 2).gate.drop_below("x"), "'x'"),
+        (lambda: MoE(8, 8, 4, 2)(torch.ones(2, 3, 8), token_ids_BS=[[1, 2, 3]] * 2), "got: list"),
+    ],
+)
+def test_numbers_that_are_none_are_refused_in_three_parts(make, said):
+    with pytest.raises(EquipoiseError) as caught:
+        make()
+    assert said in str(caught.value) and caught.value.do

@@ -129,6 +129,8 @@ def test_padding_is_of_no_group():
         (IDS - 1, None, "6 of 12 tokens with another one"),
         (IDS[:1], None, r"an integer for each token: \(2, 6\)"),
         (IDS == 1, None, "torch.bool of shape"),
+        (None, None, "got: NoneType"),
+        (IDS.tolist(), None, "got: list"),
         (IDS, torch.ones(2, 6), "a bool for each token"),
         (IDS.where(torch.arange(6) < 2, 0), None, "for the group 'image': a pool of 4 tokens or more"),
     ],
@@ -144,6 +146,9 @@ def test_groups_that_cannot_be_are_refused():
         ModalityMoE({})
     with pytest.raises(ConfigError, match="for group 'image'\n  got: None"):
         ModalityMoE({"text": SwiGLU(4, 4), "image": None})  # type: ignore[dict-item]
+    for groups, got in (({"a.b": SwiGLU(4, 4)}, "'a.b'"), ([SwiGLU(4, 4)], "list"), ({0: SwiGLU(4, 4)}, "0")):
+        with pytest.raises(ConfigError, match=f"got: {got}"):
+            ModalityMoE(groups)  # type: ignore[arg-type]
     for scope, got in (("sample", "'sample'"), (3, "3 samples")):
         with pytest.raises(ConfigError, match=f"got: {got}"):
             ModalityMoE({"text": ExpertChoiceMoE(4, 4, 2, scope=scope)})

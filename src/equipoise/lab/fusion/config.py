@@ -61,9 +61,9 @@ class FusionDataConfig:
 
     def __post_init__(self) -> None:
         above_zero(self, "data.", "size")
-        if self.held_out >= 1 or self.levels < 2:
+        if self.held_out >= 1 or not 2 <= self.levels <= 256:
             raise ConfigError(
-                expected="data.held_out below 1, and data.levels of 2 or more",
+                expected="data.held_out below 1, and data.levels of 2 to 256, the greys of a pixel",
                 got=f"held_out = {self.held_out}, levels = {self.levels}",
                 do="0.15 and 17 are usual",
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class Request:
         if self.method not in METHODS:
             raise unknown_name("method", self.method, METHODS)
         for name, value, fine in (
-            ("noise of 0 or more", self.noise, self.noise is None or self.noise >= 0),
+            ("noise of 0 or more", self.noise, self.noise is None or 0 <= self.noise < math.inf),
             ("length of 2 or more", self.length, self.length is None or self.length >= 2),
             ("eval-sequences of 0 or more", self.eval_sequences, self.eval_sequences >= 0),
             ("share above 0 and at most 1", self.share, 0 < self.share <= 1),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 
 from equipoise.errors import ConfigError
 from equipoise.evidence.experiment import trial_of
-from equipoise.evidence.experiments.upcycle import EXPERIMENT, MEASURES, Settings, dense_model, run
+from equipoise.evidence.experiments.upcycle import EXPERIMENT, MEASURES, Settings, _numbers, dense_model, run
+from equipoise.lab.upcycling import Upcycled
 from equipoise.lab.upcycling.held_out import held_out_loss
+from equipoise.lab.upcycling.result import LayerResult
 from unit.lab.conftest import _one_thread, _own_cache, corpus_file  # noqa: F401
 
 TINY = Settings(
@@ -40,6 +43,24 @@ def test_all_cases_of_a_seed_begin_with_one_dense_model_and_read_as_much(tiny, t
         "distill micro", tiny, 3, tmp_path / "distill micro"
     )  # stopped after its training: nothing is done twice
     assert again == found["distill micro"]
+
+
+def test_each_number_is_read_from_its_place():
+    layers = [
+        LayerResult(layer=n, moe=True, seconds=9.0, error_before=0.9, error=0.1 + 0.2 * n, maxvio=0.3 + n,
+                    topk_score=0.5 + n, information=0.05 + n, shares=[0.75, 1.0], top_k=2)
+        for n in (0, 1)
+    ]  # fmt: skip
+    made = Upcycled(
+        method="distill", architecture="", experts=8, top_k=2, granularity=4, noise=0.0, strategy="global",
+        dense_parameters=1_000, parameters=2_500, active_parameters=750, dense_loss={"a": 1.0, "b": 2.0},
+        loss={"a": 3.0, "b": 5.0}, tokens=0, seconds=0.0, layers=layers, notes=[],
+    )  # fmt: skip
+    end = SimpleNamespace(maxvio_global=[0.25, 0.75], mutual_information=[0.125, 0.375])
+    assert _numbers(made, end) == pytest.approx({
+        "loss_start": 4.0, "dense_loss": 1.5, "active": 0.75, "error": 0.2, "distilled_maxvio": 0.8,
+        "distilled_topk_score": 1.0, "distilled_information": 0.55, "maxvio": 0.5, "information": 0.25,
+    })  # fmt: skip
 
 
 def test_the_dense_model_is_trained_and_kept(tiny):

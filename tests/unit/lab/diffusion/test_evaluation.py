@@ -37,6 +37,8 @@ def test_it_is_the_loop_over_images_and_levels(config, images, strategy):
     model.eval()
     losses: list[list[float]] = [[] for _ in range(levels)]
     counts = torch.zeros(levels, 2, experts, dtype=torch.int64)
+    per_image: list[list[list[int]]] = []  # [image and turn][layer][expert]
+    scores: list[list[list[float]]] = [[] for _ in range(levels)]
     seen: list = []
     for layer in (1, 3):
         module = model.blocks[layer].feed_forward
@@ -51,7 +53,12 @@ def test_it_is_the_loop_over_images_and_levels(config, images, strategy):
             with torch.no_grad():
                 loss = flow_loss(model, image[None], images.held_out_labels[i : i + 1], noise[i : i + 1], t_B)
             losses[level].append(loss.item())
+            per_image.append([])
+            scores[level].append([])
             for layer, out in enumerate(seen):
+                if strategy != "dense":
+                    weights = out.weights_TK if strategy == "global" else out.weights_P
+                    scores[level][-1].append(float(weights.sum()) / 16)
                 ids = (
                     [0] * 16
                     if strategy == "dense"
@@ -59,10 +66,20 @@ def test_it_is_the_loop_over_images_and_levels(config, images, strategy):
                 )
                 for e in ids:
                     counts[level, layer, e] += 1
+                per_image[-1].append([ids.count(e) for e in range(experts)])
     assert list(found.loss) == level_names(levels) == ["0.1667", "0.5", "0.8333"]
     assert list(found.loss.values()) == pytest.approx([sum(one) / len(one) for one in losses], rel=1e-5)
     assert found.counts == counts.tolist()
     assert found.tokens == dict.fromkeys(found.loss, 2 * 10 * 16)
+    of_image = torch.tensor(per_image).double()
+    ratio_NL = of_image.amax(dim=2) / of_image.mean(dim=2).clamp(min=1e-9) - 1
+    ratio_NL = torch.where(of_image.sum(dim=2) > 0, ratio_NL, 0.0)
+    assert found.maxvio_sequence == pytest.approx(ratio_NL.mean(dim=0).tolist())
+    assert found.dead_experts == (counts.sum(dim=0) == 0).sum(dim=1).tolist()
+    if strategy != "dense":
+        want = [[sum(column) / len(column) for column in zip(*rows, strict=True)] for rows in scores]
+        for got_L, want_L in zip(found.topk_score, want, strict=True):
+            assert got_L == pytest.approx(want_L, rel=1e-4)
     if strategy == "sample":  # equal loads in every image: nothing is known of the level
         assert found.maxvio_sequence == [0.0, 0.0] and found.mutual_information == pytest.approx([0, 0], abs=1e-12)
     if strategy in ("batch", "global"):

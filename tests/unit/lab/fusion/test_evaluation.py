@@ -45,11 +45,18 @@ def test_loads_are_counted_by_the_modality_that_is_read(config, fused, name):
     counts = torch.tensor(found.counts)
     read = fused.vocabulary.classes(fused.held(8)[:, :-1])
     assert counts.sum(dim=2).tolist() == [[int((read == at).sum())] * 2 for at in (0, 1)]
+    total = counts.sum(dim=0).double()
+    assert found.maxvio_global == pytest.approx((total.max(dim=1).values / total.mean(dim=1) - 1).tolist())
+    joint = counts.double() / counts.sum(dim=2, keepdim=True) / 2  # modalities have the same weight
+    apart = joint.sum(dim=0, keepdim=True) * joint.sum(dim=2, keepdim=True)
+    nats_L = torch.where(joint > 0, joint * (joint / apart).log(), 0.0).sum(dim=(0, 2))
+    assert found.mutual_information == pytest.approx(nats_L.tolist(), rel=1e-6)
+    assert [found.choices[f"experts {one}"] for one in ("text", "image")] == [1.0, 1.0]
+    assert found.dead_experts == (total == 0).sum(dim=1).tolist()
     if name == "groups":
         assert not counts[0, :, 2:].any() and not counts[1, :, :2].any()
         return
     first = model.blocks[0]
-    x = model.embed(fused.held(8)[:, :-1])
     seen = []
     hook = first.feed_forward.gate.register_forward_hook(lambda _, args, __: seen.append(args[0]))
     with torch.no_grad():
@@ -58,7 +65,9 @@ def test_loads_are_counted_by_the_modality_that_is_read(config, fused, name):
     best = F.linear(seen[0], first.feed_forward.gate.weight).argmax(dim=1).view_as(read)
     for at in (0, 1):
         assert best[read == at].bincount(minlength=4).tolist() == counts[at, 0].tolist()
-    assert len(x) == 8
+    scores_T = F.linear(seen[0], first.feed_forward.gate.weight).softmax(dim=1).amax(dim=1).detach().view_as(read)
+    for at in (0, 1):
+        assert found.topk_score[at][0] == pytest.approx(float(scores_T[read == at].mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mixed-choice", "groups-choice"])
@@ -88,12 +97,14 @@ def test_numbers_of_an_evaluation():
         step=1, loss={"text": 3.0, "image": 1.0}, bits_per_byte={}, tokens={"text": 8, "image": 8},
         counts=[[[6, 2, 0, 0]], [[0, 0, 4, 4]]], topk_score=[], maxvio_sequence=[], maxvio_micro_batch=[],
         maxvio_global=[0.5], dead_experts=[0], mutual_information=[0.6], mutual_information_shuffled=[],
-        choices={"loss text": 2.5, "accuracy text": 0.8, "experts text": 1.1},
+        choices={"loss text": 2.5, "accuracy text": 0.8, "precision text": 0.7, "recall text": 0.6, "experts text": 1.1,
+                 "experts text chosen": 9.0},
     )  # fmt: skip
     got = numbers_of(found, (range(2), range(2, 4)))
     assert got.keys() == MEASURES.keys()
     known = {"loss text": 3.0, "chosen loss text": 2.5, "gap text": 0.5, "accuracy text": 0.8, "experts text": 1.1,
-             "maxvio text": 0.5, "maxvio image": 0.0, "information": 0.6, "loss image": 1.0}  # fmt: skip
+             "precision text": 0.7, "recall text": 0.6, "maxvio text": 0.5,
+             "maxvio image": 0.0, "information": 0.6, "loss image": 1.0}  # fmt: skip
     assert {name: got[name] for name in known} == pytest.approx(known)
     mixed = numbers_of(replace(found, choices={}), (range(4), range(4)))
     assert (mixed["maxvio text"], mixed["maxvio image"]) == (2.0, 1.0) and mixed["gap text"] != mixed["gap text"]

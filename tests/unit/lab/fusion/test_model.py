@@ -89,7 +89,8 @@ def test_losses_of_classes_push_together_as_one_of_all_tokens_does():
         ({"model.image_experts": 8}, "both groups have experts"),
         ({"model.capacity": 5.0}, "0 < capacity <= num_experts"),
         ({"model.heads": 5}, "an even model.width"),
-        ({"data.levels": 1}, "data.levels of 2 or more"),
+        ({"data.levels": 1}, "data.levels of 2 to 256"),
+        ({"data.levels": 257}, "data.levels of 2 to 256"),
         ({"train.steps": 0}, "train.steps above 0"),
     ],
 )

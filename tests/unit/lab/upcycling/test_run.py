@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -225,6 +226,7 @@ def test_without_a_tokenizer_or_silu(corpus_file, tmp_path):
         (lambda: shape_of("copi"), "did you mean 'copy'"),
         (lambda: shape_of("copy", granularity=2), "take --method split"),
         (lambda: Request(dense=None, noise=-1.0), "--noise of 0 or more"),
+        (lambda: Request(dense=None, noise=math.inf), "--noise of 0 or more"),
         (lambda: Request(dense=None, share=0.0), "--share above 0"),
         (lambda: Request(dense=None, eval_sequences=-1), "--eval-sequences of 0 or more"),
         (lambda: Request(dense=None, method="distill", shape=Shape(4, 1, 2)), "teaches a router nothing"),

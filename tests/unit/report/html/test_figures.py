@@ -101,6 +101,7 @@ def test_checkpoints_are_lines_over_steps_with_chance_beside_them():
     view = over_checkpoints([("MaxVio", [("a<b>", 3, curve, floor, "uniform routing")]), ("none", [])])["views"][0]
     band, line, chance = view["data"]
     assert (line["name"], line["x"], line["line"]["color"], line["s"]) == ("a&lt;b&gt;", [20, 300], "@s3", None)
+    assert (band["x"], band["y"]) == ([20, 300, 300, 20], [1.5, 2.5, 1.5, 0.5])
     assert band["fillcolor"] == "@s3/0.16" and chance["name"] == "uniform routing"
     assert view["note"] == OF_LAYERS
     assert over_checkpoints([("x", [("a", 0, None, None, "")])]) is None
