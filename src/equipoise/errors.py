@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "ConfigError",
@@ -84,7 +85,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
     )
 
 
-def described(value: object) -> str:
+def described(value: Any) -> str:
     """What came in place of a tensor that was expected, or which tensor.
 
     >>> described([1, 2])
