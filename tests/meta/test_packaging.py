@@ -153,7 +153,8 @@ def test_an_environment_of_its_own_is_the_lock_and_what_an_extra_adds(extra):
 
 
 def pins(name: str) -> dict[str, str]:
-    return dict(line.lower().split("==") for line in text_of(name).splitlines() if "==" in line)
+    lines = (line.lower().split("==") for line in text_of(name).splitlines() if "==" in line)
+    return {re.sub(r"[-_.]+", "-", package): version for package, version in lines}  # pip writes either
 
 
 def numbers(version: str) -> list[int]:
