@@ -45,7 +45,7 @@ def requirements(extra: str | None = None) -> dict[str, str]:
             parts = re.fullmatch(r"([\w-]+)>=([\w.]+)(?:;.*)?", line.replace(" ", ""))
             assert parts is not None, f"one lower bound and nothing else: {line}"
             name, bound = parts.groups()
-            assert found.setdefault(name, bound) == bound, f"two lower bounds of {name}"
+            assert found.setdefault(plain(name), bound) == bound, f"two lower bounds of {name}"
     return found
 
 
@@ -154,7 +154,12 @@ def test_an_environment_of_its_own_is_the_lock_and_what_an_extra_adds(extra):
 
 def pins(name: str) -> dict[str, str]:
     lines = (line.lower().split("==") for line in text_of(name).splitlines() if "==" in line)
-    return {re.sub(r"[-_.]+", "-", package): version for package, version in lines}  # pip writes either
+    return {plain(package): version for package, version in lines}
+
+
+def plain(package: str) -> str:
+    """As package indexes compare names; pip writes any."""
+    return re.sub(r"[-_.]+", "-", package)
 
 
 def numbers(version: str) -> list[int]:
