@@ -93,7 +93,7 @@ class Block(nn.Module):
             moe_intermediate_size=point.hidden,
             num_experts=point.experts,
             num_experts_per_tok=point.top_k,
-            norm_topk_prob=True,
+            norm_topk_prob=point.top_k > 1,  # as our router: one weight over itself would teach it nothing
         )
         config._experts_implementation = implementation
         with torch.device("meta"):

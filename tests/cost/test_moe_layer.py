@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -40,8 +41,9 @@ def test_one_point_end_to_end():
     assert max(map(len, done.stdout.splitlines())) <= 120
 
 
-def test_every_contestant_gives_the_same_outputs_and_gradients(bench, point):
-    contest, contestants = bench.contest, bench.contestants
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_every_contestant_gives_the_same_outputs_and_gradients(bench, point, top_k):
+    contest, contestants, point = bench.contest, bench.contestants, dataclasses.replace(point, top_k=top_k)
     x_TD = contestants.draw(point)
     named = [name for name in contestants.CONTESTANTS if contestants.refusal(name, point) is None]
     found = {name: contest.answers(contestants.build(name, point), x_TD.clone()) for name in named}
