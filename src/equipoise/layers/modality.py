@@ -108,7 +108,8 @@ class ModalityMoE(nn.Module):
                 got=described(class_ids_BS),
                 do="number the classes by their place in groups: (tokens >= first_image_token).long()",
             )
-        if token_mask_BS is not None and described(token_mask_BS) != f"torch.bool of shape {shape}":
+        bools = isinstance(token_mask_BS, Tensor) and token_mask_BS.dtype == torch.bool
+        if token_mask_BS is not None and not (bools and token_mask_BS.shape == shape):
             raise InputError(
                 expected=f"token_mask_BS, a bool for each token: {shape}",
                 got=described(token_mask_BS),

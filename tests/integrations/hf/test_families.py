@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from _threads import one_thread  # noqa: F401
 from equipoise import AuxLoss, Balancer, ExpertBias
 from equipoise.errors import ConfigError
 from equipoise.external.discovery import find_external_routers
@@ -32,14 +33,6 @@ from integrations.hf._cases import (
 )
 from integrations.hf._law import Twin, bias_of, gate_of, law
 from integrations.hf.families import FAMILIES, FIRST, NOT_BUILT, REFUSED, SERVED, SINCE, TOO_OLD, build
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("family", tiers(SERVED))

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+from _threads import one_thread  # noqa: F401
 from equipoise import AuxLoss, Balancer, ExpertBias
 from integrations.hf._cases import (
     COMPILED,
@@ -30,14 +31,6 @@ from integrations.hf._law import Twin, bias_of, law, naive_bias_step
 from integrations.hf.families import NATIVE, OWN, SERVED, build
 
 COMPILED_ALWAYS = ["qwen3_moe", "gpt_oss", "llama4"]  # deepseek_v3, with its bias: in test_trainer.py
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", sorted(RECOMPUTED))

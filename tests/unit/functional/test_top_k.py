@@ -10,16 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from _threads import one_thread  # noqa: F401
 from equipoise.functional import route, top_k_ids
 from equipoise.functional.top_k import NUMBERS, VECTORS, _by_sort, _sorts
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @settings(max_examples=60, deadline=None)
