@@ -182,12 +182,14 @@ def choose(
 
     ``masked``: logits may be -inf, as those of another library's router; that costs two operations beside a bias.
 
-    Returns (weights_TK, expert_ids_TK, p (T, E) where the weights were taken from it).
+    Returns (weights_TK, expert_ids_TK, p (T, E) where the weights or the choice were made of it).
     """
+    scores_TE = None
     if selection_bias is None and num_groups == 1:
         ids_TK = select_experts(logits_TE.detach(), top_k)  # every gate grows with its logit: no score needed to choose
     else:
-        chosen_by_TE = _chosen_by(logits_TE.detach(), gate, selection_bias, bias_place, grouped=num_groups > 1)
+        grouped = num_groups > 1
+        chosen_by_TE, scores_TE = _chosen_by(logits_TE.detach(), gate, selection_bias, bias_place, grouped=grouped)
         if masked:
             chosen_by_TE = chosen_by_TE.masked_fill(logits_TE == float("-inf"), float("-inf"))
         ids_TK = select_experts(chosen_by_TE, top_k, num_groups, top_groups, masked=masked)
@@ -196,6 +198,8 @@ def choose(
     weights_TK, probs_TE = weigh(
         logits_TE, ids_TK, gate=gate, normalize=normalize, scale=scale, drops=top_p is not None
     )
+    if probs_TE is None and gate == "softmax":
+        probs_TE = scores_TE
     return weights_TK, ids_TK, probs_TE
 
 
@@ -205,19 +209,20 @@ def _top_p(logits_TE: Tensor, ids_TK: Tensor, gate: str, top_p: float) -> Tensor
     return ids_TK.masked_fill(probs_TK.cumsum(dim=-1) - probs_TK >= top_p, logits_TE.shape[-1])
 
 
-def _chosen_by(z_TE: Tensor, gate: str, bias: Tensor | None, place: str, *, grouped: bool) -> Tensor:
-    """What the choice is made by, (T, E): scores, or logits where nothing but their order matters."""
+def _chosen_by(
+    z_TE: Tensor, gate: str, bias: Tensor | None, place: str, *, grouped: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(What the choice is made by, (T, E): scores, or logits where nothing but their order matters;
+    the scores of the logits, where it is made of them)."""
+    if place not in PLACES:
+        raise unknown_name("place of a bias", place, PLACES)
+    if bias is not None and place == "logits":
+        biased_TE = wide(z_TE) + bias
+        return (gate_scores(biased_TE, gate) if grouped else biased_TE), None  # groups add up scores
+    scores_TE = gate_scores(z_TE, gate)
     if bias is None:
-        return gate_scores(z_TE, gate)
-    match place:
-        case "scores":
-            return gate_scores(z_TE, gate) + bias
-        case "multiply":
-            return gate_scores(z_TE, gate) * (1 + bias)
-        case "logits":
-            biased_TE = wide(z_TE) + bias
-            return gate_scores(biased_TE, gate) if grouped else biased_TE  # groups add up scores
-    raise unknown_name("place of a bias", place, PLACES)
+        return scores_TE, scores_TE
+    return (scores_TE + bias if place == "scores" else scores_TE * (1 + bias)), scores_TE
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:

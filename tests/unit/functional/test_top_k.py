@@ -12,15 +12,20 @@ from torch.utils.checkpoint import checkpoint
 
 from _threads import one_thread  # noqa: F401
 from equipoise.functional import route, top_k_ids
-from equipoise.functional.top_k import NUMBERS, VECTORS, _by_sort, _sorts
+from equipoise.functional.top_k import BLOCK, NUMBERS, VECTORS, _by_sort, _sorts
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**31), experts=st.integers(1, 20), values=st.integers(1, 30), double=st.booleans())
-def test_no_other_expert_is_better(seed, experts, values, double):
-    """Among few distinct values, so that many are equal: the K values are the best, in order, of K unlike experts."""
+@given(
+    seed=st.integers(0, 2**31), experts=st.integers(1, 40), values=st.integers(1, 60), apart=st.sampled_from([1, 1e-7]),
+    double=st.booleans(),
+)  # fmt: skip
+def test_no_other_expert_is_better(seed, experts, values, apart, double):
+    """Of few distinct values, so that many are equal, or of values that only their last bits tell apart, both signs:
+    the K values are the best, in order, of K unlike experts."""
     draw = torch.Generator().manual_seed(seed)
-    z_TE = torch.randint(values, (9, experts), generator=draw).to(torch.float64 if double else torch.float32)
+    steps_TE = torch.randint(-values // 2, values // 2 + 1, (9, experts), generator=draw)
+    z_TE = (steps_TE * apart + (0 if apart == 1 else (-1) ** seed)).to(torch.float64 if double else torch.float32)
     z_TE[torch.rand(9, experts, generator=draw) < 0.1] = -math.inf
     top_k = 1 + seed % experts
     ids_TK = _by_sort(z_TE, top_k)
@@ -28,6 +33,31 @@ def test_no_other_expert_is_better(seed, experts, values, double):
     for z_E, ids in zip(z_TE.tolist(), ids_TK.tolist(), strict=True):
         assert len(set(ids)) == top_k
         assert [z_E[e] for e in ids] == sorted(z_E, reverse=True)[:top_k]
+
+
+@pytest.mark.parametrize("experts", [16, 33, 64, 512])
+def test_whole_blocks_of_rows_give_what_topk_gives(experts):
+    rows = 2 * BLOCK // experts + 3
+    z_TE = torch.randn(rows, experts, generator=torch.Generator().manual_seed(experts))
+    z_TE[1] = 1 + torch.arange(experts).flip(0) * 2.0**-23  # alike but for the last bits
+    z_TE[2, 1:] = -math.inf
+    z_TE[2, 0] = -3e38
+    z_TE[-1].abs_()
+    for top_k in (2, 8, experts):
+        values_TK = z_TE.topk(top_k).values
+        assert torch.equal(z_TE.gather(1, _by_sort(z_TE, top_k)), values_TK)
+    assert torch.equal(_by_sort(z_TE, 1), z_TE.argmax(-1, keepdim=True))
+    assert _by_sort(z_TE, 2)[1].tolist() == [0, 1] and _by_sort(z_TE, 2)[2, 0] == 0
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+def test_a_nan_counts_as_highest_whatever_its_sign(top_k, nan):
+    """0 / 0 makes one with a sign on x86."""
+    z_TE = torch.randn(4, 32)
+    z_TE[2, 7] = torch.tensor(nan)
+    assert torch.signbit(z_TE[2, 7]) == (math.copysign(1, nan) < 0)
+    assert _by_sort(z_TE, top_k)[2, 0] == 7
 
 
 def test_unlike_scores_have_one_answer_whichever_way():
@@ -48,8 +78,8 @@ def test_where_a_sort_would_be_slower_it_is_topk():
     torch.set_num_threads(3)
     assert not _sorts(many, 4)
     torch.set_num_threads(1)
-    for scores, top_k in [(many[:-1], 4), (many, 1), (many.bfloat16(), 4), (many.to("meta"), 4), (many.T, 4),
-                          (torch.rand(NUMBERS, 7), 4), (torch.rand(NUMBERS // 8, 129), 4)]:  # fmt: skip
+    for scores, top_k in [(many[:-1], 4), (many.bfloat16(), 4), (many.to("meta"), 4), (many.T, 4),
+                          (torch.rand(NUMBERS, 7), 4), (torch.rand(NUMBERS // 8, 513), 4)]:  # fmt: skip
         assert not _sorts(scores, top_k)
         assert top_k_ids(scores, top_k).shape == (len(scores), top_k)
     for few in (NUMBERS // 8, 2):
