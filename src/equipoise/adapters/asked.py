@@ -12,7 +12,7 @@ from ..policies.schedule import Schedule
 
 __all__ = ["NO_END", "NO_POLICIES", "Asked"]
 
-NO_POLICIES = 'policies=[] measures and changes nothing; ["global+micro"] balances'
+NO_POLICIES = 'policies=[] measures and changes nothing; ["global"] balances'
 NO_END = 2**62  # steps: where nobody knows how many there will be
 
 

@@ -46,7 +46,7 @@ class DeepSpeedBalancer(SavedBeside):
     Traceback (most recent call last):
     equipoise.errors.ConfigError: expected policies of the balance
       got: none
-      do:  policies=[] measures and changes nothing; ["global+micro"] balances
+      do:  policies=[] measures and changes nothing; ["global"] balances
     """
 
     def __init__(

@@ -16,7 +16,7 @@ from .tokens import COUNTED, OPEN
 
 __all__ = ["EngineCallback", "Settings"]
 
-MEASURE_ONLY = "policies: [] measures and changes nothing; policies: [global+micro] balances"
+MEASURE_ONLY = "policies: [] measures and changes nothing; policies: [global@1e-3] balances"
 
 
 @dataclass(frozen=True, kw_only=True)

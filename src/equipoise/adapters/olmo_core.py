@@ -33,7 +33,7 @@ from .plain_state import load_plain_state, plain_state
 __all__ = ["BalanceCallback"]
 
 OLMO_CORE = Engine("OLMo-core", "ai2-olmo-core", "3.0.0")
-MEASURE_ONLY = 'BalanceCallback([]) measures and changes nothing; BalanceCallback(["global+micro"]) balances'
+MEASURE_ONLY = 'BalanceCallback([]) measures and changes nothing; BalanceCallback(["global"]) balances'
 SHOWN = ("balance/maxvio_global", "balance/maxvio_global_worst", "balance/dead_experts", "balance/*/loss",
          "balance/*/gradient_ratio")  # fmt: skip
 
@@ -64,7 +64,7 @@ class BalanceCallback(Callback):
     Traceback (most recent call last):
     equipoise.errors.ConfigError: expected policies of the balance
       got: none
-      do:  BalanceCallback([]) measures and changes nothing; BalanceCallback(["global+micro"]) balances
+      do:  BalanceCallback([]) measures and changes nothing; BalanceCallback(["global"]) balances
     """
 
     policies: Any = None

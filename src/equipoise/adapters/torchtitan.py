@@ -28,7 +28,7 @@ from .torchtitan_routers import BIAS, hook_routers, moe_layers
 __all__ = ["BalancedTrainer", "Settings", "balanced"]
 
 TORCHTITAN = Engine("torchtitan", "torchtitan", "0.3.0")
-MEASURE_ONLY = 'balanced(config, []) measures and changes nothing; balanced(config, ["global+micro"]) balances'
+MEASURE_ONLY = 'balanced(config, []) measures and changes nothing; balanced(config, ["global"]) balances'
 KEY = "equipoise"  # among the states of a checkpoint
 SHOWN = {"maxvio": "maxvio_global", "worst layer": "maxvio_global_worst", "dead experts": "dead_experts"}
 
@@ -216,7 +216,7 @@ def balanced(
     Traceback (most recent call last):
     equipoise.errors.ConfigError: expected policies of the balance
       got: none
-      do:  balanced(config, []) measures and changes nothing; balanced(config, ["global+micro"]) balances
+      do:  balanced(config, []) measures and changes nothing; balanced(config, ["global"]) balances
     """
     settings = Settings.read(policies, layers=layers, strict=strict, on_fault=on_fault)
     TORCHTITAN.require()

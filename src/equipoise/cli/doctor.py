@@ -54,4 +54,5 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(to_json(case), indent=2, allow_nan=False))
     else:
         print(render(case, expert_parallel=args.expert_parallel), end="")
-    return 1 if args.strict and case.found(*SERIOUS) else 0
+    serious = ("refused",) if case.ours else SERIOUS  # beside policies of ours the engine's own loss is off
+    return 1 if args.strict and case.found(*serious) else 0

@@ -5,6 +5,7 @@ engines/                one reader for each engine                      diagnosi
 families.py, layers.py  models of transformers                          published.py     models by name
 keys.py                 names that nobody reads                         options.py       what the user says beside
 remedies.py             what to write                                   text.py          80 columns, and JSON
+ours.py                 what the file asks equipoise for
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from .diagnosis import Diagnosis
 from .document import read_document
 from .engines import ENGINES
 from .options import Options
+from .ours import policies_of
 from .recognition import recognize
 from .text import headline, render, to_json
 
@@ -34,4 +36,6 @@ def diagnose(inputs: Sequence[str], options: Options | None = None) -> Diagnosis
     """
     options = options or Options()
     document = read_document(inputs)
-    return ENGINES[recognize(document, options)].examine(document, options)
+    case = ENGINES[recognize(document, options)].examine(document, options)
+    case.ours = policies_of(document)
+    return case

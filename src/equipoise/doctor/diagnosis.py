@@ -153,6 +153,7 @@ class Diagnosis:
         style: how the engine's own settings are written: "yaml", "json", "flags", "overrides" or "" (not at all).
         host: what takes policies of ours there, with a place for one (`remedies.Remedy.at`); "" where nothing does.
         guide: the page that says how.
+        ours: policies of equipoise in the same configuration, as written there; None where it names none.
         loss_is_off: something that was said keeps the loss of the model from its gradient.
     """
 
@@ -173,6 +174,7 @@ class Diagnosis:
     wider: Mapping[str, object] = field(default_factory=dict)  # the engine's own settings for a global loss
     findings: list[Finding] = field(default_factory=list)
     known_from: list[str] = field(default_factory=list)
+    ours: list[str] | None = None
     loss_is_off: bool = False
 
     def say(self, severity: str, what: str, why: str = "", source: str = "", **fix: object) -> None:
@@ -202,7 +204,7 @@ class Diagnosis:
     @property
     def balances(self) -> bool:
         """Whether anything at all evens out the load."""
-        return not self.found("refused") and bool(self.working or self.bias_moves or self.other)
+        return not self.found("refused") and bool(self.working or self.bias_moves or self.other or self.ours)
 
     @property
     def asked(self) -> list[str]:

@@ -16,6 +16,7 @@ __all__ = ["headline", "render", "to_json"]
 MARKS = {"off": "OFF", "refused": "REFUSED", "differs": "DIFFERS", "note": "note"}
 SCOPES = {"sequence": "each sequence", "micro_batch": "each rank's micro-batch", "global_batch": "the whole step"}
 INDENT = " " * 12
+OWN = "All below is the engine's own balancing, as it is without equipoise."
 
 
 def render(case: Diagnosis, *, expert_parallel: int | None = None) -> str:
@@ -39,6 +40,11 @@ def headline(case: Diagnosis) -> Iterator[str]:
     if case.found("refused"):
         yield f"It will not start, or not train as written: {case.found('refused')[0].what}."
         return
+    if case.ours:
+        yield f"equipoise balances: {clean(', '.join(case.ours))}. {OWN}"
+        return
+    if case.ours is not None:
+        yield "equipoise measures, and changes nothing."
     if not case.balances:
         yield "Nothing balances the experts."
     for loss in case.losses:
@@ -116,6 +122,9 @@ def _finding(one: Finding) -> str:
 
 
 def _advice(case: Diagnosis) -> Iterator[str]:
+    if case.ours:
+        yield wrap(f"what equipoise does with both, and what it refuses: {case.guide}")
+        return
     if case.fix and case.style:
         yield f"in {case.engine}, write:\n" + "\n".join(f"  {line}" for line in as_settings(case.fix, case.style))
     if case.wider:

@@ -42,7 +42,7 @@ def settings(text: str | None) -> Settings:
         raise ConfigError(
             expected=f"policies in the environment variable {VARIABLE}",
             got="nothing",
-            do=f"{VARIABLE}='[]' measures and changes nothing; {VARIABLE}=global+micro balances",
+            do=f"{VARIABLE}='[]' measures and changes nothing; {VARIABLE}=global@1e-3 balances",
         )
     try:
         data = yaml.safe_load(Path(text).read_text(encoding="utf-8") if text.endswith(FILES) else text)
