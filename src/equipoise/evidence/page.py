@@ -21,7 +21,7 @@ from .claim import Claim
 from .figure import render_figure
 from .law import HEADS, cells_of, fit_laws, law_rows, law_words
 from .text import criterion, interval, pairs
-from .verdict import ClaimVerdict, Judged
+from .verdict import CONFIRMED, REFUTED, UNDECIDED, ClaimVerdict, Judged
 
 __all__ = ["FIGURE", "render_page", "write_page"]
 
@@ -31,10 +31,11 @@ ELSEWHERE = "free disk space, or name another file with --page"
 HEAD = """\
 # Evidence
 
-Written by `make evidence` from the runs on record in [evidence/records](../evidence/records); do not edit. Each claim
-is a file in [evidence](../evidence) whose criterion was written down before its runs. `equipoise reproduce NAME` trains
-the runs of a claim again. `make evidence` also writes `runs/evidence.html`: the same with a picture of every
-difference, its way over the steps and each domain.
+<!-- written by `make evidence`: edit evidence/*.toml, or src/equipoise/evidence/page.py -->
+Each claim is a file in [evidence](../evidence) whose criterion was written down before its runs, which are
+[on record](../evidence/records). `equipoise reproduce NAME` trains the runs of a claim again. `make evidence` writes this
+page from the records, and `runs/evidence.html`: the same with a picture of every difference, its way over the steps and
+each domain.
 
 [A note](../lab-notes/2026-11-30-verdicts.md) says in words what they decide, what goes against the papers or against
 us, and what so small an instrument cannot decide.
@@ -50,6 +51,15 @@ Holm's, over all contrasts of the primary claims, so an interval, which is that 
 zero and the word be undecided; the other claims' p are each by itself. "The gap" is the difference between `micro` and
 `global` in the same cell. Losses are nats per token of held-out text: -0.01 is 1 % of perplexity. Where what is
 compared is no training of the lab, its two sides are cases of an experiment, paired by seed in the same way.
+
+A claim is **refuted** if one of its contrasts is, else **undecided** if one is, and **confirmed** only if all are. *here*
+is the first contrast that has the claim's verdict; beside the verdict is how many of the contrasts are confirmed.
+
+## What was not tested here
+
+{not_tested}
+
+## Claims
 """
 TRAINED = """\
 What is trained, unless a claim says otherwise: a model of {layers} layers of width {width} with {experts} experts of
@@ -65,27 +75,35 @@ Models of billions of parameters, hundreds of billions of tokens, benchmarks of 
 checkpoints, fine-tuning. What a model of half a million parameters shows in two million tokens is the direction of an
 effect, and its order of magnitude at that size."""
 
+FAMILY = {
+    "primary": "**Primary**, with one error rate among them:",
+    "secondary": "**Secondary**, each by itself:",
+    "control": "**Controls**:",
+}
+
 
 def render_page(judged: Sequence[ClaimVerdict]) -> str:
     """The page as Markdown."""
-    rows = ["| claim | what it says | published | here | verdict |", "|---|---|---|---|---|"]
+    rows, family = [], ""
     for one in judged:
         claim = one.claim
+        if claim.family != family:
+            family = claim.family
+            rows += ["", FAMILY[family], "", "| claim | verdict | what it says | here | published |", "|---|---|---|---|---|"]
         cells = [
             f"[{claim.name}](#{claim.name.lower()})",
+            _verdict(one),
             claim.title,
-            " ".join(claim.published.split()),  # in a file it may take several lines, in a table one
             _short(one),
-            one.verdict or "shown",
+            " ".join(claim.published.split()),  # in a file it may take several lines, in a table one
         ]
         rows.append("| " + " | ".join(cells) + " |")
     words = Counter(one.verdict or "shown" for one in judged)
     counted = ", ".join(f"{count} {word}" for word, count in sorted(words.items()))
-    head = HEAD.format(trained=_trained(judged[0].claim))
+    head = HEAD.format(trained=_trained(judged[0].claim), not_tested=NOT_TESTED)
     head = f"{head}\n{len(judged)} claims: {counted}. {core_hours(judged):.1f} core-hours on record.\n"
     picture = f"![Differences in held-out loss with their intervals, claim by claim]({FIGURE})"
-    return "\n".join([head, *rows, "", picture, "", _instrument(judged), *(_claim(one) for one in judged),
-                      "## What was not tested here", "", NOT_TESTED, ""])  # fmt: skip
+    return "\n".join([head, *rows[1:], "", picture, "", _instrument(judged), *(_claim(one) for one in judged)])  # fmt: skip
 
 
 def _trained(claim: Claim) -> str:
@@ -204,9 +222,19 @@ def _row(judged: Judged) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def _verdict(one: ClaimVerdict) -> str:
+    """The word, and how many of several contrasts are confirmed."""
+    words = [judged.verdict for judged in one.judged if judged.contrast.criterion != "any"]
+    several = len(words) > 1 and one.verdict in (REFUTED, UNDECIDED)
+    return (one.verdict or "shown") + (f" ({words.count(CONFIRMED)} of {len(words)} confirmed)" if several else "")
+
+
 def _short(one: ClaimVerdict) -> str:
     leading = one.leading
     if leading is None or leading.difference is None:
         return ""
-    where = f" ({leading.contrast.cell})" if len(one.judged) > 1 else ""
-    return f"{interval(leading)} {leading.contrast.measured}, n = {leading.difference.n}{where}"
+    of, where = leading.contrast, ""
+    if len(one.judged) > 1:
+        alike = sum((other.contrast.cell, other.contrast.measured) == (of.cell, of.measured) for other in one.judged)
+        where = f" ({f'{of.treated} - {of.baseline}, ' if alike > 1 else ''}{of.cell})"
+    return f"{interval(leading)} {of.measured}, n = {leading.difference.n}{where}"

@@ -85,9 +85,12 @@ class ClaimVerdict:
 
     @property
     def leading(self) -> Judged | None:
-        """The contrast that stands for the claim in a row: the first that has a criterion and runs."""
+        """The contrast that stands for the claim in a row: the first with its verdict, else with a criterion, that has
+        runs."""
         known = [one for one in self.judged if one.difference]
-        return next((one for one in known if one.contrast.criterion != "any"), known[0] if known else None)
+        with_criterion = [one for one in known if one.contrast.criterion != "any"]
+        decides = [one for one in with_criterion if one.verdict == self.verdict]
+        return next(iter([*decides, *with_criterion, *known]), None)
 
 
 def judge_all(claims: Sequence[Claim], runs: Iterable[RunSummary]) -> list[ClaimVerdict]:

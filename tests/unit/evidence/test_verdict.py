@@ -37,6 +37,18 @@ def test_a_claim_that_is_only_shown_is_run_too(tmp_path):
     assert judged(claim, [*runs_of(claim, [-0.01, -0.02])[:3], lost]).verdict == "", "a run that diverged was run"
 
 
+def test_a_row_shows_the_first_contrast_that_decides(tmp_path):
+    """Not a confirmed one beside the word refuted."""
+    more = '[[contrast]]\ncell = "else"\ntreated = "none"\nbaseline = "micro"\ncriterion = "lower"\nseeds = 4'
+    claim = claim_in(tmp_path, more=more)
+    alone = replace(claim, contrast=claim.contrast[1:])
+    good, bad = [-0.01, -0.012, -0.009, -0.011], [0.01, 0.012, 0.009, 0.011]
+    found = judged(claim, [*runs_of(claim, good), *runs_of(alone, bad)])
+    assert [one.verdict for one in found.judged] == ["confirmed", "refuted"] and found.leading is found.judged[1]
+    found = judged(claim, [*runs_of(claim, good), *runs_of(alone, good)])
+    assert found.verdict == "confirmed" and found.leading is found.judged[0]
+
+
 def test_a_row_shows_the_first_contrast_that_has_a_criterion_and_runs(tmp_path):
     more = '[[contrast]]\ncell = "else"\ntreated = "none"\nbaseline = "micro"\ncriterion = "lower"\nseeds = 4'
     claim = claim_in(tmp_path, criterion="any", more=more)
