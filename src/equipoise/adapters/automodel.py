@@ -135,6 +135,7 @@ class AutomodelBalancer:
         """Lets go of the model. Automodel's own balancing stays as it is."""
         self.balancer.remove()
         let_go(self._gates)
+        self._gates = {}  # once: a balancer that was made since keeps its own
 
 
 def _tokens_of(batch: Mapping[str, Any]) -> Tensor | int | None:

@@ -105,6 +105,7 @@ class DeepSpeedBalancer(SavedBeside):
     def remove(self) -> None:
         """Lets go of the engine and its layers, whose ``l_aux`` is again what it was."""
         self.balancer.remove()
-        for name in self._theirs:
+        for name in self._theirs if self._gates else ():
             delattr(self._engine, name)
         let_go(self._gates)
+        self._gates = {}  # once: a balancer that was made since keeps its own

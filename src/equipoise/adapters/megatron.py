@@ -168,6 +168,8 @@ class MegatronBalancer(SavedBeside):
     def remove(self) -> None:
         """Lets go of the model and the optimizer. Megatron's own balancing stays as it is."""
         self.balancer.remove()
-        self._optimizer.step = self._step
-        self.config.finalize_model_grads_func = self._finalized
+        if self._routers:
+            self._optimizer.step = self._step
+            self.config.finalize_model_grads_func = self._finalized
         let_go(self._routers)
+        self._routers = {}  # once: a balancer that was made since keeps its own

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from ..functional.routing import gate_log_scores, gate_scores, gate_slope
+from ..functional.gates import gate_log_scores, gate_scores, gate_slope, wide
 from ..torch_internals import softmax_gradient
 from .spec import StatsSpec
 
@@ -93,7 +93,7 @@ def _common_factor(
 
 def _z_gradient(factor: Tensor, logits_TE: Tensor, mask_T: Tensor | None) -> Tensor:
     """Gradient of factor * sum_t logsumexp(z_t)^2."""
-    z_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    z_TE = wide(logits_TE)
     lse_T1 = z_TE.logsumexp(dim=-1, keepdim=True)
     gradient_TE = (2 * factor).to(z_TE.dtype) * lse_T1 * (z_TE - lse_T1).exp()
     return gradient_TE if mask_T is None else gradient_TE * mask_T.to(z_TE.dtype).unsqueeze(-1)
@@ -131,7 +131,7 @@ def lm_square_norm(
 
 
 def square_norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x if x.dtype == torch.float64 else x.float()).double().square()
+    return torch.linalg.vector_norm(wide(x)).double().square()
 
 
 @library.custom_op("equipoise::square_norm", mutates_args=())

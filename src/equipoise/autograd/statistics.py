@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..functional.gates import wide
 from ..functional.load_view import seen_load
 from ..functional.losses import load_fractions
 from ..functional.quantile import Selection, choice_offsets, count_offsets, exact_quantile
@@ -121,7 +122,7 @@ def _of_rules(
 ) -> list[Tensor]:
     """What bias rules ask for: those of each micro-batch, and the bins of offsets."""
     offset_TE = choice_offsets(logits_TE, ids_TK, spec.gate, selection) if spec.needs_selection else None
-    parts = list(rule_sums(spec, counts_BE, offset_TE, batch.token_mask_T))
+    parts = list(rule_sums(spec, counts_BE, offset_TE, batch.token_mask_T, ids_TK.shape[1]))
     if spec.quantile and offset_TE is not None:
         parts.append(count_offsets(offset_TE, batch.token_mask_T).flatten())
     return parts
@@ -171,7 +172,7 @@ def micro_batches(spec: StatsSpec) -> LossTerm:
 
 
 def rule_sums(
-    spec: StatsSpec, counts_BE: Tensor, offset_TE: Tensor | None = None, mask_T: Tensor | None = None
+    spec: StatsSpec, counts_BE: Tensor, offset_TE: Tensor | None = None, mask_T: Tensor | None = None, top_k: int = 1
 ) -> list[Tensor]:
     """For each micro-batch rule its sum over the micro-batches of these sequences, (E,); an empty one adds 0.
 
@@ -181,20 +182,22 @@ def rule_sums(
         return []
     counts_GE = group_counts(counts_BE, micro_batches(spec))
     return [
-        _quantile_sum(spec, len(counts_BE), offset_TE, mask_T)
+        _quantile_sum(spec, len(counts_BE), offset_TE, mask_T, top_k)
         if rule == "quantile"
         else RULES[rule](counts_GE).sum(dim=0)
         for rule in spec.micro_rules
     ]
 
 
-def _quantile_sum(spec: StatsSpec, sequences: int, offset_TE: Tensor | None, mask_T: Tensor | None) -> Tensor:
+def _quantile_sum(
+    spec: StatsSpec, sequences: int, offset_TE: Tensor | None, mask_T: Tensor | None, top_k: int
+) -> Tensor:
     """(E,) the exact quantiles of each micro-batch, summed."""
     assert offset_TE is not None
     tokens = len(offset_TE) // sequences * min(spec.micro_sequences or sequences, sequences)
     parts = offset_TE.split(tokens)
     masks = [None] * len(parts) if mask_T is None else mask_T.split(tokens)
-    share_E = offset_TE.new_full((spec.num_experts,), spec.top_k / spec.num_experts)
+    share_E = offset_TE.new_full((spec.num_experts,), top_k / spec.num_experts)
     found = [exact_quantile(one_TE, share_E, mask) for one_TE, mask in zip(parts, masks, strict=True)]
     return torch.stack(found).sum(dim=0)
 
@@ -281,7 +284,7 @@ def _scalars(
         )
     lse_square = None
     if spec.z_loss:
-        lse_T = logits_TE.float().logsumexp(dim=-1).double().square()
+        lse_T = wide(logits_TE).logsumexp(dim=-1).double().square()
         lse_square = (lse_T if mask_T is None else lse_T * mask_T).sum()
     scores_TK = valid_TE.gather(-1, ids_TK.clamp(max=spec.num_experts - 1) if spec.idle_experts else ids_TK)
     if spec.idle_experts:

@@ -6,7 +6,7 @@ ask for, B sequences, S tokens a sequence, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 from ..errors import InputError
 from ..functional.routing import count_choices
 from .spec import StatsSpec
-from .token_layout import TokenLayout
+from .token_layout import TokenLayout, check_class_masks
 
-__all__ = ["ClassStats", "check_class_masks", "class_masks", "class_statistics"]
+__all__ = ["ClassStats", "class_masks", "class_statistics"]
 
 
 class ClassStats(NamedTuple):
@@ -31,26 +31,6 @@ class ClassStats(NamedTuple):
     def summed(self) -> tuple[Tensor, Tensor, Tensor]:
         """As `StatsSpec.of_class` lays them out: counts (E,), probabilities (E,), tokens (1,)."""
         return self.counts_BE.sum(dim=0), self.probs_BE.sum(dim=0), self.mask_T.sum(dim=0, keepdim=True)
-
-
-def check_class_masks(classes: Mapping[str, Tensor], shape: tuple[int, ...], what: str = "classes") -> None:
-    """Raises InputError for the mask of a class that is not a bool for each token.
-
-    >>> check_class_masks({"image": torch.tensor([True, False])}, (2,))
-    >>> check_class_masks({"image": torch.tensor([1, 0])}, (2,))
-    Traceback (most recent call last):
-    equipoise.errors.InputError: expected classes['image'], a bool for each token: (2,)
-      got: torch.int64 of shape (2,)
-      do:  compare where the classes are numbers: {"image": kind == 1, "text": kind == 0}
-    """
-    for name, mask in classes.items():
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
-            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-            raise InputError(
-                expected=f"{what}[{name!r}], a bool for each token: {tuple(shape)}",
-                got=got,
-                do='compare where the classes are numbers: {"image": kind == 1, "text": kind == 0}',
-            )
 
 
 def class_masks(names: Sequence[str], batch: TokenLayout, tokens: int, device: torch.device) -> dict[str, Tensor]:

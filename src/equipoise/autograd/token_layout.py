@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, described
+from ..functional.routing import check_mask_dtype
 from .spec import StatsSpec
 
-__all__ = ["TokenLayout", "TokenPlacement", "are_pieces", "check_layout", "same_placement"]
+__all__ = ["TokenLayout", "TokenPlacement", "are_pieces", "check_class_masks", "check_layout", "same_placement"]
 
 
 class TokenLayout(NamedTuple):
@@ -62,8 +63,30 @@ class TokenLayout(NamedTuple):
         mask_T, document_T, valid_T, ids_T = (None if one is None else one.to(device) for one in said)
         return TokenLayout(self.num_sequences, mask_T, document_T, valid_T, classes, ids_T)
 
+    def checked(self, tokens: int) -> TokenLayout:
+        """Of so many tokens, with boolean masks and int64 numbers, as all behind a router expects them.
 
-Batch = TokenLayout  # its name in scripts that were written before it was public
+        Raises InputError for another number of tokens, and for a mask that is added to scores.
+        """
+        if self.num_sequences is not None and (self.num_sequences < 1 or tokens % self.num_sequences):
+            raise InputError(
+                expected="T divisible by num_sequences",
+                got=f"T={tokens}, num_sequences={self.num_sequences}",
+                do="pad the sequences to one length and mask the padding",
+            )
+        for name in ("token_mask_T", "document_T", "valid_T"):
+            one = getattr(self, name)
+            if one is not None and one.shape != (tokens,):
+                raise InputError(
+                    expected=f"{name} with one entry per token: ({tokens},)",
+                    got=described(one),
+                    do="pass the mask of the same tokens that reach the layer",
+                )
+        check_mask_dtype(self.token_mask_T)
+        check_class_masks(self.classes or {}, (tokens,))
+        mask_T, valid_T = (None if one is None else one.bool() for one in (self.token_mask_T, self.valid_T))
+        document_T = None if self.document_T is None else self.document_T.long()
+        return self._replace(token_mask_T=mask_T, valid_T=valid_T, document_T=document_T)
 
 
 class TokenPlacement(NamedTuple):
@@ -91,6 +114,26 @@ def check_layout(spec: StatsSpec, layout: TokenLayout, tokens: int) -> None:
             "a router called by itself takes router(x_TD, TokenLayout(num_sequences=B)); a model of another library "
             "has to be called with input_ids or inputs_embeds (B, S, ...)",
         )
+
+
+def check_class_masks(classes: Mapping[str, Tensor], shape: tuple[int, ...], what: str = "classes") -> None:
+    """Raises InputError for the mask of a class that is not a bool for each token.
+
+    >>> check_class_masks({"image": torch.tensor([True, False])}, (2,))
+    >>> check_class_masks({"image": torch.tensor([1, 0])}, (2,))
+    Traceback (most recent call last):
+    equipoise.errors.InputError: expected classes['image'], a bool for each token: (2,)
+      got: torch.int64 of shape (2,)
+      do:  compare where the classes are numbers: {"image": kind == 1, "text": kind == 0}
+    """
+    for name, mask in classes.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+            raise InputError(
+                expected=f"{what}[{name!r}], a bool for each token: {tuple(shape)}",
+                got=got,
+                do='compare where the classes are numbers: {"image": kind == 1, "text": kind == 0}',
+            )
 
 
 def are_pieces(placed: list[TokenPlacement]) -> bool:

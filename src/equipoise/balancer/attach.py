@@ -24,7 +24,7 @@ from ..policies.schedule import Schedule
 from .degenerate import FoundRouter, check_degenerate
 from .layer_group import Layer, biases_of
 
-__all__ = ["attach", "detach", "part_of", "unbalanced_routers", "undo"]
+__all__ = ["attach", "detach", "is_attached", "parts_of", "unbalanced_routers", "undo"]
 
 
 def _routers(parts: Sequence[nn.Module], example: Mapping[str, Any] | None, *, look: bool) -> list[FoundRouter]:
@@ -154,7 +154,19 @@ def _warn_of_frozen(layers: Sequence[Layer]) -> None:
         warnings.warn(f"{which}; loads are measured, nothing is pushed and no bias moves", stacklevel=4)
 
 
-def part_of(model: nn.Module, name: str) -> nn.Module:
+def parts_of(model: nn.Module | Sequence[nn.Module], name: str | None) -> list[nn.Module]:
+    """What is balanced: the model or its parts, or in each of them the module of this name. Raises ConfigError."""
+    parts: list[Any] = list(model) if isinstance(model, Iterable) and not isinstance(model, nn.Module) else [model]
+    if not parts or not all(isinstance(one, nn.Module) for one in parts):
+        raise ConfigError(
+            expected="a torch.nn.Module, or a list of the parts that this rank holds of one",
+            got=repr(model),
+            do="pass the model that you train",
+        )
+    return parts if name is None else [_part_of(one, name) for one in parts]
+
+
+def _part_of(model: nn.Module, name: str) -> nn.Module:
     """The module of this name, in whatever wraps the model. Raises ConfigError where there is none, or several."""
     found = [n for n, _ in model.named_modules() if n == name or n.endswith(f".{name}")]
     outermost = [n for n in found if not any(n.startswith(f"{other}.") for other in found)]
@@ -168,10 +180,17 @@ def part_of(model: nn.Module, name: str) -> nn.Module:
     return model.get_submodule(outermost[0])
 
 
+def is_attached(layers: Sequence[Layer]) -> bool:
+    """Whether the routers still have the states of these layers: not after ``remove()``."""
+    return all(layer.router.balance_state is layer.balance_state for layer in layers)
+
+
 def detach(layers: Sequence[Layer], own_loss: OwnLoss) -> None:
     """The model is as it was, but for a bias that it chooses with: other experts would answer without it."""
     for layer in layers:
-        layer.router.balance_state = None
+        mine = getattr(layer, "balance_state", None)  # none yet where attaching failed
+        if layer.router.balance_state is mine:  # and not that of a balancer that was made since
+            layer.router.balance_state = None
     own_loss.restore()
 
 
@@ -321,9 +340,9 @@ def _enable_bias(router: BalancedRouter, place: str, tokens: str | None) -> None
 
 
 def _check_options(micro_sequences: int | None) -> None:
-    if micro_sequences is not None and micro_sequences < 1:
+    if micro_sequences is not None and (type(micro_sequences) is not int or micro_sequences < 1):
         raise ConfigError(
-            expected="sequences_per_micro_batch >= 1",
+            expected="sequences_per_micro_batch of 1 or more, a whole number",
             got=repr(micro_sequences),
             do="leave it out where each micro-batch is a pass of its own",
         )

@@ -16,9 +16,9 @@ from ..autograd.token_layout import TokenLayout
 from ..distributed import Ranks
 from ..errors import ConfigError, InputError, StateError
 from ..external.batch_context import declared_layout
+from ..policies.from_data import OnePolicy, policies_from
 from ..policies.schedule import Schedule
-from ..policies.switch import Policy
-from .attach import attach, detach, part_of, undo
+from .attach import attach, detach, is_attached, parts_of, undo
 from .counting import counting_pass, keep_counted, take_counted
 from .declared_step import DeclaredStep
 from .describe import describe
@@ -40,8 +40,8 @@ class Balancer(StepCycle):
     Args:
         model: any module with ``equipoise.layers.Router`` inside, or a MoE model of transformers; a list of the parts
             that this rank holds of one (interleaved and zero-bubble pipelines).
-        policies: what pushes; their gradients add up (see ``equipoise.policies``). With none, ``[]``, everything is
-            measured and nothing changed: gradients, the model's own balance loss and its outputs are as without.
+        policies: what pushes; their gradients add up: policies, or names and tables as ``policies_from`` takes them.
+            With none, ``[]``, all is measured and nothing changed: gradients, outputs, the model's own balance loss.
         optimizer: whose step ends a step. Default: the torch optimizer that holds the routers' parameters.
         ranks: which ranks see different tokens, and hold other layers (see ``equipoise.distributed``). Default: all
             ranks of ``torch.distributed`` hold the same layers and see other sequences. All ranks make their balancer
@@ -82,7 +82,7 @@ class Balancer(StepCycle):
     def __init__(
         self,
         model: nn.Module | Sequence[nn.Module],
-        policies: Sequence[Policy],
+        policies: OnePolicy | Sequence[OnePolicy],
         optimizer: torch.optim.Optimizer | ToldSteps | None = None,
         *,
         ranks: Ranks | None = None,
@@ -98,9 +98,8 @@ class Balancer(StepCycle):
             raise ConfigError(
                 expected="reduction: 'mean' or 'sum'", got=repr(reduction), do="most loops average: 'mean'"
             )
-        self.policies = list(policies)
-        schedule, parts = Schedule(self.policies), [model] if isinstance(model, nn.Module) else list(model)
-        parts = parts if part is None else [part_of(one, part) for one in parts]
+        self.policies = policies_from(policies)
+        schedule, parts = Schedule(self.policies), parts_of(model, part)
         ranks, ends_steps = ranks or Ranks.default(), optimizer_with_hooks(optimizer)
         self._example = example
         faults = Faults(on_fault, ranks.all)
@@ -175,13 +174,15 @@ class Balancer(StepCycle):
         Args:
             loss: the scalar that the engine scales and calls backward on: the tap learns 1/M and GradScaler's scale
                 from the gradient that arrives, so tap first and scale then: ``(tap(loss) / M).backward()``.
-                Without gradient, or in evaluation, nothing happens.
+                Without gradient, in evaluation, or after ``remove()``, nothing happens.
             scale: for a pipeline stage without the loss: tap its output activations with the scale said explicitly, or
                 with a function that knows it when that backward begins.
             tokens: where ``loss`` is a sum over so many tokens that the engine divides later (Megatron's
                 (sum, number of tokens)): the scale is then that of their mean. 0, where no token has a label, counts
                 as 1, as engines divide: its routers have tokens all the same.
         """
+        if not is_attached(self._layers):
+            return loss
         if not (torch.is_grad_enabled() and loss.requires_grad):
             self._clear_pending(first=2)  # and not a training forward whose loss is still to be tapped
             return loss
@@ -224,8 +225,7 @@ class Balancer(StepCycle):
         >>> found["balance/tokens"]
         12.0
         """
-        attached = all(layer.router.balance_state is layer.balance_state for layer in self._layers)
-        if self._evaluating or not attached:
+        if self._evaluating or not is_attached(self._layers):
             raise StateError(
                 expected="one evaluation at a time, of a model that is balanced",
                 got="an evaluation inside another" if self._evaluating else "one after remove()",
@@ -388,9 +388,11 @@ class Balancer(StepCycle):
         self._forwards.remove()
         detach(self._layers, self.own_loss)
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A module that holds its balancer can be copied and saved: the copy has None, as its routers have none."""
+        return type(None), ()
+
     def _last(self) -> list[StepStats]:
         if self._committed is None:
-            raise StateError(
-                expected="a committed optimizer step", got="none yet", do="call this after optimizer.step()"
-            )
+            raise StateError(expected="a committed optimizer step", got="none yet", do="call it after optimizer.step()")
         return self._committed

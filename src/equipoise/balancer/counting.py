@@ -39,7 +39,8 @@ def keep_counted(groups: Sequence[LayerGroup], taken: Sequence[Tensor], sums: St
     for group, counted_LS in zip(groups, sums.start_counts(taken)(), strict=True):
         group.counted = counted_LS
         group.histories.keep_counted(counted_LS)
-        pools = [state.pooled_ids for state in group.states if state.pooled_ids]
-        group.pools = [tokens.gather_rows(torch.cat(pool)) for pool in pools]
+        pools = [state.pooled_ids for state in group.states]
+        none = [torch.zeros(0, group.spec.top_k, dtype=torch.long, device=group.device)]  # of a layer that did not run
+        group.pools = [tokens.gather_rows(torch.cat(pool or none)) for pool in pools if pool is not None]
         for state in group.states:
             state.pooled_ids = None

@@ -104,7 +104,8 @@ def load_states(
 
     Raises ConfigError, before anything is changed, where something does not fit and ``strict`` is set.
     """
-    layers = {layer.name: layer for group in groups for layer in group.layers}
+    layers = {_inner(layer.name): layer for group in groups for layer in group.layers}
+    states = {_inner(name): one for name, one in states.items()}
     unfit = _unfit(layers, states, schedule)
     if unfit and strict:
         raise ConfigError(
@@ -165,7 +166,8 @@ def _may_be_overwritten(now_E: Tensor, saved_E: Tensor) -> bool:
 @torch.no_grad()
 def _load(group: LayerGroup, states: Mapping[str, dict[str, Any]], schedule: Schedule, without: set[str]) -> None:
     nothing: dict[str, Any] = {"previous_E": None, "ema_E": [], "momentum_E": [], "expert_bias_E": None}
-    mine = [nothing if layer.name in without else states.get(layer.name, nothing) for layer in group.layers]
+    names = [_inner(layer.name) for layer in group.layers]
+    mine = [nothing if name in without else states.get(name, nothing) for name in names]
 
     def stacked(rows: Sequence[Tensor | None]) -> Tensor | None:
         known = [row.cpu().double() for row in rows if row is not None]

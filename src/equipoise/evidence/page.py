@@ -33,9 +33,9 @@ HEAD = """\
 
 <!-- written by `make evidence`: edit evidence/*.toml, or src/equipoise/evidence/page.py -->
 Each claim is a file in [evidence](../evidence) whose criterion was written down before its runs, which are
-[on record](../evidence/records). `equipoise reproduce NAME` trains the runs of a claim again. `make evidence` writes this
-page from the records, and `runs/evidence.html`: the same with a picture of every difference, its way over the steps and
-each domain.
+[on record](../evidence/records). `equipoise reproduce NAME` trains the runs of a claim again. `make evidence` writes
+this page from the records, and `runs/evidence.html`: the same with a picture of every difference, its way over the
+steps and each domain.
 
 [A note](../lab-notes/2026-11-30-verdicts.md) says in words what they decide, what goes against the papers or against
 us, and what so small an instrument cannot decide.
@@ -52,8 +52,9 @@ zero and the word be undecided; the other claims' p are each by itself. "The gap
 `global` in the same cell. Losses are nats per token of held-out text: -0.01 is 1 % of perplexity. Where what is
 compared is no training of the lab, its two sides are cases of an experiment, paired by seed in the same way.
 
-A claim is **refuted** if one of its contrasts is, else **undecided** if one is, and **confirmed** only if all are. *here*
-is the first contrast that has the claim's verdict; beside the verdict is how many of the contrasts are confirmed.
+A claim is **refuted** if one of its contrasts is, else **undecided** if one is, and **confirmed** only if all are.
+*here* is the first contrast that has the claim's verdict; beside the verdict is how many of the contrasts are
+confirmed.
 
 ## What was not tested here
 
@@ -89,7 +90,13 @@ def render_page(judged: Sequence[ClaimVerdict]) -> str:
         claim = one.claim
         if claim.family != family:
             family = claim.family
-            rows += ["", FAMILY[family], "", "| claim | verdict | what it says | here | published |", "|---|---|---|---|---|"]
+            rows += [
+                "",
+                FAMILY[family],
+                "",
+                "| claim | verdict | what it says | here | published |",
+                "|---|---|---|---|---|",
+            ]
         cells = [
             f"[{claim.name}](#{claim.name.lower()})",
             _verdict(one),
@@ -103,7 +110,8 @@ def render_page(judged: Sequence[ClaimVerdict]) -> str:
     head = HEAD.format(trained=_trained(judged[0].claim), not_tested=NOT_TESTED)
     head = f"{head}\n{len(judged)} claims: {counted}. {core_hours(judged):.1f} core-hours on record.\n"
     picture = f"![Differences in held-out loss with their intervals, claim by claim]({FIGURE})"
-    return "\n".join([head, *rows[1:], "", picture, "", _instrument(judged), *(_claim(one) for one in judged)])  # fmt: skip
+    in_full = map(_claim, judged)
+    return "\n".join([head, *rows[1:], "", picture, "", _instrument(judged), *in_full])
 
 
 def _trained(claim: Claim) -> str:

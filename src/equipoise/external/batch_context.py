@@ -112,7 +112,7 @@ class BatchContext:
     def _place(self, calls: Sequence[CallArguments], tokens: int, images: bool | None, router: str) -> TokenPlacement:
         if self.declared is not None and _fits(self.declared, tokens):
             self.declared_used = True
-            return TokenPlacement(tokens, self.declared)
+            return TokenPlacement(tokens, self.declared.checked(tokens))
         around = [call for call in calls if call.shape is not None]
         around = [call for call in around if call.running] or around
         if images is not None and (placed := _of_modality(around, tokens, images, self.reads_kinds)) is not None:

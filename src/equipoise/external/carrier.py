@@ -150,6 +150,7 @@ class RouterCarrier(nn.Module):
                 got="attach() alone",
                 do="choose by logits = carrier.record(raw), and pass raw to attach()",
             )
+        layout = layout.checked(logits.shape[:-1].numel()).on(logits.device)
         logits_TE, ids_TK, counts_BE = self._arrange(logits, choices, layout)
         return attach_balance_gradient(state, weights, logits_TE, ids_TK, counts_BE, layout, training=self.training)
 

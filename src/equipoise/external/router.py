@@ -223,14 +223,14 @@ class ExternalRouter:
         own = None if self._correction_bias is None else self._correction_bias.view()
         check_choice(self.module, self._call, self.spec, own, self._groups, (expected, do))
 
-    def _choose_again(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose_again(self, logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """(weights, ids) with a bias of ours, or with a mask; an id of E is no expert."""
         if self._balance_state is None or self._balance_state.raises_immediately:
             check_logits(logits_TE, masked=True, name="" if self._balance_state is None else self._balance_state.name)
         groups, top_groups = self._groups or (1, 1)
         weights_TK, ids_TK, _ = choose(
             logits_TE,
-            self.top_k,
+            top_k,
             gate=self.gate,
             selection_bias=self.expert_bias,
             bias_place=self._bias_place,
@@ -259,7 +259,7 @@ class ExternalRouter:
                 logits_TE = logits_TE.masked_fill(returned_TE == 0, float("-inf"))
             if self.mask is not None:
                 logits_TE = self.mask.hide(logits_TE)
-            again_TK, ids_TK = self._choose_again(logits_TE)
+            again_TK, ids_TK = self._choose_again(logits_TE, ids_TK.shape[1])
             weights_TK = again_TK.to(weights_TK.dtype)
         choice_TK, replayed_T2 = ids_TK, None
         if self._routing_calls is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .gates import wide
 
 __all__ = ["check_threshold", "drop_experts", "dropped_weight", "loss_per_squared_weight"]
 
@@ -75,8 +76,8 @@ def drop_experts(
     dropped_TK = torch.zeros_like(dropped_TK).scatter_(-1, order_TK, dropped_TK)
     kept_TK = weights_TK.masked_fill(dropped_TK, 0.0)
     if normalize:
-        total_T1, left_T1 = (_wide(x_TK).sum(dim=-1, keepdim=True) for x_TK in (weights_TK, kept_TK))
-        scaled_TK = (_wide(kept_TK) * (total_T1 / left_T1.clamp(min=TINY))).to(weights_TK.dtype)
+        total_T1, left_T1 = (wide(x_TK).sum(dim=-1, keepdim=True) for x_TK in (weights_TK, kept_TK))
+        scaled_TK = (wide(kept_TK) * (total_T1 / left_T1.clamp(min=TINY))).to(weights_TK.dtype)
         kept_TK = torch.where(dropped_TK.any(dim=-1, keepdim=True), scaled_TK, kept_TK)
     return kept_TK, ids_TK if none is None else ids_TK.masked_fill(dropped_TK, none)
 
@@ -115,12 +116,8 @@ def loss_per_squared_weight(weights_TK: Tensor, gradients_TK: Tensor, *, normali
 
 def _ascending(weights_TK: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """(weights or their shares, ascending; where each stood)."""
-    wide_TK = _wide(weights_TK)
+    wide_TK = wide(weights_TK)
     if normalize:
         wide_TK = wide_TK / wide_TK.sum(dim=-1, keepdim=True).clamp(min=TINY)
     backwards_TK, order_TK = wide_TK.flip(-1).sort(dim=-1, stable=True)  # of equal weights, the last comes first
     return backwards_TK, wide_TK.shape[-1] - 1 - order_TK
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

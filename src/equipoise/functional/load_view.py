@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,7 +140,7 @@ def load_view(groups: Any = None, costs: Any = None, targets: Any = None) -> Loa
         raise ConfigError(expected="one group or more", got=f"groups={groups!r}", do="leave groups out for none")
     costs, targets = (
         numbers
-        if numbers is None or (what, numbers) == ("costs", WIDTH)
+        if numbers is None or (what == "costs" and isinstance(numbers, str) and numbers == WIDTH)
         else tuple(_positive(what, number) for number in _listed(what, numbers))
         for what, numbers in (("costs", costs), ("targets", targets))
     )
@@ -230,7 +231,7 @@ def _group(group: Any) -> tuple[int, ...]:
 
 
 def _listed(what: str, numbers: Any) -> list[Any]:
-    if isinstance(numbers, Tensor):
+    if isinstance(numbers, Tensor | np.ndarray):
         numbers = numbers.tolist()
     if isinstance(numbers, str) or not isinstance(numbers, Iterable):
         example = {"groups": "[[0, 1], [2, 3]], or 2", "costs": '[1, 1, 2], or "width"'}.get(what, "[0.5, 0.25, 0.25]")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .gates import gate_log_scores
+from .gates import gate_log_scores, wide
 from .load_view import LoadView, seen_load
 from .routing import check_mask_dtype, count_choices
 
@@ -83,8 +83,9 @@ def balance_loss(
     """
     if segment_T is not None and counts_E is not None:
         raise InputError(expected="one source of f", got="both segment_T and counts_E", do="pass one of them")
-    probs_TE = probs_TE if probs_TE.dtype == torch.float64 else probs_TE.float()
+    probs_TE = wide(probs_TE)
     num_experts = probs_TE.shape[1]
+    _check_mask(token_mask_T, probs_TE.shape[:1])
     if segment_T is not None:
         fraction_SE = load_fractions(segment_counts(expert_ids_TK, num_experts, segment_T, token_mask_T))
         fraction_SE = seen_load(view, fraction_SE)
@@ -102,7 +103,7 @@ def z_loss(logits_TE: Tensor, token_mask_T: Tensor | None = None) -> Tensor:
     >>> z_loss(torch.zeros(3, 1))
     tensor(0.)
     """
-    logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    logits_TE = wide(logits_TE)
     return _token_mean(logits_TE.logsumexp(dim=-1).square(), token_mask_T)
 
 
@@ -121,12 +122,16 @@ def entropy_loss(logits_TE: Tensor, gate: str = "softmax", token_mask_T: Tensor 
 def _token_mean(value_T: Tensor, token_mask_T: Tensor | None) -> Tensor:
     if token_mask_T is None:
         return value_T.sum() / max(value_T.numel(), 1)
+    _check_mask(token_mask_T, value_T.shape)
+    mask_T = token_mask_T.bool()
+    return (value_T * mask_T).sum() / mask_T.sum().clamp(min=1)
+
+
+def _check_mask(token_mask_T: Tensor | None, shape: torch.Size) -> None:
     check_mask_dtype(token_mask_T)
-    if token_mask_T.shape != value_T.shape:  # (T, 1) would broadcast to all pairs of tokens
+    if token_mask_T is not None and token_mask_T.shape != shape:  # (T, 1) would broadcast to all pairs of tokens
         raise InputError(
-            expected=f"token_mask_T of shape {tuple(value_T.shape)}",
+            expected=f"token_mask_T of shape {tuple(shape)}",
             got=str(tuple(token_mask_T.shape)),
             do="pass one entry per token",
         )
-    mask_T = token_mask_T.bool()
-    return (value_T * mask_T).sum() / mask_T.sum().clamp(min=1)

@@ -113,7 +113,7 @@ def maxvio_noise_floor(tokens: int, top_k: float, num_experts: int) -> float:
     >>> round(maxvio_noise_floor(2048 * 64 // 8, 8, 64), 3)
     0.049
     """
-    if tokens <= 0 or num_experts <= 1:
+    if tokens <= 0 or not 0 < top_k < num_experts:
         return 0.0
     share = top_k / num_experts
     load = tokens * share

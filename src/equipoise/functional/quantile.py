@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .routing import PLACES, gate_scores, inside_best_groups
+from .gates import gate_scores, wide
+from .routing import PLACES, inside_best_groups
 
 __all__ = ["BINS", "Selection", "bin_width", "choice_offsets", "count_offsets", "exact_quantile", "pooled_quantile"]
 
@@ -60,7 +61,7 @@ def choice_offsets(logits_TE: Tensor, ids_TK: Tensor, gate: str, selection: Sele
             do="pass selection=Selection(...) to attach_balance_gradient",
         )
     bias, place, num_groups, top_groups, masked = selection
-    wide_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
+    wide_TE = wide(logits_TE)
     by_TE = wide_TE if place == "logits" else gate_scores(wide_TE, gate)
     by_TE = by_TE if bias is None else by_TE + bias
     none_TE = wide_TE == float("-inf") if masked else None

@@ -7,6 +7,7 @@ fewer than K.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -99,7 +100,7 @@ def count_choices(
     if token_mask_T is None:
         ones = torch.ones((), dtype=torch.int64, device=ids_TK.device).expand(tokens * top_k)
     else:
-        ones = token_mask_T.to(ids_TK.device, torch.int64).unsqueeze(1).expand(-1, top_k).reshape(-1)
+        ones = token_mask_T.to(ids_TK.device, torch.bool).long().unsqueeze(1).expand(-1, top_k).reshape(-1)
     counts = torch.zeros(num_sequences * bins, dtype=torch.int64, device=ids_TK.device)
     return counts.scatter_add_(0, ids_TK.reshape(-1), ones).view(num_sequences, bins).narrow(1, 0, num_experts)
 
@@ -250,9 +251,10 @@ def check_routing(
             got=f"top_p={top_p!r}",
             do="papers use 0.4 to 0.6; leave it out for K experts for every token",
         )
-    if not 1 <= top_k <= num_experts:
+    whole = all(isinstance(one, Integral | torch.SymInt) and not isinstance(one, bool) for one in (num_experts, top_k))
+    if not whole or not 1 <= top_k <= num_experts:
         raise ConfigError(
-            expected="1 <= top_k <= num_experts",
+            expected="1 <= top_k <= num_experts, whole numbers",
             got=f"top_k={top_k}, num_experts={num_experts}",
             do="choose at most as many experts per token as there are",
         )

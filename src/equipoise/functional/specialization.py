@@ -54,16 +54,19 @@ def overlap(ids_TK: Tensor, other_TK: Tensor) -> Tensor:
     return (ids_TK.unsqueeze(-1) == other_TK.unsqueeze(-2)).any(dim=-1).sum(dim=-1)
 
 
-def churn(ids_TK: Tensor, before_TK: Tensor) -> Tensor:
+def churn(ids_TK: Tensor, before_TK: Tensor, num_experts: int | None = None) -> Tensor:
     """Share of a token's K choices that were not among its K before, (T,) fp64; NaN where a choice is -1, not known.
 
+    ``num_experts``: where tokens may use fewer than K experts (``top_p``): an id of E, no expert, is then no choice.
     For K = 1 its mean is the share of tokens that change their expert: routing fluctuation (StableMoE, 2204.08396).
 
     >>> churn(torch.tensor([[0, 1], [2, 3], [-1, -1]]), torch.tensor([[1, 0], [3, 4], [0, 1]]))
     tensor([0.0000, 0.5000,    nan], dtype=torch.float64)
     """
     known_T = (ids_TK >= 0).all(dim=-1) & (before_TK >= 0).all(dim=-1)
-    return torch.where(known_T, 1 - overlap(ids_TK, before_TK).double() / ids_TK.shape[-1], torch.nan)
+    one_TK = ids_TK >= 0 if num_experts is None else ids_TK < num_experts  # an id of E is none
+    new_TK = (ids_TK.unsqueeze(-1) != before_TK.unsqueeze(-2)).all(dim=-1) & one_TK
+    return torch.where(known_T, new_TK.sum(dim=-1).double() / one_TK.sum(dim=-1), torch.nan)
 
 
 def similarity(gram_EE: Tensor, mean_E: Tensor | None = None) -> Tensor:

@@ -84,10 +84,10 @@ def _by_keys(rows_RE: np.ndarray, top_k: int) -> np.ndarray:
         keys_RE.sort(axis=-1)
         best = keys_RE[:, ::-1][:, : top_k + 1].copy()  # the next as well: it may have been the K-th
         np.bitwise_and(best[:, :top_k], last, out=ids_RK[start : start + size])
-        unsure = (best[:, 1:] ^ best[:, :-1]) <= last
+        unsure = (best[:, 1:] ^ best[:, :-1]).view(np.uint32) <= np.uint32(last)
         unsure[:, 0] |= keys_RE[:, 0] < lowest  # a NaN with a sign, which counts as highest too
         if unsure.any():
-            (rows,) = unsure.any(axis=1).nonzero()
+            rows = np.flatnonzero(unsure.any(axis=1))
             ids_RK[start + rows] = _by_positions(block_RE[rows], top_k)
     return ids_RK
 

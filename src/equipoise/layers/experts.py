@@ -78,8 +78,8 @@ class Experts(nn.Module):
         """(T, D) in, (T, D) out in the compute dtype.
 
         Args:
-            expert_ids_TK: int64 in 0..E-1; an expert may have no token, a token the same expert twice. E is no expert,
-                for tokens that use fewer than K: such a choice computes nothing and its weight gets no gradient.
+            expert_ids_TK: integers in 0..E-1; an expert may have no token, a token the same expert twice. E is no
+                expert, for tokens that use fewer than K: it computes nothing, and the choice's weight gets no gradient.
             weights_TK: what each expert's output is multiplied by, any float dtype.
             drops: whether an id may be E. A CPU sees that for itself; a GPU is not made to wait for it, and without the
                 kernels has to be told.
@@ -96,6 +96,7 @@ class Experts(nn.Module):
                 got=f"{tuple(x_TD.shape)}, {tuple(expert_ids_TK.shape)} and {tuple(weights_TK.shape)}",
                 do="flatten the sequences and route the same tokens",
             )
+        expert_ids_TK = expert_ids_TK.long()  # engines have int32
         device = x_TD.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..autograd.token_classes import check_class_masks
-from ..autograd.token_layout import TokenLayout
+from ..autograd.token_layout import TokenLayout, check_class_masks
 from ..devices import host_readable
 from ..errors import ConfigError, InputError, described
 from .experts import Experts

@@ -12,7 +12,7 @@ from ..autograd.balance_gradient import attach_balance_gradient, record_logit_gr
 from ..autograd.finite import check_logits
 from ..autograd.protocol import RouterTraits
 from ..autograd.routing_calls import RecordedCalls, ReplayedCalls
-from ..autograd.token_classes import check_class_masks, class_masks
+from ..autograd.token_classes import class_masks
 from ..autograd.token_layout import TokenLayout
 from ..errors import ConfigError, InputError
 from ..functional.adaptive_top_k import drop_experts
@@ -21,7 +21,6 @@ from ..functional.quantile import Selection
 from ..functional.routing import (
     PLACES,
     Routing,
-    check_mask_dtype,
     check_routing,
     choose,
     count_choices,
@@ -89,6 +88,10 @@ class Router(RouterBuffers):
     ) -> None:
         super().__init__(num_experts, top_k, top_p)
         check_routing(num_experts, top_k, gate, num_groups, top_groups, top_p)
+        if type(dim) is not int or dim < 1:
+            raise ConfigError(
+                expected="dim of 1 or more, a whole number", got=f"dim={dim!r}", do="give the width of the tokens"
+            )
         if top_p is not None and top_k == 1 < num_experts:
             raise ConfigError(
                 expected="top_k of 2 or more beside top_p: the most experts that a token may have",
@@ -229,31 +232,7 @@ class Router(RouterBuffers):
                 got=str(tuple(x_TD.shape)),
                 do="flatten the sequences, or build the router with this width",
             )
-        if tokens % batch.rows:
-            raise InputError(
-                expected="T divisible by num_sequences",
-                got=f"T={tokens}, num_sequences={batch.rows}",
-                do="pad the sequences to one length and mask the padding",
-            )
-        for name, tensor in (("token_mask", batch.token_mask_T), ("document_ids", batch.document_T)):
-            if tensor is not None and tensor.shape != (tokens,):
-                raise InputError(
-                    expected=f"{name} with one entry per token: ({tokens},)",
-                    got=str(tuple(tensor.shape)),
-                    do="pass the mask of the same tokens that reach the layer",
-                )
-        mask_T, document_T, classes = batch.token_mask_T, batch.document_T, batch.classes
-        check_mask_dtype(mask_T)
-        if classes is not None:
-            check_class_masks(classes, (tokens,))
-            classes = {name: class_T.to(x_TD.device) for name, class_T in classes.items()}
-        return TokenLayout(
-            batch.num_sequences,
-            None if mask_T is None else mask_T.to(x_TD.device, torch.bool),
-            None if document_T is None else document_T.to(x_TD.device, torch.long),
-            classes=classes,
-            token_ids_T=batch.token_ids_T,
-        )
+        return batch.checked(tokens).on(x_TD.device)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, gate={self.gate!r}"

@@ -78,6 +78,7 @@ class TokenPools:
         self.group = self._ranks.data
         for router in self.routers.values():
             router.pool_state = PoolState(self.group)
+        self._states = [router.pool_state for router in self.routers.values()]
         self._hook = optimizer.register_step_post_hook(lambda *_: self._after_step())
 
     def loss(self) -> Tensor:
@@ -163,8 +164,9 @@ class TokenPools:
     def remove(self) -> None:
         """Detaches from model and optimizer; thresholds stay as they are."""
         self._hook.remove()
-        for router in self.routers.values():
-            router.pool_state = None
+        for router, state in zip(self.routers.values(), self._states, strict=True):
+            if router.pool_state is state:
+                router.pool_state = None
 
     def _learning(self) -> Iterator[tuple[str, ExpertChoiceRouter, PoolState]]:
         """The routers with a predictor."""

@@ -67,7 +67,7 @@ class ExpertBias:
 
     >>> ExpertBias(rule="sgn")
     Traceback (most recent call last):
-    equipoise.errors.ConfigError: expected a rule: momentum, proportional, rms, sign
+    equipoise.errors.ConfigError: expected a rule: momentum, proportional, quantile, rms, sign
       got: 'sgn'
       do:  did you mean 'sign'?
     >>> ExpertBias("quantile", tokens="image")

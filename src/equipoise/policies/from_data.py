@@ -55,7 +55,7 @@ def as_list(data: OnePolicy | Sequence[OnePolicy]) -> list[OnePolicy]:
     raise ConfigError(
         expected="policies as a list of names and tables",
         got=repr(data),
-        do='for example ["global+micro"], or [] to measure only',
+        do='for example ["global"], or [] to measure only',
     )
 
 
@@ -105,6 +105,8 @@ def build(spec: Mapping[str, Any], steps: int | None) -> Policy:
     >>> build({"kind": "ZLoss", "coef": 0.5}, None)
     ZLoss(coef=0.5, name=None)
     """
+    if not isinstance(spec, Mapping):
+        raise ConfigError(expected="a policy as a table", got=repr(spec), do="for example {kind: ZLoss, coef: 1e-3}")
     kind = spec.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise unknown_name("kind of policy", kind, KINDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import SupportsFloat
 
 from ..autograd.spec import LossTerm
 from ..errors import ConfigError
@@ -27,7 +28,7 @@ class AuxLoss:
         scope: over which tokens f is measured: "sequence", "document", Sequences(n), "micro_batch", "data_parallel",
             "global_batch" (arXiv 2501.11873), or the control "shuffle": f of as many random tokens of the global batch
             as the micro-batch has (table 2 there; needs a counting pass when a step has several micro-batches).
-        coef: a number, or a function of the step (0 = first). Megatron's convention; papers use 1e-4 .. 2e-2. Or what
+        coef: a number, or a function of the step (0 = first). Megatron's convention; papers use 1e-4 .. 0.1. Or what
             sets itself, in each layer: ``Ratio(0.01)``, ``Target(maxvio=0.1)``.
         estimator: for "global_batch" under gradient accumulation: "prefix", "previous", "ema", "filled" or
             "exact" (see ``policies.estimators``).
@@ -167,14 +168,24 @@ class ZLoss:
 
 
 def coefficient(policy: AuxLoss | EntropyLoss | ZLoss, step: int) -> float:
-    """The coefficient of a policy at a step (0 = first); of one that sets itself, the first.
+    """The coefficient of a policy at a step (0 = first); of one that sets itself, the first. ConfigError for a function
+    that returns none.
 
     >>> coefficient(ZLoss(coef=lambda step: 0.5 ** step), 2)
     0.25
     """
     if isinstance(policy.coef, SelfSetting):
         return policy.coef.start
-    return policy.coef(step) if callable(policy.coef) else policy.coef
+    if not callable(policy.coef):
+        return policy.coef
+    coef = policy.coef(step)
+    if not (isinstance(coef, SupportsFloat) and 0 <= float(coef) < float("inf")):  # a NaN would reach every router
+        raise ConfigError(
+            expected=f"a coefficient >= 0 from the function of the step, at step {step}",
+            got=repr(coef),
+            do="return a number for every step; 0 where the loss is to rest",
+        )
+    return float(coef)
 
 
 def _check_plain_coefficient(coef: Coefficient, what: str, do: str) -> None:
@@ -190,5 +201,5 @@ def _check_coefficient(coef: Coefficient) -> None:
         raise ConfigError(
             expected="a coefficient >= 0, a function of the step, Ratio or Target",
             got=repr(coef),
-            do="papers use 1e-4 .. 2e-2",
+            do="papers use 1e-4 .. 0.1, most 1e-3 .. 2e-2",
         )

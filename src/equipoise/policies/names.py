@@ -124,7 +124,7 @@ def read_name(text: str, numbers: Numbers = LIBRARY, *, gates: Sequence[str] = (
     [0.01, 0.0001]
     >>> read_name("globl")
     Traceback (most recent call last):
-    equipoise.errors.ConfigError: expected a strategy: deepseek-v3, document, global, ...
+    equipoise.errors.ConfigError: expected a strategy: deepseek-v3, document, ...
       got: 'globl'
       do:  did you mean 'global'?
     """
@@ -247,7 +247,7 @@ def _term(
         else:
             specs[0][key] = word
             if word == "quantile" and not values:
-                del specs[0]["rate"]  # that of the other rules
+                specs[0].pop("rate", None)  # that of the other rules
     return specs, gate
 
 

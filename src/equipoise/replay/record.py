@@ -84,6 +84,10 @@ class RoutingRecord:
         >>> RoutingRecord({"gate": calls}).joined(2, length=4).ids["gate"][0].T
         tensor([[ 0,  1,  4, -1,  2,  3,  5, -1]])
         """
+        if num_sequences < 1:
+            raise InputError(
+                expected="one sequence or more", got=str(num_sequences), do="pass the B of the recorded batches"
+            )
         joined = {}
         for name, calls in self.ids.items():
             if not calls:  # a router that did not run
@@ -104,12 +108,13 @@ class RoutingRecord:
             joined[name] = [torch.cat(parts, dim=1).flatten(0, 1)]
         return self._with(joined)
 
-    def churn(self, other: RoutingRecord) -> dict[str, float]:
+    def churn(self, other: RoutingRecord, num_experts: int | None = None) -> dict[str, float]:
         """Of each router the share of choices that ``other``, a record of the same tokens, does not have.
 
         Over all calls: of each token the share of its K experts that are not among its K in the other record, mean over
         the tokens that both know; NaN where there are none. Recorded on a fixed batch every so often, it says how much
-        of the routing is still changing (routing fluctuation, arXiv 2204.08396).
+        of the routing is still changing (routing fluctuation, arXiv 2204.08396). ``num_experts``: of a router with
+        ``top_p``, whose ids may be E, which is no expert and no choice.
 
         Raises InputError where the other record is of other routers, calls, tokens or K.
 
@@ -129,7 +134,8 @@ class RoutingRecord:
                 )
         found = {}
         for name, calls in self.ids.items():
-            parts = [churn(mine, one.to(mine.device)) for mine, one in zip(calls, other.ids[name], strict=True)]
+            pairs = zip(calls, other.ids[name], strict=True)
+            parts = [churn(mine, one.to(mine.device), num_experts) for mine, one in pairs]
             found[name] = float(torch.cat(parts).nanmean()) if parts else math.nan
         return found
 
@@ -166,7 +172,13 @@ def _shown(shapes: list[tuple[int, ...]] | None) -> str:
 
 
 def _why_no_ids(ids_TK: Tensor) -> str:
-    if ids_TK.dim() != 2 or ids_TK.is_floating_point() or ids_TK.is_complex() or ids_TK.dtype == torch.bool:
+    if (
+        not isinstance(ids_TK, Tensor)
+        or ids_TK.dim() != 2
+        or ids_TK.is_floating_point()
+        or ids_TK.is_complex()
+        or ids_TK.dtype == torch.bool
+    ):
         return described(ids_TK)
     unknown_T1 = (ids_TK == -1).all(dim=1, keepdim=True)
     sorted_TK = ids_TK.sort(dim=1).values

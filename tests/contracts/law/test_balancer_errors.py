@@ -31,12 +31,12 @@ def setup(*policies, **options):
 
 CONFIG = [
     (lambda: Balancer(nn.Linear(2, 2), [MICRO]), "a model with MoE layers", "Linear without a router", "equipoise.MoE"),
-    (
-        lambda: Balancer(net(), cast(Any, ["global"])),
-        "AuxLoss, EntropyLoss, ZLoss, ExpertBias or Switch",
-        "'global'",
-        "scope=",
-    ),
+    (lambda: Balancer(net(), cast(Any, [5])), "a policy as a name or a table", "5", '"global"'),
+    (lambda: Balancer(net(), ["globl"]), "a strategy", "'globl'", "did you mean 'global'"),
+    (lambda: Balancer(net(), cast(Any, None)), "policies as a list", "None", "measure only"),
+    (lambda: Balancer(cast(Any, 5), [MICRO]), "torch.nn.Module", "5", "the model that you train"),
+    (lambda: Balancer([], [MICRO]), "torch.nn.Module", "[]", "the model that you train"),
+    (lambda: Balancer(net(), [MICRO], sequences_per_micro_batch=cast(Any, 2.5)), "1 or more", "2.5", "leave it out"),
     (lambda: Balancer(net(), [MICRO], reduction="avg"), "'mean' or 'sum'", "'avg'", "'mean'"),
     (lambda: AuxLoss("global"), "a scope", "'global'", "did you mean 'global_batch'"),
     (lambda: AuxLoss("global_batch", estimator="prefx"), "estimator", "'prefx'", "did you mean 'prefix'"),
@@ -52,6 +52,10 @@ CONFIG = [
     (lambda: Switch(at=-1, to=MICRO), "step >= 0", "at=-1", "from 0"),
     (lambda: Switch(at=1, to="micro"), "a policy or None", "'micro'", "AuxLoss"),  # type: ignore[arg-type]
     (lambda: Router(4, 4, 5), "1 <= top_k <= num_experts", "top_k=5, num_experts=4", "at most"),
+    (lambda: Router(4, 4, cast(Any, 2.0)), "whole numbers", "top_k=2.0", "at most"),
+    (lambda: Router(4, 4, True), "whole numbers", "top_k=True", "at most"),
+    (lambda: Router(0, 4, 2), "dim of 1 or more", "dim=0", "width"),
+    (lambda: MoE(4, 4, cast(Any, 4.0), 2), "whole numbers", "num_experts=4.0", "at most"),
     (lambda: Router(4, 6, 2, num_groups=4), "divisible by num_groups", "num_groups=4", "groups"),
     (lambda: MoE(4, 4, 8, 3, num_groups=4, top_groups=1), "inside the chosen groups", "top_k=3", "top_groups"),
     (lambda: Router(4, 4, 1, gate="softmx"), "a gate", "'softmx'", "did you mean 'softmax'"),

@@ -47,6 +47,16 @@ def test_a_copy_is_not_balanced():
     assert (balancer.step_count, second.step_count) == (3, 1)
 
 
+def test_a_module_that_holds_its_balancer_can_be_copied_and_saved():
+    """A LightningModule does; the copy has none, as its routers have none."""
+    model, balancer, optimizer = setup()
+    model.balancer = balancer
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    copies.append(cast(Any, torch.optim.swa_utils.AveragedModel(model)).module)
+    assert [one.balancer for one in copies] == [None] * 3 and model.balancer is balancer
+    train_step(model, balancer, optimizer, make_step(0))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_casting_the_model_leaves_the_bias_in_fp32(dtype):
     """B34, B38, B39, B55: in bf16 steps of 1e-3 stop at 0.5, those of 1e-4 at 0.031."""
@@ -198,6 +208,33 @@ def test_remove_then_another_balancer():
     second = Balancer(model, [AuxLoss("sequence", 0.3)])
     train_step(model, second, optimizer, make_step(2))
     assert (balancer.step_count, second.step_count) == (1, 1)
+
+
+def test_what_is_removed_twice_leaves_the_next_balancer_alone():
+    model, first, optimizer = setup(AuxLoss("micro_batch", 0.3))
+    train_step(model, first, optimizer, make_step(0))
+    first.remove()
+    second = Balancer(model, [AuxLoss("micro_batch", 0.3)], optimizer)
+    first.remove()
+    train_step(model, second, optimizer, make_step(1))
+    assert second.step_count == 1
+
+
+@pytest.mark.parametrize("on_fault", ["raise", "warn"])
+def test_a_tap_after_remove_is_the_identity(on_fault):
+    """``remove()`` is what errors advise for training without balance; the loop still has its tap."""
+    model = net(**SMALL)
+    balancer = Balancer(model, [AuxLoss("micro_batch", 0.3)], on_fault=on_fault)
+    balancer.remove()
+    plain, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    (micro,) = make_step(0)
+    loss = loss_of(model, micro)
+    assert balancer.tap(loss) is loss
+    loss.backward()
+    optimizer.step()
+    loss_of(plain, micro).backward()
+    assert_close(gradients(model), gradients(plain), 0.0)
+    assert balancer.step_count == 0
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -139,6 +139,18 @@ def test_the_next_step_of_the_same_tokens_is_balanced():
     assert found["quantile"][7] < 0.05 < found["sign"][7]
 
 
+def test_the_quantile_is_of_the_k_of_its_call():
+    """A schedule or a run that goes on with another K changes it while one trains."""
+    found = []
+    for built in (2, 4):
+        model = net(experts=(8,), top_k=(built,), gate="sigmoid")
+        balancer = Balancer(model, [ExpertBias("quantile", scope="micro_batch")])
+        model.blocks[0].gate.top_k = 4
+        train_step(model, balancer, torch.optim.SGD(model.parameters(), lr=0.0), make_step(0, 2, 2, 7))
+        found.append(model.blocks[0].gate.expert_bias.clone())
+    assert torch.equal(*found) and found[0].any()
+
+
 def test_the_mean_of_micro_batch_quantiles_is_the_control():
     """Megatron-core's and Marin's: exact quantiles of each micro-batch, averaged; not those of the step."""
     found = []

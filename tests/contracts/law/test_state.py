@@ -110,6 +110,29 @@ def test_a_bias_without_a_policy_would_be_lost():
 # ---------------------------------------------------------------- policies by name
 
 
+@pytest.mark.parametrize("wrapped", ["compiled", "averaged", "module"])
+def test_a_state_is_of_the_model_not_of_its_wrapper(wrapped):
+    """Saved before ``torch.compile`` or DDP wrapped it, or after."""
+    policies: list[Any] = [AuxLoss("global_batch", estimator="previous"), ExpertBias("sign", 0.01)]
+    model, balancer, _ = trained(*policies)
+    state = balancer.state_dict()
+    balancer.remove()
+    inner = nn.Module()
+    inner.module = model  # the name that DDP gives it
+    make = {"compiled": lambda: torch.compile(model, backend="eager"), "averaged": lambda: AveragedModel(model)}
+    wrapper: Any = make[wrapped]() if wrapped in make else inner
+    there = Balancer(wrapper, policies)
+    there.load_state_dict(state)
+    back = there.state_dict()
+    there.remove()
+    again = Balancer(model, policies)
+    again.load_state_dict(back)
+    want, got = (
+        [one["previous_E"].tolist() for one in each["layers"].values()] for each in (state, again.state_dict())
+    )
+    assert want == got and all(map(any, want))
+
+
 def momenta(balancer: Balancer) -> dict[str, Any]:
     layers = balancer.state_dict()["layers"]
     return {name: [t.tolist() for t in row] for row in [layers["blocks.0.gate"]["momentum_E"]] for name, *row in row}

@@ -274,6 +274,8 @@ def test_without_a_valid_token_the_loss_is_zero_and_so_is_its_gradient():
         ("one source", {"segment_T": torch.zeros(4, dtype=torch.int64), "counts_E": torch.ones(3)}),
         ("boolean", {"token_mask_T": torch.zeros(4), "counts_E": torch.ones(3)}),
         ("(4,)", {"token_mask_T": torch.ones(4, 1, dtype=torch.bool), "counts_E": torch.ones(3)}),
+        ("(4,)", {"token_mask_T": torch.ones(4, 1, dtype=torch.bool)}),
+        ("(4,)", {"token_mask_T": torch.ones(3, dtype=torch.bool), "segment_T": torch.zeros(4, dtype=torch.int64)}),
     ],
 )
 def test_what_is_ambiguous_is_refused(word, arguments):

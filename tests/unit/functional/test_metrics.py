@@ -145,7 +145,7 @@ def test_noise_floor_is_what_uniform_random_routing_shows(tokens, top_k, num_exp
 def test_noise_floor_at_its_ends():
     assert maxvio_noise_floor(1000, 8, 8) == 0  # K = E: everybody gets everything
     assert maxvio_noise_floor(1000, 1, 1) == 0
-    assert maxvio_noise_floor(0, 2, 8) == 0
+    assert maxvio_noise_floor(0, 2, 8) == maxvio_noise_floor(10, 0, 8) == maxvio_noise_floor(10, 9, 8) == 0
     assert maxvio_noise_floor(1, 2, 8) == 3  # one token: its two experts get 4 times the mean
     floors = [maxvio_noise_floor(4**n, 2, 16) for n in range(4, 12)]
     assert all(0.45 < b / a < 0.55 for a, b in itertools.pairwise(floors))  # 1 / sqrt(tokens)

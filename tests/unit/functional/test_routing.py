@@ -208,6 +208,14 @@ def test_counts_of_sequences_are_those_of_a_loop(num_sequences, length, num_expe
     assert got.tolist() == want
 
 
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.int32])
+def test_a_mask_that_numbers_sequences_counts_each_token_once(kind):
+    """Packed batches have 1, 2, 3 for their sequences and 0 for padding."""
+    z_TE, mask_T = torch.randn(6, 4), torch.tensor([1, 1, 2, 3, 0, 0])
+    want_E, got_E = (route(z_TE, 2, token_mask_T=mask).counts_E for mask in (mask_T > 0, mask_T.to(kind)))
+    assert torch.equal(got_E, want_E) and int(got_E.sum()) == 8
+
+
 def test_counts_are_exact_above_two_to_the_24():
     tokens = 2**24 + 3  # where fp32 stops counting
     assert count_choices(torch.ones(1, 1, dtype=torch.int64).expand(tokens, 1), 2).tolist() == [[0, tokens]]

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from _threads import one_thread  # noqa: F401
 from equipoise.functional import route, top_k_ids
+from equipoise.functional import top_k as top_k_module
 from equipoise.functional.top_k import BLOCK, NUMBERS, VECTORS, _by_sort, _sorts
 
 
@@ -48,6 +49,16 @@ def test_whole_blocks_of_rows_give_what_topk_gives(experts):
         assert torch.equal(z_TE.gather(1, _by_sort(z_TE, top_k)), values_TK)
     assert torch.equal(_by_sort(z_TE, 1), z_TE.argmax(-1, keepdim=True))
     assert _by_sort(z_TE, 2)[1].tolist() == [0, 1] and _by_sort(z_TE, 2)[2, 0] == 0
+
+
+def test_rows_whose_best_lie_on_both_sides_of_zero_are_not_sorted_twice(monkeypatch):
+    """Keys of unlike signs differ in their first bit, which as a signed number is below every other."""
+    again = []
+    by_positions = top_k_module._by_positions
+    monkeypatch.setattr(top_k_module, "_by_positions", lambda rows, k: again.append(len(rows)) or by_positions(rows, k))
+    z_TE = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(_by_sort(z_TE, 12), z_TE.topk(12).indices)
+    assert sum(again) < 10
 
 
 @pytest.mark.parametrize("top_k", [1, 3])

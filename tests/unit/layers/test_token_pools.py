@@ -23,6 +23,19 @@ def same(got, wanted):
         )
 
 
+def test_pools_that_are_removed_twice_leave_the_next_alone():
+    torch.manual_seed(0)
+    model = ExpertChoiceMoE(dim=8, hidden=16, num_experts=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = TokenPools(model, optimizer)
+    first.remove()
+    second = TokenPools(model, optimizer)
+    first.remove()
+    (model(torch.randn(2, 8, 8)).sum() + second.loss()).backward()
+    optimizer.step()
+    assert torch.isfinite(model.gate.thresholds).all()
+
+
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("micro_batches", [1, 2, 8])
 def test_micro_batches_share_the_pool_of_the_step(micro_batches, recompute):

@@ -114,6 +114,7 @@ def test_what_stands_in_a_file_trains():
         ([{"kind": "ExpertBias", "schedule": "cosine"}], "the steps of the run"),
         (["loss-free:linear"], "the steps of the run"),
         ([{"kind": "Switch", "to": {"kind": "ZLoss"}}], "a switch at a step"),
+        ([{"kind": "Switch", "at": 5, "to": "global"}], "a policy as a table"),
         (
             ["micro:softmax"],
             "a detail of micro: ratio, target, width\\n.*a gate\\n.*a model that is given has its gate",
@@ -127,6 +128,11 @@ def test_what_a_file_should_not_say_is_refused_in_words(data, words):
     with pytest.raises(ConfigError, match=words) as caught:
         policies_from(data)
     assert caught.value.do
+
+
+@pytest.mark.parametrize("name", ["quantile:quantile", "loss-free:quantile", "loss-free:quantile:quantile"])
+def test_the_quantile_rule_has_its_own_rate_however_it_is_named(name):
+    assert policies_from(name) == [ExpertBias("quantile")]
 
 
 def test_a_switch_behind_the_end_is_refused_where_the_end_is_known():

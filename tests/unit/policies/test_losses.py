@@ -7,9 +7,10 @@ import pickle
 from typing import Any
 
 import pytest
+import torch
 
 from equipoise.errors import ConfigError
-from equipoise.policies import ESTIMATORS, SCOPES, AuxLoss, Sequences, ZLoss
+from equipoise.policies import ESTIMATORS, SCOPES, AuxLoss, EntropyLoss, Sequences, ZLoss
 from equipoise.policies.losses import coefficient
 
 aux: Any = AuxLoss  # as a caller without a type checker sees them
@@ -56,6 +57,16 @@ def test_a_coefficient_is_a_number_or_a_function_of_the_step():
     assert coefficient(AuxLoss(coef=0.25), 9) == 0.25
     assert coefficient(ZLoss(coef=lambda step: 0.5**step), 3) == 0.125
     assert AuxLoss(coef=0).coef == 0
+
+
+@pytest.mark.parametrize("make", [aux, z, lambda coef: EntropyLoss(coef=coef)])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -1, None, "1e-2"])
+def test_a_function_of_the_step_is_asked_at_every_step_for_a_coefficient(make, wrong):
+    """A NaN of it reached every router without a word."""
+    policy = make(coef=lambda step: wrong if step == 2 else torch.tensor(0.5))
+    assert coefficient(policy, 1) == 0.5
+    with pytest.raises(ConfigError, match=r"(?s)a coefficient >= 0 from the function of the step, at step 2.*do: "):
+        coefficient(policy, 2)
 
 
 def test_policies_are_values():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
 from equipoise import InputError, RoutingRecord
+from equipoise.lab.training.routing_churn import LastRouting
 
 
 def record_of(*lengths: int, top_k: int = 2) -> RoutingRecord:
@@ -89,6 +91,23 @@ def test_churn_is_the_share_of_choices_that_the_other_does_not_have():
     }, "the order of choices says nothing"
     nothing = RoutingRecord({"a": [torch.full((2, 1), -1)], "b": []})
     assert all(share != share for share in nothing.churn(nothing).values())
+
+
+def test_a_choice_that_is_no_expert_is_neither_kept_nor_new():
+    """Under top-p an id of E is none: a token with one expert that leaves it has changed all that it had."""
+    new, old = ([torch.tensor([[0, 4, 4], [2, 3, 1]])], [torch.tensor([[1, 4, 4], [2, 0, 4]])])
+    record = RoutingRecord({"gate": new})
+    assert record.churn(RoutingRecord({"gate": old}), num_experts=4)["gate"] == pytest.approx((1 + 2 / 3) / 2)
+    last = LastRouting()
+    last.churn(old[0].view(1, 1, 2, 3), num_experts=4)
+    assert last.churn(new[0].view(1, 1, 2, 3), num_experts=4) == [pytest.approx((1 + 2 / 3) / 2)]
+
+
+def test_what_is_no_record_says_so():
+    with pytest.raises(InputError, match="one sequence or more"):
+        record_of(4, 6).joined(0)
+    with pytest.raises(InputError, match=r"(?s)integer expert ids.*list"):
+        RoutingRecord({"gate": cast(Any, [[[0, 1]]])})
 
 
 @pytest.mark.parametrize("other", [record_of(4, 4), record_of(4), record_of(4, 6, top_k=1)])

@@ -77,7 +77,7 @@ def evaluate(
         dead_experts=dead_experts(total_LE).long().tolist(),
         mutual_information=mutual_information(_by_domain(fair_NLE, fair_labels_N).movedim(0, -2)).tolist(),
         mutual_information_shuffled=shuffled_mutual_information(fair_NLE, fair_labels_N, seed=seed),
-        routing_churn=(last or LastRouting()).churn(ids_NLSK[fair_N]),
+        routing_churn=(last or LastRouting()).churn(ids_NLSK[fair_N], counts_NLE.shape[-1]),
         loss_by_frequency=_by_frequency(sums_N2C.sum(dim=0), class_V[tokens_NS]),
     )
 

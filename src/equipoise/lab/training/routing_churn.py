@@ -21,22 +21,23 @@ class LastRouting:
     """What the evaluation before chose; a checkpoint keeps ``ids_NLSK``.
 
     >>> last = LastRouting()
-    >>> last.churn(torch.tensor([[[[0, 1]]]]))
+    >>> last.churn(torch.tensor([[[[0, 1]]]]), num_experts=4)
     []
-    >>> last.churn(torch.tensor([[[[1, 2]]]]))
+    >>> last.churn(torch.tensor([[[[1, 2]]]]), num_experts=4)
     [0.5]
     """
 
     def __init__(self) -> None:
         self.ids_NLSK: Tensor | None = None  # None: there was none
 
-    def churn(self, ids_NLSK: Tensor) -> list[float]:
-        """Of each layer the share of choices that are new, and these are remembered; empty without any before."""
+    def churn(self, ids_NLSK: Tensor, num_experts: int) -> list[float]:
+        """Of each layer the share of choices that are new, and these are remembered; empty without any before. An id of
+        ``num_experts`` is none."""
         before_NLSK, self.ids_NLSK = self.ids_NLSK, ids_NLSK
         if before_NLSK is None:
             return []
         of_layers = zip(ids_NLSK.unbind(1), before_NLSK.unbind(1), strict=True)  # K x K a token is much for all at once
-        return [churn(*pair).mean().item() for pair in of_layers]
+        return [churn(*pair, num_experts).nanmean().item() for pair in of_layers]
 
 
 def every_token(tokens: int) -> int:
