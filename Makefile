@@ -72,7 +72,7 @@ check: env  ## ruff (lint and format) and pyright
 
 docs: .venv-docs/.installed  ## the documentation as a site, with the reference of every public name: build/site/index.html
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
-	@echo "site: build/site/index.html"
+	@echo "site: build/site/index.html; with its search: python3 -m http.server -d build/site"
 
 house:  ## draw the rooms of the library, their floors and who imports whom: docs/house.svg
 	PYTHONPATH=tests $(PYTHON) -m meta.house

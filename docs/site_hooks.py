@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,6 +25,7 @@ REFERENCE = {  # title -> files under src/equipoise: every name of their __all__
     )),
     "plot": ("plot.py",),
 }  # fmt: skip
+SETTINGS = ("ModelConfig", "DataConfig", "ParallelConfig", "TrainConfig", "CompareConfig")  # of lab/config/schema.py
 LINK = re.compile(r"(\]\(|\bhref=\")((?:\.\./)[^)#\"\s]*)")
 
 
@@ -32,6 +34,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for section in config.nav or []:
         if "Reference" in section:
             section["Reference"] += [{title: f"reference/{title}.md"} for title in REFERENCE]
+            section["Reference"] += [{"Settings of the lab": "reference/settings.md"}]
     notes = [{_title(note): f"{NOTES}/{note.name}"} for note in sorted((ROOT / NOTES).glob("*.md"), reverse=True)]
     assert config.nav is not None
     config.nav.append({"Lab notes": notes})
@@ -43,8 +46,9 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for note in sorted((ROOT / NOTES).glob("*.md")):
         files.append(File.generated(config, f"{NOTES}/{note.name}", abs_src_path=str(note)))
     for title, sources in REFERENCE.items():
-        page = f"# {title}\n\n" + "".join(f"::: {name}\n\n" for source in sources for name in _public(source))
+        page = f"# {title}\n\n" + "".join(_names(source, several=len(sources) > 1) for source in sources)
         files.append(File.generated(config, f"reference/{title}.md", content=page))
+    files.append(File.generated(config, "reference/settings.md", content="".join(_settings())))
     return files
 
 
@@ -63,6 +67,30 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return f"{begin}{config.repo_url}/blob/main/{path}"
 
     return LINK.sub(moved, markdown)
+
+
+def _names(source: str, *, several: bool) -> str:
+    """What mkdocstrings is asked for; under the name of the module where a page has several."""
+    module = source.removesuffix(".py").replace("/", ".")
+    level = "    options: {heading_level: 3}\n" if several else ""
+    heading = f"## {module}\n\n" if several else ""
+    return heading + "".join(f"::: {name}\n{level}\n" for name in _public(source))
+
+
+def _settings() -> Iterator[str]:
+    """A table for each part of a run's configuration, from its fields and the comments behind them."""
+    lines = (ROOT / "src/equipoise/lab/config/schema.py").read_text(encoding="utf-8").splitlines()
+    yield "# Settings of the lab\n\n`--set model.experts=32` and TOML files name them; `--print-config` prints those of a run.\n"
+    for found in ast.parse("\n".join(lines)).body:
+        if not isinstance(found, ast.ClassDef) or found.name not in SETTINGS:
+            continue
+        said = (ast.get_docstring(found) or "").partition("\n\n")[0].replace("\n", " ")
+        yield f"\n## {found.name.removesuffix('Config').lower()}\n\n{said}\n\n| setting | default | |\n|---|---|---|\n"
+        for field in found.body:
+            if isinstance(field, ast.AnnAssign) and field.end_lineno is not None:
+                _, _, comment = lines[field.end_lineno - 1].partition("  # ")
+                default = "" if field.value is None else f"`{ast.unparse(field.value)}`"
+                yield f"| `{ast.unparse(field.target)}` | {default} | {comment.replace('|', chr(92) + '|')} |\n"
 
 
 def _public(source: str) -> list[str]:

@@ -44,7 +44,7 @@ def draw(text: Tensor, process: int, processes: int) -> list[dict[str, Tensor]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--coef", type=float, default=5e-2, help="of the balance loss")
+    parser.add_argument("--coef", type=float, default=5e-2, help="of the loss; high for few steps: 1e-2 is usual")
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
     torch.manual_seed(0)

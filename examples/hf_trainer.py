@@ -48,7 +48,7 @@ def build() -> torch.nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--coef", type=float, default=0.2, help="of the balance loss")
+    parser.add_argument("--coef", type=float, default=0.2, help="of the loss; high for few steps: 1e-2 is usual")
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
     set_seed(0)

@@ -75,7 +75,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """``equipoise.plot`` is loaded when it is first named: who trains does not pay for it."""
-    if name == "plot":
-        return importlib.import_module("equipoise.plot")
+    """These are loaded when they are first named: who trains without them does not pay for them."""
+    if name in ("adapters", "plot"):
+        return importlib.import_module(f"equipoise.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

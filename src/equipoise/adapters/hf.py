@@ -21,7 +21,8 @@ from transformers import TrainerCallback
 from ..balancer.balancer import Balancer
 from ..distributed import Ranks
 from ..errors import ConfigError, DataError, EquipoiseError, StateError
-from ..policies import Policy, Sequences
+from ..policies import Sequences
+from ..policies.from_data import OnePolicy, policies_from
 from ..policies.schedule import Schedule
 from ..storage.balancer_file import FILE, read_state, remove_state, state_file, write_state
 from .biases import load_biases, plain_name, put_biases, saved_place
@@ -78,7 +79,7 @@ class BalanceCallback(TrainerCallback):
 
     def __init__(
         self,
-        policies: Sequence[Policy],
+        policies: OnePolicy | Sequence[OnePolicy],
         *,
         tokens: str | Callable[[Any], Tensor | int] | None = None,
         strict: bool = True,
@@ -86,7 +87,7 @@ class BalanceCallback(TrainerCallback):
         ranks: Ranks | None = None,
         **options: Any,
     ) -> None:
-        self.policies, self.ranks, self.options = list(policies), ranks, options
+        self.policies, self.ranks, self.options = policies_from(policies), ranks, options
         self.tokens, self.strict, self.layers = tokens, strict, layers
         self.balancer: Balancer | None = None
         self._ranks = Ranks()
@@ -136,12 +137,14 @@ class BalanceCallback(TrainerCallback):
         self._release()
         if self._beginning is None:
             _end_what_failed(kwargs["model"])
-        check(trainer)
+        check(trainer, self.policies)
         self._trainer, self._trial = trainer, names.get("trial")
         self._ranks = self.ranks or Ranks.default()
         self._tokens = StepTokens(self.tokens, changes_batches(trainer), self._ranks)
-        self._warned = False
-        self._aux_loss_enabled = bool(self.policies) and getattr(trainer, "aux_loss_enabled", False)
+        self._warned, self._aux_loss_enabled = (
+            False,
+            bool(self.policies) and getattr(trainer, "aux_loss_enabled", False),
+        )
         if self._aux_loss_enabled:  # TRL adds the model's loss itself; the balancer says that it
             trainer.aux_loss_enabled = False  # is switched off, as TRL has set output_router_logits too
         steps = what_steps(trainer, kwargs.get("optimizer"))

@@ -21,7 +21,7 @@ from ..balancer.balancer import Balancer
 from ..distributed import Ranks
 from ..errors import ConfigError, DataError
 from ..external.padding import router_tokens
-from ..policies import Policy
+from ..policies.from_data import OnePolicy, policies_from
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback
@@ -60,14 +60,14 @@ class BalanceCallback(Callback):
 
     def __init__(
         self,
-        policies: Sequence[Policy],
+        policies: OnePolicy | Sequence[OnePolicy],
         *,
         ranks: Ranks | None = None,
         module: str | None = None,
         tokens: Callable[[Any], Tensor | int | None] | None = None,
         **options: Any,
     ) -> None:
-        self.policies, self.ranks, self.options = list(policies), ranks, options
+        self.policies, self.ranks, self.options = policies_from(policies), ranks, options
         self.module, self.tokens = module, tokens or router_tokens
         self.balancer: Balancer | None = None
         self._ranks = Ranks()

@@ -16,6 +16,8 @@ from typing import Any
 from transformers import Trainer
 
 from ..errors import ConfigError, EquipoiseError, StateError
+from ..policies import Policy
+from .asked import Asked
 from .deepspeed_engine import EngineSteps
 
 __all__ = [
@@ -144,8 +146,11 @@ def _leaves(node: ast.AST, batch: set[str], *, may_look: bool) -> bool:
     return all(_leaves(child, batch, may_look=may_look) for child in inside)
 
 
-def check(trainer: Any) -> None:
-    """Ways to run a model in which the gradient was never compared with the law."""
+def check(trainer: Any, policies: list[Policy]) -> None:
+    """Ways to run a model in which the gradient was never compared with the law, and policies that find no pass."""
+    if (micro_batches := trainer.args.gradient_accumulation_steps) > 1:
+        why = f"a Trainer has no such pass; or gradient_accumulation_steps=1, not {micro_batches}"
+        Asked.read(policies).refuse_counting(why)
     shards = max(trainer.get_cp_size(), trainer.get_sp_size())
     for found, got, do in (
         (trainer.args.n_gpu > 1, f"DataParallel over {trainer.args.n_gpu}", "start with torchrun or accelerate launch"),

@@ -312,6 +312,7 @@ class Balancer(StepCycle):
             raises=self._faults.raises,
             last=self._committed or (),
             step=self._step - 1,
+            attached=is_attached(self._layers),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def describe(
     raises: bool,
     last: Sequence[StepStats],
     step: int,
+    attached: bool = True,
 ) -> str:
     """See ``Balancer.describe``."""
     rows = [("router", "class", "E", "K", "gate", "bias", "learns"), *map(_row, layers)]
@@ -54,6 +55,9 @@ def describe(
         "switched off": "; ".join(switched_off) or "nothing of the model's own",
         "on a fault": "raises, on all ranks" if raises else "warns, leaves the step unbalanced and goes on",
     }
+    if not attached:  # of a training that ended, what it declared and switched off is no longer so
+        facts = {"removed": "the model is balanced by nobody; what was switched off is as it was", **facts}
+        del facts["tokens"], facts["switched off"]
     if any(layer.router.traits.idle_experts for layer in layers):
         facts["E"] = "experts, and after + ids that are no load: of dropped choices, of experts that do no work"
     if any(bool(one.of("replayed_choices").any()) for one in last):

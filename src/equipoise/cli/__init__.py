@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from ..errors import EquipoiseError
+from ..errors import EquipoiseError, unknown_name
 from . import (
     adapt,
     compare,
@@ -84,7 +84,7 @@ exit codes:
   0    done
   1    a run failed, or an unexpected error
   2    an argument or a setting that cannot work
-  3    calls in an order that would train something else
+  3    calls in an order that was refused: it would train something else
   4    text, records or checkpoints that cannot be read
   5    a folder that cannot be written
   130  stopped by Ctrl-C or SIGTERM, after everything was saved
@@ -115,7 +115,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. argparse itself exits with 2 for an argument it does not know."""
-    parsed = build_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given and not given[0].startswith("-") and given[0] not in COMMANDS:
+        error = unknown_name("command", given[0], COMMANDS)
+        print(f"equipoise: {error}", file=sys.stderr)
+        return error.exit_code
+    parsed = build_parser().parse_args(given)
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         return parsed.run(parsed)

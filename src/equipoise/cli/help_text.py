@@ -55,11 +55,13 @@ def _paragraph(lines: list[str], width: int) -> str:
 
 
 def _example(line: str, width: int) -> list[str]:
-    """Command and comment, which two blanks or more part."""
+    """Command and comment, which two blanks or more part; an option and its value stay together."""
     indent = len(line) - len(line.lstrip())
     command, _, comment = re.sub(r"(?<=\S) {2,}", "\0", line.strip(), count=1).partition("\0")
     room: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
     lead, under = " " * indent, " " * (indent + 4)
-    *begun, last = textwrap.wrap(command, width - 2, initial_indent=lead, subsequent_indent=under, **room)
+    kept = re.sub(r"(--[\w-]+) (?=[^-\s])", "\\1\0", command)
+    wrapped = textwrap.wrap(kept, width - 2, initial_indent=lead, subsequent_indent=under, **room)
+    *begun, last = (part.replace("\0", " ") for part in wrapped)
     said = textwrap.wrap(comment, width, initial_indent=under, subsequent_indent=under, **room)
     return [*(f"{part} \\" for part in begun), last, *said]  # what is copied into a shell still runs

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["EPILOG", "HELP", "add_arguments", "run", "tokens_of"]
 
 ROOT = Path("inspections")
-HELP = "run text through a model and show which of its experts see what"
+HELP = "run text through a model and show which text each of its experts processes"
 EPILOG = """\
 examples:
   equipoise inspect runs/train-global-20260131-120000

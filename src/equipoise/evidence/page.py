@@ -23,9 +23,10 @@ from .law import HEADS, cells_of, fit_laws, law_rows, law_words
 from .text import criterion, interval, pairs
 from .verdict import CONFIRMED, REFUTED, UNDECIDED, ClaimVerdict, Judged
 
-__all__ = ["FIGURE", "render_page", "write_page"]
+__all__ = ["FIGURE", "figures", "render_page", "write_page"]
 
 FIGURE = "evidence.svg"  # beside the page
+IN_SHORT = {"idea.svg": ("E01", "C05", "C06")}  # for docs/idea.md: the scope in every cell, tuned, by the defaults
 ELSEWHERE = "free disk space, or name another file with --page"
 
 HEAD = """\
@@ -130,9 +131,16 @@ def _trained(claim: Claim) -> str:
 
 
 def write_page(judged: Sequence[ClaimVerdict], path: Path) -> None:
-    """The page, and its figure beside it. Raises OutputError where they cannot be written."""
+    """The page, and its figures beside it. Raises OutputError where they cannot be written."""
     atomic_write(path, render_page(judged).encode(), do=ELSEWHERE)
-    atomic_write(path.with_name(FIGURE), render_figure(judged).encode(), do=ELSEWHERE)
+    for name, chosen in figures(judged).items():
+        atomic_write(path.with_name(name), render_figure(chosen).encode(), do=ELSEWHERE)
+
+
+def figures(judged: Sequence[ClaimVerdict]) -> dict[str, Sequence[ClaimVerdict]]:
+    """The claims of each figure; one in short has those of its claims that there are."""
+    short = {name: [one for one in judged if one.claim.name in claims] for name, claims in IN_SHORT.items()}
+    return {FIGURE: judged} | {name: chosen for name, chosen in short.items() if chosen}
 
 
 def _instrument(judged: Sequence[ClaimVerdict]) -> str:

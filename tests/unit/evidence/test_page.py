@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from equipoise.evidence.claim import read_claims
 from equipoise.evidence.figure import render_figure
-from equipoise.evidence.page import FIGURE, render_page
+from equipoise.evidence.page import figures, render_page
 from equipoise.evidence.run_summary import read_summaries, run_key
 from equipoise.evidence.verdict import judge_all
 from unit.evidence._made import claim_in, runs_of
@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[3]
 def test_the_page_is_what_the_records_say():
     judged = judge_all(read_claims(ROOT / "evidence"), read_summaries(ROOT / "evidence" / "records"))
     assert (ROOT / "docs" / "evidence.md").read_text() == render_page(judged)
-    assert (ROOT / "docs" / FIGURE).read_text() == render_figure(judged)
+    for name, chosen in figures(judged).items():
+        assert (ROOT / "docs" / name).read_text() == render_figure(chosen)
+    assert len(figures(judged)) == 2
 
 
 def test_every_claim_is_one_row_of_a_table():
