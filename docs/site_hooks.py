@@ -80,7 +80,7 @@ def _names(source: str, *, several: bool) -> str:
 def _settings() -> Iterator[str]:
     """A table for each part of a run's configuration, from its fields and the comments behind them."""
     lines = (ROOT / "src/equipoise/lab/config/schema.py").read_text(encoding="utf-8").splitlines()
-    yield "# Settings of the lab\n\n`--set model.experts=32` and TOML files name them; `--print-config` prints those of a run.\n"
+    yield "# Settings of the lab\n\n`--set model.experts=32` and TOML files name them; `--print-config` prints them.\n"
     for found in ast.parse("\n".join(lines)).body:
         if not isinstance(found, ast.ClassDef) or found.name not in SETTINGS:
             continue

@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-ADAPTERS = (
-    "automodel", "axolotl", "deepspeed", "hf", "lightning", "llamafactory", "megatron", "ms_swift", "olmo_core",
-    "torchtitan",
-)  # fmt: skip
+__all__ = []  # `import *` would ask for every library at once
+ADAPTERS = ("automodel", "axolotl", "deepspeed", "hf", "lightning", "llamafactory", "megatron", "ms_swift", "olmo_core",
+            "torchtitan")  # fmt: skip
 
 
 def __getattr__(name: str) -> ModuleType:

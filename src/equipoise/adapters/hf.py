@@ -139,12 +139,9 @@ class BalanceCallback(TrainerCallback):
             _end_what_failed(kwargs["model"])
         check(trainer, self.policies)
         self._trainer, self._trial = trainer, names.get("trial")
-        self._ranks = self.ranks or Ranks.default()
+        self._warned, self._ranks = False, self.ranks or Ranks.default()
         self._tokens = StepTokens(self.tokens, changes_batches(trainer), self._ranks)
-        self._warned, self._aux_loss_enabled = (
-            False,
-            bool(self.policies) and getattr(trainer, "aux_loss_enabled", False),
-        )
+        self._aux_loss_enabled = bool(self.policies) and getattr(trainer, "aux_loss_enabled", False)
         if self._aux_loss_enabled:  # TRL adds the model's loss itself; the balancer says that it
             trainer.aux_loss_enabled = False  # is switched off, as TRL has set output_router_logits too
         steps = what_steps(trainer, kwargs.get("optimizer"))

@@ -214,6 +214,7 @@ def test_a_token_that_may_choose_nothing_else_and_one_that_is_nan():
 
 
 def test_padding_moves_nothing():
+    """B61."""
     found = []
     for garbage in (0.0, 50.0):
         model = net(**SMALL)

@@ -53,7 +53,7 @@ def train(settings, folder, **arguments):
     ("data", "words"),
     [
         (None, r"policies: \[\] measures and changes nothing"),
-        ({}, r"policies: \[global\+micro\] balances"),
+        ({}, r"policies: \[global@1e-3\] balances"),
         ({"policies": None}, "with policies: below it"),
         ("global", "with policies: below it"),
         ([1], "with policies: below it"),

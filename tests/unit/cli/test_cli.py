@@ -39,13 +39,18 @@ def test_version_is_that_of_the_package(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["copmare"], ["train", "--step", "3"], ["train", "--steps", "many"], ["compare", "-x"]]
+    "arguments", [[], ["--copmare"], ["train", "--step", "3"], ["train", "--steps", "many"], ["compare", "-x"]]
 )
 def test_arguments_that_do_not_exist_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
     assert "usage" in capsys.readouterr().err
+
+
+def test_a_command_that_does_not_exist_is_answered_with_the_nearest(capsys):
+    assert main(["copmare", "--quick"]) == 2
+    assert "did you mean 'compare'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
