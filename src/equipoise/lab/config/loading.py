@@ -17,7 +17,7 @@ import tomli_w
 from ...errors import ConfigError
 from ...storage.codec import FieldError, MissingField, Rules, UnknownField, decode, encode, toml_value
 
-__all__ = ["from_dict", "keys", "load_toml", "merge", "parse_set", "to_toml"]
+__all__ = ["from_dict", "keys", "load_at", "load_toml", "merge", "parse_set", "to_toml"]
 
 C = TypeVar("C")
 RULES = Rules(finite=True, comma_lists=True)
@@ -105,6 +105,18 @@ def merge(data: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
                 )
         inner[name] = value
     return merged
+
+
+def load_at(cls: type[C], path: Path | None, values: Mapping[str, Any] | None, *paths: str) -> C:
+    """``cls`` from its defaults, then the TOML file at ``path``, then ``values`` {dotted name: value}.
+
+    ``paths``: settings of ``data`` that are files or folders; they become absolute: a run goes on from anywhere.
+    Raises ConfigError, as `from_dict`.
+    """
+    config: Any = from_dict(cls, merge(load_toml(path) if path else {}, values or {}))
+    given = {name: getattr(config.data, name) for name in paths}
+    absolute = {name: str(Path(one).expanduser().resolve()) for name, one in given.items() if one is not None}
+    return from_dict(cls, {**vars(config), "data": {**vars(config.data), **absolute}})
 
 
 def keys(cls: type) -> Iterator[str]:

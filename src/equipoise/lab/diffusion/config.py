@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import ConfigError, unknown_name
 from ...functional.expert_choice import check_capacity
-from ..config.loading import from_dict, load_toml, merge
+from ..config.loading import load_at
 from ..config.numbers import above_zero
 
 __all__ = ["CHECKPOINTING", "QUICK", "DiffusionConfig", "ImageConfig", "ModelConfig", "TrainConfig", "read_config"]
@@ -125,8 +125,4 @@ def read_config(path: Path | None = None, values: Mapping[str, Any] | None = Non
     >>> read_config(values={"train.steps": 10, "strategy": "sample"}).train.steps
     10
     """
-    config = from_dict(DiffusionConfig, merge(load_toml(path) if path else {}, values or {}))
-    if config.data.data is None:
-        return config
-    absolute = str(Path(config.data.data).expanduser().resolve())  # a run goes on from any folder
-    return from_dict(DiffusionConfig, {**vars(config), "data": {**vars(config.data), "data": absolute}})
+    return load_at(DiffusionConfig, path, values, "data")

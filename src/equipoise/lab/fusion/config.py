@@ -9,7 +9,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...functional.expert_choice import check_capacity
-from ..config.loading import from_dict, load_toml, merge
+from ..config.loading import load_at
 from ..config.numbers import above_zero
 
 __all__ = ["QUICK", "FusionConfig", "FusionDataConfig", "ModelConfig", "TrainConfig", "read_config"]
@@ -109,10 +109,4 @@ def read_config(path: Path | None = None, values: Mapping[str, Any] | None = Non
     >>> read_config(values={"train.steps": 10, "strategy": "mixed"}).train.steps
     10
     """
-    config = from_dict(FusionConfig, merge(load_toml(path) if path else {}, values or {}))
-    absolute = {
-        name: str(Path(given).expanduser().resolve())  # a run goes on from any folder
-        for name in ("data", "text")
-        if (given := getattr(config.data, name)) is not None
-    }
-    return from_dict(FusionConfig, {**vars(config), "data": {**vars(config.data), **absolute}})
+    return load_at(FusionConfig, path, values, "data", "text")

@@ -23,8 +23,20 @@ from ..config.schema import ModelConfig
 from ..data.tokenizer import END_ID, END_OF_TEXT
 from .hf_weights import split_experts, to_hugging_face
 
-__all__ = ["BESIDE", "INDEX", "TOKENIZER", "WEIGHTS", "WRITTEN", "read_settings", "read_weights",
-           "safetensors_errors", "write_json", "write_tokenizer", "write_weights"]  # fmt: skip
+__all__ = [
+    "BESIDE",
+    "INDEX",
+    "TOKENIZER",
+    "WEIGHTS",
+    "WRITTEN",
+    "read_settings",
+    "read_weights",
+    "safetensors_errors",
+    "weight_files",
+    "write_json",
+    "write_tokenizer",
+    "write_weights",
+]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
@@ -52,22 +64,30 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors files, one or several, in fp32. Raises DataError."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
+    with weight_files(Path(folder)) as paths:
+        found = {key: value for path in paths for key, value in load_file(path).items()}
+    return {key: value.float() for key, value in found.items()}
+
+
+@contextmanager
+def weight_files(folder: Path) -> Iterator[list[Path]]:
+    """The safetensors files of a folder, one or several. Around their reading: raises DataError for what is missing or
+    damaged."""
+    from safetensors import SafetensorError
+
     try:
         names = {WEIGHTS}
         if (folder / INDEX).is_file():
             names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        found = {key: value for name in sorted(names) for key, value in load_file(folder / Path(name).name).items()}
+        yield [folder / Path(name).name for name in sorted(names)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DataError(
             expected=f"weights in {folder / WEIGHTS}",
             got=f"{type(error).__name__}: {error}"[:200],
             do="bring back the file, or convert other formats with save_pretrained",
         ) from None
-    return {key: value.float() for key, value in found.items()}
 
 
 def write_weights(state: Mapping[str, Tensor], model: ModelConfig, folder: Path) -> None:

@@ -8,14 +8,22 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 
 from ...torch_internals import multiplies_bf16
 
-__all__ = ["fast_precision", "keep_freed_memory", "peak_memory", "stop_signals", "threads"]
+__all__ = [
+    "fast_precision",
+    "is_due",
+    "keep_freed_memory",
+    "peak_memory",
+    "run_to_end",
+    "stop_signals",
+    "threads",
+]
 
 
 def fast_precision() -> str:
@@ -68,6 +76,47 @@ def stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Steps(Protocol):
+    """A run that can be trained step by step."""
+
+    step: int
+
+    def train_step(self) -> Any: ...
+    def after_step(self) -> None: ...
+    def finish(self) -> None: ...
+    def fail(self, error: BaseException) -> None: ...
+    def close(self) -> None: ...
+
+
+def run_to_end(
+    run: Steps, steps: int, on_step: Callable[[Any], None] | None, stops: Callable[[bool], bool] = bool
+) -> None:
+    """All steps that are left; Ctrl-C and SIGTERM end the step at hand, save and raise KeyboardInterrupt.
+
+    ``stops``: whether all ranks stop, where this one does or does not.
+    """
+    with stop_signals() as stop:
+        try:
+            while run.step < steps and not stops(stop.is_set()):
+                record = run.train_step()
+                if on_step is not None:
+                    on_step(record)
+                run.after_step()
+            run.finish()
+        except BaseException as error:
+            run.fail(error)
+            raise
+        finally:
+            run.close()
+    if run.step < steps:
+        raise KeyboardInterrupt
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
 
 
 def peak_memory() -> int:

@@ -33,7 +33,7 @@ from ...storage.codec import encode
 from ...storage.files import output_errors
 from ...storage.run_record import RECORD_NAME, End, Evaluation, Header, RecordWriter, Step, begun, read_run
 from ..config.loading import from_dict
-from .process import keep_freed_memory, peak_memory, stop_signals, threads
+from .process import is_due, keep_freed_memory, peak_memory, run_to_end, threads
 from .trainer import learning_rate
 
 __all__ = ["SmallRun", "train_small"]
@@ -136,9 +136,9 @@ class SmallRun(ABC):
     def after_step(self) -> None:
         """The evaluation that is due, and behind it the checkpoint."""
         train, last = self.config.train, self.step == self.config.train.steps
-        if last or _due(self.step, train.eval_every):
+        if last or is_due(self.step, train.eval_every):
             self.writer.write(self.evaluation())
-        if last or _due(self.step, train.checkpoint_every):
+        if last or is_due(self.step, train.checkpoint_every):
             self.save()
 
     def save(self) -> None:
@@ -238,21 +238,7 @@ def train_small(
     keep_freed_memory()
     with threads(config.train.threads):
         run = run_type(config, folder, earlier)
-        with stop_signals() as stop:
-            try:
-                while run.step < config.train.steps and not stop.is_set():
-                    record = run.train_step()
-                    if on_step is not None:
-                        on_step(record)
-                    run.after_step()
-                run.finish()
-            except BaseException as error:
-                run.fail(error)
-                raise
-            finally:
-                run.close()
-    if run.step < config.train.steps:
-        raise KeyboardInterrupt
+        run_to_end(run, config.train.steps, on_step)
     return folder
 
 
@@ -274,7 +260,3 @@ def _earlier_run(run_type: type[SmallRun], config: Any, folder: Path, resume: bo
         raise ConfigError(expected=f"the configuration that {folder} began with", got=f"another {', '.join(differ)}",
                           do="go on with that configuration, or train into a new folder")  # fmt: skip
     return run.header, run.status == "finished"
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

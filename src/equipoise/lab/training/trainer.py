@@ -43,7 +43,7 @@ from ..models.text_masks import mask_by_text
 from .distributed import RankContext, ShardedModel, join
 from .evaluation import evaluate
 from .micro_batching import max_pass_size, num_passes, uses_shuffle
-from .process import keep_freed_memory, peak_memory, stop_signals, threads
+from .process import is_due, keep_freed_memory, peak_memory, run_to_end, threads
 from .routing_churn import LastRouting
 from .trackers import Trackers, require
 
@@ -90,21 +90,7 @@ def train(
     with threads(config.train.threads), context.detect_lost_ranks():
         run = _Run(config, folder, context)
         run.start(earlier)
-        with stop_signals() as stop:
-            try:
-                while run.step < config.train.steps and not context.any(stop.is_set()):
-                    record = run.train_step()
-                    if on_step is not None:
-                        on_step(record)
-                    run.after_step()
-                run.finish()
-            except BaseException as error:
-                run.fail(error)
-                raise
-            finally:
-                run.close()
-    if run.step < config.train.steps:
-        raise KeyboardInterrupt
+        run_to_end(run, config.train.steps, on_step, context.any)
     return folder
 
 
@@ -222,13 +208,13 @@ class _Run:
     def after_step(self) -> None:
         """Writes what is due: loads, fidelity, evaluation; the checkpoint last, after its records."""
         train = self.config.train
-        if _due(self.step, train.load_every):
+        if is_due(self.step, train.load_every):
             self._write(Load(self.step, [counts_E.tolist() for counts_E in self.balancer.load()]))
-        if _due(self.step, train.fidelity_every) and (found := self.balancer.estimator_error()):
+        if is_due(self.step, train.fidelity_every) and (found := self.balancer.estimator_error()):
             self._write(Fidelity(self.step, found["relative_error"], found["cosine"], self._estimators()))
-        if _due(self.step, train.eval_every) or self.step == train.steps:
+        if is_due(self.step, train.eval_every) or self.step == train.steps:
             self.evaluate()
-        if _due(self.step, train.checkpoint_every) or self.step == train.steps:
+        if is_due(self.step, train.checkpoint_every) or self.step == train.steps:
             self.save()
 
     def evaluate(self) -> None:
@@ -283,7 +269,7 @@ class _Run:
         self.seconds, self.tokens = state["seconds"], state["tokens"]
 
     def _max_pass_size(self) -> int:
-        compares = _due(self.step + 1, self.config.train.fidelity_every)
+        compares = is_due(self.step + 1, self.config.train.fidelity_every)
         return max_pass_size(self.config, self.policies, compares=compares)
 
     def _backward(self, batches: Sequence[Tensor]) -> float:
@@ -383,7 +369,3 @@ def _optimizer(model: nn.Module, train: TrainConfig, apart: Sequence[Tensor] = (
         groups.append({"params": vectors, "weight_decay": 0.0})
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=train.lr, betas=train.betas,
                              eps=train.eps, fused=True)  # fmt: skip
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ...storage.files import atomic_write
-from ..models.hf_files import INDEX, WEIGHTS
+from ..models.hf_files import INDEX, weight_files
 from .weights import ExpertWeights, FeedForward
 
 __all__ = ["DenseWeights", "moe_tensors", "read_report", "shard_name", "write_index", "write_shard"]
@@ -40,24 +40,14 @@ class DenseWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
         self.folder = folder
         self.files: dict[str, Path] = {}
-        try:
-            names = {WEIGHTS}
-            if (folder / INDEX).is_file():
-                names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-            for name in sorted(names):
-                path = folder / Path(name).name
+        with weight_files(folder) as paths:
+            for path in paths:
                 with safe_open(path, "pt") as file:  # frequencies are in folders from before transformers 4.32
                     self.files |= {key: path for key in file.keys() if not key.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise DataError(
-                expected=f"weights in {folder / WEIGHTS}",
-                got=f"{type(error).__name__}: {error}"[:200],
-                do="bring back the file, or convert other formats with save_pretrained",
-            ) from None
 
     def layer(self, number: int) -> dict[str, Tensor]:
         """What a layer has beside its feed-forward, by name."""
