@@ -4,6 +4,7 @@
     ├── ConfigError  (ValueError)    2   an argument, a name or a configuration that cannot work
     ├── InputError   (ValueError)    2   tensors that cannot be routed: NaN logits, K > E, no valid token
     ├── StateError   (RuntimeError)  3   calls in an order that would train something else than asked
+    │   └── DivergedError (RuntimeError) 1   a loss or a gradient that became NaN or infinite
     ├── DataError    (ValueError)    4   a corpus, a file or a checkpoint that cannot be read
     └── OutputError  (OSError)       5   a folder that cannot be written, or would be overwritten
 
@@ -19,6 +20,7 @@ from typing import Any
 __all__ = [
     "ConfigError",
     "DataError",
+    "DivergedError",
     "EquipoiseError",
     "InputError",
     "OutputError",
@@ -58,6 +60,10 @@ class InputError(EquipoiseError, ValueError):
 
 class StateError(EquipoiseError, RuntimeError):
     exit_code = 3
+
+
+class DivergedError(StateError):
+    exit_code = 1
 
 
 class DataError(EquipoiseError, ValueError):

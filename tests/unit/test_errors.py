@@ -12,7 +12,16 @@ import re
 import pytest
 
 from equipoise import errors
-from equipoise.errors import ConfigError, DataError, EquipoiseError, InputError, OutputError, StateError, unknown_name
+from equipoise.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    EquipoiseError,
+    InputError,
+    OutputError,
+    StateError,
+    unknown_name,
+)
 from equipoise.policies.estimators import check_estimator
 
 TREE = {
@@ -20,6 +29,7 @@ TREE = {
     ConfigError: (ValueError, 2),
     InputError: (ValueError, 2),
     StateError: (RuntimeError, 3),
+    DivergedError: (RuntimeError, 1),
     DataError: (ValueError, 4),
     OutputError: (OSError, 5),
 }

@@ -14,7 +14,7 @@ from ..autograd.finite import in_shape_inference
 from ..autograd.protocol import BalancedRouter
 from ..autograd.token_layout import TokenLayout
 from ..distributed import Ranks
-from ..errors import ConfigError, InputError, StateError
+from ..errors import ConfigError, StateError
 from ..external.batch_context import declared_layout
 from ..policies.from_data import OnePolicy, policies_from
 from ..policies.schedule import Schedule
@@ -28,7 +28,7 @@ from .metrics import StepStats, metrics
 from .state import VERSION, keeping_biases, load_states, put_biases, states_of
 from .step import StepCycle
 from .step_detector import Steps
-from .tap import TappedForward, tap_loss
+from .tap import TappedForward, check_loss, tap_loss
 from .told_steps import ToldSteps, optimizer_with_hooks
 
 __all__ = ["Balancer"]
@@ -181,6 +181,8 @@ class Balancer(StepCycle):
                 (sum, number of tokens)): the scale is then that of their mean. 0, where no token has a label, counts
                 as 1, as engines divide: its routers have tokens all the same.
         """
+        if not isinstance(loss, Tensor):
+            check_loss(loss, scale)
         if not is_attached(self._layers):
             return loss
         if not (torch.is_grad_enabled() and loss.requires_grad):
@@ -191,12 +193,7 @@ class Balancer(StepCycle):
         if not any(layer.router.training for group in groups for layer in group.layers):
             self._evaluated = bool(groups) and not self._evaluating
             return loss
-        if scale is None and loss.numel() != 1:
-            raise InputError(
-                expected="a scalar loss",
-                got=f"shape {tuple(loss.shape)}",
-                do="tap the mean loss, or pass scale= with a stage's activations",
-            )
+        check_loss(loss, scale)
         taken = self._passes[part].take(loss)
         if in_shape_inference():  # what it measured is taken, and forgotten
             return loss
@@ -330,10 +327,11 @@ class Balancer(StepCycle):
         Returns, a line each, what did not fit, where ``strict`` is False. Raises ConfigError, with nothing changed,
         for the state of another model: other routers, sizes, policies with memory, or biases.
         """
-        if state.get("version") != VERSION:
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if version != VERSION:
             raise ConfigError(
                 expected=f"a balancer's state of version {VERSION}",
-                got=f"version {state.get('version')}",
+                got=f"version {version}",
                 do="load a state that this version saved; biases alone are in the model's own weights",
             )
         unfit = load_states(self._groups, state["layers"], self._schedule, strict=strict)

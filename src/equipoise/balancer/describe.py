@@ -19,6 +19,7 @@ from .signals import SIGNALS
 __all__ = ["describe"]
 
 WIDTH = 80
+MOST = (-80, 17, 7, 2, 8, -17, 10)  # letters of each column, of which a negative number keeps the last
 LOOKS = "none: loads are measured and nothing is balanced; the model's own balance loss is as it was"
 
 
@@ -38,10 +39,10 @@ def describe(
 ) -> str:
     """See ``Balancer.describe``."""
     rows = [("router", "class", "E", "K", "gate", "bias", "learns"), *map(_row, layers)]
+    rows = [tuple(_clipped(cell, MOST[i]) for i, cell in enumerate(row)) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    room = WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1)
-    widths[0] = max(min(widths[0], room), 12)  # of a long name the end tells more
-    rows = [((name if len(name) <= widths[0] else f"...{name[3 - widths[0] :]}"), *rest) for name, *rest in rows]
+    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
+    rows = [(_clipped(name, -widths[0]), *rest) for name, *rest in rows]
     table = _merged(["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows])
     facts = {
         "routers": f"{len(layers)}",
@@ -68,6 +69,13 @@ def describe(
         for name, text in facts.items()
     ]
     return "\n".join([*lines, "", *(line.rstrip() for line in table)])
+
+
+def _clipped(text: str, most: int) -> str:
+    """At most so many letters: the first ones, of a negative number the last, as of a name the end tells more."""
+    if len(text) <= abs(most):
+        return text
+    return f"...{text[most + 3 :]}" if most < 0 else f"{text[: most - 3]}..."
 
 
 def _row(layer: Layer) -> tuple[str, ...]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..autograd.router_state import ForwardStats
+from ..errors import InputError, described
 from ..torch_internals import queue_after_backward
 from .layer_group import MicroBatchCoefficients
 
-__all__ = ["Coefficients", "TappedForward", "tap_loss"]
+__all__ = ["Coefficients", "TappedForward", "check_loss", "tap_loss"]
 
 Coefficients = Callable[[], list[MicroBatchCoefficients]]  # one per group; waits for a sum over ranks, once
 
@@ -22,6 +23,16 @@ class TappedForward(NamedTuple):
 
     part: int
     taken: list[ForwardStats]  # one per group of that part
+
+
+def check_loss(loss: Any, scale: Any) -> None:
+    """Raises InputError for what is no loss: with a ``scale`` it may have any shape."""
+    if not isinstance(loss, Tensor) or (scale is None and loss.numel() != 1):
+        raise InputError(
+            expected="a scalar loss",
+            got=f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else described(loss),
+            do="tap the mean loss, a tensor, or pass scale= with a stage's activations",
+        )
 
 
 class Tapped(Protocol):

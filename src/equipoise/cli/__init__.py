@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from ..errors import EquipoiseError, unknown_name
+from ..errors import EquipoiseError, OutputError, unknown_name
 from . import (
     adapt,
     compare,
@@ -123,7 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = build_parser().parse_args(given)
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return parsed.run(parsed)
+        code = parsed.run(parsed)
+        sys.stdout.flush()
+        return code
     except EquipoiseError as error:
         print(f"equipoise: {error}", file=sys.stderr)
         return error.exit_code
@@ -139,6 +141,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `equipoise report ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is not None:  # not of what was printed
+            raise
+        print(f"equipoise: expected to write the output\n  got: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again as it ends
+        return OutputError.exit_code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -114,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         dtype=arguments.dtype,
     )
-    out = arguments.out or ROOT / (re.sub(r"[^A-Za-z0-9.+@-]", "_", arguments.model.resolve().name) or "model")
+    out = arguments.out or ROOT / (re.sub(r"[^\w.+@-]", "_", arguments.model.resolve().name) or "model")
     with Preparation(open_console()) as shown:
         found = adapt(request, out, options, overwrite=arguments.overwrite, on_progress=shown)
     written = [out / FILE]

@@ -115,7 +115,7 @@ def tokens_of(text: str) -> int | None:
 
 
 def _slug(request: Request) -> str:
-    name = re.sub(r"[^A-Za-z0-9.+@-]", "_", request.model.resolve().name) or "model"
+    name = re.sub(r"[^\w.+@-]", "_", request.model.resolve().name) or "model"
     return name if request.step is None else f"{name}-step-{request.step}"
 
 

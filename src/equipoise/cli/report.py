@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 
 __all__ = ["EPILOG", "HELP", "add_arguments", "run"]
 
@@ -61,10 +62,13 @@ def run(args: argparse.Namespace) -> int:
     written = write_outputs(report, out=args.out, csv=args.csv, png=args.png, svg=args.svg, dark=args.dark)
     if args.json:
         print(report.json())
-        return 0
-    print(report.text(), end="")
-    if written:
-        print("\n" + "\n".join(written))
+    else:
+        print(report.text(), end="")
+        if written:
+            print("\n" + "\n".join(written))
+    if missing := [path for path in args.runs if not Path(path).exists()]:
+        print(f"equipoise: left out, not there: {', '.join(map(str, missing))}", file=sys.stderr)
+        return DataError.exit_code
     return 0
 
 

@@ -121,7 +121,11 @@ def _text(path: Path) -> str:
             raise DataError(expected="a configuration", got=f"{path} of {path.stat().st_size:,} bytes",
                             do="give the configuration, not weights or data")  # fmt: skip
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise DataError(
+            expected=f"text in {path}", got="bytes that are no UTF-8", do="name a configuration or a script"
+        ) from None
+    except OSError as error:
         raise DataError(expected=f"text in {path}", got=str(error), do="check the path and its permissions") from None
 
 

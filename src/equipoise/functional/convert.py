@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from ..errors import ConfigError, unknown_name
@@ -35,11 +36,13 @@ def convert_coef(coef: float, source: str, *, top_k: int | None = None, num_laye
     P, so that opposite imbalances cancel, which no coefficient reproduces. For "deepspeed" with K = 2 it is equal where
     first and second choices are spread alike. What a trainer multiplies on top (transformers' Trainer: accumulation
     steps times ranks) is not in it; docs/coefficients.md says what is. Raises ConfigError for an unknown library, a
-    size that is needed and missing, or one below 1.
+    size that is needed and missing or below 1, or a coefficient below 0.
 
     >>> convert_coef(1e-3, "transformers", top_k=8, num_layers=48)
     0.00016666666666666666
     """
+    if not 0 <= coef < math.inf:
+        raise ConfigError(expected="a coefficient >= 0", got=repr(coef), do="give it as the other library has it")
     if source not in CONVENTIONS:
         raise unknown_name("source", source, CONVENTIONS)
     factor = CONVENTIONS[source]

@@ -90,8 +90,9 @@ def open_model(folder: Path, device: torch.device, dtype: str = "auto", step: in
     Raises DataError if there is none, ConfigError if it has no routers, or for a step of what is no run.
     """
     if not folder.is_dir():
-        raise DataError(expected=f"a model folder or a run at {folder}", got="no such folder",
-                        do="pass a folder with config.json and weights (`hf download` makes one)")  # fmt: skip
+        got = "a file" if folder.is_file() else "no such folder"
+        do = "pass a folder with config.json and weights (`hf download` makes one); text goes to --data"
+        raise DataError(expected=f"a model folder or a run at {folder}", got=got, do=do)
     if step is not None and not is_run(folder):
         raise ConfigError(expected="--step of a run of the lab", got=f"a model folder, {folder}",
                           do="name the folder of the checkpoint itself")  # fmt: skip

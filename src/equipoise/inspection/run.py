@@ -30,6 +30,7 @@ from ..storage.inspection_record import (
     write_inspection,
 )
 from ..storage.locks import locked
+from ..storage.set_aside import set_aside
 from .accumulator import Accumulator, Sizes
 from .loading import (
     LoadedModel,
@@ -49,6 +50,7 @@ __all__ = ["REQUEST_NAME", "Request", "data_name", "device_named", "inspect", "l
            "windows_for"]  # fmt: skip
 
 REQUEST_NAME, STATE = "request.json", "state"
+WRITTEN = (STATE, INSPECTION_NAME, ARRAYS_NAME, REQUEST_NAME)
 LENGTH = 512
 SAVE_EVERY = 30.0  # seconds
 Progress = Callable[[str, float], None]
@@ -115,8 +117,8 @@ def inspect(
     """
     if not request.model.is_dir():
         open_model(request.model, torch.device("cpu"))  # raises the error that says what is wrong
-    with locked(out):
-        if _open_folder(out, request.key(), overwrite):
+    with locked(out), set_aside(out, WRITTEN if overwrite else ()) as forget:
+        if _open_folder(out, request.key()):
             return read_inspection(out)
         keep_freed_memory()
         device = device_named(request.device)
@@ -132,6 +134,7 @@ def inspect(
         others = [] if other is None else [_same_shape(other, loaded).routers[i] for i in chosen]
         at_a_time = batch * max(1, request.pass_tokens // (batch * windows.length))
         runner = Runner(accumulator, windows, loaded, other, others, tokenizer.begin, at_a_time)
+        forget()  # from here on, what is saved is worth more than what it replaces
         seconds = runner.run(out / STATE, save_every, on_round)
         found = finalize(
             loaded.model, accumulator, windows, tokenizer.show, _problems(windows),
@@ -147,13 +150,9 @@ def inspect(
     return found
 
 
-def _open_folder(out: Path, key: dict[str, Any], overwrite: bool) -> bool:
+def _open_folder(out: Path, key: dict[str, Any]) -> bool:
     """Whether the folder contains this inspection, finished. Raises OutputError if it contains another one."""
     path = out / REQUEST_NAME
-    if overwrite:
-        shutil.rmtree(out / STATE, ignore_errors=True)
-        for name in (INSPECTION_NAME, ARRAYS_NAME, REQUEST_NAME):
-            (out / name).unlink(missing_ok=True)
     try:
         earlier = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -166,7 +165,7 @@ def _open_folder(out: Path, key: dict[str, Any], overwrite: bool) -> bool:
     if earlier is not None and earlier != key:
         names = [name for name in key if earlier.get(name) != key[name]]
         raise OutputError(expected=f"a new folder, or one with this inspection: {out}",
-                          got=f"an inspection with another {', '.join(names)}",
+                          got=f"an inspection with other settings: {', '.join(names)}",
                           do="choose another --out, or begin anew with --overwrite")  # fmt: skip
     if earlier is None and is_inspection(out):
         raise OutputError(expected=f"a new folder: {out}", got="an inspection whose request is gone",

@@ -32,6 +32,7 @@ class RecordedLoads:
     counted: dict[str, int]  # layers and experts of the files of counts; empty if there are none
     experts: list[int]  # numbers of experts of runs and inspections
     problems: list[str]
+    most_top_k: int = 0  # that the counts allow: no token chooses an expert twice; 0 without counts
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,13 @@ def _read_runs_and_counts(paths: Iterable[Path]) -> RecordedLoads:
     scopes: dict[str, dict[str, int]] = {}
     counted: dict[str, int] = {}
     problems: list[str] = []
+    most: list[int] = []
     for path in _expand(paths):
         if path.suffix in TABLES:
             counts = RecordedCounts(_read_table(path))
+            most.append(_most_top_k(counts.counts_MLE))
+            if (counts.counts_MLE % 1).any():
+                problems.append(f"{path.name}: fractions, which are taken for shares: only whole numbers are counts")
             origin = f"{path.name}: {counts.counts_MLE.shape[0]} micro-batches"
             found.append(Strategy(path.stem, counts, origin, counts=needs_counts(path.stem)))
             _agree(counted, {"layers": counts.counts_MLE.shape[1], "experts": counts.counts_MLE.shape[2]}, path)
@@ -80,7 +85,17 @@ def _read_runs_and_counts(paths: Iterable[Path]) -> RecordedLoads:
             _agree(scopes.setdefault(one.name, {}), one.scope, path)
     order = sorted(measured, key=lambda name: list(TYPICAL).index(name) if name in TYPICAL else len(TYPICAL))
     experts = sorted({one.scope["experts"] for runs in measured.values() for one in runs})
-    return RecordedLoads([*found, *(_strategy(measured[name]) for name in order)], counted, experts, problems)
+    return RecordedLoads(
+        [*found, *(_strategy(measured[name]) for name in order)], counted, experts, problems, min(most, default=0)
+    )
+
+
+def _most_top_k(counts_MLE: Array) -> int:
+    """K at most: the fullest expert has a choice of each token, and these are 1 / K of all."""
+    fullest_ML = counts_MLE.max(axis=-1)
+    ran_ML = fullest_ML > 0
+    share_R = counts_MLE.sum(axis=-1)[ran_ML] / fullest_ML[ran_ML]
+    return max(int(share_R.min(initial=counts_MLE.shape[-1]) + 1e-9), 1)
 
 
 def _expand(paths: Iterable[Path]) -> Iterable[Path]:

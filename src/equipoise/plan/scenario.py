@@ -74,12 +74,16 @@ def _cluster(
         of_model = ("top_k", "width", "expert_hidden", "dense_parameters")
         if missing := [name for name in of_model if name not in settings]:
             notes.append(f"counts do not say {', '.join(missing)}: taken from qwen3-30b-a3b; use --preset or --set")
-        fitting = {"top_k": min(Cluster.top_k, counted["experts"]), "ep": math.gcd(Cluster.ep, counted["experts"])}
+        fitting = {"top_k": min(Cluster.top_k, recorded.most_top_k), "ep": math.gcd(Cluster.ep, counted["experts"])}
         settings = fitting | counted | settings
     cluster = describe(preset, gpu, settings)
     if counted and cluster.experts != counted["experts"]:
         raise ConfigError(expected=f"a model of {counted['experts']} experts, as counted", got=f"{cluster.experts}",
                           do="leave the preset out, or give the counts' MaxVio: --maxvio NAME=X")  # fmt: skip
+    if counted and cluster.top_k > recorded.most_top_k:
+        most = f"{recorded.most_top_k} at most: with more an expert would have more choices than there are tokens"
+        raise ConfigError(expected=f"a top_k of {most}", got=f"top_k={cluster.top_k}",
+                          do="--set top_k=K of the model that was counted")  # fmt: skip
     notes += [
         f"recorded with {experts} experts: their skew is carried over to {cluster.experts}"
         for experts in recorded.experts

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, OutputError
-from .files import flush, sha256
+from .files import as_the_folder, flush, sha256
 from .tensors import join_tensors, split_tensors
 
 __all__ = ["FOLDER", "load", "load_latest", "save", "steps"]
@@ -46,6 +46,7 @@ def save(folder: str | Path, step: int, state: dict[str, Any], *, keep: int = 2)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(tensors, temporary / TENSORS)
+        as_the_folder(temporary / TENSORS)
         body = {"format": FORMAT, "step": step, "state": plain, "tensors_sha256": sha256(temporary / TENSORS)}
         text = json.dumps({"body": body, "body_sha256": _body_sha256(body)}, allow_nan=True)
         (temporary / MANIFEST).write_text(text, encoding="utf-8")

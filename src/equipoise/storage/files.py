@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -13,7 +15,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 
-__all__ = ["atomic_folder", "atomic_write", "flush", "output_errors", "sha256", "write_whole"]
+__all__ = ["as_the_folder", "atomic_folder", "atomic_write", "flush", "output_errors", "sha256", "write_whole"]
 
 FREE_SPACE = "free disk space, or choose another folder"
 
@@ -79,6 +81,8 @@ def output_errors(what: str | Path, do: str = FREE_SPACE) -> Iterator[None]:
     except OutputError:
         raise
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):  # room is not what is missing
+            do = re.sub(r"^free (disk )?space,? (or|then) ", "", do)
         raise OutputError(expected=f"to write {what}", got=error.strerror or str(error), do=do) from None
 
 
@@ -86,6 +90,11 @@ def sha256(path: Path) -> str:
     """The checksum of a file's content, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def as_the_folder(path: Path) -> None:
+    """Whoever may read the folder may read this file: safetensors makes files for their owner alone."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def flush(path: Path) -> None:

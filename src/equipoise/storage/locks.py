@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout  # comes with torch
 from ..errors import OutputError
 from .files import output_errors
 
-__all__ = ["LOCK_NAME", "lock_file", "locked"]
+__all__ = ["LOCK_NAME", "is_free", "lock_file", "locked"]
 
 LOCK_NAME = ".lock"
 FOREVER = -1.0
@@ -51,6 +51,18 @@ def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_free(folder: Path) -> bool:
+    """Whether ``folder`` was held once and is no longer: its process has ended, or was killed."""
+    path = folder / LOCK_NAME
+    try:
+        lock = _acquire(path, 0.0) if path.is_file() else None
+    except OSError:  # nobody can say, on a disk that cannot be written
+        return False
+    if lock is not None:
+        lock.release()
+    return lock is not None
 
 
 def _acquire(path: Path, wait: float) -> FileLock | None:

@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import DataError, OutputError
 from .codec import FieldError, MissingField, Rules, decode, without_nan
 from .files import write_whole
+from .locks import is_free
 
 __all__ = [
     "RECORD_NAME",
@@ -208,8 +209,10 @@ class Run:
 
     @property
     def status(self) -> str:
-        """``finished``, ``interrupted``, ``failed``, or ``running`` while no end was written."""
-        return self.end.status if self.end else "running"
+        """``finished``, ``interrupted``, ``failed``, or ``running`` while no end was written and its folder is held."""
+        if self.end is not None:
+            return self.end.status
+        return "interrupted" if is_free(self.path if self.path.is_dir() else self.path.parent) else "running"
 
 
 def begun(folder: Path) -> bool:

@@ -69,7 +69,7 @@ def test_a_failing_run_is_shown_and_the_others_go_on(tiny, here, capsys):
     (here / "own.toml").write_text(
         '[[strategy]]\nname = "wild"\npolicies = [{ kind = "AuxLoss", scope = "micro_batch", coef = 1e30 }]\n'
     )
-    assert main(["compare", "own.toml", "--strategies", "wild,none", "--out", "some", "--seeds", "1", *tiny]) == 3
+    assert main(["compare", "own.toml", "--strategies", "wild,none", "--out", "some", "--seeds", "1", *tiny]) == 1
     shown = capsys.readouterr()
     assert "finite loss and gradient" in shown.err
     assert status(here / "some") == {"wild-seed0": "failed", "none-seed0": "finished"}
@@ -133,6 +133,21 @@ def test_two_comparisons_do_not_share_a_folder(tiny, here, capsys):
     with locked(here / "all"):
         assert main(["compare", "--strategies", "micro", "--out", "all", "--seeds", "1", *tiny]) == 5
     assert "another process" in capsys.readouterr().err
+
+
+def test_what_cannot_begin_overwrites_nothing(tiny, here, capsys):
+    assert main(["compare", "--strategies", "micro", "--out", "all", "--seeds", "1", *tiny]) == 0
+    before = {path: path.read_bytes() for path in (here / "all").rglob("*") if path.is_file()}
+    (here / "broken.jsonl").write_text('{"text": "abc"')
+    wrong = ["--out", "all", "--overwrite", *tiny, "--data", "broken.jsonl"]
+    assert main(["compare", "--strategies", "micro", "--seeds", "1", *wrong]) == 4
+    assert {path: path.read_bytes() for path in (here / "all").rglob("*") if path.is_file()} == before
+
+
+def test_a_configuration_of_train_says_what_is_another_setting_here(here, capsys):
+    (here / "run.toml").write_text('strategy = "global"\n')
+    assert main(["compare", "run.toml"]) == 2
+    assert "a setting of `equipoise train`" in capsys.readouterr().err
 
 
 def test_a_folder_with_something_else_is_never_touched(tiny, here, capsys):

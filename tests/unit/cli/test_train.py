@@ -38,6 +38,40 @@ def test_a_run_is_kept_until_told_otherwise(tiny, here, capsys):
     assert (here / "run" / "notes.txt").read_text() == "mine"
 
 
+def test_what_cannot_begin_overwrites_nothing(tiny, here, capsys):
+    assert main(["train", "--strategy", "global", "--out", "run", *tiny]) == 0
+    before = {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()}
+    (here / "broken.jsonl").write_text('{"text": "abc"')
+    for plain in ([], ["--plain"]):
+        wrong = ["train", "--out", "run", "--overwrite", *tiny, *plain, "--data", "broken.jsonl"]
+        assert main(wrong) == 4
+    assert {path: path.read_bytes() for path in (here / "run").rglob("*") if path.is_file()} == before
+    assert main(["resume", "run"]) == 0
+
+
+def test_a_run_under_way_is_not_waited_for_by_another(tiny, here, capsys):
+    """``--plain`` changes what is shown, and nothing else."""
+    with locked(here / "run"):
+        began = time.monotonic()
+        assert main(["train", "--out", "run", "--plain", "--overwrite", *tiny]) == 5
+    assert "another process" in capsys.readouterr().err and time.monotonic() - began < 20
+
+
+def test_a_loss_that_diverges_is_a_run_that_failed(tiny, here, capsys):
+    assert main(["train", "--out", "run", "--plain", *tiny, "--lr", "1e9"]) == 1
+    assert "a finite loss and gradient" in capsys.readouterr().err
+    assert read_run(here / "run").status == "failed"
+
+
+def test_a_run_that_was_killed_is_not_running(tiny, here):
+    assert main(["train", "--out", "run", "--plain", *tiny]) == 0
+    record = here / "run" / "record.jsonl"
+    record.write_bytes(b"".join(record.read_bytes().splitlines(keepends=True)[:-1]))
+    assert read_run(here / "run").status == "interrupted"
+    with locked(here / "run"):
+        assert read_run(here / "run").status == "running"
+
+
 def test_a_stopped_run_is_saved_and_goes_on_to_its_end(tiny, here, start):
     process = start(
         "train",

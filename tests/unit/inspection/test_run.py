@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from equipoise.errors import ConfigError, DataError, OutputError
+from equipoise.errors import ConfigError, DataError, EquipoiseError, OutputError
 from equipoise.inspection import Request, inspect
 from equipoise.inspection.run import REQUEST_NAME
 from equipoise.storage.inspection_record import Arrays, read_inspection
@@ -87,8 +87,12 @@ def test_a_folder_holds_one_inspection(asked, tmp_path):
     first = inspect(asked(), tmp_path)
     again = inspect(asked(), tmp_path, on_round=lambda *_: pytest.fail("it was finished"))
     assert_same(first, again)
-    with pytest.raises(OutputError, match="another seed"):
+    with pytest.raises(OutputError, match="other settings: seed"):
         inspect(asked(seed=1), tmp_path)
+    for wrong in ({"layers": "9"}, {"data": tmp_path / "none.jsonl"}, {"device": "nowhere"}):
+        with pytest.raises(EquipoiseError):
+            inspect(asked(**wrong), tmp_path, overwrite=True)
+    assert_same(first, inspect(asked(), tmp_path, on_round=lambda *_: pytest.fail("it was finished")))
     other = inspect(asked(tokens=120), tmp_path, overwrite=True)
     assert other.facts.equal_windows == 5
     (tmp_path / REQUEST_NAME).unlink()
@@ -102,7 +106,7 @@ def test_one_that_failed_before_it_counted_does_not_hold_its_folder(asked, tmp_p
     with pytest.raises(DataError, match="none of nowhere"):
         inspect(asked(domains=("nowhere",)), tmp_path)
     assert inspect(asked(tokens=120), tmp_path).facts.equal_windows == 5
-    with pytest.raises(OutputError, match="another tokens"):
+    with pytest.raises(OutputError, match="other settings: tokens"):
         inspect(asked(), tmp_path)
 
 

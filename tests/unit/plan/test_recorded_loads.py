@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from equipoise.errors import DataError
+from equipoise.errors import ConfigError, DataError
 from equipoise.plan.loads import RecordedCounts, Skew, expected_maxvio
 from equipoise.plan.recorded_loads import read_recorded_loads
+from equipoise.plan.scenario import make_scenario
 from equipoise.storage.run_record import RECORD_NAME, RecordWriter, Step
 from unit.report.synthetic import header, write_comparison, write_run
 
@@ -132,6 +133,22 @@ def test_files_of_counts_that_are_none(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         read_recorded_loads([tmp_path / name])
+
+
+def test_counts_say_how_many_experts_a_token_can_have(tmp_path):
+    """No token chooses an expert twice: 100 of 206 choices are at least half of the tokens' K each."""
+    np.save(tmp_path / "sk.npy", np.tile([100, 100, 1, 1, 1, 1, 1, 1], (4, 2, 1)))
+    found = read_recorded_loads([tmp_path / "sk.npy"])
+    assert found.most_top_k == 2 and not found.problems
+    assert make_scenario([tmp_path / "sk.npy"]).cluster.top_k == 2
+    with pytest.raises(ConfigError, match=r"(?s)top_k of 2 at most.*top_k=4.*--set top_k=K"):
+        make_scenario([tmp_path / "sk.npy"], {"top_k": 4})
+
+
+def test_fractions_are_said_to_be_shares(tmp_path):
+    np.save(tmp_path / "cf.npy", np.full((4, 2, 8), 0.5))
+    (problem,) = read_recorded_loads([tmp_path / "cf.npy"]).problems
+    assert problem.startswith("cf.npy: fractions")
 
 
 def test_arrays_of_objects_of_text_or_of_two_models(tmp_path):

@@ -13,6 +13,7 @@ from .comparison import (
     find_unfinished,
     new_folder,
     open_comparison,
+    plan,
     prepare_all,
     read_manifest,
     run_all,
@@ -46,6 +47,9 @@ def launch_comparison(
     folder = _folder(config, out, resume, new, console)
     if resume:
         config = from_dict(CompareConfig, (read_manifest(folder) or {})["config"])
+    if overwrite:  # what is there goes when it is known that its successors can be trained
+        with Preparation(console) as shown:
+            prepare_all(Comparison(folder, config, plan(config, folder), ""), shown)
     comparison = open_comparison(folder, config, overwrite=overwrite)
     console.print(f"{len(comparison.jobs)} runs in {folder}", markup=False, soft_wrap=True)
     if config.model.biases:

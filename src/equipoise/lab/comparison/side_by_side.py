@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -22,13 +21,13 @@ from typing import Any
 
 from ...errors import ConfigError, OutputError
 from ...storage.codec import encode
-from ...storage.files import output_errors
 from ...storage.locks import locked
 from ...storage.run_record import RECORD_NAME, Step, begun, read_run
+from ...storage.set_aside import bring_back, set_aside
 from ..config.loading import from_dict, to_toml
 from ..config.strategies import slug
 from .progress import RunBar, RunTable, open_console
-from .workers import CONFIG_NAME, LOG_NAME, Job, Pool, orphaned, run_jobs, slots
+from .workers import CONFIG_NAME, LOG_NAME, Job, Pool, is_worker, orphaned, run_jobs, slots
 
 __all__ = ["REPORT_NAME", "Outcome", "Room", "SmallJob"]
 
@@ -126,7 +125,8 @@ class Room:
         with locked(folder):
             for job in jobs:
                 if overwrite:
-                    self._remove(job.folder)
+                    with set_aside(job.folder, self._written):
+                        pass
                 job.tail.read()
                 job.status = "finished" if self._finished(job) else job.status
             count = sum(job.status == "waiting" for job in jobs)
@@ -144,19 +144,24 @@ class Room:
         """One run in this process; ``plain``: without a bar, as the worker of a comparison that ends with it."""
         self.check([config])
 
-        def watch(step: Step) -> None:  # noqa: ARG001
-            if orphaned():  # as if the parent had stopped this worker: it saves and ends
+        forget: list[Callable[[], None]] = []  # the run that was there, once a step of this one is done
+
+        def watch(step: Step) -> None:
+            if forget:
+                forget.pop()()
+            if shows is not None:
+                shows(step)
+            elif orphaned():  # as if the parent had stopped this worker: it saves and ends
                 os.kill(os.getpid(), signal.SIGTERM)
 
         with ExitStack() as stack:
-            stack.enter_context(locked(folder, wait=LEAVING_SECONDS if plain else 0.0))
+            stack.enter_context(locked(folder, wait=LEAVING_SECONDS if is_worker() else 0.0))
+            bring_back(folder)
             if overwrite:
-                self._remove(folder)
-            on_step: Callable[[Step], None] = watch
-            if not plain:
-                on_step = stack.enter_context(RunBar(config.train.steps, open_console()))
+                forget.append(stack.enter_context(set_aside(folder, self._written)))
+            shows = None if plain else stack.enter_context(RunBar(config.train.steps, open_console()))
             try:
-                return self.train(config, folder, resume=resume, on_step=on_step)
+                return self.train(config, folder, resume=resume, on_step=watch)
             except KeyboardInterrupt:
                 print(f"saved in {folder}; the same command with --continue goes on", file=sys.stderr)
                 raise
@@ -175,9 +180,7 @@ class Room:
             )
         return run.status == "finished"
 
-    def _remove(self, folder: Path) -> None:
-        """Removes the files of a run, by name; other files in the folder stay."""
-        with output_errors(folder, "choose another --out"):
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-            for name in (RECORD_NAME, CONFIG_NAME, LOG_NAME, *self.files):
-                (folder / name).unlink(missing_ok=True)
+    @property
+    def _written(self) -> list[str]:
+        """The files of a run, by name; other files in its folder are somebody else's."""
+        return ["checkpoints", RECORD_NAME, CONFIG_NAME, LOG_NAME, *self.files]

@@ -22,8 +22,8 @@ from ...storage.run_record import RECORD_NAME
 from ..config.schema import to_toml
 from .record_tail import RecordTail
 
-__all__ = ["CONFIG_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "Runner", "View", "cores", "orphaned", "run_jobs",
-           "slots"]  # fmt: skip
+__all__ = ["CONFIG_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "Runner", "View", "cores", "is_worker", "orphaned",
+           "run_jobs", "slots"]  # fmt: skip
 
 CONFIG_NAME = "run.toml"
 LOG_NAME = "worker.log"
@@ -217,6 +217,11 @@ def cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def is_worker() -> bool:
+    """Whether a comparison started this process."""
+    return PARENT in os.environ
 
 
 def orphaned() -> bool:

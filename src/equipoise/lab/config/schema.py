@@ -330,6 +330,12 @@ def load_config(cls: type[C], path: str | Path | None = None, overrides: Mapping
             data = _choose(data, defined)
         elif "strategies" not in data:
             data["strategies"] = [one.get("name") for one in defined if isinstance(one, Mapping)]
+    elif isinstance(defined, str) and cls is CompareConfig:
+        raise ConfigError(
+            expected="strategies = [...] in the configuration of a comparison",
+            got=f"strategy = {defined!r}, a setting of `equipoise train`",
+            do="take that line out, and say --strategies NAME,NAME",
+        )
     return from_dict(cls, data)
 
 

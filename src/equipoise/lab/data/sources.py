@@ -146,8 +146,11 @@ class _Collector:
             dropped += len(rest) - len(train[domain]) if marked else 0
             for name, texts in (("training", train[domain]), ("held-out", heldout[domain])):
                 if not texts and not (self.by_file and name == "held-out"):
-                    raise DataError(expected=f"{name} text of the domain {domain!r}", got="no document with text",
-                                    do="give the domain at least two documents, or leave it out")  # fmt: skip
+                    got, do = "no document with text", "give the domain at least two documents, or leave it out"
+                    if marked and name == "training":
+                        got = "held-out text alone: a file or folder named val, test, dev or heldout is that"
+                        do = "rename it, or give text to train on beside it"
+                    raise DataError(expected=f"{name} text of the domain {domain!r}", got=got, do=do)
         if dropped:
             warnings.warn(
                 f"{dropped} training documents also stand in the held-out part; they are dropped", stacklevel=3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sys
 import time
@@ -16,8 +15,9 @@ from typing import NamedTuple, NoReturn, TypeVar
 from ...errors import ConfigError, EquipoiseError, OutputError
 from ...storage.locks import locked
 from ...storage.run_record import RECORD_NAME, Step, read_run
+from ...storage.set_aside import bring_back, set_aside
 from ..comparison.progress import RunBar, open_console
-from ..comparison.workers import orphaned
+from ..comparison.workers import is_worker, orphaned
 from ..config.schema import ParallelConfig, RunConfig, from_dict
 from ..config.strategies import slug
 from .distributed import RankContext, join, reported_by_rank_0
@@ -128,17 +128,24 @@ def _train_in(
 ) -> Outcome:
     """Trains in ``folder``, which rank 0 locks. A worker shows no progress and ends with its parent."""
 
-    def watch(step: Step) -> None:  # noqa: ARG001
-        if orphaned():  # as if the parent had stopped this worker: it saves and ends
+    forget: list[Callable[[], None]] = []  # the run that was there, once a step of this one is done
+
+    def watch(step: Step) -> None:
+        if forget:
+            forget.pop()()
+        if shows is not None:
+            shows(step)
+        elif orphaned():  # as if the parent had stopped this worker: it saves and ends
             os.kill(os.getpid(), signal.SIGTERM)
 
     with ExitStack() as stack:
 
         def open_folder() -> None:
             # a worker whose comparison was killed may need a moment to end; other holders are not waited for
-            stack.enter_context(locked(folder, wait=LEAVING_SECONDS if plain else 0.0))
+            stack.enter_context(locked(folder, wait=LEAVING_SECONDS if is_worker() else 0.0))
+            bring_back(folder)
             if _is_run(folder) and overwrite:
-                _remove(folder)
+                forget.append(stack.enter_context(set_aside(folder, RUN_FILES)))
             elif _is_run(folder) and not resume:
                 raise OutputError(
                     expected=f"a new folder, not {folder}",
@@ -147,12 +154,13 @@ def _train_in(
                 )
 
         context.from_rank_0(open_folder)
-        shows = context.is_main and not plain
-        if shows and config.model.biases:
-            print(f"begins with the expert biases of {config.model.biases}", file=sys.stderr)
-        on_step = stack.enter_context(RunBar(config.train.steps, open_console())) if shows else watch
+        shows = None
+        if context.is_main and not plain:
+            if config.model.biases:
+                print(f"begins with the expert biases of {config.model.biases}", file=sys.stderr)
+            shows = stack.enter_context(RunBar(config.train.steps, open_console()))
         try:
-            train(config, folder, resume=resume, on_step=on_step, context=context)
+            train(config, folder, resume=resume, on_step=watch, context=context)
         except KeyboardInterrupt:
             if context.is_main:
                 print(f"saved; to go on: equipoise resume {folder}", file=sys.stderr)
@@ -174,17 +182,3 @@ def _check_restarts(context: RankContext, *, restartable: bool) -> None:
 
 def _is_run(folder: Path) -> bool:
     return (folder / RECORD_NAME).exists()
-
-
-def _remove(folder: Path) -> None:
-    """Removes the files of a run, by name; other files in the folder stay."""
-    for name in RUN_FILES:
-        path = folder / name
-        try:
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise OutputError(expected=f"to remove {path}", got=error.strerror or str(error),
-                              do="choose another --out") from None  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ... import __version__
 from ...balancer.balancer import Balancer
-from ...errors import ConfigError, DataError, InputError, OutputError, StateError
+from ...errors import ConfigError, DataError, DivergedError, InputError, OutputError, StateError
 from ...layers import TokenPools
 from ...layers.expert_choice import ExpertChoiceRouter
 from ...policies import Policy
@@ -193,9 +193,9 @@ class SmallRun(ABC):
             self.balancer.discard()
         if self.saved < self.step:
             self.save()
-        return StateError(expected=f"a finite loss and gradient at step {self.step + 1}", got=got,
-                          do=f"lower train.lr or raise train.warmup; the weights after step {self.saved} are in "
-                             f"{self.folder / checkpoint.FOLDER}")  # fmt: skip
+        return DivergedError(expected=f"a finite loss and gradient at step {self.step + 1}", got=got,
+                        do=f"lower train.lr or raise train.warmup; the weights after step {self.saved} are in "
+                           f"{self.folder / checkpoint.FOLDER}")  # fmt: skip
 
     def _header(self, policies: list[str]) -> Header:
         said: dict[str, Any] = self.described()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ... import __version__
 from ...balancer.balancer import Balancer
-from ...errors import ConfigError, DataError, InputError, OutputError, StateError
+from ...errors import ConfigError, DataError, DivergedError, InputError, OutputError, StateError
 from ...policies import AuxLoss, Policy
 from ...policies.schedule import Schedule
 from ...storage import checkpoint
@@ -300,9 +300,9 @@ class _Run:
         together = together or self.context.size == 1
         if self.saved < self.step and together:
             self.save()
-        error = StateError(expected=f"a finite loss and gradient at step {self.step + 1}", got=got,
-                           do=f"lower train.lr or raise train.warmup; the weights after step {self.saved} are in "
-                              f"{self.folder / CHECKPOINTS}")  # fmt: skip
+        error = DivergedError(expected=f"a finite loss and gradient at step {self.step + 1}", got=got,
+                         do=f"lower train.lr or raise train.warmup; the weights after step {self.saved} are in "
+                            f"{self.folder / CHECKPOINTS}")  # fmt: skip
         return self.context.mark_shared(error) if together else error
 
     def _header(self) -> Header:

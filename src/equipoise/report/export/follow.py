@@ -101,7 +101,7 @@ def signature(paths: Sequence[str | Path]) -> tuple[tuple[str, int, int, int], .
 
 def is_running(paths: Sequence[str | Path], runs: Sequence[Run]) -> bool:
     """Whether a run or an inspection has not ended, or a comparison still has runs to start."""
-    return any(run.end is None for run in runs) or any(
+    return any(run.status == "running" for run in runs) or any(
         _has_more(path) or _is_inspecting(path) for path in map(Path, paths)
     )
 
