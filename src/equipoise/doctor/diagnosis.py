@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..functional.convert import CONVENTIONS, convert_coef
+from ..report.data.formatting import plural
 
 __all__ = ["ASKED", "SEVERITIES", "Batch", "Bias", "Diagnosis", "Factor", "Finding", "Loss", "Model"]
 
@@ -38,7 +39,7 @@ class Model:
         sizes = [
             f"{self.experts} experts" if self.experts else "",
             f"top-{self.top_k}" if self.top_k else "",
-            f"{self.layers} MoE layers" if self.layers else "",
+            plural(self.layers, "MoE layer") if self.layers else "",
         ]
         name = self.name if not self.type or self.type == self.name else f"{self.name} ({self.type})".strip()
         return ", ".join(part for part in (name, *sizes) if part)

@@ -16,6 +16,7 @@ __all__ = ["Document", "flat", "read_document", "read_mapping"]
 
 LARGEST = 4_000_000
 CONFIGS = (".json", ".yaml", ".yml", ".toml")
+SCRIPTS = ("", ".sh", ".bash", ".zsh", ".slurm", ".sbatch", ".pbs", ".txt", ".cfg", ".args")
 CONFIG_OPTIONS = ("config", "job.config_file")
 
 
@@ -55,6 +56,9 @@ def read_document(inputs: Sequence[str]) -> Document:
     text = _text(path)
     if path.suffix in CONFIGS:
         return Document(str(path), path.suffix[1:].replace("yml", "yaml"), read_mapping(path), path.parent)
+    if path.suffix not in SCRIPTS and not text.startswith("#!"):
+        raise ConfigError(expected="a configuration (.json, .yaml, .toml), a script, or a launch line", got=str(path),
+                          do="of a script with another suffix, give the launch line behind --")  # fmt: skip
     return _launched(text, str(path), path.parent)
 
 

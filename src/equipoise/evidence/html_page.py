@@ -10,7 +10,7 @@ from typing import Any
 
 from ..lab.config.loading import from_dict
 from ..lab.config.schema import RunConfig
-from ..report.data.formatting import listed
+from ..report.data.formatting import listed, plural
 from ..report.html.pictures import round_up
 from ..report.html.rendering import render, slug
 from ..report.html.widgets import Part, Section
@@ -57,7 +57,7 @@ def _head(judged: Sequence[ClaimVerdict]) -> dict[str, Any]:
     words = Counter(one.verdict for one in judged)
     counted = {word: str(words[word] or "none") for word in ORDER}
     headline = (
-        f"Of {_count(len(judged), 'claim')} about balancing, {counted['confirmed']} "
+        f"Of {plural(len(judged), 'claim')} about balancing, {counted['confirmed']} "
         f"{'is' if words['confirmed'] == 1 else 'are'} confirmed, {counted['refuted']} refuted and "
         f"{counted['undecided']} undecided."
     )
@@ -75,16 +75,12 @@ def _head(judged: Sequence[ClaimVerdict]) -> dict[str, Any]:
     model, train = config.model, config.train
     tokens = train.micro_batches * train.sequences_per_micro_batch * config.data.sequence_length
     facts = [
-        f"{_count(len(runs), 'run')} on record, {core_hours(judged):.1f} core-hours",
+        f"{plural(len(runs), 'run')} on record, {core_hours(judged):.1f} core-hours",
         f"{model.layers} layers of {model.experts} experts, top-{model.top_k}, width {model.width}",
         f"{train.steps} steps of {tokens:,} tokens, unless a claim says otherwise",
         *[f"torch {version}" for version in sorted({run.torch for run in runs if run.torch})],
     ]
     return {"headline": headline, "quality": f"Of the others, {listed(rest)}." if rest else "", "facts": facts}
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
 def _overview(judged: Sequence[ClaimVerdict], identities: Sequence[str]) -> Part:

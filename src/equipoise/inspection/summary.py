@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..report.data.formatting import clean
+from ..report.data.formatting import clean, plural
 from ..report.text.table import align, rule, wrap
 from ..storage.inspection_record import Inspection, Layer
 
@@ -17,7 +17,7 @@ def summarize_inspection(found: Inspection) -> str:
     """The findings in sentences, then a line per layer."""
     facts = found.facts
     tokens = sum(domain.tokens for domain in found.domains)
-    head = (f"{facts.model} ({facts.family}): {len(found.layers)} routers, {_sizes(found)}; "
+    head = (f"{facts.model} ({facts.family}): {plural(len(found.layers), 'router')}, {_sizes(found)}; "
             f"{tokens:,} tokens of {len(found.domains)} domains")  # fmt: skip
     if facts.biases is not None:
         head += f"; chosen with the expert biases of {facts.biases}"
@@ -39,9 +39,9 @@ def _specialization(found: Inspection) -> list[str]:
     clear = [layer for layer in layers if (layer.information or 0) > (layer.information_shuffled_high or 0)]
     mean = sum(layer.information_corrected or 0.0 for layer in layers) / len(layers)
     chance = sum(layer.information_shuffled or 0.0 for layer in layers) / len(layers)
-    told = (f"Domains: {len(clear)} of {len(layers)} layers tell them apart beyond chance; expert and domain share "
-            f"{mean:.3f} nats on average (shuffled labels {chance:.3f}, at most {math.log(len(found.domains)):.2f}), "
-            f"most in layer {found.layers.index(most)}: {most.information_corrected:.3f}.")  # fmt: skip
+    told = (f"Domains: {len(clear)} of {plural(len(layers), 'layer')} tell them apart beyond chance; expert and domain "
+            f"share {mean:.3f} nats on average (shuffled labels {chance:.3f}, at most "
+            f"{math.log(len(found.domains)):.2f}), most in layer {found.layers.index(most)}: {most.information_corrected:.3f}.")  # fmt: skip
     lines = [told]
     exclusive_D = found.exclusive_DLE().sum((1, 2))
     if exclusive_D.any():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..report.data.formatting import clean, clip
+from ..report.data.formatting import clean, clip, plural
 from ..report.text.table import table, wrap
 from .calibration import PAPER, Calibration
 from .forecast import Forecast, Growth, Row
@@ -113,8 +113,8 @@ def assumptions(plan: Forecast) -> Iterator[str]:
     """Sentences about the cluster, the model and the loads."""
     c = plan.cluster
     yield (
-        f"{c.layers} MoE layers x {c.experts} experts, top-{c.top_k}, width {c.width}, expert width {c.expert_hidden}, "
-        f"{_short(c.dense_parameters)} other parameters; {c.tokens} tokens per GPU and micro-batch, {c.micro_batches} "
+        f"{plural(c.layers, 'MoE layer')} x {c.experts} experts, top-{c.top_k}, width {c.width}, expert width "
+        f"{c.expert_hidden}, {_short(c.dense_parameters)} other parameters; {c.tokens} tokens per GPU and micro-batch, {c.micro_batches} "
         f"micro-batches per step{', forward recomputed' if c.recompute else ''}"
     )
     yield (

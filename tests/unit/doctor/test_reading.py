@@ -189,3 +189,11 @@ class TestNumbers:
     def test_options(self, options):
         with pytest.raises(ConfigError):
             Options(**options)
+
+
+def test_prose_is_no_configuration(tmp_path):
+    """A README that names engines was taken for the configuration of one."""
+    for name in ("README.md", "text.jsonl"):
+        (tmp_path / name).write_text("axolotl trains with torchrun train.py --lr 1e-3\n", encoding="utf-8")
+        with pytest.raises(ConfigError, match="a script, or a launch line"):
+            diagnose([str(tmp_path / name)])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import DataError
+from ...report.data.formatting import plural
 from ..config.schema import CompareConfig, from_dict
 from .comparison import (
     MANIFEST_NAME,
@@ -51,7 +52,7 @@ def launch_comparison(
         with Preparation(console) as shown:
             prepare_all(Comparison(folder, config, plan(config, folder), ""), shown)
     comparison = open_comparison(folder, config, overwrite=overwrite)
-    console.print(f"{len(comparison.jobs)} runs in {folder}", markup=False, soft_wrap=True)
+    console.print(f"{plural(len(comparison.jobs), 'run')} in {folder}", markup=False, soft_wrap=True)
     if config.model.biases:
         console.print(f"all begin with the expert biases of {config.model.biases}", markup=False, soft_wrap=True)
     with Preparation(console) as shown:

@@ -239,8 +239,9 @@ def last_words(log: Path, code: int) -> str:
     except OSError:
         lines = []
     starts = [i for i, line in enumerate(lines) if line.startswith("equipoise: ")]
-    if starts and code > 1:
-        return "\n".join(lines[starts[-1] :])
+    said = lines[starts[-1] :] if starts else []
+    if said and (code > 1 or all(line.startswith("  ") for line in said[1:])):  # 1 may be a traceback that came later
+        return "\n".join(said)
     return lines[-1] if lines else f"exit code {code} without a word"
 
 

@@ -84,6 +84,14 @@ def count(value: float | None) -> str:
     return number(value, 0 if value is not None and value == round(value) else 1)
 
 
+def plural(n: int, noun: str) -> str:
+    """
+    >>> plural(1, "layer"), plural(1200, "layer")
+    ('1 layer', '1,200 layers')
+    """
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 def listed(names: Sequence[str]) -> str:
     """Joins names in a sentence.
 

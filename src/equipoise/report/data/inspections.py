@@ -139,7 +139,7 @@ def headline_of(found: Sequence[NamedInspection]) -> str:
         chance = max(mean_of(one.inspection, about, floor=True) for one in found if one.name in known)
         if known[best] < 2 * chance + 1e-4:
             return f"In none of these models the experts tell domains apart ({a} nats; chance {number(chance)})."
-        if known[best] < 1.1 * known[worst]:
+        if known[best] < 1.1 * known[worst] or a == b:
             return f"Experts tell domains apart as well in all of these models ({b} to {a} nats)."
         return f"Experts tell domains apart most in {clean(best)} ({a} nats), least in {clean(worst)} ({b})."
     one = found[0]

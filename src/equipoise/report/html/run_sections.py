@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..data.comparison import Comparison
-from ..data.formatting import clean, number
+from ..data.formatting import clean, number, plural
 from . import figures, tables
 from . import heatmaps as maps
 from .figures import Figure
@@ -20,7 +20,7 @@ def run_facts(comparison: Comparison) -> list[str]:
     parts = [
         f"{many} {'strategy' if many == 1 else 'strategies'}" + (f" × {len(seeds)} seeds" if len(seeds) > 1 else ""),
         f"{c.step} steps of {number(facts['tokens_per_step'], 0)} tokens" if c.step is not None else "",
-        f"{facts['layers']} MoE layers of {facts['experts']} experts, top-{facts['top_k']}",
+        f"{plural(facts['layers'], 'MoE layer')} of {facts['experts']} experts, top-{facts['top_k']}",
         f"{facts['active_parameters'] / 1e6:.1f} M of {facts['parameters'] / 1e6:.1f} M parameters active",
         f"{len(c.domains)} domains",
     ]

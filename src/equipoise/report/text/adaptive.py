@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ...storage.adaptive_record import Adaptive, CacheRow, CurvePoint
-from ..data.formatting import clean, clip, listed, number, signed
+from ..data.formatting import clean, clip, listed, number, plural, signed
 from .table import table, wrap
 
 __all__ = ["CACHE_NOTE", "CURVE_NOTE", "LAYER_NOTE", "cache_table", "curve_table", "layer_table", "rank_correlation",
@@ -51,7 +51,8 @@ def words_of(found: Adaptive) -> str:
     control = f"{signed(point.control_loss - start.loss, 4)} at {point.control_fewer:.1%} fewer"
     budget = f"At T = {point.budget:.3g} nats" if point.budget < ONE else "With one expert for each of them"
     said = [
-        f"{facts.model} ({facts.family}): {len(found.layers)} MoE layers of {sizes}. Sensitivities from {text}.",
+        f"{facts.model} ({facts.family}): {plural(len(found.layers), 'MoE layer')} of {sizes}. Sensitivities from "
+        f"{text}.",
         f"{budget} tokens use {point.fewer:.1%} fewer experts; held-out loss {loss}.",
         f"With one threshold for all layers: {control}.",
     ]
@@ -76,12 +77,14 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
 def short_names(names: Sequence[str]) -> list[str]:
     """Without the parts that all begin and end with.
 
-    >>> short_names(["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]), short_names(["gate"])
-    (['0', '1'], ['gate'])
+    >>> short_names(["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"])
+    ['0', '1']
+    >>> short_names(["gate"]), short_names(["model.layers.1.mlp.gate"])
+    (['gate'], ['1'])
     """
     parts = [name.split(".") for name in names]
     if len(parts) < 2:
-        return list(names)
+        return [next((one for one in part if one.isdigit()), name) for part, name in zip(parts, names, strict=True)]
     shortest = min(map(len, parts))
     begin = next((i for i in range(shortest) if len({part[i] for part in parts}) > 1), 0)
     end = next((i for i in range(shortest - begin) if len({part[-1 - i] for part in parts}) > 1), 0)
@@ -126,7 +129,7 @@ def layer_table(found: Adaptive) -> Cells:
     rows = [
         [
             clip(clean(name), NAME),
-            number(one.sensitivity),
+            f"{one.sensitivity:.3g}",
             signed(one.alone, 4),
             *([signed(one.alone_measured, 4)] if measured else []),
             number(one.threshold) if one.threshold < ONE else "all",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from ..data.comparison import Comparison, StrategySummary
 from ..data.comparison_columns import COMPARISON_COLUMNS, Column
-from ..data.formatting import clean, clip, fine_perplexity, number, percent, signed, width
+from ..data.formatting import clean, clip, fine_perplexity, number, percent, plural, signed, width
 from ..data.statistics import Difference, Estimate
 from .table import COLUMNS, table, wrap
 
@@ -39,8 +39,8 @@ def _title(comparison: Comparison) -> str:
         f"{len(comparison.strategies)} strateg{'y' if len(comparison.strategies) == 1 else 'ies'}",
         f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'}",
         f"{comparison.step} steps" if comparison.step is not None else "no common step",
-        f"{facts['tokens'] / 1e6:.1f} M tokens each",
-        f"{facts['layers']} MoE layers x {facts['experts']} experts, top-{facts['top_k']}",
+        f"{facts['tokens'] / 1e6:.1f} M tokens each" if facts["tokens"] >= 1e5 else f"{facts['tokens']:,} tokens each",
+        f"{plural(facts['layers'], 'MoE layer')} x {facts['experts']} experts, top-{facts['top_k']}",
     ]
     if widths := facts.get("expert_widths"):
         parts.append(f"widths {min(widths)} to {max(widths)}")
