@@ -41,7 +41,8 @@ def _specialization(found: Inspection) -> list[str]:
     chance = sum(layer.information_shuffled or 0.0 for layer in layers) / len(layers)
     told = (f"Domains: {len(clear)} of {plural(len(layers), 'layer')} tell them apart beyond chance; expert and domain "
             f"share {mean:.3f} nats on average (shuffled labels {chance:.3f}, at most "
-            f"{math.log(len(found.domains)):.2f}), most in layer {found.layers.index(most)}: {most.information_corrected:.3f}.")  # fmt: skip
+            f"{math.log(len(found.domains)):.2f}), most in "
+            f"layer {found.layers.index(most)}: {most.information_corrected:.3f}.")  # fmt: skip
     lines = [told]
     exclusive_D = found.exclusive_DLE().sum((1, 2))
     if exclusive_D.any():

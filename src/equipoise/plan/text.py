@@ -114,8 +114,8 @@ def assumptions(plan: Forecast) -> Iterator[str]:
     c = plan.cluster
     yield (
         f"{plural(c.layers, 'MoE layer')} x {c.experts} experts, top-{c.top_k}, width {c.width}, expert width "
-        f"{c.expert_hidden}, {_short(c.dense_parameters)} other parameters; {c.tokens} tokens per GPU and micro-batch, {c.micro_batches} "
-        f"micro-batches per step{', forward recomputed' if c.recompute else ''}"
+        f"{c.expert_hidden}, {_short(c.dense_parameters)} other parameters; {c.tokens} tokens per GPU and micro-batch, "
+        f"{c.micro_batches} micro-batches per step{', forward recomputed' if c.recompute else ''}"
     )
     yield (
         f"{c.gpus} GPUs of {c.tflops:g} TFLOP/s, {c.efficiency:.0%} reached; {c.intra_gb_s:g} GB/s in a node of "

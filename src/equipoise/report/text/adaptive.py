@@ -50,9 +50,9 @@ def words_of(found: Adaptive) -> str:
     loss = f"{signed(point.loss - start.loss, 4)} nats ({start.loss:.4f} before)"
     control = f"{signed(point.control_loss - start.loss, 4)} at {point.control_fewer:.1%} fewer"
     budget = f"At T = {point.budget:.3g} nats" if point.budget < ONE else "With one expert for each of them"
+    layers = plural(len(found.layers), "MoE layer")
     said = [
-        f"{facts.model} ({facts.family}): {plural(len(found.layers), 'MoE layer')} of {sizes}. Sensitivities from "
-        f"{text}.",
+        f"{facts.model} ({facts.family}): {layers} of {sizes}. Sensitivities from {text}.",
         f"{budget} tokens use {point.fewer:.1%} fewer experts; held-out loss {loss}.",
         f"With one threshold for all layers: {control}.",
     ]
