@@ -19,7 +19,7 @@ from .signals import SIGNALS
 __all__ = ["describe"]
 
 WIDTH = 80
-MOST = (-80, 17, 7, 2, 8, -17, 10)  # letters of each column, of which a negative number keeps the last
+LONG = {0: -1, 1: 1, 5: -1}  # columns that may have to be clipped: to their last letters, or to their first
 LOOKS = "none: loads are measured and nothing is balanced; the model's own balance loss is as it was"
 
 
@@ -39,10 +39,12 @@ def describe(
 ) -> str:
     """See ``Balancer.describe``."""
     rows = [("router", "class", "E", "K", "gate", "bias", "learns"), *map(_row, layers)]
-    rows = [tuple(_clipped(cell, MOST[i]) for i, cell in enumerate(row)) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    widths[0] = min(widths[0], WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
-    rows = [(_clipped(name, -widths[0]), *rest) for name, *rest in rows]
+    room = WIDTH - 2 * (len(widths) - 1) - sum(width for i, width in enumerate(widths) if i not in LONG)
+    for done, i in enumerate(sorted(LONG, key=widths.__getitem__)):  # who needs less leaves more to the others
+        widths[i] = min(widths[i], room // (len(LONG) - done))
+        room -= widths[i]
+    rows = [tuple(_clipped(cell, LONG.get(i, 1) * widths[i]) for i, cell in enumerate(row)) for row in rows]
     table = _merged(["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows])
     facts = {
         "routers": f"{len(layers)}",
@@ -72,7 +74,7 @@ def describe(
 
 
 def _clipped(text: str, most: int) -> str:
-    """At most so many letters: the first ones, of a negative number the last, as of a name the end tells more."""
+    """At most so many letters: the first, of a negative number the last, as of a name the end tells more."""
     if len(text) <= abs(most):
         return text
     return f"...{text[most + 3 :]}" if most < 0 else f"{text[: most - 3]}..."
@@ -84,7 +86,7 @@ def _row(layer: Layer) -> tuple[str, ...]:
     carried = isinstance(router, RouterCarrier)  # a child of the router, which it is named after
     return (
         (layer.name.rpartition(".")[0] if carried else layer.name) or "(the model itself)",
-        type(module).__name__ + ("" if module is router else ", by its carrier" if carried else ", by its output"),
+        type(module).__name__ + ("" if module is router else " (carrier)" if carried else " (output)"),
         str(router.num_experts) + (f"+{idle}" if (idle := router.traits.idle_experts) else ""),
         top_k,
         router.gate,

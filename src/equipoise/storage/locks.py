@@ -15,6 +15,7 @@ __all__ = ["LOCK_NAME", "is_free", "lock_file", "locked"]
 
 LOCK_NAME = ".lock"
 FOREVER = -1.0
+MOMENT = 0.2  # that `is_free` may hold a lock which it only looks at
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def locked(folder: Path, wait: float = 0.0) -> Iterator[None]:
     """
     path = folder / LOCK_NAME
     with output_errors(path, "free space or choose another folder"):
-        lock = _acquire(path, wait)
+        lock = _acquire(path, max(wait, MOMENT))
     if lock is None:
         raise OutputError(
             expected=f"{folder} for this process alone",

@@ -68,6 +68,26 @@ CONFIG = [
 ]
 
 
+def test_what_is_no_loss_and_no_state_says_so():
+    _, balancer, _ = setup()
+    with pytest.raises(InputError, match=r"(?s)a scalar loss.*float.*a tensor"):
+        balancer.tap(cast(Any, 1.0))
+    with pytest.raises(ConfigError, match="a balancer's state of version"):
+        balancer.load_state_dict(cast(Any, None))
+
+
+@pytest.mark.parametrize("name", ["layers", "a_very_long_name_of_a_part_of_a_model.that_goes_on_and_on.layers.12"])
+def test_what_is_described_fits_80_columns(name):
+    """A router of another library has a long name, a long class and a long bias."""
+    layers = nn.ModuleDict({name.replace(".", "_"): net(**SMALL)})
+    router = next(module for module in layers.modules() if isinstance(module, Router))
+    router.__class__ = type(
+        "ARouterWithANameThatIsLong", (type(router),), {"bias_owner": "the model's e_score_correction_bias"}
+    )
+    said = Balancer(layers, [MICRO, ExpertBias(rate=0.0)]).describe()
+    assert max(map(len, said.splitlines())) <= 80 and "gate" in said and "correction_bias" in said
+
+
 @pytest.mark.parametrize("case", CONFIG, ids=lambda case: case[2].replace(" ", "_"))
 def test_what_cannot_work_is_refused_before_training(case):
     """B43, B47, B76: names with the nearest known one, numbers with their range, known-bad pairs with the good one."""

@@ -6,6 +6,7 @@ import importlib.metadata
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +137,15 @@ def test_every_command_of_the_list_has_what_main_calls():
         assert callable(module.add_arguments)
         assert callable(module.run)
     assert build_parser().prog == "equipoise"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("arguments", [["plan"], ["plan", "--json"]])
+def test_output_that_cannot_be_written_is_an_error_of_the_disk(arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "equipoise", *arguments], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 5
+    assert done.stderr.decode().splitlines() == [
+        "equipoise: expected to write the output",
+        "  got: No space left on device",
+    ]

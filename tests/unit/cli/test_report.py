@@ -127,6 +127,12 @@ def test_svg_takes_every_figure_out(folder, tmp_path, capsys):
     assert main(["report", str(folder / "micro-s0"), "--svg", str(tmp_path / "one.svg")]) == 2
 
 
+def test_a_path_that_is_not_there_is_no_success(folder, inspected, capsys):
+    assert main(["report", str(folder), "nowhere", "--json"]) == 4
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) and "left out, not there: nowhere" in shown.err
+
+
 def test_png_without_playwright_says_what_to_install(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "playwright.sync_api", None)
     assert main(["report", str(folder), "--png", str(tmp_path / "pictures")]) == 2

@@ -87,7 +87,8 @@ def test_a_declared_layout_goes_first_and_has_to_be_of_use() -> None:
     with declared_layout([context, context], layout):
         model(IDS, MASK)
     model(IDS, MASK)
-    assert found[0].batch is layout and found[1].batch.rows == 2 and context.declared is None
+    assert found[0].batch.rows == 3 and torch.equal(found[0].batch.token_mask_T, layout.token_mask_T)
+    assert found[1].batch.rows == 2 and context.declared is None
     with (
         pytest.raises(InputError, match="none that see 7 tokens"),
         declared_layout([context], TokenLayout(1, torch.ones(7) > 0)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,6 +141,9 @@ def test_what_cannot_be_converted_is_refused():
         convert_coef(1.0, "transformer")
     with pytest.raises(ConfigError, match="at least 1"):
         convert_coef(1.0, "megatron", top_k=0)
+    for coef in (-1e-3, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="a coefficient >= 0"):
+            convert_coef(coef, "megatron")
 
 
 @pytest.mark.parametrize(

@@ -327,7 +327,7 @@ def test_few_tokens(count):
         ("token_mask", torch.zeros(4, 6), TokenLayout(1, torch.ones(5, dtype=torch.bool))),
         ("token_mask", torch.zeros(4, 6), TokenLayout(1, torch.ones(2, 2, dtype=torch.bool))),
         ("boolean", torch.zeros(4, 6), TokenLayout(1, torch.zeros(4))),
-        ("document_ids", torch.zeros(4, 6), TokenLayout(1, None, torch.zeros(3, dtype=torch.int64))),
+        ("document_T", torch.zeros(4, 6), TokenLayout(1, None, torch.zeros(3, dtype=torch.int64))),
         ("1 of 4 tokens", torch.zeros(4, 6).index_fill_(0, torch.tensor([2]), torch.nan), None),
         ("4 of 4 tokens", torch.full((4, 6), torch.inf), None),
     ],

@@ -49,6 +49,16 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
     assert names(tmp_path / "step_000007") == ["manifest.json", "tensors.safetensors"]
 
 
+def test_who_may_read_the_folder_may_read_all_of_it(tmp_path):
+    """A colleague resumes or exports; safetensors makes files for their owner alone."""
+    before = os.umask(0o022)
+    try:
+        folder = save(tmp_path / "run", 1, {"w": torch.ones(2)})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o644}
+
+
 def test_there_is_no_pickle_in_it(tmp_path):
     folder = save(tmp_path, 1, state())
     for path in folder.iterdir():

@@ -9,7 +9,7 @@ import pytest
 
 from equipoise.errors import OutputError
 from equipoise.storage import files
-from equipoise.storage.files import atomic_folder, atomic_write, sha256, write_whole
+from equipoise.storage.files import atomic_folder, atomic_write, output_errors, sha256, write_whole
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -44,6 +44,13 @@ def test_a_file_in_the_way_is_an_output_error(tmp_path):
         atomic_write(tmp_path / "file" / "a", b"")
     with pytest.raises(OutputError, match="to write"), atomic_folder(tmp_path / "file" / "a"):
         pass
+
+
+@pytest.mark.parametrize(("number", "said"), [(28, "free disk space, or choose"), (30, "choose"), (13, "choose")])
+def test_room_is_advised_where_room_is_missing(number, said):
+    with pytest.raises(OutputError) as caught, output_errors("it"):
+        raise OSError(number, "no")
+    assert caught.value.do.startswith(said)
 
 
 def test_the_checksum_of_a_file(tmp_path):

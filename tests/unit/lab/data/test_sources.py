@@ -84,6 +84,12 @@ def test_files_marked_as_held_out(tmp_path):
         assert corpus.heldout[domain] == texts[70:]
 
 
+def test_a_file_that_is_held_out_by_its_name_says_so(tmp_path):
+    _write(tmp_path / "val.jsonl", as_lines(RECORDS))
+    with pytest.raises(DataError, match=r"(?s)held-out text alone: a file or folder named val.*do: .*rename it"):
+        load_corpus(tmp_path / "val.jsonl")
+
+
 def test_a_folder_of_text_per_domain(tmp_path):
     for domain, texts in DOCUMENTS.items():
         (tmp_path / domain / "deep").mkdir(parents=True)

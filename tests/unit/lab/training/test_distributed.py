@@ -257,7 +257,7 @@ def test_resuming_a_finished_run_changes_nothing(ranks, tiny_run, tmp_path):
 def test_nan_stops_all_ranks_with_the_weights_before(ranks, tiny_run, tmp_path):
     config = tiny_run("none", lr=1e30, warmup=0, clip=0.0, steps=20, checkpoint_every=0)
     found = ranks.run(f"{CASES}:refused", config, tmp_path / "run", EP2[1], size=2)
-    assert {kind for kind, _, _ in found} == {"StateError"}
+    assert {kind for kind, _, _ in found} == {"DivergedError"}
     assert "finite loss and gradient" in found[0][1]
     run = read_run(tmp_path / "run")
     assert run.status == "failed" and run.end.step == run.steps[-1].step >= 1

@@ -9,6 +9,7 @@ from equipoise.lab.config.schema import ParallelConfig, RunConfig
 from equipoise.lab.training import launch
 from equipoise.lab.training.distributed import join
 from equipoise.storage.run_record import RECORD_NAME
+from equipoise.storage.set_aside import set_aside
 
 
 class Left(Exception):
@@ -76,7 +77,8 @@ def test_only_the_files_of_a_run_are_removed(tmp_path):
     (tmp_path / RECORD_NAME).write_text("")
     (tmp_path / "checkpoints" / "step_000001").mkdir(parents=True)
     (tmp_path / "notes.txt").write_text("mine")
-    launch._remove(tmp_path)
+    with set_aside(tmp_path, launch.RUN_FILES):
+        pass
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
