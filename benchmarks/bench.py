@@ -81,7 +81,8 @@ def bars(figure: dict[str, Any]) -> dict[str, Any]:
         return NAMES + round((WIDE - NAMES - TAIL) * (value - least) / (most - least))
 
     rows = [
-        {"name": name, "y": ROW * number, "x": x(middle), "low": x(low), "high": x(high), "text": f"{middle:.3g}" if middle < 1000 else f"{middle:,.0f}",
+        {"name": name, "y": ROW * number, "x": x(middle), "low": x(low), "high": x(high),
+         "text": f"{middle:.3g}" if middle < 1000 else f"{middle:,.0f}",
          "ours": name == "ours" or name.startswith(("equipoise", "the lab"))}
         for number, (name, (low, middle, high)) in enumerate(figure["bars"])
     ]  # fmt: skip
