@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
@@ -50,7 +50,7 @@ def as_list(data: OnePolicy | Sequence[OnePolicy]) -> list[OnePolicy]:
     """
     if isinstance(data, (str, Mapping, *KINDS.values())):
         return [data]  # type: ignore[list-item]
-    if isinstance(data, Sequence):
+    if isinstance(data, Iterable):
         return list(data)
     raise ConfigError(
         expected="policies as a list of names and tables",

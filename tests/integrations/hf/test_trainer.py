@@ -10,7 +10,8 @@ import torch
 pytest.importorskip("transformers", reason="the hf extra is not installed")
 pytest.importorskip("accelerate", reason="the hf extra is not installed")
 
-from equipoise import InputError
+from equipoise import AuxLoss, ConfigError, InputError
+from equipoise.adapters.hf import BalanceCallback
 from integrations.hf import _trainer_reference as reference
 from integrations.hf._trainer import LENGTH, Text, train, train_rank
 from integrations.hf._trainer_reference import POLICIES, check, expected, policies_for
@@ -42,6 +43,21 @@ def test_each_rank_weighs_its_own_label_tokens(ranks):
     want = expected(FAMILY, means=[[0, 1, 4, 5], [2, 3, 6, 7]])  # micro-batches go to the ranks in turn
     for got in on_two_ranks(ranks, average_tokens_across_devices=False):
         check(got, want)
+
+
+@pytest.mark.parametrize("asked", [{"scope": "global_batch", "estimator": "exact"}, {"scope": "shuffle"}])
+def test_what_needs_a_pass_before_the_step_is_refused_before_training(asked):
+    """It died at the second micro-batch, after training had begun. With one micro-batch a step it trains."""
+    policies = [{"kind": "aux", "coef": 0.1, **asked}]
+    with pytest.raises(ConfigError, match=r"(?s)no counting pass.*gradient_accumulation_steps=1, not 2"):
+        train(policies, 2, 2, 1, **STILL)
+    assert train(policies, 4, 1, 1, **STILL)
+
+
+def test_names_stand_for_policies():
+    assert BalanceCallback(["global@1e-3"]).policies == [AuxLoss("global_batch", coef=1e-3)]
+    with pytest.raises(ConfigError, match="did you mean 'global'"):
+        BalanceCallback("globl")
 
 
 def no_loss_arguments(model: Any) -> None:

@@ -132,7 +132,7 @@ def test_what_a_file_should_not_say_is_refused_in_words(data, words):
 
 @pytest.mark.parametrize("name", ["quantile:quantile", "loss-free:quantile", "loss-free:quantile:quantile"])
 def test_the_quantile_rule_has_its_own_rate_however_it_is_named(name):
-    assert policies_from(name) == [ExpertBias("quantile")]
+    assert policies_from(name) == policies_from(one for one in [name]) == [ExpertBias("quantile")]
 
 
 def test_a_switch_behind_the_end_is_refused_where_the_end_is_known():
