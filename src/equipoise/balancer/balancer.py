@@ -95,9 +95,7 @@ class Balancer(StepCycle):
         on_fault: str = "raise",
     ) -> None:
         if reduction not in ("mean", "sum"):
-            raise ConfigError(
-                expected="reduction: 'mean' or 'sum'", got=repr(reduction), do="most loops average: 'mean'"
-            )
+            raise ConfigError(expected="reduction: 'mean' or 'sum'", got=repr(reduction), do="'mean' in most loops")
         self.policies = policies_from(policies)
         schedule, parts = Schedule(self.policies), parts_of(model, part)
         ranks, ends_steps = ranks or Ranks.default(), optimizer_with_hooks(optimizer)
@@ -387,8 +385,11 @@ class Balancer(StepCycle):
         self._forwards.remove()
         detach(self._layers, self.own_loss)
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A module that holds its balancer can be copied and saved: the copy has None, as its routers have none."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        warnings.warn("a Balancer is saved as None: keep balancer.state_dict() beside the model", stacklevel=2)
         return type(None), ()
 
     def _last(self) -> list[StepStats]:

@@ -12,7 +12,7 @@ from .files import output_errors
 
 __all__ = ["bring_back", "set_aside"]
 
-ASIDE = ".replaced"
+ASIDE, FORGOTTEN = ".replaced", ".replaced-forgotten"
 
 
 @contextmanager
@@ -42,7 +42,9 @@ def set_aside(folder: Path, names: Iterable[str], *, do: str = "choose another -
             os.replace(folder / name, aside / name)
 
     def forget() -> None:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside.is_dir():  # by one rename: half of the old must never come back over the new
+            os.replace(aside, folder / FORGOTTEN)
+        shutil.rmtree(folder / FORGOTTEN, ignore_errors=True)
 
     try:
         yield forget
@@ -57,6 +59,7 @@ def set_aside(folder: Path, names: Iterable[str], *, do: str = "choose another -
 
 def bring_back(folder: Path) -> None:
     """What a process that was killed had set aside, in place of what stands there."""
+    shutil.rmtree(folder / FORGOTTEN, ignore_errors=True)
     aside = folder / ASIDE
     for path in list(aside.iterdir()) if aside.is_dir() else ():
         _remove(folder / path.name)

@@ -51,8 +51,9 @@ def test_a_module_that_holds_its_balancer_can_be_copied_and_saved():
     """A LightningModule does; the copy has none, as its routers have none."""
     model, balancer, optimizer = setup()
     model.balancer = balancer
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    copies.append(cast(Any, torch.optim.swa_utils.AveragedModel(model)).module)
+    copies = [copy.deepcopy(model), cast(Any, torch.optim.swa_utils.AveragedModel(model)).module]
+    with pytest.warns(UserWarning, match=r"saved as None: keep balancer.state_dict\(\)"):
+        copies.append(pickle.loads(pickle.dumps(model)))
     assert [one.balancer for one in copies] == [None] * 3 and model.balancer is balancer
     train_step(model, balancer, optimizer, make_step(0))
 
@@ -218,6 +219,16 @@ def test_what_is_removed_twice_leaves_the_next_balancer_alone():
     first.remove()
     train_step(model, second, optimizer, make_step(1))
     assert second.step_count == 1
+
+
+def test_a_removed_balancer_does_not_describe_what_is_no_longer_so():
+    model, balancer, optimizer = setup(AuxLoss("micro_batch", 0.3))
+    train_step(model, balancer, optimizer, make_step(0))
+    assert "removed " not in balancer.describe() and "switched off" in balancer.describe()
+    balancer.remove()
+    said = balancer.describe()
+    assert said.startswith("removed ") and "the last step" in said
+    assert not any(line.startswith(("tokens", "switched off")) for line in said.splitlines())
 
 
 @pytest.mark.parametrize("on_fault", ["raise", "warn"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from equipoise.errors import OutputError
+from equipoise.storage import set_aside as set_aside_module
 from equipoise.storage.set_aside import ASIDE, bring_back, set_aside
 
 NAMES = ("record", "folder", "absent")
@@ -52,6 +53,23 @@ def test_an_error_before_the_successor_counts_brings_it_back(folder, error):
 def test_once_it_counts_the_old_is_gone_whatever_comes(folder):
     with pytest.raises(ValueError, match="later"):
         replace(folder, ValueError("later"), counts=True)
+    assert contents(folder) == {"absent": "new", "mine": "mine", "record": "new"}
+
+
+def test_a_kill_while_the_old_is_removed_brings_none_of_it_back(folder, monkeypatch):
+    """Half of an old run over a new one would be neither."""
+
+    def killed(path, **_):
+        if (path / "record").exists():
+            (path / "record").unlink()
+            raise SystemExit(9)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(set_aside_module.shutil, "rmtree", killed)
+        with pytest.raises(SystemExit):
+            replace(folder, ValueError(), counts=True)
+    assert "folder/weights" in {name.partition("/")[2] for name in contents(folder)}, "some of it was left"
+    bring_back(folder)
     assert contents(folder) == {"absent": "new", "mine": "mine", "record": "new"}
 
 

@@ -48,15 +48,15 @@ def launch_comparison(
     folder = _folder(config, out, resume, new, console)
     if resume:
         config = from_dict(CompareConfig, (read_manifest(folder) or {})["config"])
-    if overwrite:  # what is there goes when it is known that its successors can be trained
-        with Preparation(console) as shown:
-            prepare_all(Comparison(folder, config, plan(config, folder), ""), shown)
-    comparison = open_comparison(folder, config, overwrite=overwrite)
+    new_one = Comparison(folder, config, plan(config, folder), "")  # what is there goes once this one is prepared
+    comparison = new_one if overwrite else open_comparison(folder, config)
     console.print(f"{plural(len(comparison.jobs), 'run')} in {folder}", markup=False, soft_wrap=True)
     if config.model.biases:
         console.print(f"all begin with the expert biases of {config.model.biases}", markup=False, soft_wrap=True)
     with Preparation(console) as shown:
         prepare_all(comparison, shown)
+    if overwrite:
+        comparison = open_comparison(folder, config, overwrite=True)
     try:
         with RunTable(comparison.jobs, console) as table:
             run_all(comparison, table)

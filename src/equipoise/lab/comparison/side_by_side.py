@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,12 +20,12 @@ from typing import Any
 from ...errors import ConfigError, OutputError
 from ...storage.codec import encode
 from ...storage.locks import locked
-from ...storage.run_record import RECORD_NAME, Step, begun, read_run
+from ...storage.run_record import RECORD_NAME, begun, read_run
 from ...storage.set_aside import bring_back, set_aside
 from ..config.loading import from_dict, to_toml
 from ..config.strategies import slug
 from .progress import RunBar, RunTable, open_console
-from .workers import CONFIG_NAME, LOG_NAME, Job, Pool, is_worker, orphaned, run_jobs, slots
+from .workers import CONFIG_NAME, LOG_NAME, Job, Pool, after_each_step, is_worker, run_jobs, slots
 
 __all__ = ["REPORT_NAME", "Outcome", "Room", "SmallJob"]
 
@@ -146,14 +144,6 @@ class Room:
 
         forget: list[Callable[[], None]] = []  # the run that was there, once a step of this one is done
 
-        def watch(step: Step) -> None:
-            if forget:
-                forget.pop()()
-            if shows is not None:
-                shows(step)
-            elif orphaned():  # as if the parent had stopped this worker: it saves and ends
-                os.kill(os.getpid(), signal.SIGTERM)
-
         with ExitStack() as stack:
             stack.enter_context(locked(folder, wait=LEAVING_SECONDS if is_worker() else 0.0))
             bring_back(folder)
@@ -161,7 +151,7 @@ class Room:
                 forget.append(stack.enter_context(set_aside(folder, self._written)))
             shows = None if plain else stack.enter_context(RunBar(config.train.steps, open_console()))
             try:
-                return self.train(config, folder, resume=resume, on_step=watch)
+                return self.train(config, folder, resume=resume, on_step=after_each_step(forget, shows))
             except KeyboardInterrupt:
                 print(f"saved in {folder}; the same command with --continue goes on", file=sys.stderr)
                 raise

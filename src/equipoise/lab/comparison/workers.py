@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import ConfigError, OutputError
-from ...storage.run_record import RECORD_NAME
+from ...storage.run_record import RECORD_NAME, Step
 from ..config.schema import to_toml
 from .record_tail import RecordTail
 
-__all__ = ["CONFIG_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "Runner", "View", "cores", "is_worker", "orphaned",
-           "run_jobs", "slots"]  # fmt: skip
+__all__ = ["CONFIG_NAME", "LOG_NAME", "PARENT", "Job", "Pool", "Runner", "View", "after_each_step", "cores",
+           "is_worker", "orphaned", "run_jobs", "slots"]  # fmt: skip
 
 CONFIG_NAME = "run.toml"
 LOG_NAME = "worker.log"
@@ -228,6 +228,25 @@ def orphaned() -> bool:
     """Whether this process is a worker whose parent has died."""
     parent = os.environ.get(PARENT)
     return parent is not None and parent != str(os.getppid())
+
+
+def after_each_step(began: list[Callable[[], None]], shows: Callable[[Step], None] | None) -> Callable[[Step], None]:
+    """What a run is to call with each step.
+
+    Args:
+        began: called once, after the first step, and taken out of the list.
+        shows: its progress; a worker has none, and ends with its parent instead.
+    """
+
+    def on_step(step: Step) -> None:
+        while began:
+            began.pop()()
+        if shows is not None:
+            shows(step)
+        elif orphaned():  # as if the parent had stopped this worker: it saves and ends
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return on_step
 
 
 def last_words(log: Path, code: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -14,10 +13,10 @@ from typing import NamedTuple, NoReturn, TypeVar
 
 from ...errors import ConfigError, EquipoiseError, OutputError
 from ...storage.locks import locked
-from ...storage.run_record import RECORD_NAME, Step, read_run
+from ...storage.run_record import RECORD_NAME, read_run
 from ...storage.set_aside import bring_back, set_aside
 from ..comparison.progress import RunBar, open_console
-from ..comparison.workers import is_worker, orphaned
+from ..comparison.workers import after_each_step, is_worker
 from ..config.schema import ParallelConfig, RunConfig, from_dict
 from ..config.strategies import slug
 from .distributed import RankContext, join, reported_by_rank_0
@@ -130,14 +129,6 @@ def _train_in(
 
     forget: list[Callable[[], None]] = []  # the run that was there, once a step of this one is done
 
-    def watch(step: Step) -> None:
-        if forget:
-            forget.pop()()
-        if shows is not None:
-            shows(step)
-        elif orphaned():  # as if the parent had stopped this worker: it saves and ends
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with ExitStack() as stack:
 
         def open_folder() -> None:
@@ -160,7 +151,7 @@ def _train_in(
                 print(f"begins with the expert biases of {config.model.biases}", file=sys.stderr)
             shows = stack.enter_context(RunBar(config.train.steps, open_console()))
         try:
-            train(config, folder, resume=resume, on_step=watch, context=context)
+            train(config, folder, resume=resume, on_step=after_each_step(forget, shows), context=context)
         except KeyboardInterrupt:
             if context.is_main:
                 print(f"saved; to go on: equipoise resume {folder}", file=sys.stderr)
