@@ -83,9 +83,10 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ConfigError:
       do:  did you mean 'softmax'?
     """
     names = sorted(known)
+    shown = map(repr, names) if any("," in one for one in names) else names  # a comma would part what is one name
     near = difflib.get_close_matches(str(name), names, n=1)
     return ConfigError(
-        expected=f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}: {', '.join(names)}",
+        expected=f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}: {', '.join(shown)}",
         got=repr(name),
         do=f"did you mean {near[0]!r}?" if near else "choose one of these",
     )

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     known = {check.name: check for check in CHECKS}
     for name in arguments.only:
         if name not in known:
-            raise unknown_name("check", name, (f"'{one}'" for one in known))
+            raise unknown_name("check", name, known)
     checks = tuple(known[name] for name in arguments.only) or CHECKS
     adapters = {spec: load_adapter(spec) for name in arguments.adapters for spec in _specs(name)}
     results, wrong = [], False

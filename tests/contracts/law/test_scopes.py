@@ -228,6 +228,22 @@ def test_shuffle_draws_from_the_whole_step_without_replacement():
     assert len({tuple(row.tolist()) for row in rows}) > 10, "every draw is the same"
 
 
+def test_shuffle_beside_a_layer_that_does_not_run():
+    """LayerDrop over a whole step: that layer has no tokens to draw from, and the others go on."""
+    torch.manual_seed(0)
+    routers: Any = torch.nn.ModuleList(Router(3, 5, 2) for _ in range(2))
+    balancer = Balancer(routers, [AuxLoss("shuffle", 1.0)])
+    micros = torch.randn(2, 6, 3)
+    with balancer.counting():
+        for x in micros:
+            routers[1](x, TokenLayout(1))
+    for x in micros:
+        (balancer.tap(routers[1](x, TokenLayout(1)).weights_TK.square().mean()) / 2).backward()
+    balancer.step()
+    assert [int(counts_E.sum()) for counts_E in balancer.load()] == [0, 2 * 6 * 2]
+    assert routers[1].weight.grad.any() and routers[0].weight.grad is None
+
+
 def test_shuffle_of_one_micro_batch_is_the_micro_batch():
     step = make_step(4, 1, 3, **DOUBLE)
     found = []

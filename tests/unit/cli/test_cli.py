@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from equipoise.cli import COMMANDS, build_parser, main
+from equipoise.cli.inspect import _slug
+from equipoise.inspection import Request
 from equipoise.lab.config.schema import CompareConfig, RunConfig, from_dict
 
 
@@ -149,3 +151,14 @@ def test_output_that_cannot_be_written_is_an_error_of_the_disk(arguments):
         "equipoise: expected to write the output",
         "  got: No space left on device",
     ]
+
+
+def test_names_of_checks_that_hold_commas_are_told_apart(capsys):
+    assert main(["conformance", "transformers", "--only", "paddng"]) == 2
+    said = capsys.readouterr().err
+    assert "'padding', 'padding, ranks', 'ranks'" in said and "did you mean 'padding'?" in said
+
+
+@pytest.mark.parametrize(("model", "folder"), [("日本", "日本"), ("möd el", "möd_el"), ("a/b", "b")])
+def test_models_of_any_name_have_a_folder_of_their_own(model, folder, tmp_path):
+    assert _slug(Request(tmp_path / model)) == folder
