@@ -64,7 +64,8 @@ def churn(ids_TK: Tensor, before_TK: Tensor, num_experts: int | None = None) -> 
     tensor([0.0000, 0.5000,    nan], dtype=torch.float64)
     """
     known_T = (ids_TK >= 0).all(dim=-1) & (before_TK >= 0).all(dim=-1)
-    one_TK = ids_TK >= 0 if num_experts is None else ids_TK < num_experts  # an id of E is none
+    none = 2**62 if num_experts is None else num_experts
+    one_TK = ids_TK.long() < none  # 256 does not fit into the byte of 256 ids
     new_TK = (ids_TK.unsqueeze(-1) != before_TK.unsqueeze(-2)).all(dim=-1) & one_TK
     return torch.where(known_T, new_TK.sum(dim=-1).double() / one_TK.sum(dim=-1), torch.nan)
 

@@ -103,6 +103,16 @@ def test_a_choice_that_is_no_expert_is_neither_kept_nor_new():
     assert last.churn(new[0].view(1, 1, 2, 3), num_experts=4) == [pytest.approx((1 + 2 / 3) / 2)]
 
 
+@pytest.mark.parametrize(("experts", "kind"), [(256, torch.uint8), (255, torch.uint8), (32768, torch.int16)])
+def test_ids_in_the_smallest_type_that_holds_them(experts, kind):
+    """The lab keeps bytes for 256 experts, where E itself is one more than they hold; a record has two bytes."""
+    new, old = (torch.tensor([[experts - 1, 1]]).to(kind), torch.tensor([[experts - 1, 0]]).to(kind))
+    assert RoutingRecord({"gate": [new]}).churn(RoutingRecord({"gate": [old]}), experts)["gate"] == 0.5
+    last = LastRouting()
+    last.churn(old.view(1, 1, 1, 2), num_experts=experts)
+    assert last.churn(new.view(1, 1, 1, 2), num_experts=experts) == [0.5]
+
+
 def test_what_is_no_record_says_so():
     with pytest.raises(InputError, match="one sequence or more"):
         record_of(4, 6).joined(0)
